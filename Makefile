@@ -1,0 +1,64 @@
+# Two commands: `make train` trains phi on real text, `make test` runs the tests. Each sets up what it needs in .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SETUP := pyproject.toml setup.py constraints.txt
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+ARGS ?=
+
+.PHONY: help train test test-slow lint format bench sanitize clean
+
+help:
+	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
+	@echo 'make test       run the tests'
+	@echo 'make test-slow  run the tests marked slow'
+	@echo 'make lint       ruff, mypy, clang-format'
+	@echo 'make format     ruff and clang-format, in place'
+	@echo 'make bench      the benchmarks, each beside its peers'
+	@echo 'make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
+
+train: $(VENV)/.run
+	$(BIN)/python -m phi_fast.train $(ARGS)
+
+# One thread a process: the tests run two at a time, and threads that wait for each other would slow both down.
+test test-slow: export OMP_NUM_THREADS = 1
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)
+
+sanitize: $(VENV)/.dev
+	$(BIN)/python tests/sanitize.py
+	PYTHON=$(BIN)/python sh csrc/cpu/sanitize.sh
+
+clean:
+	rm -rf build *.egg-info phi_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python $(SETUP) $(SOURCES)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SETUP) $(SOURCES)
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.run

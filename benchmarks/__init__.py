@@ -1,0 +1,1 @@
+"""Benchmarks: every figure beside a peer's from the same run."""

@@ -1,0 +1,102 @@
+"""The optimizer step on one flat ZeRO partition: this project's fused step beside DeepSpeed's own.
+
+Both start from the averaged gradients that DeepSpeed left after the same backward pass, with fp16 weights, clipping and
+the overflow check on, and end with the fp16 weights written. Only `zero.step` is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Results, Row, Subject
+from phi_fast.distributed import World, join
+from phi_fast.recipes import RECIPES
+from phi_fast.reference import Output
+from phi_fast.zero import Zero2
+
+GRADIENT, STATE = 4, 4  # bytes an element: DeepSpeed accumulates in fp32 (`grad_accum_dtype`); master, m and v are fp32
+UPDATE_BYTES = GRADIENT + 2 * 3 * STATE + 2
+"""Bytes a parameter of the update: gradient read; master, m, v read and written; the 16-bit weight written."""
+BYTES = UPDATE_BYTES + GRADIENT
+"""With the pass that finds the norm and any overflow."""
+
+
+class Flat(nn.Module):
+    """One parameter of n elements whose gradient is `slopes`, the loss scale apart."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n))
+        self.register_buffer("slopes", torch.randn(n, generator=torch.Generator().manual_seed(0)) / n**0.5)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
+        return Output((self.weight * self.slopes).sum(dtype=torch.float32), None)
+
+
+def contender(n: int, world: World, *, fused: bool, torch_adam: bool = False) -> Callable[[], float]:
+    """Seconds of one step, after an untimed backward pass."""
+    recipe = RECIPES["tiny"].replace(gradient_clipping=0.5, initial_loss_scale=256.0)
+    optimizer = functools.partial(torch.optim.AdamW, fused=True)
+    with mock.patch("phi_fast.zero.FusedAdam", optimizer) if torch_adam else mock.MagicMock():
+        zero = Zero2(Flat(n).half(), recipe, world, precision="fp16", micro_batch_size=1, accumulation=1, fused=fused)
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+
+    def step() -> float:
+        zero.backward(zero.loss(tokens, tokens))
+        begin = time.perf_counter()
+        outcome = zero.step(1e-4, last_micro_batch=True)
+        seconds = time.perf_counter() - begin
+        assert outcome is not None
+        assert not outcome.skipped
+        assert outcome.grad_norm == pytest.approx(1.0, abs=0.1)  # so that clipping to 0.5 binds
+        return seconds
+
+    return step
+
+
+def copy_bandwidth(n: int) -> float:
+    """Bytes a second, read and written, of a copy of n fp32 elements: the best of five."""
+    source, target = torch.ones(n), torch.empty(n)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - begin)
+    return 8 * n / min(times)
+
+
+def test_fused_step_beside_deepspeeds(full: bool, results: Results) -> None:
+    n, rounds = (50_000_000, 9) if full else (100_000, 2)
+    world = join("cpu")
+    contenders = {
+        "phi_fast fused step": contender(n, world, fused=True),
+        "DeepSpeed's step, torch AdamW(fused)": contender(n, world, fused=False, torch_adam=True),
+        "DeepSpeed's step, phi_fast FusedAdam": contender(n, world, fused=False),
+    }
+    for step in contenders.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            seconds[name].append(step())
+    rows = [Row(name, times) for name, times in seconds.items()]
+    subject = Subject("ZeRO-2 step on a flat partition", {"parameters": n, "threads": torch.get_num_threads()}, rows)
+    ours, *others = contenders
+    bandwidth = copy_bandwidth(n)
+    rows[0].extra = {
+        "bytes a parameter": BYTES,
+        "GB/s of them": round(BYTES * n / rows[0].median / 1e9, 1) if rows[0].median else None,
+        "GB/s of a copy": round(bandwidth / 1e9, 1),
+    }
+    for row, name in zip(rows[1:], others, strict=True):
+        row.extra = {"times ours": round(subject.ratio(name, ours), 2)}
+    results.add(subject)
+    if full:
+        assert all(subject.ratio(name, ours) >= 2 for name in others)

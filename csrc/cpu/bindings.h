@@ -1,0 +1,6 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace phi_fast::cpu {
+void bind(pybind11::module_& module);
+}

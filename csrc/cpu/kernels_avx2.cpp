@@ -1,0 +1,28 @@
+// The kernels for avx2,fma,f16c, whatever the rest of the build is for.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define PHI_ISA avx2
+#include "cpu/simd_avx2.h"
+// The table needs the Vec above.
+#include "cpu/table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

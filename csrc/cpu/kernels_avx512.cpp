@@ -1,0 +1,34 @@
+// The kernels for avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c, whatever
+// the rest of the build is for.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+// GCC 12 takes the "undefined" operands inside its own AVX-512 intrinsics for a
+// mistake.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define PHI_ISA avx512
+#include "cpu/simd_avx512.h"
+// The table needs the Vec above.
+#include "cpu/table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,111 @@
+// Sixteen fp32 lanes: AVX-512 F, BW, DQ and VL; with PHI_AVX512_BF16 also the
+// bf16 conversions of Cooper Lake and Zen 4.
+#pragma once
+#include <immintrin.h>
+
+#include "cpu/dtypes.h"
+
+#define PHI_INLINE __attribute__((always_inline)) inline
+
+namespace phi_fast::cpu::PHI_ISA {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+
+  Vec() = default;
+  PHI_INLINE Vec(__m512 value) : v(value) {}
+  PHI_INLINE Vec(float value) : v(_mm512_set1_ps(value)) {}
+};
+
+struct Mask {
+  __mmask16 m;
+};
+
+PHI_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+PHI_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+PHI_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+PHI_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+PHI_INLINE Mask operator>(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+
+/// a where the mask holds, else 0.
+PHI_INLINE Vec keep(Mask mask, Vec a) { return _mm512_maskz_mov_ps(mask.m, a.v); }
+/// a where the mask holds, else b.
+PHI_INLINE Vec select(Mask mask, Vec a, Vec b) { return _mm512_mask_mov_ps(b.v, mask.m, a.v); }
+/// The larger lane; b where either is NaN.
+PHI_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
+/// The smaller lane; b where either is NaN.
+PHI_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+PHI_INLINE Vec abs(Vec a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v); }
+/// The magnitude of a (not negative) with the sign of b.
+PHI_INLINE Vec with_sign(Vec a, Vec b) { return _mm512_or_ps(a.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), b.v)); }
+PHI_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
+
+/// a·b + c and c - a·b.
+PHI_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+PHI_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
+
+/// a times 2 to the power of the integer in the low bits of `magic` (see exp).
+PHI_INLINE Vec scale_by_power(Vec a, Vec magic) {
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), power));
+}
+
+PHI_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+PHI_INLINE float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+/// Every lane, or the first few (1 … kLanes - 1): loads give 0 in the others,
+/// stores leave memory alone.
+struct Full {};
+struct Tail {
+  __mmask16 mask;
+};
+
+PHI_INLINE Tail tail(int count) { return {static_cast<__mmask16>((1u << count) - 1)}; }
+
+PHI_INLINE __m512 widen_lanes(__m256i from, BFloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(from), 16));
+}
+PHI_INLINE __m512 widen_lanes(__m256i from, Float16) { return _mm512_cvtph_ps(from); }
+
+PHI_INLINE __m256i narrow_lanes(Vec a, BFloat16) {
+#if defined(PHI_AVX512_BF16)
+  return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i quieted = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quieted, 16));
+#endif
+}
+PHI_INLINE __m256i narrow_lanes(Vec a, Float16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+PHI_INLINE Vec load(const float* from, Full = {}) { return _mm512_loadu_ps(from); }
+PHI_INLINE Vec load(const float* from, Tail lanes) { return _mm512_maskz_loadu_ps(lanes.mask, from); }
+PHI_INLINE void store(float* to, Vec a, Full = {}) { _mm512_storeu_ps(to, a.v); }
+PHI_INLINE void store(float* to, Vec a, Tail lanes) { _mm512_mask_storeu_ps(to, lanes.mask, a.v); }
+
+template <class T>
+PHI_INLINE Vec load(const T* from, Full = {}) {
+  return widen_lanes(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), T{});
+}
+template <class T>
+PHI_INLINE Vec load(const T* from, Tail lanes) {
+  return widen_lanes(_mm256_maskz_loadu_epi16(lanes.mask, from), T{});
+}
+template <class T>
+PHI_INLINE void store(T* to, Vec a, Full = {}) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow_lanes(a, T{}));
+}
+template <class T>
+PHI_INLINE void store(T* to, Vec a, Tail lanes) {
+  _mm256_mask_storeu_epi16(to, lanes.mask, narrow_lanes(a, T{}));
+}
+PHI_INLINE Vec keep(Full, Vec a) { return a; }
+PHI_INLINE Vec keep(Tail lanes, Vec a) { return _mm512_maskz_mov_ps(lanes.mask, a.v); }
+
+}  // namespace phi_fast::cpu::PHI_ISA

@@ -1,0 +1,23 @@
+// Defines PHI_ISA::kernels from the kernels' source, compiled for the Vec that
+// is in place.
+#pragma once
+#include "cpu/adam.h"
+#include "cpu/bias_gelu.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/layer_norm.h"
+#include "cpu/rotary.h"
+
+#define PHI_STRING(x) #x
+#define PHI_NAME(x) PHI_STRING(x)
+
+namespace phi_fast::cpu::PHI_ISA {
+
+extern const Kernels kernels = {
+    PHI_NAME(PHI_ISA),   layer_norm_forward,
+    layer_norm_backward, bias_gelu_forward,
+    bias_gelu_backward,  rotary,
+    cross_entropy,       adam,
+    grad_norm_squared,
+};
+
+}  // namespace phi_fast::cpu::PHI_ISA

@@ -1,0 +1,129 @@
+#include "tokens/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <system_error>
+
+#include "tokens/file.h"
+#include "tokens/formats.h"
+#include "tokens/order.h"
+#include "tokens/permutation.h"
+#include "tokens/prefetcher.h"
+#include "tokens/reader.h"
+
+namespace py = pybind11;
+
+namespace phi_fast::tokens {
+namespace {
+
+Batch batch_of(uint64_t first_row, uint64_t rows, uintptr_t input_ids, uintptr_t labels, uintptr_t corpora,
+               uintptr_t positions, uintptr_t cu_seqlens) {
+  return {first_row,
+          rows,
+          reinterpret_cast<int64_t*>(input_ids),
+          reinterpret_cast<int64_t*>(labels),
+          reinterpret_cast<int32_t*>(corpora),
+          reinterpret_cast<int64_t*>(positions),
+          reinterpret_cast<int32_t*>(cu_seqlens)};
+}
+
+uint64_t take(Prefetcher& prefetcher) {
+  for (;;) {
+    std::optional<Batch> batch;
+    {
+      py::gil_scoped_release release;
+      batch = prefetcher.take(std::chrono::milliseconds(200));
+    }
+    if (batch) return batch->segments;
+    if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C, also where a disk hangs
+  }
+}
+
+void bind_parser(py::module_& module, const char* name, Layout (*parse)(Bytes, uint64_t)) {
+  module.def(
+      name,
+      [parse](const py::buffer& buffer, uint64_t file_size) {
+        const py::buffer_info info = buffer.request();
+        if (info.itemsize != 1 || info.ndim != 1) throw py::value_error("a header is a buffer of bytes");
+        const Layout layout =
+            parse({static_cast<const unsigned char*>(info.ptr), static_cast<uint64_t>(info.size)}, file_size);
+        return py::make_tuple(layout.width, layout.offset, layout.tokens, layout.documents);
+      },
+      py::arg("header"), py::arg("file_size"), "(bytes a token, offset, tokens, documents or 0)");
+}
+
+}  // namespace
+
+void bind(py::module_& module) {
+  module.def(
+      "permutation",
+      [](uint64_t n, uint64_t key, uintptr_t out) {
+        const Permutation permutation(n, key);
+        for (uint64_t i = 0; i < n; ++i) reinterpret_cast<uint64_t*>(out)[i] = permutation(i);
+      },
+      py::arg("n"), py::arg("key"), py::arg("out"), "Writes the images of 0 ... n - 1 to n u64 at address `out`");
+  module.def("chairman", &chairman, py::arg("weights"), "Corpus of each slot of one period");
+
+  py::class_<TokenFile, std::shared_ptr<TokenFile>>(module, "TokenFile")
+      .def(py::init([](std::string path, int width, uint64_t offset, uint64_t tokens, bool mapped) {
+             return std::make_shared<TokenFile>(std::move(path), width, offset, tokens,
+                                                mapped ? Mode::kMmap : Mode::kPread);
+           }),
+           py::arg("path"), py::arg("width"), py::arg("offset"), py::arg("tokens"), py::arg("mapped"))
+      .def("read", [](const TokenFile& file, uint64_t first, uint64_t count, uintptr_t out) {
+        py::gil_scoped_release release;
+        file.read(first, count, reinterpret_cast<void*>(out));
+      });
+
+  py::class_<Order, std::shared_ptr<Order>>(module, "Order")
+      .def(py::init([](const std::vector<std::pair<uint64_t, uint64_t>>& corpora,
+                       const std::vector<std::pair<uint64_t, std::vector<uint64_t>>>& stages, uint64_t sequence_length,
+                       uint64_t seed) {
+             std::vector<Corpus> corpora_;
+             std::vector<Stage> stages_;
+             for (const auto& [key, tokens] : corpora) corpora_.push_back({key, tokens});
+             for (const auto& [start_row, weights] : stages) stages_.push_back({start_row, weights});
+             return std::make_shared<Order>(std::move(corpora_), std::move(stages_), sequence_length, seed);
+           }),
+           py::arg("corpora"), py::arg("stages"), py::arg("sequence_length"), py::arg("seed"))
+      .def("rows", &Order::rows)
+      .def("at", [](const Order& order, uint64_t row) {
+        const Place place = order.at(row);
+        return py::make_tuple(place.corpus, place.rank, place.epoch, place.row, place.token);
+      });
+
+  py::class_<Reader, std::shared_ptr<Reader>>(module, "Reader")
+      .def(py::init<std::vector<std::shared_ptr<TokenFile>>, std::shared_ptr<Order>, uint64_t, std::vector<int64_t>>(),
+           py::arg("files"), py::arg("order"), py::arg("id_limit"), py::arg("delimiters"));
+
+  py::class_<Prefetcher>(module, "Prefetcher")
+      .def(py::init<std::shared_ptr<Reader>, int, uint64_t, uint64_t>(), py::arg("reader"), py::arg("threads"),
+           py::arg("stride"), py::arg("lookahead"))
+      .def(
+          "submit",
+          [](Prefetcher& prefetcher, uint64_t first_row, uint64_t rows, uintptr_t input_ids, uintptr_t labels,
+             uintptr_t corpora, uintptr_t positions, uintptr_t cu_seqlens) {
+            prefetcher.submit(batch_of(first_row, rows, input_ids, labels, corpora, positions, cu_seqlens));
+          },
+          py::arg("first_row"), py::arg("rows"), py::arg("input_ids"), py::arg("labels"), py::arg("corpora"),
+          py::arg("positions"), py::arg("cu_seqlens"))
+      .def("take", &take, "Waits for the oldest batch; returns its number of segments")
+      .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>());
+
+  bind_parser(module, "parse_llmc", &parse_llmc);
+  bind_parser(module, "parse_npy", &parse_npy);
+  bind_parser(module, "parse_megatron", &parse_megatron);
+  bind_parser(module, "parse_datatrove", &parse_datatrove);
+
+  // OSError's own subclasses: FileNotFoundError, PermissionError, ...
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      const auto arguments = py::make_tuple(error.code().value(), error.what());
+      PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    }
+  });
+}
+
+}  // namespace phi_fast::tokens

@@ -1,0 +1,50 @@
+// One file of little-endian tokens, mapped or read.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <ctime>
+#include <string>
+
+namespace phi_fast::tokens {
+
+enum class Mode { kMmap, kPread };
+
+// Mapped pages of one file that may count as the process's before they are handed back.
+constexpr uint64_t kMappedLimit = uint64_t{256} << 20;
+
+class TokenFile {
+ public:
+  // `tokens` tokens of `width` bytes (2 or 4) from byte `offset` on. Throws std::system_error where the file cannot be
+  // opened, std::runtime_error where it is not a file or too short.
+  TokenFile(std::string path, int width, uint64_t offset, uint64_t tokens, Mode mode);
+  ~TokenFile();
+  TokenFile(const TokenFile&) = delete;
+  TokenFile& operator=(const TokenFile&) = delete;
+
+  // Copies `count` tokens from token `first` on. Throws std::runtime_error where the file has been cut short since.
+  void read(uint64_t first, uint64_t count, void* out) const;
+  // Asks the system to bring the tokens into memory, without waiting.
+  void will_need(uint64_t first, uint64_t count) const;
+  // Throws std::runtime_error if the file's size or time of change are not what they were when it was opened.
+  void check_unchanged() const;
+
+  const std::string& path() const { return path_; }
+  int width() const { return width_; }
+  uint64_t tokens() const { return tokens_; }
+
+ private:
+  void check_bounds(uint64_t first, uint64_t count) const;
+  void copy_mapped(uint64_t byte, uint64_t bytes, void* out) const;
+  void read_all(uint64_t byte, uint64_t bytes, void* out) const;
+  [[noreturn]] void cut_short(uint64_t byte) const;
+
+  std::string path_;
+  int width_, descriptor_ = -1;
+  uint64_t offset_, tokens_, size_ = 0;
+  timespec changed_{};
+  const std::byte* map_ = nullptr;
+  mutable std::atomic<uint64_t> mapped_{0};  // an upper bound, since the last release
+};
+
+}  // namespace phi_fast::tokens

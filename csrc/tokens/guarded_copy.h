@@ -1,0 +1,13 @@
+// memcpy from a mapped file that can be cut short meanwhile.
+#pragma once
+#include <cstddef>
+
+namespace phi_fast::tokens {
+
+// Must be called before the first guarded_copy.
+void install_guard();
+
+// False where the bytes are no longer in the file, instead of the SIGBUS that the kernel raises then.
+bool guarded_copy(void* out, const void* in, size_t bytes);
+
+}  // namespace phi_fast::tokens

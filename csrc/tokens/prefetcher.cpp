@@ -1,0 +1,117 @@
+#include "tokens/prefetcher.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace phi_fast::tokens {
+namespace {
+
+// Slower than this, a batch did not come from the page cache, which gives 1 GB/s and more.
+constexpr double kCachedBytesPerSecond = 250e6;
+// Announcing a row costs 0.7 us where it is cached already, so it is done only for this many batches after a slow one.
+constexpr int kAnnounced = 1024;
+
+}  // namespace
+
+Prefetcher::Prefetcher(std::shared_ptr<Reader> reader, int threads, uint64_t stride, uint64_t lookahead)
+    : state_(new State), process_(getpid()) {
+  state_->reader = std::move(reader);
+  state_->stride = stride;
+  state_->lookahead = lookahead;
+  try {
+    for (int i = 0; i < threads; ++i) state_->threads.emplace_back([state = state_] { state->work(); });
+  } catch (...) {
+    close();
+    throw;
+  }
+}
+
+Prefetcher::State& Prefetcher::state() const {
+  if (!state_) throw std::runtime_error("the loader is closed");
+  if (process_ != getpid()) throw std::runtime_error("the loader's threads stayed in the process that was forked");
+  return *state_;
+}
+
+void Prefetcher::submit(const Batch& batch) {
+  State& state = this->state();
+  auto job = std::make_shared<Job>();
+  job->batch = batch;
+  {
+    std::lock_guard lock(state.mutex);
+    state.jobs.push_back(std::move(job));
+  }
+  state.queued.notify_one();
+}
+
+std::optional<Batch> Prefetcher::take(std::chrono::milliseconds patience) {
+  State& state = this->state();
+  std::unique_lock lock(state.mutex);
+  if (state.jobs.empty()) throw std::runtime_error("no batch was submitted");
+  const std::shared_ptr<Job> job = state.jobs.front();
+  if (state.threads.empty()) {
+    state.run(*job);
+  } else if (!state.filled.wait_for(lock, patience, [&] { return job->done; })) {
+    return std::nullopt;
+  }
+  state.jobs.pop_front();
+  if (job->error) std::rethrow_exception(job->error);
+  return job->batch;
+}
+
+void Prefetcher::State::run(Job& job) {
+  const auto start = std::chrono::steady_clock::now();
+  try {
+    announce(job.batch);
+    reader->fill(job.batch);
+  } catch (...) {
+    job.error = std::current_exception();
+  }
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  if (taken.count() > static_cast<double>(reader->bytes(job.batch.rows)) / kCachedBytesPerSecond) hints = kAnnounced;
+}
+
+void Prefetcher::State::announce(const Batch& batch) {
+  if (hints <= 0) return;
+  --hints;
+  const uint64_t from = first.exchange(false) ? 1 : lookahead;
+  for (uint64_t ahead = from; ahead <= lookahead; ++ahead) {
+    reader->will_need(batch.first_row + ahead * stride, batch.rows);
+  }
+}
+
+void Prefetcher::State::work() {
+  std::unique_lock lock(mutex);
+  for (;;) {
+    if (closing) return;
+    const auto next = std::find_if(jobs.begin(), jobs.end(), [](const auto& job) { return !job->started; });
+    if (next == jobs.end()) {
+      queued.wait(lock);
+      continue;
+    }
+    const std::shared_ptr<Job> job = *next;
+    job->started = true;
+    lock.unlock();
+    run(*job);
+    lock.lock();
+    job->done = true;
+    filled.notify_all();
+  }
+}
+
+void Prefetcher::close() {
+  if (!state_) return;
+  State* const state = state_;
+  state_ = nullptr;
+  if (process_ != getpid()) return;
+  {
+    std::lock_guard lock(state->mutex);
+    state->closing = true;
+  }
+  state->queued.notify_all();
+  for (std::thread& thread : state->threads) thread.join();
+  delete state;
+}
+
+}  // namespace phi_fast::tokens

@@ -1,0 +1,48 @@
+// Rows of the training stream, read and widened into a batch's memory.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "tokens/file.h"
+#include "tokens/order.h"
+
+namespace phi_fast::tokens {
+
+// Memory of one batch of `rows` rows; the owner keeps it alive while it is being filled.
+struct Batch {
+  uint64_t first_row, rows;
+  int64_t* input_ids;     // (rows, sequence_length)
+  int64_t* labels;        // (rows, sequence_length): the token after each of input_ids
+  int32_t* corpora;       // (rows,)
+  int64_t* positions;     // (rows, sequence_length), or null where documents are not isolated
+  int32_t* cu_seqlens;    // (rows * sequence_length + 1,), or null
+  uint64_t segments = 0;  // written: entries of cu_seqlens, less one
+};
+
+class Reader {
+ public:
+  // `files` in the order's corpora order; ids must be below `id_limit`; documents start at `delimiters[corpus]`.
+  Reader(std::vector<std::shared_ptr<TokenFile>> files, std::shared_ptr<Order> order, uint64_t id_limit,
+         std::vector<int64_t> delimiters);
+
+  // Throws std::runtime_error where a file has changed, std::invalid_argument for an id that is too large.
+  void fill(Batch& batch) const;
+  // Asks the system to bring rows into memory, without waiting.
+  void will_need(uint64_t first_row, uint64_t rows) const;
+  // Bytes of tokens that `rows` rows are read from, at most.
+  uint64_t bytes(uint64_t rows) const { return rows * (order_->sequence_length() + 1) * sizeof(uint32_t); }
+
+ private:
+  template <typename Token>
+  void widen(const Token* __restrict tokens, const Place& place, int64_t* __restrict input_ids,
+             int64_t* __restrict labels) const;
+  void isolate(Batch& batch) const;
+
+  std::vector<std::shared_ptr<TokenFile>> files_;
+  std::shared_ptr<Order> order_;
+  uint64_t id_limit_;
+  std::vector<int64_t> delimiters_;
+};
+
+}  // namespace phi_fast::tokens

@@ -1,0 +1,28 @@
+"""Kernels that drop into other models: each op in Triton, in C++ for CPUs, and in plain PyTorch."""
+
+# In the repository's root `import kernels` finds this folder, and transformers imports Hugging Face's package of that
+# name to see its version. It must find an empty module: a second import would register every library op anew, and free
+# the schemas that phi_fast.kernels' own ops point to.
+if __name__ != "kernels":
+    from .adam import FusedAdam
+    from .attention import attention
+    from .backend import BackendUnavailable, in_use, use
+    from .bias_gelu import bias_gelu
+    from .layer_norm import layer_norm
+    from .linear_cross_entropy import linear_cross_entropy
+    from .parallel_block import parallel_block
+    from .rotary import apply_rotary_, rotary_table
+
+    __all__ = [
+        "BackendUnavailable",
+        "FusedAdam",
+        "apply_rotary_",
+        "attention",
+        "bias_gelu",
+        "in_use",
+        "layer_norm",
+        "linear_cross_entropy",
+        "parallel_block",
+        "rotary_table",
+        "use",
+    ]

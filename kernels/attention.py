@@ -1,0 +1,224 @@
+"""Softmax attention that keeps no score matrix: FlashAttention (Dao et al., arXiv 2205.14135 and 2307.08691)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q kᵀ + mask) v.
+
+    q (batch, sequence, heads, head_dim); k, v (batch, sequence, key_heads, head_dim), heads a multiple of key_heads
+    (grouped-query attention); one dtype of fp16, bf16, fp32, fp64 (Triton: not fp64); any strides with the last one 1,
+    so slices of a packed buffer are read where they lie. Scores, softmax and sums are fp32 (fp64 for fp64). Returns
+    (batch, sequence, heads, head_dim) in q's dtype.
+
+    causal: a row sees itself and the rows before it. scale: head_dim ** -0.5 where None.
+    cu_seqlens: (documents + 1,) int32, 0 = first <= ... <= last = sequence, with batch 1: documents joined end to end,
+    none of which sees another. Its values are the caller's word: checking them would wait for the device.
+    cos, sin: (positions, rotary_dim / 2) fp32 from `rotary_table`: the first rotary_dim of each head's dims of q and k
+    are rotated in half-split pairs, by the row in its document, while they are read; the gradients come back unrotated.
+    The table must reach the longest document.
+
+    The backward is deterministic: no atomics, so two runs give the same bits.
+
+    Raises ValueError for a shape, stride or device that does not fit, TypeError for a dtype, each naming the value.
+    """
+    _check(q, k, v, cu_seqlens, cos, sin)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a positive, finite number")
+    if torch.compiler.is_compiling():
+        return _forward_op(q, k, v, scale, causal, cu_seqlens, cos, sin)[0]
+    return _Attention.apply(q, k, v, scale, causal, cu_seqlens, cos, sin)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, causal, cu_seqlens, cos, sin):
+        kernels = backend.implementation("attention", q.device)
+        out, lse = kernels.forward(q, k, v, scale=scale, causal=causal, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin)
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
+        gradients = _gradients(dout, q, k, v, out, lse, ctx.scale, ctx.causal, cu_seqlens, cos, sin)
+        return *gradients, None, None, None, None, None
+
+
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    kernels = backend.implementation("attention", q.device)
+    kernels.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        scale=scale,
+        causal=causal,
+        cu_seqlens=cu_seqlens,
+        cos=cos,
+        sin=sin,
+    )
+    return dq, dk, dv
+
+
+# Under torch.compile the graph holds two opaque ops. In eager autograd.Function is cheaper to enter.
+@torch.library.custom_op("phi_fast::attention", mutates_args=())
+def _forward_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    kernels = backend.implementation("attention", q.device)
+    out = q.new_empty(q.shape)
+    return kernels.forward(q, k, v, out=out, scale=scale, causal=causal, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+
+
+@_forward_op.register_fake
+def _(q, k, v, scale, causal, cu_seqlens, cos, sin):
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=statistics)
+
+
+@torch.library.custom_op("phi_fast::attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(dout, q, k, v, out, lse, scale, causal, cu_seqlens, cos, sin)
+
+
+@_backward_op.register_fake
+def _(dout, q, k, v, out, lse, scale, causal, cu_seqlens, cos, sin):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, scale, causal, cu_seqlens, cos, sin = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin)
+    ctx.scale, ctx.causal = scale, causal
+    ctx.set_materialize_grads(False)
+
+
+def _op_backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 8
+    gradients = _backward_op(dout, q, k, v, out, lse, ctx.scale, ctx.causal, cu_seqlens, cos, sin)
+    return *gradients, None, None, None, None, None
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (batch, sequence, heads, head_dim)")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {x.dtype}; expected float16, bfloat16, float32 or float64")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} is {x.dtype} and q is {q.dtype}; cast them to one dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q is on {q.device}; move them to one device")
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            raise ValueError(f"{name}'s last stride is {x.stride(-1)}; expected 1, call .contiguous() on it")
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)} and v has {tuple(v.shape)}; expected the same")
+    batch, sequence, heads, head_dim = q.shape
+    if k.shape[:2] != (batch, sequence) or k.shape[3] != head_dim:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and k has {tuple(k.shape)}; all but the number of heads must be the same"
+        )
+    if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"{heads} query heads cannot be shared out over {k.shape[2]} key heads; expected a multiple")
+    if cu_seqlens is not None:
+        _check_documents(cu_seqlens, q)
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{'cos' if cos is None else 'sin'} is None and the other is not; give both or neither")
+    if cos is not None and sin is not None:
+        _check_rotary(cos, sin, q, documents=cu_seqlens is not None)
+
+
+def _check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}; expected int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (documents + 1,)")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs batch 1, not {q.shape[0]}: join the rows, or leave cu_seqlens out")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q is on {q.device}; move them to one device")
+
+
+def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, *, documents: bool) -> None:
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dim() != 2 or table.shape != cos.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)}; expected (positions, rotary_dim / 2) for both cos and sin"
+            )
+        if table.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} is {table.dtype}; expected float32, as rotary_table makes it")
+        if table.device != q.device:
+            raise ValueError(f"{name} is on {table.device} and q is on {q.device}; move them to one device")
+    if 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"cos and sin rotate {2 * cos.shape[1]} dims and head_dim is {q.shape[3]}; expected no more")
+    if not documents and cos.shape[0] < q.shape[1]:
+        raise ValueError(
+            f"cos and sin have {cos.shape[0]} positions for a sequence of {q.shape[1]}; make a longer table"
+        )

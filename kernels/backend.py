@@ -1,0 +1,135 @@
+"""Which implementation runs an op.
+
+Every op has the same primitives, under the same names, in one module a back end: `reference/rotary.py`,
+`triton/rotary.py`, `cpp/rotary.py`. The public op (`rotary.py`) checks its arguments, owns autograd, and asks
+`implementation(...)` here for the module to call. Nothing falls back in silence: `auto` is a fixed choice by device
+that `in_use` prints, and a back end that was named and cannot run raises `BackendUnavailable` with the way out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam")
+"""The ops that have more than one implementation."""
+
+BACKENDS = ("triton", "cpp", "reference")
+"""Back ends that cover every op. `VENDORS` lists the ones that cover a few."""
+
+VENDORS = {"sdpa": ("attention",), "flash-attn": ("attention",), "apex": ("layer_norm", "adam")}
+"""Other libraries' kernels, and the ops each offers."""
+
+
+class BackendUnavailable(RuntimeError):
+    """The back end that was asked for cannot run here; the message says what to do."""
+
+
+_chosen: dict[str, str] = dict.fromkeys(OPS, "auto")
+
+
+class _Choice:
+    """What `use` returns: the choice already holds; as a context manager it is taken back at the end."""
+
+    def __init__(self, previous: dict[str, str]) -> None:
+        self._previous = previous
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        _chosen.update(self._previous)
+
+
+def use(backend: str, op: str | None = None) -> _Choice:
+    """Choose the back end for every op, or for one.
+
+    `use("reference")` switches the whole library; `use("triton", op="attention")` switches one op. The choice holds
+    from the call on; in a `with` statement it ends with the block. `backend` is "auto", "triton", "cpp", "reference",
+    or, for the ops that `VENDORS` names, "sdpa", "flash-attn" or "apex".
+
+    Raises ValueError for a name that does not exist or does not offer the op.
+    """
+    if op is not None and op not in OPS:
+        raise ValueError(f"op {op!r} is not one of {', '.join(OPS)}")
+    if backend not in ("auto", *BACKENDS, *VENDORS):
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(('auto', *BACKENDS, *VENDORS))}")
+    if backend in VENDORS and op not in VENDORS[backend]:
+        raise ValueError(
+            f"backend {backend!r} offers only op={' or op='.join(map(repr, VENDORS[backend]))}, not op={op!r}"
+        )
+    previous = {name: _chosen[name] for name in (OPS if op is None else (op,))}
+    _chosen.update(dict.fromkeys(previous, backend))
+    return _Choice(previous)
+
+
+def name(op: str, device: torch.device | str) -> str:
+    """The back end that runs `op` on `device` now: never "auto"."""
+    chosen = _chosen[op]
+    if chosen != "auto":
+        return chosen
+    if torch.device(device).type == "cuda":
+        return "triton"
+    if _has(f"cpp.{op}"):
+        return "cpp"
+    # torch's CPU flash kernel takes a quarter of the time of the reference, which holds all scores.
+    return "sdpa" if op == "attention" else "reference"
+
+
+def in_use(device: torch.device | str) -> dict[str, str]:
+    """Op -> back end on `device`, for headers and logs."""
+    return {op: name(op, device) for op in OPS}
+
+
+def implementation(op: str, device: torch.device) -> ModuleType:
+    """The module whose primitives run `op` on `device`. Raises BackendUnavailable where it cannot run."""
+    backend = name(op, device)
+    if backend == "triton":
+        _require_triton(op, device)
+    if backend == "cpp" and device.type != "cpu":
+        raise BackendUnavailable(
+            f"{op}: backend 'cpp' runs on CPU tensors, these are on {device}; use('triton', op={op!r})"
+        )
+    module = f"vendor.{backend.replace('-', '_')}_{op}" if backend in VENDORS else f"{backend}.{op}"
+    if not _has(module):
+        raise BackendUnavailable(f"{op} has no {backend!r} implementation; use('reference', op={op!r})")
+    return importlib.import_module(f"{__package__}.{module}")
+
+
+def unshared(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, each with memory of its own: torch.library forbids an op's outputs to share any, and a primitive may
+    return slices of one allocation."""
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        address = tensor.untyped_storage().data_ptr()
+        result.append(tensor.clone() if address in seen else tensor)
+        seen.add(address)
+    return result
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _require_triton(op: str, device: torch.device) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise BackendUnavailable(
+            f"{op} runs in Triton on {device}, and triton is not installed: pip install triton, or use('reference')"
+        )
+    if device.type == "cpu" and not interpreting():
+        raise BackendUnavailable(
+            f"{op}: Triton needs a GPU and these tensors are on the CPU. Set TRITON_INTERPRET=1 before Python starts "
+            f"to run it in Triton's interpreter (slow), or use('auto', op={op!r})"
+        )
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(f"{__package__}.{module}") is not None

@@ -1,0 +1,1 @@
+"""The ops in C++ for CPUs (csrc/cpu), behind the same names."""

@@ -1,0 +1,99 @@
+"""Adam and its gradient norm in C++; the contract is `reference/adam.py`'s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phi_fast._C import cpu
+
+from ._tensors import address, code
+
+_OP = "adam"
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    *,
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """See `reference.adam.step_`. Raises TypeError for another dtype, ValueError for tensors that do not fit."""
+    if found_inf is not None and float(found_inf) != 0:
+        return
+    all_masters: Sequence[Tensor | None] = masters if masters is not None else [None] * len(params)
+    tensors = [
+        _addresses(*together) for together in zip(params, grads, exp_avgs, exp_avg_sqs, all_masters, strict=True)
+    ]
+    rate, t = float(lr), float(step)
+    # 1 - β^t without the cancellation of the difference
+    correction1, correction2 = (-math.expm1(t * math.log(beta)) if beta else 1.0 for beta in betas)
+    cpu.adam(
+        _one_code(params),
+        _one_code(grads),
+        tensors,
+        1.0 if grad_scale is None else float(grad_scale),
+        *betas,
+        rate / correction1,
+        1 / math.sqrt(correction2),
+        eps,
+        0.0 if decoupled else weight_decay,
+        1 - rate * weight_decay if decoupled else 1.0,
+        torch.get_num_threads(),
+    )
+
+
+def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
+    """See `reference.adam.grad_norm_squared`; the tensors may differ in dtype."""
+    total = 0.0
+    for dtype in {g.dtype: None for g in grads}:
+        together = [g for g in grads if g.dtype == dtype]
+        for g in together:
+            _check_contiguous("grads", g)
+        pairs = [(g.data_ptr(), g.numel()) for g in together]
+        total += cpu.grad_norm_squared(code(_OP, dtype), pairs, torch.get_num_threads())
+    return torch.tensor(total, dtype=torch.float64).float()
+
+
+def _one_code(tensors: Sequence[Tensor]) -> int:
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) != 1:
+        raise ValueError(f"adam: one list holds {', '.join(sorted(map(str, dtypes)))}; expected one dtype a call")
+    return code(_OP, dtypes.pop())
+
+
+def _addresses(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None
+) -> tuple[int, ...]:
+    size = param.numel()
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("master", master)):
+        if tensor is None:
+            continue
+        if tensor.numel() != size:
+            raise ValueError(f"adam: {name} has {tensor.numel()} elements and its parameter {size}")
+        if name != "grad" and tensor.dtype != torch.float32:
+            raise ValueError(f"adam: {name} is {tensor.dtype}; expected float32")
+        _check_contiguous(name, tensor)
+    _check_contiguous("param", param)
+    return size, *map(address, (param, grad, exp_avg, exp_avg_sq, master))
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"adam: {name} is {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; expected "
+            "contiguous on the CPU"
+        )

@@ -1,0 +1,55 @@
+"""Cross entropy of one chunk of logits in C++: `reference/linear_cross_entropy.py`'s contract, fp32, bf16 and fp16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phi_fast._C import cpu
+
+from ._tensors import address, code, matrix, vector
+
+_OP = "linear_cross_entropy"
+
+
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    scale: Tensor,
+    need_grad: bool,
+    dbias: Tensor | None = None,
+) -> Tensor:
+    """See `reference.linear_cross_entropy.cross_entropy_`. Raises TypeError for a dtype, ValueError for a shape."""
+    dtype = code(_OP, logits.dtype)
+    rows, columns = logits.shape
+    if labels.shape != (rows,) or labels.dtype != torch.int64:
+        raise ValueError(f"{_OP}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({rows},)")
+    if dbias is not None and (dbias.shape != (columns,) or dbias.dtype != torch.float32 or not dbias.is_contiguous()):
+        raise ValueError(
+            f"{_OP}: dbias is {dbias.dtype} {tuple(dbias.shape)}; expected contiguous float32 ({columns},)"
+        )
+    labels = labels.contiguous()
+    wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
+    losses = torch.empty(rows, dtype=torch.float32)
+    cpu.cross_entropy(
+        dtype,
+        rows,
+        columns,
+        matrix(_OP, "logits", logits, logits),
+        labels.data_ptr(),
+        address(wide_bias),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        float(scale),
+        need_grad,
+        address(dbias) if need_grad else 0,
+        losses.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return losses

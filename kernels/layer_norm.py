@@ -1,0 +1,166 @@
+"""Layer normalisation (Ba et al., arXiv 1607.06450) with fp32 statistics, and a residual sum in the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim.
+
+    x (..., d); weight, bias (d,) in x's dtype: fp16, bf16, fp32 or fp64 (Triton: not fp64). Rows at any stride; where x
+    cannot be viewed as (rows, d) with last stride 1 it is copied. Statistics and arithmetic are fp32.
+
+    residual, shaped as x: returns (layer_norm(x + residual), x + residual) from one pass, for blocks that carry the sum
+    on; without it, the normalised tensor alone. Gradients of both outputs meet in the one backward pass.
+
+    The backward is deterministic: weight gradients are partial sums of fixed rows, added in a fixed order.
+    Raises ValueError for a shape or device that does not fit, TypeError for a dtype, each naming the value.
+    """
+    _check(x, weight, bias, residual)
+    if torch.compiler.is_compiling():
+        out, summed, *_ = _forward_op(x, weight, bias, eps, residual)
+    elif residual is None:
+        return _LayerNorm.apply(x, weight, bias, eps)
+    else:
+        out, summed = _LayerNormOfSum.apply(x, residual, weight, bias, eps)
+    return out if residual is None else (out, summed)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., d) -> (rows, d) with last stride 1, without a copy where the strides allow it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, what was normalised, mean, rstd); the first two shaped as x. New tensors are no views: autograd forbids an
+    in-place op on a view that a Function made."""
+    kernels = backend.implementation("layer_norm", x.device)
+    rows, out = _rows(x), x.new_empty(x.shape)
+    if residual is None:
+        _, mean, rstd = kernels.forward(rows, weight, bias, eps, out=out.view(rows.shape))
+        return out, x, mean, rstd
+    summed = x.new_empty(x.shape)
+    _, mean, rstd = kernels.forward(
+        rows,
+        weight,
+        bias,
+        eps,
+        out=out.view(rows.shape),
+        residual=_rows(residual),
+        summed=summed.view(rows.shape),
+    )
+    return out, summed, mean, rstd
+
+
+def _backward(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dsummed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = backend.implementation("layer_norm", x.device)
+    rows, dx = _rows(x), x.new_empty(x.shape)
+    residual_grad = None if dsummed is None else _rows(dsummed)
+    _, dweight, dbias = kernels.backward(
+        _rows(dout), rows, weight, mean, rstd, residual_grad=residual_grad, dx=dx.view(rows.shape)
+    )
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        out, _, mean, rstd = _forward(x, weight, bias, eps, None)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        x, weight, mean, rstd = ctx.saved_tensors
+        return *_backward(dout, x, weight, mean, rstd, None), None
+
+
+class _LayerNormOfSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps):
+        out, summed, mean, rstd = _forward(x, weight, bias, eps, residual)
+        ctx.save_for_backward(summed, weight, mean, rstd)
+        return out, summed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dsummed):
+        summed, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = _backward(dout, summed, weight, mean, rstd, dsummed)
+        return dx, dx, dweight, dbias, None
+
+
+@torch.library.custom_op("phi_fast::layer_norm", mutates_args=())
+def _forward_op(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, x + residual or nothing, mean, rstd)."""
+    out, summed, *statistics = _forward(x, weight, bias, eps, residual)
+    mean, rstd = backend.unshared(statistics)
+    return out, x.new_empty(0) if residual is None else summed, mean, rstd
+
+
+@_forward_op.register_fake
+def _(x, weight, bias, eps, residual):
+    statistics = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), statistics, statistics.clone()
+
+
+@torch.library.custom_op("phi_fast::layer_norm_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dsummed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = backend.unshared(_backward(dout, x, weight, mean, rstd, dsummed))
+    return dx, dweight, dbias
+
+
+@_backward_op.register_fake
+def _(dout, x, weight, mean, rstd, dsummed):
+    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, _, residual = inputs
+    _, summed, mean, rstd = output
+    ctx.save_for_backward(x if residual is None else summed, weight, mean, rstd)
+    ctx.sums = residual is not None
+
+
+def _op_backward(ctx, dout, dsummed, dmean, drstd):
+    x, weight, mean, rstd = ctx.saved_tensors
+    dx, dweight, dbias = _backward_op(dout, x, weight, mean, rstd, dsummed if ctx.sums else None)
+    return dx, dweight, dbias, None, dx if ctx.sums else None
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    if x.dim() < 1:
+        raise ValueError("x is a scalar; expected (..., d)")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x is {x.dtype}; expected float16, bfloat16, float32 or float64")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},), x's last dim")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; expected the same")
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}; cast them to one dtype")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}; move them to one device")

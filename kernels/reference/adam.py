@@ -1,0 +1,74 @@
+"""Adam and its gradient norm in plain PyTorch.
+
+The contracts of `step_` and `grad_norm_squared`, which every back end keeps, are their docstrings. State, checks and
+the optimizer class are the public op's (`kernels/adam.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    *,
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101, `decoupled`) step on every tensor of the lists, in place.
+
+    Lists of equal length; the i-th tensors have the same number of elements and are contiguous. params: fp32, fp16 or
+    bf16, written. grads: fp32, fp16 or bf16, read only, one dtype that may differ from the parameters'. exp_avgs,
+    exp_avg_sqs: fp32. masters: fp32, read instead of the parameters and written beside them; None: there are none.
+    step: fp32 scalar tensor on the device: the count t of THIS step, 1 for the first; read, never written.
+    lr: a float, or an fp32 scalar tensor on the device.
+    grad_scale: fp32 scalar tensor multiplied onto every gradient, 1 / (loss scale × clip); None: 1.
+    found_inf: fp32 scalar tensor; where it is not 0 nothing at all is written.
+
+    In fp32 for every element, in torch.optim's order of operations, so that trajectories stay within rounding of its
+    own; the scalars 1 - lr·weight_decay and 1 - β^t are formed in fp64, or in fp32 without cancellation, then rounded:
+        g = grad · grad_scale;   g += weight_decay · p (not decoupled);   p *= 1 - lr·weight_decay (decoupled)
+        m += (1-β1)·(g - m);     v = β2·v + ((1-β2)·g)·g
+        p -= (lr / (1-β1^t) · m) / (sqrt(v) / sqrt(1-β2^t) + eps)
+    """
+    beta1, beta2 = betas
+    t = step.double()
+    step_size = lr / (1 - beta1**t)
+    root2 = (1 - beta2**t).sqrt()
+    for i, param in enumerate(params):
+        master = param if masters is None else masters[i]
+        wide = torch.promote_types(master.dtype, torch.float32)
+        p, g = master.to(wide), grads[i].reshape(param.shape).to(wide)
+        if grad_scale is not None:
+            g = g * grad_scale
+        if decoupled:
+            p = p * (1 - lr * weight_decay)
+        else:
+            g = g.add(p, alpha=weight_decay)
+        m = torch.lerp(exp_avgs[i], g, 1 - beta1)
+        v = torch.addcmul(exp_avg_sqs[i] * beta2, g, g, value=1 - beta2)
+        p = p - (step_size * m) / (v.sqrt() / root2 + eps)
+        for old, new in ((param, p), (master, p), (exp_avgs[i], m), (exp_avg_sqs[i], v)):
+            old.copy_(new if found_inf is None else torch.where(found_inf == 0, new.to(old.dtype), old))
+
+
+def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of every element of `grads`: an fp32 scalar tensor on their device, without a host sync.
+
+    grads: fp32, fp16 or bf16, contiguous, one device. Deterministic: the same tensors give the same bits. An inf or NaN
+    anywhere gives inf or NaN, so that one `isfinite` of the result is the overflow check of the same pass.
+    """
+    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads]).sum().float()

@@ -1,0 +1,125 @@
+"""Attention in plain PyTorch, (sequence, sequence) scores and all: what every other back end is measured against.
+
+The backward forms the probabilities again from the saved log-sum-exp, as FlashAttention does (arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q kᵀ + mask) v -> (out, lse).
+
+    q (batch, sequence, heads, head_dim), k and v (batch, sequence, key_heads, head_dim), any strides. out as q; lse
+    (batch, heads, sequence), natural logarithm, fp32 (fp64 for fp64). cu_seqlens (documents + 1,) int32 with batch 1:
+    rows see only their own document. cos, sin (positions, rotary_dim / 2): q and k are rotated first, by the row in the
+    document.
+    """
+    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    scores = _scores(*_rotated(q, k, cos, sin, positions), scale, causal, cu_seqlens)  # (B, Hkv, G, S, S)
+    lse = scores.logsumexp(-1)  # (B, Hkv, G, S)
+    values = (scores - lse[..., None]).exp_() @ _wide(v).movedim(1, 2)[:, :, None]
+    result = values.flatten(1, 2).transpose(1, 2)  # (B, S, H, D)
+    out = result.to(q.dtype) if out is None else out.copy_(result)
+    return out, lse.flatten(1, 2)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """Writes the gradients of q, k and v (before the rotation, where one was asked for) into dq, dk and dv."""
+    key_heads = k.shape[2]
+    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    rotated_q, rotated_k = _rotated(q, k, cos, sin, positions)
+    scores = _scores(rotated_q, rotated_k, scale, causal, cu_seqlens)
+    probabilities = (scores - _grouped(lse.transpose(1, 2)[..., None], key_heads)).exp_()
+    grouped_dout = _grouped(_wide(dout), key_heads)  # (B, Hkv, G, S, D)
+    dv.copy_((probabilities.mT @ grouped_dout).sum(2).transpose(1, 2))
+    dprobabilities = grouped_dout @ _wide(v).movedim(1, 2)[:, :, None].mT
+    row_sums = (probabilities * dprobabilities).sum(-1, keepdim=True)
+    dscores = probabilities.mul_(dprobabilities.sub_(row_sums)).mul_(scale)
+    drotated_q = (dscores @ rotated_k.movedim(1, 2)[:, :, None]).flatten(1, 2).transpose(1, 2)
+    drotated_k = (dscores.mT @ _grouped(rotated_q, key_heads)).sum(2).transpose(1, 2)
+    dq.copy_(rotate(drotated_q, cos, sin, positions, inverse=True))
+    dk.copy_(rotate(drotated_k, cos, sin, positions, inverse=True))
+
+
+def document_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """(length,) int64: each row's place in its document, or in the sequence where there are no documents."""
+    rows = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return rows
+    return rows - cu_seqlens.long()[_documents(length, cu_seqlens)]
+
+
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, *, inverse: bool = False) -> Tensor:
+    """Half-split rotary embedding of x (batch, sequence, heads, head_dim); x itself where cos or sin is None."""
+    if cos is None or sin is None:
+        return x
+    half = cos.shape[1]
+    c, s = (table[positions][:, None].to(x.dtype) for table in (cos, sin))  # (S, 1, half)
+    s = -s if inverse else s
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat((a * c - b * s, b * c + a * s, rest), -1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rotated(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(_wide(q), cos, sin, positions), rotate(_wide(k), cos, sin, positions)
+
+
+def _grouped(x: Tensor, key_heads: int) -> Tensor:
+    """(B, S, H, D) -> (B, key_heads, H / key_heads, S, D): the query heads that share a key head, together."""
+    return x.movedim(1, 2).unflatten(1, (key_heads, -1))
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+    scores = (_grouped(q, k.shape[2]) @ k.movedim(1, 2)[:, :, None].mT).mul_(scale)
+    hidden = _hidden(q.shape[1], causal, cu_seqlens, q.device)
+    return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+
+
+def _documents(length: int, cu_seqlens: Tensor) -> Tensor:
+    """(length,) int64: the document of each row. Empty documents are passed over."""
+    rows = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, rows, right=True) - 1
+
+
+def _hidden(length: int, causal: bool, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
+    """(length, length) bool: True where the row may not see the column."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1) if causal else None
+    if cu_seqlens is None:
+        return hidden
+    document = _documents(length, cu_seqlens)
+    other = document[:, None] != document
+    return other if hidden is None else hidden | other

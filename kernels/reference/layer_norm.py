@@ -1,0 +1,73 @@
+"""Layer normalisation in plain PyTorch: Ba et al., arXiv 1607.06450.
+
+The contract of `forward` and `backward`, which every back end keeps, is their docstrings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
+    shift: Tensor | None = None,
+    shifted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) * rstd * weight + bias -> (out, mean, rstd), all rows in one pass.
+
+    x (rows, d), rows at any stride, last stride 1; weight, bias (d,) in x's dtype; out as x. mean, rstd (rows,), fp32
+    (fp64 for fp64), of the biased variance: rstd = (variance + eps) ** -0.5.
+
+    residual (rows, d) with summed (rows, d): x + residual, rounded to x's dtype, is written to `summed` and is what is
+    normalised. shift (d,) with shifted (rows, d): x + shift is written to `shifted` (a residual stream that a matrix
+    product is then added onto); the normalised value is not changed by it. `shifted` must not overlap x.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        summed = torch.empty_like(x) if summed is None else summed
+        x = torch.add(x, residual, out=summed)
+    if shift is not None and shifted is not None:
+        torch.add(x, shift, out=shifted)
+    v = x.to(wide)
+    mean = v.mean(1)
+    centred = v - mean[:, None]
+    rstd = (centred.square().mean(1) + eps).rsqrt()
+    result = centred * rstd[:, None] * weight.to(wide) + bias.to(wide)
+    out = result.to(x.dtype) if out is None else out.copy_(result)
+    return out, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) from dy (rows, d) and what forward normalised and returned.
+
+    residual_grad (rows, d): the gradient that reaches x past the norm; added to dx before it is rounded. dx may be
+    given, as a buffer (rows, d), and may be residual_grad or dy itself. dweight, dbias (d,) are fp32 (fp64 for fp64),
+    summed in a fixed order.
+    """
+    wide = mean.dtype
+    g = dy.to(wide)
+    normalised = (x.to(wide) - mean[:, None]) * rstd[:, None]
+    dweight, dbias = (g * normalised).sum(0), g.sum(0)
+    g = g * weight.to(wide)
+    result = (g - g.mean(1, keepdim=True) - normalised * (g * normalised).mean(1, keepdim=True)) * rstd[:, None]
+    if residual_grad is not None:
+        result += residual_grad
+    dx = result.to(x.dtype) if dx is None else dx.copy_(result)
+    return dx, dweight, dbias

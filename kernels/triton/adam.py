@@ -1,0 +1,335 @@
+"""Adam in Triton: one launch over any number of tensors, and the squared norm of their gradients in another.
+
+Programs find their work in tables on the device: the addresses and sizes of the tensors, and a map from program to
+(tensor, first element). Tables are kept while the addresses stay the same: a step in the steady state uploads nothing.
+A tensor whose addresses are multiples of 16 bytes is cut into a multiple of 16 elements, which moves in 128-bit
+accesses, and a remainder; remainders and misaligned tensors go through a second, narrow launch.
+
+Bytes a parameter, 16-bit weights and gradients, fp32 master and state: read 2 + 4 + 4 + 4, write 2 + 4 + 4 + 4 = 28;
+the norm reads the gradient once more: 30.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Launch, Specimen
+from .rounding import narrow
+
+CHUNK = 32768  # elements a program
+BLOCK = 2048  # elements at a time: with 256 threads, 8 each
+WARPS = 8
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _address(table, tensor, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """The address that `table` (tensors,) holds for `tensor`, as a pointer to DTYPE."""
+    pointer = tl.load(table + tensor).to(tl.pointer_type(DTYPE))
+    if WIDE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _work(sizes, chunks, CHUNK: tl.constexpr, WIDE: tl.constexpr):
+    """(tensor, first element, end) of this program: chunks (programs, 2) int64, sizes (tensors,) int64."""
+    program = tl.program_id(0)
+    tensor = tl.load(chunks + 2 * program)
+    start = tl.load(chunks + 2 * program + 1)
+    end = tl.minimum(start + CHUNK, tl.load(sizes + tensor))
+    if WIDE:
+        start = tl.multiple_of(start, 16)
+        end = tl.multiple_of(end, 16)
+    return tensor, start, end
+
+
+@triton.jit
+def _one_minus_power(log_beta, t):
+    """1 - β^t = -expm1(t·log β) in fp32, to a few ulp: by its series where exp would cancel."""
+    x = log_beta * t
+    series = 1.0 + x / 8.0
+    series = 1.0 + x / 7.0 * series
+    series = 1.0 + x / 6.0 * series
+    series = 1.0 + x / 5.0 * series
+    series = 1.0 + x / 4.0 * series
+    series = 1.0 + x / 3.0 * series
+    series = 1.0 + x / 2.0 * series
+    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _adam(
+    table,  # (6, tensors) int64: addresses of params, grads, exp_avgs, exp_avg_sqs, masters; sizes
+    chunks,  # (programs, 2) int64
+    tensors,
+    step,  # scalar fp32
+    lr,  # scalar fp32, or a float
+    grad_scale,  # scalar fp32 or None
+    found_inf,  # scalar fp32 or None
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    weight_decay,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    LR_IS_TENSOR: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if found_inf is not None:  # noqa: SIM102 (known when compiling)
+        if tl.load(found_inf) != 0:
+            return
+    tensor, start, end = _work(table + 5 * tensors, chunks, CHUNK, WIDE)
+    params = _address(table, tensor, PARAM, WIDE)
+    grads = _address(table + tensors, tensor, GRAD, WIDE)
+    exp_avgs = _address(table + 2 * tensors, tensor, tl.float32, WIDE)
+    exp_avg_sqs = _address(table + 3 * tensors, tensor, tl.float32, WIDE)
+    masters = _address(table + 4 * tensors, tensor, tl.float32, WIDE) if HAS_MASTER else params
+
+    rate = tl.load(lr) if LR_IS_TENSOR else lr
+    scale = tl.load(grad_scale) if grad_scale is not None else 1.0
+    t = tl.load(step)
+    step_size = rate / _one_minus_power(log_beta1, t)
+    root2 = tl.sqrt_rn(_one_minus_power(log_beta2, t))
+    keep = 1.0 - rate * weight_decay
+
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        inside = at < end
+        p = tl.load(masters + at, mask=inside).to(tl.float32)
+        g = tl.load(grads + at, mask=inside).to(tl.float32) * scale
+        m = tl.load(exp_avgs + at, mask=inside)
+        v = tl.load(exp_avg_sqs + at, mask=inside)
+        if DECOUPLED:
+            p = p * keep
+        else:
+            g = g + weight_decay * p
+        m = m + one_minus_beta1 * (g - m)
+        v = beta2 * v + one_minus_beta2 * g * g
+        p = p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
+        tl.store(exp_avgs + at, m, mask=inside)
+        tl.store(exp_avg_sqs + at, v, mask=inside)
+        tl.store(params + at, narrow(p, PARAM), mask=inside)
+        if HAS_MASTER:
+            tl.store(masters + at, p, mask=inside)
+
+
+@triton.jit
+def _sum_of_squares(
+    table,  # (2, tensors) int64: addresses of grads; sizes
+    chunks,  # (programs, 2) int64
+    tensors,
+    partials,  # (programs,) fp32
+    GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, start, end = _work(table + tensors, chunks, CHUNK, WIDE)
+    grads = _address(table, tensor, GRAD, WIDE)
+    lanes = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        g = tl.load(grads + at, mask=at < end, other=0.0).to(tl.float32)
+        lanes += g * g
+    tl.store(partials + tl.program_id(0), tl.sum(lanes, axis=0))
+
+
+def _split(lists: Sequence[Sequence[Tensor]]) -> tuple[list[list[int]], list[list[int]]]:
+    """The i-th tensors of `lists` as rows [address in each list ..., elements], in parts: (wide, narrow)."""
+    wide, narrow = [], []
+    for tensors in zip(*lists, strict=True):
+        addresses, n = [t.data_ptr() for t in tensors], tensors[0].numel()
+        whole = n - n % 16 if all(address % 16 == 0 for address in addresses) else 0
+        if whole:
+            wide.append([*addresses, whole])
+        if whole < n:
+            narrow.append([a + whole * t.element_size() for a, t in zip(addresses, tensors, strict=True)] + [n - whole])
+    return wide, narrow
+
+
+@lru_cache(maxsize=64)
+def _upload(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 values on the device, without waiting for it."""
+    table = torch.tensor(values, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@lru_cache(maxsize=64)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(programs, 2): which tensor a program works on, and from which element."""
+    pairs = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, CHUNK)]
+    return _upload(tuple(value for pair in pairs for value in pair), device).view(-1, 2)
+
+
+_CAPTURED: list[Tensor] = []
+"""Tables that a CUDA graph reads: they must outlive the caches above."""
+
+
+def _tables(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The kernels' `table` (a column a tensor) and `chunks`, for `rows` of `_split`."""
+    columns = list(zip(*rows, strict=True))
+    table = _upload(tuple(value for column in columns for value in column), device).view(len(columns), len(rows))
+    chunks = _chunks(tuple(columns[-1]), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.extend((table, chunks))
+    return table, chunks
+
+
+def _adam_launch(
+    table: Tensor,
+    chunks: Tensor,
+    param: torch.dtype,
+    grad: torch.dtype,
+    *,
+    has_master: bool,
+    wide: bool,
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Launch:
+    log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
+    return Launch(
+        _adam,
+        (len(chunks),),
+        {
+            "table": table,
+            "chunks": chunks,
+            "tensors": table.shape[1],
+            "step": step,
+            "lr": lr if isinstance(lr, Tensor) else float(lr),
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
+            "beta2": float(betas[1]),
+            "one_minus_beta1": 1.0 - betas[0],
+            "one_minus_beta2": 1.0 - betas[1],
+            "log_beta1": log_beta1,
+            "log_beta2": log_beta2,
+            "eps": float(eps),
+            "weight_decay": float(weight_decay),
+        },
+        {
+            "PARAM": TRITON_DTYPES[param],
+            "GRAD": TRITON_DTYPES[grad],
+            "HAS_MASTER": has_master,
+            "LR_IS_TENSOR": isinstance(lr, Tensor),
+            "DECOUPLED": decoupled,
+            "WIDE": wide,
+            "CHUNK": CHUNK,
+            "BLOCK": BLOCK,
+        },
+        num_warps=WARPS,
+    )
+
+
+def _sum_of_squares_launch(table: Tensor, chunks: Tensor, partials: Tensor, grad: torch.dtype, *, wide: bool) -> Launch:
+    return Launch(
+        _sum_of_squares,
+        (len(chunks),),
+        {"table": table, "chunks": chunks, "tensors": table.shape[1], "partials": partials},
+        {"GRAD": TRITON_DTYPES[grad], "WIDE": wide, "CHUNK": CHUNK, "BLOCK": BLOCK},
+        num_warps=WARPS,
+    )
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    *,
+    step: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`reference.adam.step_`."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, params if masters is None else masters)
+    for rows, wide in zip(_split(lists), (True, False), strict=True):
+        if rows:
+            _adam_launch(
+                *_tables(rows, params[0].device),
+                params[0].dtype,
+                grads[0].dtype,
+                has_master=masters is not None,
+                wide=wide,
+                step=step,
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                decoupled=decoupled,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+            )()
+
+
+def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
+    """`reference.adam.grad_norm_squared`: a partial sum a program, added up in fp64 in a fixed order."""
+    device, partials = grads[0].device, []
+    for dtype in dict.fromkeys(g.dtype for g in grads):
+        for rows, wide in zip(_split([[g for g in grads if g.dtype == dtype]]), (True, False), strict=True):
+            if rows:
+                table, chunks = _tables(rows, device)
+                partials.append(torch.empty(len(chunks), dtype=torch.float32, device=device))
+                _sum_of_squares_launch(table, chunks, partials[-1], dtype, wide=wide)()
+    return torch.cat(partials).sum(dtype=torch.float64).float() if partials else torch.zeros((), device=device)
+
+
+def specimens(dtype: torch.dtype = torch.float16, *, elements: int = 2**28) -> list[Specimen]:
+    """One flat partition: 16-bit weights and gradients, fp32 master and state; and its gradient's norm."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    chunks = empty(elements // CHUNK, 2, dtype=torch.int64)
+    scalar = empty(dtype=torch.float32)
+    note = f"{elements} {str(dtype).removeprefix('torch.')} weights, fp32 master"
+    norm = _sum_of_squares_launch(
+        empty(2, 1, dtype=torch.int64), chunks, empty(len(chunks), dtype=torch.float32), dtype, wide=True
+    )
+    step = _adam_launch(
+        empty(6, 1, dtype=torch.int64),
+        chunks,
+        dtype,
+        dtype,
+        has_master=True,
+        wide=True,
+        step=scalar,
+        lr=2e-4,
+        betas=(0.9, 0.98),
+        eps=1e-7,
+        weight_decay=0.1,
+        decoupled=True,
+        grad_scale=scalar,
+        found_inf=scalar,
+    )
+    return [
+        Specimen("adam.step", step, bytes_moved=28 * elements, bytes_bound=28 * elements, note=note),
+        Specimen("adam.norm", norm, bytes_moved=2 * elements, bytes_bound=2 * elements, note=note),
+    ]

@@ -1,0 +1,224 @@
+"""Attention in Triton: head dims 64 and 128; fp16, bf16 and fp32; the rotation, where asked for, inside the loads.
+
+Bytes: forward, q, k, v and out once a pass, and k and v again for every block of rows that L2 does not serve; backward,
+dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
+
+Rotating inside saves the pass of 4d bytes a token each way, and costs registers and arithmetic: every block of rows
+turns the keys again. Which is faster on a GPU was not measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_backward import dkv_kernel, dq_kernel
+from .attention_forward import forward_kernel
+from .attention_tiles import architecture, tile
+from .common import Launch, Specimen
+
+_KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.attention.forward`. Raises ValueError or TypeError for what the kernels were not written for."""
+    _check(q, cos, sin)
+    batch, sequence, heads, _ = q.shape
+    out = q.new_empty(q.shape) if out is None else out
+    lse = q.new_empty((batch, heads, sequence), dtype=torch.float32)
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
+    if q.numel():
+        with _on(q.device):
+            launch("forward", architecture(q.device), q=q, k=k, v=v, out=out, lse=lse, **options)()
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """As `reference.attention.backward`; two runs give the same bits."""
+    _check(q, cos, sin)
+    delta = torch.empty_like(lse)
+    read: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta}
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
+    if q.numel():
+        target = architecture(q.device)
+        with _on(q.device):
+            launch("dq", target, **read, out=out, dq=dq, **options)()  # writes delta, which dkv reads
+            launch("dkv", target, **read, dk=dk, dv=dv, **options)()
+
+
+def launch(
+    name: str,
+    target: str,
+    *,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    **tensors: Tensor,
+) -> Launch:
+    """The launch of kernel `name` ("forward", "dq", "dkv") on `tensors`, by their names in the kernel, for `target`."""
+    kernel = _KERNELS[name]
+    q, k = tensors["q"], tensors["k"]
+    batch, sequence, heads, head_dim = q.shape
+    key_heads = k.shape[2]
+    chosen = tile(name, target, head_dim, q.element_size(), cos is not None)
+    programs, block = (batch * key_heads, chosen.n) if name == "dkv" else (batch * heads, chosen.m)
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    arguments = {
+        **{f"{name}_pointer": tensor for name, tensor in tensors.items()},
+        **{
+            f"stride_{name}_{axis}": stride
+            for name, tensor in tensors.items()
+            for axis, stride in zip("bsh", tensor.stride(), strict=False)
+        },
+        "cos": cos,
+        "sin": sin,
+        "cu_seqlens": cu_seqlens,
+        "documents": documents,
+        "search_steps": max(documents - 1, 0).bit_length(),  # of a binary search among the documents
+        "heads": heads,
+        "key_heads": key_heads,
+        "sequence": sequence,
+        "scale": scale,
+        "scale_log2": scale * math.log2(math.e),
+    }
+    return Launch(
+        kernel=kernel,
+        grid=(programs, triton.cdiv(sequence, block)),
+        arguments={name: value for name, value in arguments.items() if name in kernel.arg_names},
+        constants={
+            "GROUP": heads // key_heads,
+            "D": head_dim,
+            "HALF": 0 if cos is None else cos.shape[1],
+            "CAUSAL": causal,
+            "VARLEN": cu_seqlens is not None,
+            # fp32 products follow torch's own switch.
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "M": chosen.m,
+            "N": chosen.n,
+        },
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+
+
+def specimens(dtype: torch.dtype = torch.float16, *, arch: str = "sm_90", batch: int = 2) -> list[Specimen]:
+    """phi-1.5's block: 32 heads of 64 in rows of 2048, in a packed (T, 7d) buffer; then what other models ask for."""
+    return [
+        *_specimens(dtype, arch, batch, "", heads=32, key_heads=32, head_dim=64),
+        *_specimens(dtype, arch, batch, ", rotary inside", heads=32, key_heads=32, head_dim=64, rotary_dim=32),
+        *_specimens(dtype, arch, 1, ", documents", heads=32, key_heads=32, head_dim=64, documents=8),
+        *_specimens(dtype, arch, batch, ", head_dim 128, 4 queries a key", heads=16, key_heads=4, head_dim=128),
+    ]
+
+
+def _specimens(
+    dtype: torch.dtype,
+    arch: str,
+    batch: int,
+    note: str,
+    *,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    rotary_dim: int = 0,
+    documents: int = 0,
+    sequence: int = 2048,
+) -> list[Specimen]:
+    width, key_width = heads * head_dim, key_heads * head_dim
+    packed = torch.empty(batch, sequence, 5 * width + 2 * key_width, dtype=dtype, device="meta")
+    gradient = torch.empty_like(packed)
+    mixed = torch.empty(batch, sequence, 5 * width, dtype=dtype, device="meta")
+    dmixed = torch.empty_like(mixed)
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        parts = x.split((width, key_width, key_width, 4 * width), -1)[:3]
+        return tuple(part.unflatten(-1, (-1, head_dim)) for part in parts)
+
+    q, k, v = split(packed)
+    dq, dk, dv = split(gradient)
+    out, dout = (x[..., :width].unflatten(-1, (-1, head_dim)) for x in (mixed, dmixed))
+    lse = torch.empty(batch, heads, sequence, device="meta")
+    delta = torch.empty_like(lse)
+    cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta") if documents else None
+    cos = sin = torch.empty(sequence, rotary_dim // 2, device="meta") if rotary_dim else None
+    tensors = {
+        "forward": {"q": q, "k": k, "v": v, "out": out, "lse": lse},
+        "dq": {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "delta": delta, "dq": dq},
+        "dkv": {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta, "dk": dk, "dv": dv},
+    }
+    options: dict[str, Any] = {
+        "scale": head_dim**-0.5,
+        "causal": True,
+        "cu_seqlens": cu_seqlens,
+        "cos": cos,
+        "sin": sin,
+    }
+    shape = f"({batch}, {sequence}, {heads}, {head_dim}) {dtype}".replace("torch.", "")
+    found = []
+    for name, operands in tensors.items():
+        moved = sum(x.numel() * x.element_size() for x in operands.values())
+        found.append(
+            Specimen(f"attention.{name}", launch(name, arch, **operands, **options), moved, moved, shape + note)
+        )
+    return found
+
+
+def _check(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    head_dim = q.shape[3]
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(
+            f"attention in Triton takes float16, bfloat16 or float32, not {q.dtype}; use('reference', op='attention')"
+        )
+    if head_dim not in (64, 128):
+        raise ValueError(
+            f"attention in Triton takes head_dim 64 or 128, not {head_dim}; use('sdpa' or 'reference', op='attention')"
+        )
+    if cos is None or sin is None:
+        return
+    half = cos.shape[1]
+    if half == 0 or half & (half - 1) or head_dim % (2 * half):
+        raise ValueError(
+            f"attention in Triton rotates 2 * 2**n dims, not {2 * half} of {head_dim}; call apply_rotary_ before it "
+            "and leave cos and sin out"
+        )
+    if not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(f"cos and sin have strides {cos.stride()} and {sin.stride()}; expected contiguous tables")
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current GPU: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,234 @@
+"""The backward kernels of attention: one for dq, one for dk and dv. Each gradient has one writer, and no atomics.
+
+Both form the probabilities again from the saved log-sum-exp. The dq kernel runs first: it has dout and out in hand and
+leaves delta = rowsum(dout * out) for the other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_forward import document_of, dot, rotate, visible
+from .rounding import narrow
+
+
+@triton.jit
+def _add_dq(
+    dq, q, dout, lse, delta, k_tile, v_tile, stride_k, stride_v, start, end,
+    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (M, D), without the scale, plus what the keys start..end give it."""
+    M: tl.constexpr = q.shape[0]
+    for n in range(start, end, N):
+        columns = n + tl.arange(0, N)
+        n_long = tl.cast(n, tl.int64)
+        if MASKED:
+            inside = (columns < sequence)[:, None]
+            k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)
+            v = tl.load(v_tile + n_long * stride_v, mask=inside, other=0.0)
+        else:
+            k = tl.load(k_tile + n_long * stride_k)
+            v = tl.load(v_tile + n_long * stride_v)
+        if HALF > 0:
+            k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+        scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
+        p = tl.exp2((scores - lse[:, None]) * scale_log2)
+        dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32), PRECISION)
+        dscores = p * (dp - delta[:, None])
+        if MASKED:
+            seen = visible(rows[:, None], columns[None, :], first, last, sequence, CAUSAL, VARLEN)
+            dscores = tl.where(seen, dscores, 0.0)
+        dq = dot(narrow(dscores, k.dtype), k, dq, PRECISION)
+    return dq
+
+
+@triton.jit
+def dq_kernel(
+    dout_pointer, q_pointer, k_pointer, v_pointer, out_pointer, lse_pointer, cos, sin, cu_seqlens,
+    delta_pointer,  # (batch, heads, sequence) fp32
+    dq_pointer,  # (batch, sequence, heads, D) by stride
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
+    stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h, stride_dq_b, stride_dq_s, stride_dq_h,
+    heads, sequence, documents, search_steps, scale, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program: dq of M rows of one query head, and their delta. Grid (batch * heads, row blocks)."""
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # longest programs first
+    rows = block_start + tl.arange(0, M)
+    inside = (rows < sequence)[:, None]
+    local = tl.arange(0, M)[:, None]
+    dims = tl.arange(0, D)[None, :]
+    row_start = tl.cast(block_start, tl.int64)
+
+    q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + row_start * stride_q_s
+    dout_tile = dout_pointer + batch * stride_dout_b + head * stride_dout_h + row_start * stride_dout_s
+    out_tile = out_pointer + batch * stride_out_b + head * stride_out_h + row_start * stride_out_s
+    k_tile = k_pointer + batch * stride_k_b + (head // GROUP) * stride_k_h
+    k_tile += tl.arange(0, N)[:, None] * stride_k_s + dims
+    v_tile = v_pointer + batch * stride_v_b + (head // GROUP) * stride_v_h
+    v_tile += tl.arange(0, N)[:, None] * stride_v_s + dims
+
+    dout = tl.load(dout_tile + local * stride_dout_s + dims, mask=inside, other=0.0)  # (M, D)
+    out = tl.load(out_tile + local * stride_out_s + dims, mask=inside, other=0.0)
+    statistics = tl.program_id(0).to(tl.int64) * sequence + rows
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_pointer + statistics, delta, mask=rows < sequence)
+    lse = tl.load(lse_pointer + statistics, mask=rows < sequence, other=float("inf")) / scale
+    q = tl.load(q_tile + local * stride_q_s + dims, mask=inside, other=0.0)
+    if HALF > 0:
+        q = rotate(q, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+
+    start = 0
+    end = sequence
+    first = rows[:, None]
+    last = rows[:, None]
+    if VARLEN:
+        start, _ = document_of(block_start, cu_seqlens, documents, search_steps, sequence)
+        _, end = document_of(block_start + M - 1, cu_seqlens, documents, search_steps, sequence)
+        first, last = document_of(rows, cu_seqlens, documents, search_steps, sequence)
+        first = first[:, None]
+        last = last[:, None]
+    if CAUSAL:
+        end = tl.minimum(sequence, block_start + M)
+
+    dq = tl.zeros((M, D), tl.float32)
+    if not VARLEN:
+        masked_start = (block_start if CAUSAL else sequence) // N * N
+        dq = _add_dq(
+            dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
+            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
+            False, CAUSAL, VARLEN, HALF, N, PRECISION,
+        )  # fmt: skip
+        start = masked_start
+    dq = _add_dq(
+        dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
+        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
+        True, CAUSAL, VARLEN, HALF, N, PRECISION,
+    )  # fmt: skip
+    dq *= scale
+    if HALF > 0:
+        dq = rotate(dq, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, True, VARLEN, HALF)
+    dq_tile = dq_pointer + batch * stride_dq_b + head * stride_dq_h + row_start * stride_dq_s
+    tl.store(dq_tile + local * stride_dq_s + dims, narrow(dq, dq_pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_dkv(
+    dk, dv, k, v, q_tile, dout_tile, lse_row, delta_row,
+    stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, end, columns, first, last,
+    cos, sin, cu_seqlens, documents, search_steps, sequence, scale, scale_log2,
+    GROUP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
+    M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (N, D), without the scale, and dv (N, D) plus what the rows start..end of GROUP query heads give them.
+
+    One loop over heads and rows: one inside the other takes up to 70 more registers.
+    """
+    N: tl.constexpr = k.shape[0]
+    steps = tl.cdiv(end - start, M)
+    for i in range(GROUP * steps):
+        member = i // steps if GROUP > 1 else 0
+        m = start + (i - member * steps) * M
+        rows = m + tl.arange(0, M)
+        m_long = tl.cast(m, tl.int64)
+        inside = rows < sequence
+        q = tl.load(q_tile + m_long * stride_q_s + member * stride_q_h, mask=inside[:, None], other=0.0)  # (M, D)
+        dout = tl.load(dout_tile + m_long * stride_dout_s + member * stride_dout_h, mask=inside[:, None], other=0.0)
+        # Rows past the end give nothing: exp2(0 - inf) = 0.
+        lse = tl.load(lse_row + member * sequence + rows, mask=inside, other=float("inf")) / scale
+        delta = tl.load(delta_row + member * sequence + rows, mask=inside, other=0.0)
+        if HALF > 0:
+            q = rotate(q, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+        scores = dot(k, tl.trans(q), tl.zeros((N, M), tl.float32), PRECISION)
+        p = tl.exp2((scores - lse[None, :]) * scale_log2)
+        if MASKED:
+            # first and last bound the column's document: the row's too, wherever one may see the other.
+            seen = columns <= rows[None, :] if CAUSAL else rows[None, :] >= first
+            if VARLEN:
+                seen = seen & (rows[None, :] < last)
+            p = tl.where(seen, p, 0.0)
+        dv = dot(narrow(p, dout.dtype), dout, dv, PRECISION)
+        dp = dot(v, tl.trans(dout), tl.zeros((N, M), tl.float32), PRECISION)
+        dscores = p * (dp - delta[None, :])
+        if MASKED:  # 0 * NaN is NaN, and hidden rows must not show
+            dscores = tl.where(seen, dscores, 0.0)
+        dk = dot(narrow(dscores, q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(
+    dout_pointer, q_pointer, k_pointer, v_pointer, lse_pointer, delta_pointer, cos, sin, cu_seqlens,
+    dk_pointer, dv_pointer,  # (batch, sequence, key_heads, D) by stride
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
+    stride_v_b, stride_v_s, stride_v_h, stride_dk_b, stride_dk_s, stride_dk_h, stride_dv_b, stride_dv_s, stride_dv_h,
+    key_heads, sequence, documents, search_steps, scale, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program: dk and dv of N keys of one key head, over GROUP query heads. Grid (batch * key_heads, blocks)."""
+    batch = (tl.program_id(0) // key_heads).to(tl.int64)
+    key_head = tl.program_id(0) % key_heads
+    block_start = tl.program_id(1) * N
+    columns = block_start + tl.arange(0, N)
+    inside = (columns < sequence)[:, None]
+    local = tl.arange(0, N)[:, None]
+    dims = tl.arange(0, D)[None, :]
+    column_start = tl.cast(block_start, tl.int64)
+
+    k_tile = k_pointer + batch * stride_k_b + key_head * stride_k_h + column_start * stride_k_s
+    v_tile = v_pointer + batch * stride_v_b + key_head * stride_v_h + column_start * stride_v_s
+    k = tl.load(k_tile + local * stride_k_s + dims, mask=inside, other=0.0)  # (N, D)
+    v = tl.load(v_tile + local * stride_v_s + dims, mask=inside, other=0.0)
+    if HALF > 0:
+        k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+
+    start = block_start if CAUSAL else 0
+    end = sequence
+    first = columns[:, None]
+    last = columns[:, None]
+    if VARLEN:
+        first, last = document_of(columns, cu_seqlens, documents, search_steps, sequence)
+        first = first[:, None]
+        last = last[:, None]
+        if not CAUSAL:
+            start, _ = document_of(block_start, cu_seqlens, documents, search_steps, sequence)
+        _, end = document_of(block_start + N - 1, cu_seqlens, documents, search_steps, sequence)
+
+    dk = tl.zeros((N, D), tl.float32)
+    dv = tl.zeros((N, D), tl.float32)
+    head = key_head * GROUP
+    q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + tl.arange(0, M)[:, None] * stride_q_s + dims
+    dout_tile = dout_pointer + batch * stride_dout_b + head * stride_dout_h
+    dout_tile += tl.arange(0, M)[:, None] * stride_dout_s + dims
+    statistics = (batch * key_heads * GROUP + head) * sequence
+    # Rows past the block see every key of it, unless documents end between.
+    masked_end = end
+    if not VARLEN:
+        masked_end = tl.minimum(block_start + tl.cdiv(N, M) * M, sequence) if CAUSAL else start
+    dk, dv = _add_dkv(
+        dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
+        stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, masked_end, columns[:, None], first, last,
+        cos, sin, cu_seqlens, documents, search_steps, sequence, scale, scale_log2,
+        GROUP, True, CAUSAL, VARLEN, HALF, M, PRECISION,
+    )  # fmt: skip
+    if not VARLEN:
+        dk, dv = _add_dkv(
+            dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
+            stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, masked_end, end, columns[:, None], first, last,
+            cos, sin, cu_seqlens, documents, search_steps, sequence, scale, scale_log2,
+            GROUP, False, CAUSAL, VARLEN, HALF, M, PRECISION,
+        )  # fmt: skip
+    dk *= scale
+    if HALF > 0:
+        dk = rotate(dk, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, True, VARLEN, HALF)
+    dk_tile = dk_pointer + batch * stride_dk_b + key_head * stride_dk_h + column_start * stride_dk_s
+    tl.store(dk_tile + local * stride_dk_s + dims, narrow(dk, dk_pointer.dtype.element_ty), mask=inside)
+    dv_tile = dv_pointer + batch * stride_dv_b + key_head * stride_dv_h + column_start * stride_dv_s
+    tl.store(dv_tile + local * stride_dv_s + dims, narrow(dv, dv_pointer.dtype.element_ty), mask=inside)

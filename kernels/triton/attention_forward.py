@@ -1,0 +1,187 @@
+"""The forward kernel of attention (FlashAttention-2, arXiv 2307.08691), and the pieces it shares with the backward's.
+
+Online softmax in base 2: exp(x) = exp2(x log2(e)), and log2(e) is folded into the scale. The row's maximum, and in the
+backward its log-sum-exp, is subtracted from the raw score before the scale multiplies: near the maximum that difference
+is exact, where a fused score * scale - maximum loses 2% of a probability once scores reach 1e5.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rounding import INTERPRETED, narrow
+
+
+@triton.jit
+def document_of(row, cu_seqlens, documents, search_steps, sequence):
+    """(first row, last row + 1) of the document that `row`, a scalar or a vector, lies in: a binary search."""
+    row = tl.minimum(row, sequence - 1)
+    low = row * 0
+    high = low + documents
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        right = tl.load(cu_seqlens + middle) <= row
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    return tl.load(cu_seqlens + low), tl.load(cu_seqlens + low + 1)
+
+
+@triton.jit
+def rotate(
+    x, rows, cos, sin, cu_seqlens, documents, search_steps, sequence,
+    INVERSE: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """x (M, D), its first 2 HALF columns rotated in half-split pairs by each row's place in its document: fp32 math.
+
+    The columns are split as (D / (2 HALF), 2, HALF), and of the D / (2 HALF) groups only the first turns: in the others
+    cos is 1 and sin is 0.
+    """
+    M: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = x.shape[1] // (2 * HALF)
+    positions = rows
+    if VARLEN:
+        first, _ = document_of(rows, cu_seqlens, documents, search_steps, sequence)
+        positions = rows - first
+    group = tl.arange(0, GROUPS)[None, :, None]
+    column = tl.arange(0, HALF)[None, None, :]
+    turning = (group == 0) & (rows < sequence)[:, None, None]  # (M, GROUPS, 1)
+    at = positions[:, None, None] * HALF + column + group * 0
+    c = tl.load(cos + at, mask=turning, other=1.0).to(tl.float32)  # (M, GROUPS, HALF)
+    s = tl.load(sin + at, mask=turning, other=0.0).to(tl.float32)
+    if INVERSE:
+        s = -s
+    a, b = tl.split(tl.permute(tl.reshape(x.to(tl.float32), (M, GROUPS, 2, HALF)), (0, 1, 3, 2)))
+    turned = tl.join(a * c - b * s, b * c + a * s)  # (M, GROUPS, HALF, 2)
+    return narrow(tl.reshape(tl.permute(turned, (0, 1, 3, 2)), (M, GROUPS * 2 * HALF)), x.dtype)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b in fp32. Triton's interpreter would multiply bf16's bits as integers: there it is widened."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def visible(rows, columns, first, last, sequence, CAUSAL: tl.constexpr, VARLEN: tl.constexpr):
+    """True where a row may see a column: all broadcast against each other; first, last bound the row's document."""
+    if CAUSAL:  # rows that are stored are < sequence, so the columns they see are too
+        seen = columns <= rows
+    elif VARLEN:
+        seen = columns < last
+    else:
+        seen = columns < sequence
+    if VARLEN:
+        seen = seen & (columns >= first)
+    return seen
+
+
+@triton.jit
+def _attend(
+    accumulator, total, maximum, q, k_tile, v_tile, stride_k, stride_v, start, end,
+    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Folds the keys start..end into accumulator (M, D), total (M,) and maximum (M,), the last before the scale."""
+    M: tl.constexpr = q.shape[0]
+    for n in range(start, end, N):
+        columns = n + tl.arange(0, N)
+        n_long = tl.cast(n, tl.int64)  # sequence * stride passes 2**31 in long packed buffers
+        if MASKED:
+            inside = (columns < sequence)[:, None]
+            k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)
+            v = tl.load(v_tile + n_long * stride_v, mask=inside, other=0.0)
+        else:
+            k = tl.load(k_tile + n_long * stride_k)
+            v = tl.load(v_tile + n_long * stride_v)
+        if HALF > 0:
+            k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+        scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
+        if MASKED:
+            seen = visible(rows[:, None], columns[None, :], first, last, sequence, CAUSAL, VARLEN)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # Where nothing was seen yet the maximum is -inf, and -inf - -inf is NaN: any finite number does.
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        p = tl.exp2((scores - base[:, None]) * scale_log2)
+        shrink = tl.exp2((maximum - base) * scale_log2)
+        total = total * shrink + tl.sum(p, 1)
+        accumulator = dot(narrow(p, v.dtype), v, accumulator * shrink[:, None], PRECISION)
+        maximum = new_maximum
+    return accumulator, total, maximum
+
+
+@triton.jit
+def forward_kernel(
+    q_pointer, k_pointer, v_pointer, cos, sin, cu_seqlens,
+    out_pointer,  # (batch, sequence, heads, D) by stride
+    lse_pointer,  # (batch, heads, sequence) fp32, natural logarithm
+    stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
+    stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
+    heads, sequence, documents, search_steps, scale, scale_log2,
+    GROUP: tl.constexpr,  # query heads a key head
+    D: tl.constexpr, HALF: tl.constexpr,  # rotary_dim / 2, 0: no rotation
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program: M rows of one query head against all keys they see. Grid (batch * heads, row blocks)."""
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    # The last rows see the most keys: they start first, so that no long program is left for the end.
+    block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    rows = block_start + tl.arange(0, M)
+    dims = tl.arange(0, D)
+    row_start = tl.cast(block_start, tl.int64)
+
+    q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + row_start * stride_q_s
+    q_tile += tl.arange(0, M)[:, None] * stride_q_s + dims[None, :]
+    k_tile = k_pointer + batch * stride_k_b + (head // GROUP) * stride_k_h
+    k_tile += tl.arange(0, N)[:, None] * stride_k_s + dims[None, :]
+    v_tile = v_pointer + batch * stride_v_b + (head // GROUP) * stride_v_h
+    v_tile += tl.arange(0, N)[:, None] * stride_v_s + dims[None, :]
+
+    q = tl.load(q_tile, mask=(rows < sequence)[:, None], other=0.0)
+    if HALF > 0:
+        q = rotate(q, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+
+    start = 0
+    end = sequence
+    first = rows[:, None]
+    last = rows[:, None]
+    if VARLEN:
+        start, _ = document_of(block_start, cu_seqlens, documents, search_steps, sequence)
+        _, end = document_of(block_start + M - 1, cu_seqlens, documents, search_steps, sequence)
+        first, last = document_of(rows, cu_seqlens, documents, search_steps, sequence)
+        first = first[:, None]
+        last = last[:, None]
+    if CAUSAL:
+        end = tl.minimum(sequence, block_start + M)
+
+    total = tl.zeros((M,), tl.float32)
+    maximum = tl.full((M,), float("-inf"), tl.float32)
+    accumulator = tl.zeros((M, D), tl.float32)
+    if not VARLEN:  # blocks that every row sees whole need no mask
+        masked_start = (block_start if CAUSAL else sequence) // N * N
+        accumulator, total, maximum = _attend(
+            accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
+            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
+            False, CAUSAL, VARLEN, HALF, N, PRECISION,
+        )  # fmt: skip
+        start = masked_start
+    accumulator, total, maximum = _attend(
+        accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
+        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
+        True, CAUSAL, VARLEN, HALF, N, PRECISION,
+    )  # fmt: skip
+
+    LN2: tl.constexpr = 0.6931471805599453
+    lse_row = lse_pointer + tl.program_id(0).to(tl.int64) * sequence
+    tl.store(lse_row + rows, maximum * scale + tl.log2(total) * LN2, mask=rows < sequence)
+    out_tile = out_pointer + batch * stride_out_b + head * stride_out_h + row_start * stride_out_s
+    out_tile += tl.arange(0, M)[:, None] * stride_out_s + dims[None, :]
+    out = accumulator / total[:, None]
+    tl.store(out_tile, narrow(out, out_pointer.dtype.element_ty), mask=(rows < sequence)[:, None])

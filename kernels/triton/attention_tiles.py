@@ -1,0 +1,68 @@
+"""Tile sizes of the attention kernels, chosen by hand: nothing is timed when a program starts.
+
+What decides, in this order; `python -m phi_fast.kernels.codegen` shows each figure:
+1. no register spills, with documents, and with the rotation inside the loads, which costs 50 to 100 registers a thread;
+2. two or more blocks on a multiprocessor where they fit, so that one block's softmax hides behind another's products;
+3. shared memory within 99 KB for sm_80's, which consumer cards of compute capability 8.x and 12.x also run (the same
+   mma.sync instructions); 227 KB for sm_90 and sm_100; 64 KB for gfx942;
+4. sm_80: 32 rows a warp in the forward, since a warp reads every key from shared memory, and with 16 rows that alone
+   takes as long as its tensor-core instructions. sm_90's wgmma and sm_100's tcgen05 read shared memory themselves, 64
+   or 128 rows a time, so 8 warps share a tile. gfx942 has 512 registers a lane and no asynchronous copies: stages = 1.
+None of these tiles was timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Tile(NamedTuple):
+    """Rows of q (m) and of k (n) a step, and how many warps and pipeline stages run them."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+_HALF_PRECISION = {
+    # (kernel, head_dim, rotary inside): a tile by architecture, in the order of ARCHITECTURES
+    ("forward", 64, False): ((128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 1)),
+    ("forward", 64, True): ((128, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 1)),
+    ("forward", 128, False): ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 4, 1)),
+    ("forward", 128, True): ((64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
+    ("dq", 64, False): ((64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 1)),
+    ("dq", 64, True): ((64, 32, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
+    ("dq", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    ("dq", 128, True): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    ("dkv", 64, False): ((32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
+    ("dkv", 64, True): ((32, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
+    ("dkv", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+    ("dkv", 128, True): ((32, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+}
+
+# fp32 operands take twice the room, and without TF32 the products run on the ordinary units from registers.
+_SINGLE_PRECISION = {64: (32, 32, 4, 2), 128: (16, 16, 4, 1)}
+
+
+def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: bool) -> Tile:
+    """The tile of `kernel` ("forward", "dq" or "dkv") for elements of `itemsize` bytes."""
+    if itemsize == 4:
+        return Tile(*_SINGLE_PRECISION[head_dim])
+    return Tile(*_HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)])
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """The member of ARCHITECTURES whose tiles suit `device`. The interpreter, on a CPU, runs sm_80's."""
+    if device.type == "cpu":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")

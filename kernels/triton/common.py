@@ -1,0 +1,107 @@
+"""What every Triton module shares: how a launch is described, so that one description is run and cross-compiled.
+
+A launcher builds a `Launch` and calls it. `codegen` builds the same `Launch` from meta tensors of a model's shapes and
+compiles it for GPUs that are not there: what it reports is what runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `launch()` runs it."""
+
+    kernel: Any
+    """The `@triton.jit` function."""
+    grid: tuple[int, ...]
+    """Programs along each axis."""
+    arguments: dict[str, Any]
+    """Run-time arguments by name: tensors, ints, floats, or None."""
+    constants: dict[str, Any]
+    """`tl.constexpr` arguments by name."""
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+    def signature(self) -> dict[str, str]:
+        """Argument -> Triton's type, in the kernel's order, as `triton.compiler.ASTSource` wants it."""
+        types = {name: _type(value) for name, value in self.arguments.items()} | dict.fromkeys(
+            self.constants, "constexpr"
+        )
+        return {name: types[name] for name in self.kernel.arg_names}
+
+    def constexprs(self) -> dict[str, Any]:
+        """Values known when compiling: the constants, arguments that are None, and ints that are 1."""
+        known = {name: value for name, value in self.arguments.items() if _type(value) == "constexpr"}
+        return {**known, **self.constants}
+
+    def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """Pointers and ints that are multiples of 16, by their index in the signature: they decide the access width."""
+        index = {name: i for i, name in enumerate(self.kernel.arg_names)}
+        aligned = (name for name, value in self.arguments.items() if _multiple_of_16(value))
+        return {(index[name],): [["tt.divisibility", 16]] for name in aligned}
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A launch at a model's shapes, with the bytes it moves through memory and the fewest that the work needs."""
+
+    name: str
+    """op.pass, for example "layer_norm.backward"."""
+    launch: Launch
+    bytes_moved: int
+    """Global bytes read and written by the whole launch, each tensor once a pass over it."""
+    bytes_bound: int
+    """The design's bound for this work."""
+    note: str = ""
+    """What the reader must know of the shape: "(tokens, d) fp16"."""
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _multiple_of_16(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return (value.storage_offset() * value.element_size() + _base_address(value)) % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value != 1 and value % 16 == 0
+
+
+def _base_address(value: torch.Tensor) -> int:
+    """Meta tensors have no address; the allocators of the real ones align at least to 64 bytes."""
+    return 0 if value.is_meta else value.untyped_storage().data_ptr()
+
+
+def next_power_of_2(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+def refuse_double(op: str, x: torch.Tensor) -> None:
+    """Triton's kernels compute in fp32: raises TypeError for fp64."""
+    if x.dtype == torch.float64:
+        raise TypeError(f"{op} in Triton computes in fp32 and these tensors are float64; use('reference', op={op!r})")

@@ -1,0 +1,275 @@
+"""LayerNorm in Triton, a row in registers.
+
+Bytes an element (16-bit): forward 2 + 2, with a residual 4 more, with `shifted` 2 more; backward 2 + 2 + 2, with the
+residual's gradient 2 more. dweight and dbias: each program sums its rows in registers and writes one partial row (at
+most PROGRAMS of them, some 5% of the bytes at phi-1.5's shapes), which a second pass adds in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Launch, Specimen, next_power_of_2, refuse_double
+from .rounding import narrow
+
+PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
+WIDEST = 32768  # elements of a row that registers hold
+
+
+@triton.jit
+def _forward(
+    x,  # (rows, d)
+    weight,  # (d,)
+    bias,  # (d,)
+    out,  # (rows, d)
+    mean,  # (rows,) fp32
+    rstd,  # (rows,) fp32
+    residual,  # (rows, d) or None: x + residual is normalised, and written to
+    summed,  # (rows, d)
+    shift,  # (d,) or None: x + shift is written to
+    shifted,  # (rows, d)
+    d,
+    eps,
+    x_stride,
+    out_stride,
+    residual_stride,
+    summed_stride,
+    shifted_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        stored = narrow(v, summed.dtype.element_ty)
+        tl.store(summed + row * summed_stride + column, stored, mask=inside)
+        v = stored.to(tl.float32)  # what backward will see
+    if shift is not None:
+        moved = v + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(shifted + row * shifted_stride + column, narrow(moved, shifted.dtype.element_ty), mask=inside)
+    average = tl.sum(v, axis=0) / d
+    centred = tl.where(inside, v - average, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / d + eps)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    result = centred * inverse * w + b
+    tl.store(out + row * out_stride + column, narrow(result, out.dtype.element_ty), mask=inside)
+    tl.store(mean + row, average)
+    tl.store(rstd + row, inverse)
+
+
+@triton.jit
+def _backward(
+    dy,  # (rows, d)
+    x,  # (rows, d)
+    weight,  # (d,)
+    mean,  # (rows,) fp32
+    rstd,  # (rows,) fp32
+    residual_grad,  # (rows, d) or None
+    dx,  # (rows, d)
+    partial,  # (2, programs, d) fp32: sums of dweight and dbias over a program's rows
+    rows,
+    d,
+    rows_each,
+    dy_stride,
+    x_stride,
+    residual_grad_stride,
+    dx_stride,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK], dtype=tl.float32)
+    first = program * rows_each
+    for i in range(first, tl.minimum(first + rows_each, rows)):
+        row = tl.cast(i, tl.int64)
+        g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(rstd + row)
+        normalised = tl.where(inside, (v - tl.load(mean + row)) * inverse, 0.0)
+        dweight += g * normalised
+        dbias += g
+        g *= w
+        along = tl.sum(g * normalised, axis=0) / d
+        result = (g - tl.sum(g, axis=0) / d - normalised * along) * inverse
+        if residual_grad is not None:
+            past = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
+            result += past.to(tl.float32)
+        tl.store(dx + row * dx_stride + column, narrow(result, dx.dtype.element_ty), mask=inside)
+    at = partial + program.to(tl.int64) * d + column
+    tl.store(at, dweight, mask=inside)
+    tl.store(at + tl.num_programs(0).to(tl.int64) * d, dbias, mask=inside)
+
+
+def _block(d: int) -> int:
+    if d > WIDEST:
+        raise ValueError(f"layer_norm in Triton takes rows of up to {WIDEST} elements, not {d}; use('reference')")
+    return next_power_of_2(d)
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _forward_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: Tensor | None,
+    summed: Tensor | None,
+    shift: Tensor | None,
+    shifted: Tensor | None,
+) -> Launch:
+    rows, d = x.shape
+    block = _block(d)
+    return Launch(
+        _forward,
+        (rows,),
+        {
+            "x": x,
+            "weight": weight,
+            "bias": bias,
+            "out": out,
+            "mean": mean,
+            "rstd": rstd,
+            "residual": residual,
+            "summed": summed,
+            "shift": shift,
+            "shifted": shifted,
+            "d": d,
+            "eps": float(eps),
+            "x_stride": x.stride(0),
+            "out_stride": out.stride(0),
+            "residual_stride": _stride(residual),
+            "summed_stride": _stride(summed),
+            "shifted_stride": _stride(shifted),
+        },
+        {"BLOCK": block},
+        num_warps=max(1, min(16, block // 512)),  # 16 elements a thread: two loads of 128 bits
+    )
+
+
+def _backward_launch(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual_grad: Tensor | None,
+    dx: Tensor,
+    partial: Tensor,
+) -> Launch:
+    rows, d = x.shape
+    block = _block(d)
+    programs = partial.shape[1]
+    return Launch(
+        _backward,
+        (programs,),
+        {
+            "dy": dy,
+            "x": x,
+            "weight": weight,
+            "mean": mean,
+            "rstd": rstd,
+            "residual_grad": residual_grad,
+            "dx": dx,
+            "partial": partial,
+            "rows": rows,
+            "d": d,
+            "rows_each": triton.cdiv(rows, programs),
+            "dy_stride": dy.stride(0),
+            "x_stride": x.stride(0),
+            "residual_grad_stride": _stride(residual_grad),
+            "dx_stride": dx.stride(0),
+        },
+        {"BLOCK": block},
+        num_warps=max(1, min(16, block // 256)),  # 8 elements a thread: five fp32 rows stay in registers
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
+    shift: Tensor | None = None,
+    shifted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.layer_norm.forward`. Raises TypeError for fp64, ValueError for rows of more than 32768."""
+    refuse_double("layer_norm", x)
+    rows, _ = x.shape
+    out = x.new_empty(x.shape) if out is None else out
+    mean, rstd = x.new_empty((2, rows), dtype=torch.float32)
+    if residual is not None and summed is None:
+        summed = x.new_empty(x.shape)
+    if rows:
+        _forward_launch(x, weight, bias, eps, out, mean, rstd, residual, summed, shift, shifted)()
+    return out, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.layer_norm.backward`. Raises TypeError for fp64, ValueError for rows of more than 32768."""
+    refuse_double("layer_norm", x)
+    rows, d = x.shape
+    dx = x.new_empty(x.shape) if dx is None else dx
+    rows_each = max(1, triton.cdiv(rows, PROGRAMS))
+    partial = x.new_empty((2, triton.cdiv(rows, rows_each), d), dtype=torch.float32)
+    if rows:
+        _backward_launch(dy, x, weight, mean, rstd, residual_grad, dx, partial)()
+    dweight, dbias = partial.sum(1)
+    return dx, dweight, dbias
+
+
+def specimens(dtype: torch.dtype = torch.float16, *, tokens: int = 8192, d: int = 2048) -> list[Specimen]:
+    """As the parallel block calls them: forward with the residual stream's copy, and backward with its gradient."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, out, dx, dy, shifted = (empty(tokens, d) for _ in range(5))
+    vector, statistics = empty(d), empty(tokens, dtype=torch.float32)
+    partial = empty(2, PROGRAMS, d, dtype=torch.float32)
+    note = f"({tokens}, {d}) {str(dtype).removeprefix('torch.')}"
+    plain = (x, vector, vector, 1e-5, out, statistics, statistics, None, None)
+    return [
+        Specimen("layer_norm.forward", _forward_launch(*plain, None, None), 2 * x.nbytes, 2 * x.nbytes, note),
+        Specimen(
+            "layer_norm.forward_shifted",
+            _forward_launch(*plain, vector, shifted),
+            3 * x.nbytes,
+            3 * x.nbytes,
+            f"{note}, with x + biases written for the block's last product",
+        ),
+        Specimen(
+            "layer_norm.backward",
+            _backward_launch(dy, x, vector, statistics, statistics, dy, dx, partial),
+            4 * x.nbytes + 2 * partial.nbytes,
+            4 * x.nbytes,
+            f"{note}, with the residual's gradient",
+        ),
+    ]

@@ -1,0 +1,215 @@
+"""Cross entropy of a chunk of logits in Triton: a program a row, gradient in place, and column sums for the bias.
+
+Bytes an element of the chunk (16-bit): 2 read and, with the gradient, 2 written; the second read of a row comes from
+the L2 cache, which holds the rows in flight. The bias gradient reads the chunk once more: 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Launch, Specimen
+from .rounding import narrow
+
+BLOCK = 4096  # columns at a time: with 512 threads, 8 each
+WARPS = 16
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+
+
+@triton.jit
+def _cross_entropy(
+    logits,  # (rows, V), row_stride apart
+    labels,  # (rows,) int64
+    bias,  # (V,) or None
+    losses,  # (rows,) fp32
+    scale,  # scalar fp32
+    vocab,
+    row_stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    SMOOTH: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    label = tl.load(labels + row)
+    columns = tl.arange(0, BLOCK)
+
+    if label == ignore_index:
+        tl.store(losses + row, 0.0)
+        if NEED_GRAD:
+            zeros = tl.zeros([BLOCK], dtype=logits.dtype.element_ty)
+            for start in range(0, vocab, BLOCK):
+                tl.store(logits + start + columns, zeros, mask=start + columns < vocab)
+        return
+
+    # Online logsumexp (Milakov and Gimelshein, arXiv 1805.02867), a running maximum and sum in every lane, which meet
+    # once, after the loop. The maximum starts finite, so that a lane of -inf adds exp(-inf) = 0 and no NaN.
+    lane_max = tl.full([BLOCK], -3.4e38, dtype=tl.float32)
+    lane_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    lane_total = tl.zeros([BLOCK], dtype=tl.float32)  # of x, for label smoothing
+    for start in range(0, vocab, BLOCK):
+        inside = start + columns < vocab
+        x = tl.load(logits + start + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32)
+        if bias is not None:
+            x += tl.load(bias + start + columns, mask=inside, other=0.0).to(tl.float32)
+        new_max = tl.maximum(lane_max, x)
+        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(x - new_max)
+        lane_max = new_max
+        if SMOOTH:
+            lane_total += tl.where(inside, x, 0.0)
+    row_max = tl.max(lane_max, axis=0)
+    total = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
+    lse = row_max + tl.log(total)
+
+    valid = (label >= 0) & (label < vocab)
+    y = tl.where(valid, label, 0)
+    target = tl.load(logits + y).to(tl.float32)
+    if bias is not None:
+        target += tl.load(bias + y).to(tl.float32)
+    # The maximum is taken off before anything is added: logits of hundreds would cost the small terms their digits.
+    loss = tl.log(total) - (1 - label_smoothing) * (target - row_max) + z_loss * lse * lse
+    if SMOOTH:
+        loss -= label_smoothing * (tl.sum(lane_total, axis=0) / vocab - row_max)
+    poison = tl.where(valid, 0.0, float("nan"))  # a label outside the vocabulary must not pass for a number
+    tl.store(losses + row, loss + poison)
+
+    if NEED_GRAD:
+        factor = tl.load(scale)
+        of_p = factor * (1 + 2 * z_loss * lse) / total
+        of_all = poison - factor * (label_smoothing / vocab)
+        of_target = factor * (1 - label_smoothing)
+        for start in range(0, vocab, BLOCK):
+            inside = start + columns < vocab
+            x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            if bias is not None:
+                x += tl.load(bias + start + columns, mask=inside, other=0.0).to(tl.float32)
+            dx = of_p * tl.exp(x - row_max) + of_all
+            dx = tl.where(start + columns == y, dx - of_target, dx)
+            tl.store(logits + start + columns, narrow(dx, logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_column_sums(
+    x,  # (rows, V), row_stride apart
+    sums,  # (V,) fp32, added to
+    rows,
+    vocab,
+    row_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    lanes = tl.arange(0, BLOCK_ROWS)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = (start + lanes).to(tl.int64)
+        inside = (row < rows)[:, None] & (columns < vocab)[None, :]
+        total += tl.load(x + row[:, None] * row_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    old = tl.load(sums + columns, mask=columns < vocab, other=0.0)
+    tl.store(sums + columns, old + tl.sum(total, axis=0), mask=columns < vocab)
+
+
+def _cross_entropy_launch(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    losses: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    need_grad: bool,
+) -> Launch:
+    return Launch(
+        _cross_entropy,
+        (logits.shape[0],),
+        {
+            "logits": logits,
+            "labels": labels,
+            "bias": bias,
+            "losses": losses,
+            "scale": scale,
+            "vocab": logits.shape[1],
+            "row_stride": logits.stride(0),
+            "ignore_index": ignore_index,
+            "label_smoothing": float(label_smoothing),
+            "z_loss": float(z_loss),
+        },
+        {"SMOOTH": label_smoothing != 0, "NEED_GRAD": need_grad, "BLOCK": BLOCK},
+        num_warps=WARPS,
+    )
+
+
+def _column_sums_launch(x: Tensor, sums: Tensor) -> Launch:
+    rows, vocab = x.shape
+    return Launch(
+        _add_column_sums,
+        (triton.cdiv(vocab, BLOCK_COLUMNS),),
+        {"x": x, "sums": sums, "rows": rows, "vocab": vocab, "row_stride": x.stride(0)},
+        {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
+    )
+
+
+def cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    scale: Tensor,
+    need_grad: bool,
+    dbias: Tensor | None = None,
+) -> Tensor:
+    """`reference.linear_cross_entropy.cross_entropy_`; dbias sums the gradient as it is stored, as torch's does."""
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.shape[0] == 0:
+        return losses
+    options = (ignore_index, label_smoothing, z_loss, need_grad)
+    _cross_entropy_launch(logits, labels, bias, losses, scale, *options)()
+    if need_grad and dbias is not None:
+        _column_sums_launch(logits, dbias)()
+    return losses
+
+
+def specimens(dtype: torch.dtype = torch.float16, *, rows: int = 4096, vocab: int = 51200) -> list[Specimen]:
+    """The kernels on one chunk of phi-1.5's logits."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    logits, labels, bias = empty(rows, vocab), empty(rows, dtype=torch.int64), empty(vocab)
+    losses, scale = empty(rows, dtype=torch.float32), empty(dtype=torch.float32)
+    chunk, note = logits.nbytes, f"({rows}, {vocab}) {str(dtype).removeprefix('torch.')}"
+    name = "linear_cross_entropy"
+    return [
+        Specimen(
+            f"{name}.loss_and_gradient",
+            _cross_entropy_launch(logits, labels, bias, losses, scale, -100, 0.0, 0.0, True),
+            bytes_moved=2 * chunk,
+            bytes_bound=2 * chunk,
+            note=f"{note}; the second read of a row is counted as an L2 hit",
+        ),
+        Specimen(
+            f"{name}.loss",
+            _cross_entropy_launch(logits, labels, bias, losses, scale, -100, 0.0, 0.0, False),
+            bytes_moved=chunk,
+            bytes_bound=chunk,
+            note=note,
+        ),
+        Specimen(
+            f"{name}.bias_gradient",
+            _column_sums_launch(logits, empty(vocab, dtype=torch.float32)),
+            bytes_moved=chunk,
+            bytes_bound=chunk,
+            note=note,
+        ),
+    ]

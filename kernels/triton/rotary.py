@@ -1,0 +1,138 @@
+"""Rotary embedding in place in Triton: a program turns up to 64 heads of one token.
+
+Bytes an element that turns: 2 × its size, read and written once; the dims past rotary_dim are not touched. The table's
+rows (2 × rotary_dim bytes a token) come from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Launch, Specimen, next_power_of_2, refuse_double
+from .rounding import narrow
+
+HEADS = 64  # heads a program: with 16 pairs each and 128 threads, 8 elements of either half a thread
+
+
+@triton.jit
+def _rotate(
+    x,  # (batch, sequence, heads, head_dim)
+    cos,  # (max_positions, HALF)
+    sin,  # (max_positions, HALF)
+    positions,  # (batch, sequence), or None: row s takes position offset + s
+    sequence,
+    heads,
+    offset,
+    max_positions,
+    batch_stride,
+    row_stride,
+    head_stride,
+    positions_batch_stride,
+    positions_row_stride,
+    HALF: tl.constexpr,  # rotary_dim / 2
+    PAIRS: tl.constexpr,  # HALF, padded to a power of two
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    token = tl.program_id(0)
+    batch, row = token // sequence, token % sequence
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, PAIRS)
+    if positions is None:
+        position = offset + row
+    else:
+        position = tl.load(positions + batch * positions_batch_stride + row * positions_row_stride)
+    # A position outside the table must not pass for a number: NaN.
+    place = tl.zeros([PAIRS], dtype=tl.int64) + position
+    known = (pair < HALF) & (place >= 0) & (place < max_positions)
+    entry = place * HALF + pair
+    c = tl.load(cos + entry, mask=known, other=float("nan")).to(tl.float32)[None, :]
+    s = tl.load(sin + entry, mask=known, other=float("nan")).to(tl.float32)[None, :]
+    if INVERSE:
+        s = -s
+
+    x += batch.to(tl.int64) * batch_stride + row.to(tl.int64) * row_stride
+    if INTERLEAVED:
+        dim = tl.arange(0, 2 * PAIRS)
+        pointers = x + head[:, None] * head_stride + dim[None, :]
+        inside = (head < heads)[:, None] & (dim < 2 * HALF)[None, :]
+        a, b = tl.split(tl.reshape(tl.load(pointers, mask=inside, other=0.0).to(tl.float32), (HEADS, PAIRS, 2)))
+        turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), (HEADS, 2 * PAIRS))
+        tl.store(pointers, narrow(turned, x.dtype.element_ty), mask=inside)
+    else:
+        pointers = x + head[:, None] * head_stride + pair[None, :]
+        inside = (head < heads)[:, None] & (pair < HALF)[None, :]
+        a = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(pointers + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(pointers, narrow(a * c - b * s, x.dtype.element_ty), mask=inside)
+        tl.store(pointers + HALF, narrow(b * c + a * s, x.dtype.element_ty), mask=inside)
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interleaved: bool, inverse: bool) -> Launch:
+    batch, sequence, heads, _ = x.shape
+    half = cos.shape[1]
+    block = min(HEADS, next_power_of_2(heads))
+    tensor = positions if isinstance(positions, Tensor) else None
+    elements = block * next_power_of_2(half)
+    return Launch(
+        _rotate,
+        (batch * sequence, triton.cdiv(heads, block)),
+        {
+            "x": x,
+            "cos": cos,
+            "sin": sin,
+            "positions": tensor,
+            "sequence": sequence,
+            "heads": heads,
+            "offset": positions if tensor is None else 0,
+            "max_positions": cos.shape[0],
+            "batch_stride": x.stride(0),
+            "row_stride": x.stride(1),
+            "head_stride": x.stride(2),
+            "positions_batch_stride": 0 if tensor is None else tensor.stride(0),
+            "positions_row_stride": 0 if tensor is None else tensor.stride(1),
+        },
+        {
+            "HALF": half,
+            "PAIRS": next_power_of_2(half),
+            "HEADS": block,
+            "INTERLEAVED": interleaved,
+            "INVERSE": inverse,
+        },
+        num_warps=max(1, min(4, elements // 256)),
+    )
+
+
+def rotate_(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: int | Tensor,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> None:
+    """As `reference.rotary.rotate_`; a position outside the table makes its row NaN. Raises TypeError for fp64."""
+    refuse_double("rotary", x)
+    if x.numel():
+        _launch(x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)()
+
+
+def specimens(
+    dtype: torch.dtype = torch.float16, *, batch: int = 4, sequence: int = 2048, heads: int = 32
+) -> list[Specimen]:
+    """q and k of phi-1.5's packed buffer (tokens, 7d), both ways."""
+    width = 64 * heads
+    packed = torch.empty(batch, sequence, 7 * width, dtype=dtype, device="meta")
+    x = packed[..., : 2 * width].unflatten(-1, (2 * heads, 64))
+    cos, sin = (torch.empty(sequence, 16, dtype=torch.float32, device="meta") for _ in range(2))
+    moved = batch * sequence * 2 * heads * 32 * 2 * dtype.itemsize
+    note = f"q, k of ({batch * sequence}, {7 * width}) {str(dtype).removeprefix('torch.')}"
+    return [
+        Specimen(f"rotary.{name}", _launch(x, cos, sin, 0, False, inverse), moved, moved, note)
+        for name, inverse in (("forward", False), ("backward", True))
+    ]

@@ -1,0 +1,21 @@
+"""Rounding to a storage dtype that is the same on a GPU and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..backend import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """x (fp32) rounded to nearest even in DTYPE. The interpreter cuts bf16 off: there half a bit is added before."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        # Without the low half cleared, 0 would reach the interpreter's cast as a subnormal, which it turns into 1e-38.
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x != x, x, rounded)  # NaN stays
+    return x.to(DTYPE)

@@ -1,0 +1,67 @@
+"""layer_norm by NVIDIA's apex (github.com/NVIDIA/apex, `fused_layer_norm_cuda`), found when it is first asked for.
+
+apex takes contiguous rows and returns weight gradients in the weight's dtype. Adding residuals is torch's, around it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..backend import BackendUnavailable
+
+
+def library(module: str, op: str) -> ModuleType:
+    """apex's compiled module of that name. Raises BackendUnavailable where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{op}: backend 'apex' needs NVIDIA's apex built with its CUDA extensions ({module}), from "
+            f"https://github.com/NVIDIA/apex (PyPI's `apex` is another project); or use('auto', op={op!r})"
+        ) from error
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    residual: Tensor | None = None,
+    summed: Tensor | None = None,
+    shift: Tensor | None = None,
+    shifted: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.layer_norm.forward`."""
+    kernels = library("fused_layer_norm_cuda", "layer_norm")
+    if residual is not None:
+        x = torch.add(x, residual, out=torch.empty_like(x) if summed is None else summed)
+    if shift is not None and shifted is not None:
+        torch.add(x, shift, out=shifted)
+    result, mean, rstd = kernels.forward_affine(x.contiguous(), x.shape[1:], weight, bias, eps)
+    return result if out is None else out.copy_(result), mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.layer_norm.backward`, but for dweight and dbias, which apex has rounded to the weight's dtype."""
+    kernels = library("fused_layer_norm_cuda", "layer_norm")
+    # Where apex keeps the input, not the output, it reads neither the bias nor eps: the weight stands in for the bias.
+    arguments = (dy.contiguous(), mean, rstd, x.contiguous(), x.shape[1:], weight, weight, 0.0, False)
+    result, dweight, dbias = kernels.backward_affine(*arguments)
+    if residual_grad is not None:
+        result = result + residual_grad
+    return result if dx is None else dx.copy_(result), dweight.to(mean.dtype), dbias.to(mean.dtype)

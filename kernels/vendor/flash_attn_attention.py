@@ -1,0 +1,105 @@
+"""Attention by the flash-attn package (https://github.com/Dao-AILab/flash-attention): GPUs, fp16 and bf16.
+
+Called below its autograd, so that out and log-sum-exp are saved once. It does not rotate: q and k are copied, rotated.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backend import BackendUnavailable
+from ..reference.attention import document_positions, rotate
+
+try:
+    from flash_attn import flash_attn_interface as _flash
+except ImportError as error:
+    raise BackendUnavailable(
+        "attention: flash-attn cannot be imported: pip install flash-attn --no-build-isolation (it needs a CUDA "
+        "compiler), or use('auto', op='attention')"
+    ) from error
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.attention.forward`."""
+    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    if cu_seqlens is None:
+        result, lse, *_ = _flash._flash_attn_forward(q, k, v, **_options(scale, causal), return_softmax=False)
+    else:
+        result, lse, *_ = _flash._flash_attn_varlen_forward(
+            q[0], k[0], v[0], **_documents(cu_seqlens, q.shape[1]), **_options(scale, causal), return_softmax=False
+        )
+        result, lse = result[None], lse[None]  # (1, T, heads, head_dim), (1, heads, T)
+    return (result if out is None else out.copy_(result)), lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """As `reference.attention.backward`, by flash-attn's deterministic mode."""
+    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    operands = (dout, q, k, v, out, lse, dq, dk, dv)
+    if cu_seqlens is None:
+        _flash._flash_attn_backward(*operands, **_options(scale, causal), deterministic=True)
+    else:
+        _flash._flash_attn_varlen_backward(
+            *(x[0] for x in operands),
+            **_documents(cu_seqlens, q.shape[1]),
+            **_options(scale, causal),
+            deterministic=True,
+        )
+    if cos is not None:
+        dq.copy_(rotate(dq.float(), cos, sin, positions, inverse=True))
+        dk.copy_(rotate(dk.float(), cos, sin, positions, inverse=True))
+
+
+def _options(scale: float, causal: bool) -> dict[str, object]:
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def _documents(cu_seqlens: Tensor, length: int) -> dict[str, object]:
+    # The longest document's length would be a wait for the device; the joined length is a bound that serves.
+    return {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": length,
+        "max_seqlen_k": length,
+    }
+
+
+def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
+    return x if cos is None else rotate(x.float(), cos, sin, positions).to(x.dtype)

@@ -1,0 +1,109 @@
+"""Attention by torch's own fused kernels, called below autograd so that out and log-sum-exp are saved once.
+
+On a CPU: the flash kernel of ATen. On a GPU: FlashAttention as torch ships it, so fp16 or bf16. Neither knows documents
+or the rotation: a document at a time, and q and k are rotated into copies first.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from ..reference.attention import document_positions, rotate
+
+_aten = torch.ops.aten
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor | None = None,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.attention.forward`."""
+    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    out = q.new_empty(q.shape) if out is None else out
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_statistics(q.dtype))
+    for rows in _document_slices(q.shape[1], cu_seqlens):
+        heads = (_by_head(x, rows, q.shape[2]) for x in (q, k, v))
+        if q.device.type == "cpu":
+            document, document_lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, causal, scale=scale)
+        else:
+            document, document_lse, *_ = _aten._scaled_dot_product_flash_attention(*heads, 0.0, causal, scale=scale)
+        out[:, rows] = document.transpose(1, 2)
+        lse[:, :, rows] = document_lse[:, :, : document.shape[2]]
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """As `reference.attention.backward`."""
+    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    for rows in _document_slices(q.shape[1], cu_seqlens):
+        saved = [_by_head(x, rows, q.shape[2]) for x in (dout, q, k, v, out)]
+        document_lse = lse[:, :, rows]
+        if q.device.type == "cpu":
+            gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *saved, document_lse, 0.0, causal, scale=scale
+            )
+        else:
+            length = saved[1].shape[2]
+            no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
+            gradients = _aten._scaled_dot_product_flash_attention_backward(
+                *saved, document_lse, None, None, length, length, 0.0, causal, no_dropout, no_dropout, scale=scale
+            )
+        for target, gradient in zip((dq, dk, dv), gradients, strict=True):
+            shared = gradient.unflatten(1, (target.shape[2], -1)).sum(2) if target.shape[2] != q.shape[2] else gradient
+            target[:, rows] = shared.transpose(1, 2)
+    if cos is not None:
+        wide = _statistics(q.dtype)
+        dq.copy_(rotate(dq.to(wide), cos, sin, positions, inverse=True))
+        dk.copy_(rotate(dk.to(wide), cos, sin, positions, inverse=True))
+
+
+def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
+    return x if cos is None else rotate(x.to(_statistics(x.dtype)), cos, sin, positions).to(x.dtype)
+
+
+def _statistics(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _by_head(x: Tensor, rows: slice, heads: int) -> Tensor:
+    """(B, S, h, D) -> (B, heads, rows, D), a view unless key heads are shared, which torch's kernels want repeated."""
+    return (
+        x[:, rows].transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+        if x.shape[2] != heads
+        else x[:, rows].transpose(1, 2)
+    )
+
+
+def _document_slices(length: int, cu_seqlens: Tensor | None) -> list[slice]:
+    if cu_seqlens is None:
+        return [slice(0, length)]
+    return [slice(*ends) for ends in itertools.pairwise(cu_seqlens.tolist()) if ends[0] != ends[1]]

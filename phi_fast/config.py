@@ -1,0 +1,100 @@
+"""The model's shape, with Hugging Face's field names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PhiConfig:
+    """Shape of a phi model. The defaults are phi-1.5 (arXiv 2309.05463, and `microsoft/phi-1_5`'s config.json)."""
+
+    vocab_size: int = 51200
+    """Rows of the embedding and of lm_head. 51200 is padded: phi's tokenizer has 50295 ids."""
+    hidden_size: int = 2048
+    """Width d of the residual stream; num_attention_heads × 64."""
+    num_hidden_layers: int = 24
+    """Parallel blocks."""
+    num_attention_heads: int = 32
+    """Attention heads of 64 dims each; phi-1.5 has no grouped heads."""
+    max_position_embeddings: int = 2048
+    """Context: the longest sequence, in tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon under the root in every LayerNorm."""
+    initializer_range: float = 0.02
+    """Standard deviation of every Linear and Embedding at initialisation; biases start at 0."""
+    bos_token_id: int = 50256
+    """`<|endoftext|>`. (transformers' own PhiConfig defaults to 1.)"""
+    eos_token_id: int = 50256
+    """`<|endoftext|>`. (transformers' own PhiConfig defaults to 2.)"""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size != 64 * self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} × head dim 64; "
+                f"set hidden_size={64 * self.num_attention_heads}"
+            )
+        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Dims a head: 64 in every phi of this family."""
+        return 64
+
+    @property
+    def rotary_dim(self) -> int:
+        """The first dims of each head that rotate: half. The others pass through."""
+        return 32
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP: 4d."""
+        return 4 * self.hidden_size
+
+    @staticmethod
+    def preset(name: str) -> PhiConfig:
+        """`"phi-1.5"`, `"phi-small"` or `"phi-tiny"`. Raises ValueError for another name."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not one of {', '.join(map(repr, PRESETS))}")
+        return PRESETS[name]
+
+    def replace(self, **changes: Any) -> PhiConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def num_parameters(self) -> int:
+        """Every parameter: embedding, blocks, final LayerNorm, lm_head with its bias."""
+        d, block = self.hidden_size, 12 * self.hidden_size**2 + (3 + 1 + 4 + 1 + 2) * self.hidden_size
+        return self.num_hidden_layers * block + 2 * d + 2 * self.vocab_size * d + self.vocab_size
+
+    def matmul_parameters(self) -> int:
+        """N of the 6N rule: weights that take part in a matrix product (no embedding, bias or LayerNorm)."""
+        return self.num_hidden_layers * 12 * self.hidden_size**2 + self.vocab_size * self.hidden_size
+
+    def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
+        """Forward and backward FLOPs a token: 6N, and attention's two products counted full or causal (half)."""
+        attention = 12 * self.num_hidden_layers * self.hidden_size * sequence_length
+        return 6 * self.matmul_parameters() + (attention // 2 if causal else attention)
+
+
+PRESETS = {
+    "phi-1.5": PhiConfig(),
+    "phi-small": PhiConfig(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, max_position_embeddings=512),
+    "phi-tiny": PhiConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+}

@@ -1,0 +1,50 @@
+"""A `Phi` ready to run, from whatever `Source.open` finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from ..model import Phi
+from . import layout
+from .folder import find_tokenizer
+from .source import Source
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto": CUDA where torch sees a GPU, else the CPU; any other name is torch's."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto": fp16 on CUDA, fp32 on a CPU (16-bit products are emulated on most)."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def load(
+    name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto", tokenizer: str | Path | None = None
+) -> tuple[Phi, Tokenizer]:
+    """A model and its tokenizer from a run, a checkpoint, a folder in any layout, or the hub.
+
+    Weights are read a tensor at a time into place, so the peak is the model and its largest tensor. Raises
+    ConversionError as `Source.open` and `find_tokenizer` do.
+    """
+    source = Source.open(name_or_path)
+    found = find_tokenizer(source, tokenizer)
+    target = choose_device(device)
+    with torch.device("meta"):
+        model = Phi(source.config)
+    model = model.to(choose_dtype(dtype, target)).to_empty(device=target)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, joined in layout.layout("merged", source.config).items():
+            parameters[name].copy_(source.read_joined(joined))
+    return model.eval(), found

@@ -1,0 +1,45 @@
+"""Token data: prepared corpora, mixtures of them, and the loader that streams their rows."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .formats import FormatError
+    from .loader import Batch, TokenLoader
+    from .mixture import Component, Mixture, Stage
+    from .plan import MixturePlan, plan_mixture
+    from .store import count_rows, sequential_rows
+    from .vocabulary import tokenizer
+
+__all__ = [
+    "Batch",
+    "Component",
+    "FormatError",
+    "Mixture",
+    "MixturePlan",
+    "Stage",
+    "TokenLoader",
+    "count_rows",
+    "plan_mixture",
+    "sequential_rows",
+    "tokenizer",
+]
+
+_HOMES = {
+    "formats": ("FormatError",),
+    "loader": ("Batch", "TokenLoader"),
+    "mixture": ("Component", "Mixture", "Stage"),
+    "plan": ("MixturePlan", "plan_mixture"),
+    "store": ("count_rows", "sequential_rows"),
+    "vocabulary": ("tokenizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Modules are imported when a name of theirs is asked for: `prepare` and its workers start without torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

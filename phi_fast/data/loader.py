@@ -1,0 +1,265 @@
+"""The training stream: batches of rows, filled ahead by C++ threads, whose whole state is one integer."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi_fast._C import tokens as _tokens
+
+from .mixture import Mixture
+from .store import Mode, Store
+
+LARGEST_ID = 2**31 - 1
+LOOKAHEAD_ROWS = 128
+"""Rows ahead that a disk is told of: as many requests as one NVMe drive works on at once."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows. Its memory goes back to the loader when the last tensor that views it is gone."""
+
+    input_ids: Tensor
+    """int64 (batch, sequence_length)."""
+    labels: Tensor
+    """int64 (batch, sequence_length): labels[b, t] is the token after input_ids[b, t]."""
+    rows: range
+    """Rows of the stream, one a batch row."""
+    components: Tensor
+    """int32 (batch,): index into the mixture's components, of each row."""
+    positions: Tensor | None = None
+    """int64 (batch, sequence_length), 0 at each document's start; None where documents are not isolated."""
+    cu_seqlens: Tensor | None = None
+    """int32 (segments + 1,): where documents start in the flattened (batch × sequence_length), and its end; or None."""
+
+
+class CorpusError(RuntimeError):
+    """A token file was cut short or changed while it was read; the message names it."""
+
+
+class TokenLoader:
+    """An endless stream of batches from a mixture of corpora, the same rows for every number of ranks and threads.
+
+    A batch of all ranks is rows g ... g + batch × world_size - 1 of the stream; rank r has the r-th `batch` of them.
+    So micro-batches give the same global batches too: with `batch` the micro-batch size, the accumulation steps of one
+    optimizer step over all ranks are the rows g ... g + global_batch - 1, however these are split.
+
+    mixture: corpora and weights. sequence_length: L, tokens a row. batch: rows a rank in each batch.
+    seed: of the shuffle. threads: that fill batches; 0 fills them in `next`. prefetch: batches filled ahead.
+    mode: "mmap"; "pread", for network file systems; "auto": small corpora mapped, large ones read (store.MAPPED_BYTES).
+    pin_memory: page-locked batches; None: where CUDA is there.
+    document_isolation: batches have positions and cu_seqlens that start anew at each delimiter (`<|endoftext|>`).
+    max_token_id: the largest id allowed (the model's vocabulary less 1), checked on every token that is read.
+
+    Raises FormatError, ManifestError or OSError for a corpus that cannot be read, ValueError for arguments that
+    cannot be carried out, and CorpusError, from `next`, for files that are cut short or changed while in use.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        sequence_length: int,
+        batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        *,
+        threads: int = 1,
+        prefetch: int = 4,
+        mode: Mode = "auto",
+        pin_memory: bool | None = None,
+        document_isolation: bool = False,
+        max_token_id: int | None = None,
+    ) -> None:
+        for name, value, least in [
+            ("sequence_length", sequence_length, 1),
+            ("batch", batch, 1),
+            ("world_size", world_size, 1),
+            ("threads", threads, 0),
+            ("prefetch", prefetch, 1),
+        ]:
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: must be in 0 ... world_size - 1 = {world_size - 1}")
+        self.batch, self.rank, self.world_size, self.seed = batch, rank, world_size, seed
+        self.sequence_length, self.threads, self.prefetch = sequence_length, threads, prefetch
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory=True needs a CUDA device, and torch sees none: leave it None")
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.document_isolation = document_isolation
+        self.store = Store(mixture, sequence_length, seed, mode)
+        largest = LARGEST_ID if max_token_id is None else max_token_id
+        for name, layout in self.store.layouts.items():
+            if layout.max_id is not None and layout.max_id > largest:
+                raise ValueError(
+                    f"corpus {name!r} ({layout.path}) has token id {layout.max_id}, above the largest the model takes, "
+                    f"{largest}: use the corpus's tokenizer or a model with a larger vocabulary"
+                )
+        delimiters = self.store.delimiters() if document_isolation else [-1] * len(self.store.layouts)
+        self._reader = _tokens.Reader(self.store.files, self.store.order, largest + 1, delimiters)
+        self._row = 0
+        self._ring = _Ring(batch, sequence_length, document_isolation, self.pin_memory, prefetch + 2)
+        self._prefetcher: _tokens.Prefetcher | None = None
+        self._finalizer: weakref.finalize | None = None
+        self._filling: deque[_Slot] = deque()
+        self._closed = False
+
+    @property
+    def mixture(self) -> Mixture:
+        return self.store.mixture
+
+    @property
+    def row(self) -> int:
+        """First row of the next batch of all ranks: the whole state."""
+        return self._row
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise RuntimeError("the loader is closed; make a new one")
+        if self._prefetcher is None or self._process != os.getpid():
+            self._start()
+        assert self._prefetcher is not None
+        try:
+            segments = self._prefetcher.take()
+        except RuntimeError as error:
+            self._stop()  # the batch was not handed out: the next call tries the same rows again
+            raise CorpusError(str(error)) from error
+        except BaseException:
+            self._stop()
+            raise
+        slot = self._filling.popleft()
+        first = self._row + self.rank * self.batch
+        self._row += self.batch * self.world_size
+        self._submit()
+        return self._ring.lend(slot, range(first, first + self.batch), segments)
+
+    def seek(self, row: int) -> None:
+        """The next batch of all ranks starts at row `row` of the stream. O(1)."""
+        if not 0 <= row < 2**62:
+            raise ValueError(f"row={row}: must be in 0 ... 2^62 - 1")
+        self._stop()
+        self._row = row
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: the next row, and what it is a row of."""
+        return {
+            "row": self._row,
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "mixture": self.mixture.hash,
+            "corpora": self.store.fingerprints,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on any number of ranks and with any batch.
+
+        Raises ValueError, naming what differs, where the stream would not be the same.
+        """
+        here = self.state_dict()
+        for name, fingerprint in state["corpora"].items():
+            found = here["corpora"].get(name)
+            if found != fingerprint:
+                where = f"at {self.store.layouts[name].path} " if found else ""
+                raise ValueError(
+                    f"corpus {name!r} {where}has fingerprint {found}, the checkpoint was made with {fingerprint}: "
+                    "it is not the same data. Give the run its old corpus, or start a new run"
+                )
+        for field in ("seed", "sequence_length", "mixture"):
+            if here[field] != state[field]:
+                raise ValueError(
+                    f"{field} is {here[field]} here and {state[field]} in the checkpoint: the data order would change. "
+                    "Give the run its old value, or start a new run"
+                )
+        self.seek(state["row"])
+
+    def close(self) -> None:
+        """Stop the threads. Batches that were handed out stay valid."""
+        self._stop()
+        self._closed = True
+
+    def __enter__(self) -> TokenLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self._process = os.getpid()  # a forked child starts threads of its own
+        self._filling.clear()
+        stride = self.batch * self.world_size
+        lookahead = max(self.prefetch, -(-LOOKAHEAD_ROWS // self.batch))
+        self._prefetcher = _tokens.Prefetcher(self._reader, self.threads, stride, lookahead)
+        self._finalizer = weakref.finalize(self, self._prefetcher.close)  # also at exit, before torch is taken down
+        self._next_row = self._row + self.rank * self.batch
+        for _ in range(self.prefetch):
+            self._submit()
+
+    def _submit(self) -> None:
+        assert self._prefetcher is not None
+        slot = self._ring.take()
+        self._filling.append(slot)
+        self._prefetcher.submit(self._next_row, self.batch, *slot.addresses)
+        self._next_row += self.batch * self.world_size
+
+    def _stop(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._prefetcher = self._finalizer = None
+        self._filling.clear()
+
+
+class _Slot:
+    """Memory of one batch."""
+
+    def __init__(self, batch: int, length: int, isolated: bool, pinned: bool) -> None:
+        self.tokens = torch.empty(3 if isolated else 2, batch, length, dtype=torch.int64, pin_memory=pinned)
+        self.components = torch.empty(batch, dtype=torch.int32)
+        self.cu_seqlens = torch.empty(batch * length + 1 if isolated else 0, dtype=torch.int32)
+        parts = [self.tokens[0], self.tokens[1], self.components]
+        if isolated:
+            parts += [self.tokens[2], self.cu_seqlens]
+        self.addresses = [part.data_ptr() for part in parts] + [0] * (5 - len(parts))
+
+
+class _Ring:
+    """Slots that are filled, lent as batches, and used again once nothing views them."""
+
+    def __init__(self, batch: int, length: int, isolated: bool, pinned: bool, keep: int) -> None:
+        self._shape, self._isolated, self._pinned = (batch, length, isolated, pinned), isolated, pinned
+        self._free: deque[_Slot] = deque(maxlen=keep)
+
+    def take(self) -> _Slot:
+        return self._free.popleft() if self._free else _Slot(*self._shape)
+
+    def lend(self, slot: _Slot, rows: range, segments: int) -> Batch:
+        if self._pinned:
+            # torch's own allocator is the ring of page-locked memory: it alone knows when a copy to the device that
+            # was started on some stream has read the last of it.
+            tokens = slot.tokens
+        else:
+            # A tensor made of an array keeps the array until the last view of its storage is gone: the slot is free.
+            array = slot.tokens.numpy()
+            tokens = torch.from_numpy(array)
+            weakref.finalize(array, self._free.append, slot).atexit = False
+        return Batch(
+            input_ids=tokens[0],
+            labels=tokens[1],
+            rows=rows,
+            components=slot.components.clone(),
+            positions=tokens[2] if self._isolated else None,
+            cu_seqlens=slot.cu_seqlens[: segments + 1].clone() if self._isolated else None,
+        )

@@ -1,0 +1,294 @@
+"""The manifest of a token corpus: what lies on disk, checked before anything is read from it.
+
+A corpus directory holds, for each split (`train`, and `validation` where there is one):
+
+    manifest.json       this file's `Manifest`
+    train.bin           the tokens, raw little-endian uint16 or uint32, documents one after the other
+    train.ends          u64 little-endian, one a document: the token offset one past its last token, delimiter included
+
+The manifest is written last and renamed into place, so a directory that has one is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+FORMAT = "phi_fast tokens"
+VERSION = 1
+FILE_NAME = "manifest.json"
+BLOCK_BYTES = 16 * 2**20
+"""Bytes of tokens under one checksum in the corpora that `prepare` writes."""
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+class ManifestError(ValueError):
+    """A corpus directory that is incomplete, damaged or not ours; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Delimiter:
+    """The token that stands between documents."""
+
+    id: int
+    """Its id, `<|endoftext|>`: 50256 for phi-1.5."""
+    side: Literal["before", "after"] = "after"
+    """Whether it opens each document or closes it. `prepare` writes it after; llm.c before."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One token file and its document ends."""
+
+    file: str
+    """Token file, relative to the corpus directory."""
+    ends: str
+    """u64 cumulative document ends, relative to the corpus directory."""
+    tokens: int
+    """Tokens in the file, delimiters included."""
+    documents: int
+    """Documents in the file: the entries of `ends`."""
+    max_id: int
+    """The largest token id in the file."""
+    sha256: tuple[str, ...]
+    """Hex digest of each block of `block_bytes` bytes of tokens; the last block may be shorter."""
+    block_bytes: int = BLOCK_BYTES
+    """Bytes of tokens in one block."""
+    offset: int = 0
+    """Bytes before the first token: not 0 only for an adopted file that has a header."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a corpus directory holds."""
+
+    dtype: str
+    """"uint16" or "uint32", always little-endian."""
+    tokenizer: str
+    """Name or path that the tokenizer was asked for by."""
+    tokenizer_sha256: str
+    """Hex digest of the tokenizer's serialised JSON (`vocabulary.digest`): equal for equal tokenizers."""
+    vocab_size: int
+    """Ids of the tokenizer, added tokens included; every id in the files is below it."""
+    delimiter: Delimiter | None
+    """The token between documents; None where there is none."""
+    splits: Mapping[str, Split]
+    """Split name ("train", "validation") -> its files. A split without documents is absent."""
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Little-endian numpy dtype of the token files."""
+        return DTYPES[self.dtype]
+
+    def split(self, name: str) -> Split:
+        """The split of that name. Raises ManifestError naming those that exist."""
+        if name not in self.splits:
+            raise ManifestError(f"split {name!r} is not in this corpus, which has {', '.join(map(repr, self.splits))}")
+        return self.splits[name]
+
+    def fingerprint(self, split: str) -> str:
+        """Hex sha256 of a split's content (dtype, sizes, checksums): equal for equal tokens, wherever they lie."""
+        part = self.split(split)
+        content = [self.dtype, part.tokens, part.documents, part.block_bytes, *part.sha256]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def write(self, directory: Path) -> None:
+        """Write `directory`/manifest.json: a temporary file, synced, renamed; a reader never sees half of it."""
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        for split in document["splits"].values():
+            if not split["offset"]:
+                del split["offset"]
+        write_atomically(directory / FILE_NAME, json.dumps(document, indent=1).encode() + b"\n")
+
+    @staticmethod
+    def read(directory: Path) -> Manifest:
+        """Read and `validate` the manifest of a corpus directory. Raises ManifestError."""
+        path = Path(directory) / FILE_NAME
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ManifestError(
+                f"{path} does not exist: {directory} is not a complete corpus. Run `python -m phi_fast.prepare` to "
+                "make one (run again, it takes up where it was stopped), or `--adopt` to wrap an existing token file"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{path} cannot be read as JSON: {error}. Prepare the corpus again") from error
+        manifest = _parse(document, path)
+        manifest.validate(directory)
+        return manifest
+
+    def validate(self, directory: Path) -> None:
+        """Check the manifest against the files' sizes and last document ends: cheap, no token is read.
+
+        Raises ManifestError naming the file, the value found, the one expected and the way out.
+        """
+        directory = Path(directory)
+        for name, split in self.splits.items():
+            width = self.numpy_dtype.itemsize
+            if split.max_id >= self.vocab_size:
+                raise ManifestError(
+                    f"{directory / FILE_NAME}: {name} has id {split.max_id}, and tokenizer {self.tokenizer!r} has only "
+                    f"{self.vocab_size} ids: it was not made with this tokenizer. Prepare the corpus again"
+                )
+            _check_size(
+                directory / split.file, split.offset + split.tokens * width, f"{split.tokens} {self.dtype} tokens"
+            )
+            _check_size(directory / split.ends, split.documents * 8, f"{split.documents} document ends")
+            blocks = -(-split.tokens * width // split.block_bytes)
+            if len(split.sha256) != blocks:
+                raise ManifestError(
+                    f"{directory / FILE_NAME}: {name} has {len(split.sha256)} checksums for {blocks} blocks of "
+                    f"{split.block_bytes} bytes. Prepare the corpus again"
+                )
+            last = int(np.fromfile(directory / split.ends, "<u8", count=1, offset=8 * (split.documents - 1))[0])
+            if last != split.tokens:
+                raise ManifestError(
+                    f"{directory / split.ends}: the last document ends at token {last}, and {split.file} has "
+                    f"{split.tokens}. Prepare the corpus again"
+                )
+
+    def verify(self, directory: Path) -> None:
+        """`validate`, and read every token: checksums, largest id, ascending document ends. Raises ManifestError."""
+        directory = Path(directory)
+        self.validate(directory)
+        for name, split in self.splits.items():
+            path, largest = directory / split.file, 0
+            with path.open("rb") as file:
+                file.seek(split.offset)
+                for block, expected in enumerate(split.sha256):
+                    data = file.read(split.block_bytes)
+                    found = hashlib.sha256(data).hexdigest()
+                    if found != expected:
+                        raise ManifestError(
+                            f"{path}: block {block} (from byte {split.offset + block * split.block_bytes}) has sha256 "
+                            f"{found}, the manifest says {expected}: the file is damaged. Copy or prepare it again"
+                        )
+                    largest = max(largest, int(np.frombuffer(data, self.numpy_dtype).max()))
+            if largest != split.max_id:
+                raise ManifestError(f"{path}: the largest id of {name} is {largest}, the manifest says {split.max_id}")
+            ends = np.memmap(directory / split.ends, "<u8", mode="r")
+            if ends[0] == 0 or (ends[1:] <= ends[:-1]).any():
+                raise ManifestError(f"{directory / split.ends}: document ends do not ascend. Prepare the corpus again")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it holds all of `data` or what it held before, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the renames done in `directory` last through a power loss."""
+    if os.name != "posix":  # Windows cannot open a directory, and its renames are journalled
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(path: Path, expected: int, what: str) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: {error.strerror}. The manifest says it holds {what}. Prepare the corpus again"
+        ) from error
+    if size != expected:
+        raise ManifestError(
+            f"{path} has {size} bytes, and {what} take {expected}: the file was "
+            f"{'cut short' if size < expected else 'changed'}. Copy or prepare it again"
+        )
+
+
+def _parse(document: Any, path: Path) -> Manifest:
+    """A Manifest from its JSON, every field's type and range checked."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise ManifestError(f"{path}: format is {found!r}, expected {FORMAT!r}: this is another program's file")
+    if document.get("version") != VERSION:
+        raise ManifestError(
+            f"{path}: version is {document.get('version')!r}, this phi_fast reads {VERSION}; upgrade phi_fast"
+        )
+    values = _Fields(document, path, "")
+    dtype = values.text("dtype")
+    if dtype not in DTYPES:
+        raise ManifestError(f"{path}: dtype is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+    delimiter = None
+    if document.get("delimiter") is not None:
+        inner = values.inner("delimiter")
+        side = inner.text("side")
+        if side not in ("before", "after"):
+            raise ManifestError(f"{path}: delimiter.side is {side!r}, expected 'before' or 'after'")
+        delimiter = Delimiter(inner.number("id"), "before" if side == "before" else "after")
+    splits = values.inner("splits")
+    if not splits.document:
+        raise ManifestError(f"{path}: splits is empty, expected at least one split")
+    return Manifest(
+        dtype=dtype,
+        tokenizer=values.text("tokenizer"),
+        tokenizer_sha256=values.text("tokenizer_sha256"),
+        vocab_size=values.number("vocab_size", least=1),
+        delimiter=delimiter,
+        splits={name: _parse_split(splits.inner(name)) for name in splits.document},
+    )
+
+
+def _parse_split(values: _Fields) -> Split:
+    return Split(
+        file=values.text("file"),
+        ends=values.text("ends"),
+        tokens=values.number("tokens", least=1),
+        documents=values.number("documents", least=1),
+        max_id=values.number("max_id"),
+        sha256=values.texts("sha256"),
+        block_bytes=values.number("block_bytes", least=4),
+        offset=values.number("offset") if "offset" in values.document else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Typed reads from one JSON object, with errors that name the field by its path."""
+
+    document: dict[str, Any]
+    path: Path
+    prefix: str
+
+    def text(self, name: str) -> str:
+        value = self.document.get(name)
+        return value if isinstance(value, str) else self._refuse(name, "a string")
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self.document.get(name)
+        good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return tuple(value) if good and value is not None else self._refuse(name, "a list of strings")
+
+    def number(self, name: str, least: int = 0) -> int:
+        value = self.document.get(name)
+        good = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+        return value if good and value is not None else self._refuse(name, f"an integer of at least {least}")
+
+    def inner(self, name: str) -> _Fields:
+        value = self.document.get(name)
+        inner = value if isinstance(value, dict) else self._refuse(name, "an object")
+        return _Fields(inner, self.path, f"{self.prefix}{name}.")
+
+    def _refuse(self, name: str, expected: str) -> Any:
+        found = repr(self.document[name])[:80] if name in self.document else "missing"
+        raise ManifestError(
+            f"{self.path}: {self.prefix}{name} is {found}, expected {expected}. Prepare the corpus again"
+        )

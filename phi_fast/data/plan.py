@@ -1,0 +1,84 @@
+"""How often a run reads each of its corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .formats import open_layout
+from .mixture import Mixture
+
+MOST_REPEATS = 4
+"""Up to about 4 epochs, repeated tokens are worth nearly what new ones are (Muennighoff et al., arXiv 2305.16264)."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One corpus of a plan."""
+
+    name: str
+    tokens: int
+    """In the corpus."""
+    share: float
+    """Of the tokens seen, over all stages."""
+    seen: int
+    """Tokens of it that the run sees."""
+    epochs: float
+    """seen ÷ tokens."""
+
+    @property
+    def warning(self) -> str | None:
+        """Set where it is read more than MOST_REPEATS times."""
+        if self.epochs <= MOST_REPEATS:
+            return None
+        return (
+            f"{self.name} is read {self.epochs:.1f} times: beyond {MOST_REPEATS} epochs repeated tokens are worth less "
+            "(arXiv 2305.16264); lower its weight, train on fewer tokens or add data"
+        )
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """Epochs over each corpus; `print(plan)` shows a table and the warnings."""
+
+    tokens: int
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [row.warning for row in self.rows if row.warning]
+
+    def __str__(self) -> str:
+        width = max(6, *(len(row.name) for row in self.rows))
+        lines = [f"{'corpus':{width}} {'share':>6} {'tokens':>19} {'seen':>19} {'epochs':>8}"]
+        lines += [
+            f"{row.name:{width}} {row.share:6.1%} {row.tokens:19,} {row.seen:19,} {row.epochs:8.2f}"
+            for row in self.rows
+        ]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def plan_mixture(
+    mixture: Mixture | Mapping[str, tuple[int, int]], tokens: int, *, sequence_length: int = 2048
+) -> MixturePlan:
+    """What a run of `tokens` tokens reads of each corpus.
+
+    mixture: a Mixture, whose corpora are opened for their sizes, or name -> (tokens in the corpus, weight).
+    sequence_length: tokens a row, which stages are counted in.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens={tokens}: must be at least 1")
+    if isinstance(mixture, Mixture):
+        sizes = {c.name: open_layout(c.path, c.split, c.dtype).tokens for c in mixture.components}
+        schedule = mixture.schedule()
+    else:
+        sizes = {name: size for name, (size, _) in mixture.items()}
+        schedule = [(0, [weight for _, weight in mixture.values()])]
+    ends = [min(tokens, start * sequence_length) for start, _ in schedule[1:]] + [tokens]
+    seen, begin = dict.fromkeys(sizes, 0.0), 0
+    for (_, weights), end in zip(schedule, ends, strict=True):
+        for name, weight in zip(sizes, weights, strict=True):
+            seen[name] += (end - begin) * weight / sum(weights)
+        begin = end
+    rows = (PlanRow(n, sizes[n], seen[n] / tokens, round(seen[n]), seen[n] / sizes[n]) for n in sizes)
+    return MixturePlan(tokens, tuple(rows))

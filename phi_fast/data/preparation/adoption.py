@@ -1,0 +1,158 @@
+"""Token files of other programs wrapped as a corpus: a manifest and document ends around them, no token copied."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ..formats import TokenLayout, open_layout
+from ..manifest import BLOCK_BYTES, DTYPES, Delimiter, Manifest, Split, sync_directory
+from .inputs import PrepareError
+from .pipeline import Settings, plan_encoding
+from .progress import Meter
+
+_Array = np.ndarray[Any, Any]
+
+
+def adopt(files: list[Path], out: Path, settings: Settings, console: Console) -> Manifest:
+    """Write a corpus directory `out` around token files: the first is its train split, the second its validation split.
+
+    Read as they are: llm.c, Megatron, datatrove, NumPy, and files without a header, for which `settings.dtype` says the
+    width. Documents are those of the file's own index, or end at `settings.delimiter`.
+
+    Raises FormatError for a file that is not what it seems, and PrepareError for ids that the tokenizer does not have.
+    """
+    if not 1 <= len(files) <= 2:
+        raise PrepareError(
+            f"--adopt takes a train file and, if there is one, a validation file; {len(files)} were named"
+        )
+    if out.exists():
+        raise PrepareError(f"{out} exists: name another --out, or remove it")
+    layouts = [open_layout(path, dtype=settings.dtype) for path in files]
+    dtypes = {layout.dtype for layout in layouts}
+    if len(dtypes) > 1:
+        raise PrepareError(f"{files[0]} and {files[1]} are of different dtypes: adopt each as a corpus of its own")
+    encoder, encoding, manifest = plan_encoding(replace(settings, dtype=None))
+    manifest = replace(manifest, dtype=layouts[0].dtype)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        splits, delimiters = {}, set()
+        for name, layout in zip(("train", "validation"), layouts, strict=False):
+            split, delimiter = _wrap(layout, name, aside, out, encoding.delimiter, manifest.vocab_size, console)
+            splits[name] = split
+            delimiters.add(delimiter)
+        common = delimiters.pop() if len(delimiters) == 1 else None
+        manifest = replace(manifest, splits=splits, delimiter=common)
+        encoder.save(str(aside / "tokenizer.json"))
+        manifest.write(aside)
+        aside.chmod(0o755)  # mkdtemp's are private
+        aside.rename(out)
+        sync_directory(out.absolute().parent)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+    return manifest
+
+
+def _wrap(
+    layout: TokenLayout,
+    name: str,
+    aside: Path,
+    out: Path,
+    delimiter: int | None,
+    vocab_size: int,
+    console: Console,
+) -> tuple[Split, Delimiter | None]:
+    """One file as a split: its tokens are read once, its document ends written."""
+    tokens = np.memmap(layout.path, DTYPES[layout.dtype], mode="r", offset=layout.offset, shape=(layout.tokens,))
+    checksums, places, largest = _read(tokens, delimiter, layout.path, console)
+    if largest >= vocab_size:
+        raise PrepareError(
+            f"{layout.path} has id {largest}, and the tokenizer has {vocab_size} ids: it is of another one"
+        )
+    ends = _indexed_ends(layout)
+    if ends is None:
+        if not len(places):
+            console.print(f"{layout.path} is one document: id {delimiter} is not in it", highlight=False)
+        ends = _delimited_ends(tokens, places, delimiter)
+    (aside / f"{name}.ends").write_bytes(ends.astype("<u8").tobytes())
+    split = Split(
+        file=os.path.relpath(layout.path.resolve(), out.absolute().parent.resolve() / out.name),
+        ends=f"{name}.ends",
+        tokens=layout.tokens,
+        documents=len(ends),
+        max_id=largest,
+        sha256=tuple(checksums),
+        offset=layout.offset,
+    )
+    return split, _delimiter_of(tokens, ends, delimiter)
+
+
+def _read(tokens: _Array, delimiter: int | None, path: Path, console: Console) -> tuple[list[str], _Array, int]:
+    """Checksum of each block, places of the delimiter, largest id."""
+    checksums, places, largest = [], [np.empty(0, np.int64)], 0
+    step = BLOCK_BYTES // tokens.itemsize
+    with Meter(f"reading {path.name}", tokens.nbytes, console) as meter:
+        for start in range(0, len(tokens), step):
+            block = tokens[start : start + step]
+            checksums.append(hashlib.sha256(block.data).hexdigest())
+            largest = max(largest, int(block.max()))
+            if delimiter is not None:
+                places.append(np.flatnonzero(block == delimiter) + start)
+            meter.advance(block.nbytes, len(block))
+    return checksums, np.concatenate(places), largest
+
+
+def _indexed_ends(layout: TokenLayout) -> _Array | None:
+    """Document ends by the file's own index; None where it has none."""
+    if layout.format == "datatrove":
+        index = layout.path.with_name(layout.path.name + ".index")
+        ends = np.fromfile(index, "<u8").astype(np.int64)
+    elif layout.format == "megatron":
+        index = layout.path.with_suffix(".idx")
+        ends = _megatron_ends(index)
+    else:
+        return None
+    if len(ends) == 0 or ends[0] < 0 or (ends[1:] < ends[:-1]).any() or ends[-1] != layout.tokens:
+        raise PrepareError(
+            f"{index}: its documents do not ascend to the {layout.tokens} tokens of {layout.path.name}. Copy both again"
+        )
+    return np.unique(ends[ends > 0])  # empty documents are none
+
+
+def _megatron_ends(index: Path) -> _Array:
+    """From byte 18: u64 sequences, u64 documents + 1; then i32 lengths, i64 pointers, i64 first sequence a document."""
+    data = np.memmap(index, np.uint8, mode="r")
+    sequences, entries = (int(count) for count in np.frombuffer(data, "<u8", 2, offset=18))
+    lengths = np.frombuffer(data, "<i4", sequences, offset=34)
+    documents = np.frombuffer(data, "<i8", entries, offset=34 + 12 * sequences)
+    if ((documents < 0) | (documents > sequences)).any():
+        raise PrepareError(f"{index}: a document begins at a sequence that is not among its {sequences}. Copy it again")
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # tokens before each sequence, and all
+    return before[documents]
+
+
+def _delimited_ends(tokens: _Array, places: _Array, delimiter: int | None) -> _Array:
+    """Document ends by delimiters that close documents, or, where the file begins with one, that open them."""
+    opens = delimiter is not None and tokens[0] == delimiter and tokens[-1] != delimiter
+    ends = places[1:] if opens else places + 1
+    return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))
+
+
+def _delimiter_of(tokens: _Array, ends: _Array, delimiter: int | None) -> Delimiter | None:
+    """The delimiter and its side, where every document (after: but the last, which may be cut) has it."""
+    if delimiter is None:
+        return None
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    if (tokens[starts] == delimiter).all() and tokens[-1] != delimiter:
+        return Delimiter(delimiter, "before")
+    closed = tokens[ends.astype(np.int64) - 1] == delimiter
+    return Delimiter(delimiter, "after") if closed[:-1].all() and closed.any() else None

@@ -1,0 +1,79 @@
+"""What a corpus holds, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..manifest import Manifest
+from ..vocabulary import TokenizerError, digest, tokenizer
+
+_BAR = 40
+"""Width of the histogram's longest bar, in characters."""
+_SHOWN = 300
+"""Tokens shown of a document."""
+
+
+def inspect(directory: Path, samples: int) -> Iterator[str]:
+    """Lines of counts, a histogram of document lengths and decoded documents; every token is read and verified first.
+
+    Raises ManifestError for a corpus that is damaged.
+    """
+    manifest = Manifest.read(directory)
+    manifest.verify(directory)
+    delimiter = manifest.delimiter
+    between = "nothing" if delimiter is None else f"id {delimiter.id} {delimiter.side} each"
+    yield f"{directory}: {manifest.dtype}, checksums verified"
+    yield (
+        f"tokenizer {manifest.tokenizer}, {manifest.vocab_size:,} ids, sha256 {manifest.tokenizer_sha256}; "
+        f"between documents: {between}"
+    )
+    decoder, trouble = _tokenizer_of(directory, manifest)
+    if trouble:
+        yield f"no samples: {trouble}"
+    for name, split in manifest.splits.items():
+        ends = np.memmap(directory / split.ends, "<u8", mode="r").astype(np.int64)  # (documents,)
+        lengths = np.diff(ends, prepend=0)
+        yield (
+            f"\n{name}: {split.tokens:,} tokens, {split.documents:,} documents of {lengths.min():,} to "
+            f"{lengths.max():,} tokens (median {np.median(lengths):,.0f}, mean {lengths.mean():,.0f}), "
+            f"largest id {split.max_id}"
+        )
+        yield from histogram(lengths)
+        if decoder is not None:
+            tokens = np.memmap(directory / split.file, manifest.numpy_dtype, mode="r", offset=split.offset)
+            yield from _decoded(tokens, ends[:samples], decoder)
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """One line a power of two: range of lengths in tokens, documents, bar."""
+    powers = np.log2(np.maximum(lengths, 1)).astype(int)
+    counts = np.bincount(powers)
+    return [
+        f"{2**power:>10,}…{2 ** (power + 1) - 1:<10,} {count:>10,} {'█' * -(-_BAR * int(count) // int(counts.max()))}"
+        for power, count in enumerate(counts)
+        if power >= powers.min()
+    ]
+
+
+def _tokenizer_of(directory: Path, manifest: Manifest) -> tuple[Tokenizer | None, str]:
+    """The corpus's tokenizer, or None and why it cannot decode the tokens."""
+    inside = directory / "tokenizer.json"
+    try:
+        found = tokenizer(inside if inside.exists() else manifest.tokenizer)
+    except TokenizerError as error:
+        return None, str(error)
+    if digest(found) != manifest.tokenizer_sha256:
+        return None, f"tokenizer {manifest.tokenizer!r} is another by now, of sha256 {digest(found)}"
+    return found, ""
+
+
+def _decoded(tokens: np.ndarray, ends: np.ndarray, decoder: Tokenizer) -> Iterator[str]:
+    start = 0
+    for document, end in enumerate(ends.tolist()):
+        yield f"\n--- document {document}, {end - start:,} tokens"
+        yield decoder.decode(tokens[start : min(end, start + _SHOWN)].tolist(), skip_special_tokens=False)
+        start = end

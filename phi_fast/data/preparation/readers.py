@@ -1,0 +1,126 @@
+"""Tasks read as documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..vocabulary import END_OF_TEXT
+from .inputs import Input, PrepareError
+from .tasks import Task, open_dataset
+
+_SEPARATOR = re.compile(rb"\n?" + re.escape(END_OF_TEXT.encode()) + rb"\n?")
+_ROWS = 1024
+"""Rows of a table in memory at once."""
+
+
+@dataclass
+class Reader:
+    """Reads the documents of tasks."""
+
+    text_field: str
+    """JSONL, Parquet, datasets: the field that holds the text."""
+    skip_malformed: bool = False
+    """Leave out what is not UTF-8, not JSON, or without a text; otherwise it is an error."""
+    skipped: int = field(default=0, init=False)
+    """Records left out so far."""
+
+    def documents(self, task: Task) -> Iterator[str]:
+        """The task's documents; those without any text are left out. Raises PrepareError naming a malformed record."""
+        records, parse = _READERS[task.kind]
+        for place, record in records(task, self.text_field):
+            try:
+                text = parse(record, self.text_field)
+                text.encode()  # JSON can escape half a surrogate pair
+            except (ValueError, TypeError) as error:
+                if not self.skip_malformed:
+                    raise PrepareError(
+                        f"{place}: {error}. Correct the file, or leave out what is malformed with --skip-malformed"
+                    ) from error
+                self.skipped += 1
+            else:
+                if text:
+                    yield text
+
+
+def check_field(inputs: Iterable[Input], text_field: str) -> None:
+    """Check that tables have the text field, which can be told before any work. Raises PrepareError."""
+    for entry in inputs:
+        if entry.kind == "parquet":
+            import pyarrow.parquet
+
+            try:
+                names = pyarrow.parquet.read_schema(entry.path).names
+            except pyarrow.ArrowInvalid as error:
+                raise PrepareError(f"{entry.path} is not Parquet: {error}") from error
+        elif entry.kind == "dataset":
+            names = open_dataset(entry.path).column_names
+        else:
+            continue
+        if text_field not in names:
+            raise PrepareError(
+                f"{entry.path} has no column {text_field!r}, but {', '.join(names)}: name the one with --text-field"
+            )
+
+
+def _texts(task: Task, text_field: str) -> Iterator[tuple[str, bytes]]:
+    for path in task.paths:
+        data = path.read_bytes() if task.data is None else task.data
+        for part in _SEPARATOR.split(data):
+            yield str(path), part
+
+
+def _lines(task: Task, text_field: str) -> Iterator[tuple[str, bytes]]:
+    assert task.data is not None
+    for number, line in enumerate(task.data.split(b"\n"), task.first):
+        if line and not line.isspace():
+            yield f"{task.paths[0]}, line {number}", line
+
+
+def _row_group(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
+    import pyarrow.parquet
+
+    row = 0
+    file = pyarrow.parquet.ParquetFile(task.paths[0])
+    for batch in file.iter_batches(_ROWS, row_groups=[task.first], columns=[text_field]):
+        for value in batch.column(0).to_pylist():
+            yield f"{task.paths[0]}, row group {task.first}, row {row}", value
+            row += 1
+
+
+def _rows(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
+    dataset = open_dataset(task.paths[0]).select_columns([text_field])
+    for first in range(task.first, task.last, _ROWS):
+        values = dataset[first : min(first + _ROWS, task.last)][text_field]
+        for row, value in enumerate(values, first):
+            yield f"{task.paths[0]}, row {row}", value
+
+
+def _decode(data: bytes, text_field: str) -> str:
+    return data.removeprefix(b"\xef\xbb\xbf").decode()
+
+
+def _parse_line(line: bytes, text_field: str) -> str:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object with a field {text_field!r}, found {type(record).__name__}")
+    if text_field not in record:
+        raise ValueError(f"no field {text_field!r} among {', '.join(record)}; name the one with --text-field")
+    return _check_text(record[text_field], text_field)
+
+
+def _check_text(value: object, text_field: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{text_field!r} is {type(value).__name__}, expected text")
+    return value
+
+
+_READERS: dict[str, tuple[Callable[[Task, str], Iterator[tuple[str, Any]]], Callable[[Any, str], str]]] = {
+    "text": (_texts, _decode),
+    "lines": (_lines, _parse_line),
+    "parquet": (_row_group, _check_text),
+    "dataset": (_rows, _check_text),
+}

@@ -1,0 +1,138 @@
+"""Inputs cut into tasks of about the same size, each read and encoded by one worker.
+
+Tasks depend on the inputs and `unit_bytes` alone. What must be read in sequence (compressed files, long streams) is
+read and cut here by the parent; parsing is the workers' (`readers.py`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..vocabulary import END_OF_TEXT
+from .inputs import Input, Kind, PrepareError
+
+MAX_DOCUMENT_BYTES = 2**31
+"""The longest document in a stream of text or lines."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some documents of the inputs."""
+
+    kind: Kind
+    paths: tuple[Path, ...]
+    """Text without `data`: whole files. Otherwise the one file or dataset."""
+    size: int
+    """Bytes on disk that the task stands for: what progress counts."""
+    data: bytes | None = None
+    """Text, lines: a part of the stream."""
+    first: int = 0
+    """Lines: the number of `data`'s first line. Parquet: the row group. Dataset: the first row."""
+    last: int = 0
+    """Dataset: one past the last row."""
+
+
+def cut(inputs: list[Input], unit_bytes: int) -> Iterator[Task]:
+    """The inputs as tasks of about `unit_bytes` bytes of text each, in order.
+
+    Raises PrepareError for a damaged file and for a document longer than MAX_DOCUMENT_BYTES.
+    """
+    pack: list[Input] = []  # small text files for one task
+    packed = 0
+    for entry in inputs:
+        whole = entry.kind == "text" and not entry.compressed and entry.size <= unit_bytes
+        if pack and (not whole or packed + entry.size > unit_bytes):
+            yield _whole_files(pack)
+            pack, packed = [], 0
+        if whole:
+            pack.append(entry)
+            packed += entry.size
+        else:
+            yield from _CUTTERS[entry.kind](entry, unit_bytes)
+    if pack:
+        yield _whole_files(pack)
+
+
+def _whole_files(files: list[Input]) -> Task:
+    return Task("text", tuple(file.path for file in files), sum(file.size for file in files))
+
+
+@lru_cache(maxsize=4)
+def open_dataset(path: Path) -> Any:
+    """A dataset that Hugging Face `datasets` saved, memory-mapped."""
+    import datasets
+
+    return datasets.load_from_disk(str(path))
+
+
+def _cut_stream(entry: Input, unit_bytes: int) -> Iterator[Task]:
+    find_end = _after_last_line if entry.kind == "lines" else _before_last_separator
+    with entry.path.open("rb") as raw:
+        stream = _decompress(raw, entry.path)
+        pending, place, line = b"", 0, 1
+        while data := _read(stream, unit_bytes, entry.path):
+            pending += data
+            end = find_end(pending)
+            if end > 0:
+                yield Task(entry.kind, (entry.path,), raw.tell() - place, pending[:end], line)
+                line += pending.count(b"\n", 0, end)
+                pending, place = pending[end:], raw.tell()
+            elif len(pending) > MAX_DOCUMENT_BYTES:
+                raise PrepareError(
+                    f"{entry.path}: a document is longer than {MAX_DOCUMENT_BYTES} bytes. Put {END_OF_TEXT} between "
+                    "documents, or give them as JSONL"
+                )
+        if pending:
+            yield Task(entry.kind, (entry.path,), raw.tell() - place, pending, line)
+
+
+def _after_last_line(data: bytes) -> int:
+    return data.rfind(b"\n") + 1
+
+
+def _before_last_separator(data: bytes) -> int:
+    at = data.rfind(END_OF_TEXT.encode())
+    return at - 1 if at > 0 and data[at - 1 : at] == b"\n" else at
+
+
+def _decompress(raw: Any, path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(raw)
+    if path.suffix == ".zst":
+        import pyarrow  # the zstandard package ends a truncated file without an error
+
+        return pyarrow.CompressedInputStream(raw, "zstd")
+    return raw
+
+
+def _read(stream: Any, size: int, path: Path) -> bytes:
+    try:
+        data: bytes = stream.read(size)
+    except (EOFError, OSError, zlib.error) as error:
+        raise PrepareError(f"{path} is damaged: {error}. Get the file again") from error
+    return data
+
+
+def _cut_row_groups(entry: Input, unit_bytes: int) -> Iterator[Task]:
+    import pyarrow.parquet
+
+    groups = pyarrow.parquet.read_metadata(entry.path).num_row_groups
+    for group in range(groups):
+        yield Task("parquet", (entry.path,), entry.size // groups, first=group)
+
+
+def _cut_rows(entry: Input, unit_bytes: int) -> Iterator[Task]:
+    rows = len(open_dataset(entry.path))
+    step = max(1, rows * unit_bytes // entry.size)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield Task("dataset", (entry.path,), entry.size * (last - first) // rows, first=first, last=last)
+
+
+_CUTTERS = {"text": _cut_stream, "lines": _cut_stream, "parquet": _cut_row_groups, "dataset": _cut_rows}

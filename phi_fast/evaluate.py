@@ -1,0 +1,211 @@
+"""`python -m phi_fast.evaluate --model M --tasks paper`: the report's evaluations, beside its own figures."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from .conversion.folder import find_tokenizer
+from .conversion.source import Source
+from .data import vocabulary
+from .errors import UsageError
+from .evaluation import generative, harness, paper, plots, results
+from .evaluation.local_data import find_file, read_rows
+from .evaluation.responses import Responses
+from .evaluation.results import TaskResult
+from .evaluation.sandbox import SandboxError, check_isolation
+
+SUITES = {
+    "paper": (*harness.TASKS, *generative.TASKS),
+    "cheap": ("arc_easy", "piqa", "winogrande", "openbookqa"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluate a model as the report does; a stopped evaluation goes on where it was."""
+
+    model: str
+    """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
+    tasks: tuple[str, ...] = ("paper",)
+    """Tasks, or the suites "paper" (the report's fourteen) and "cheap"."""
+    data: Path | None = None
+    """Folder with TASK.jsonl files of questions (docs/evaluation.md). Default: the hub's data sets."""
+    out: Path | None = None
+    """Where results go. Default: `evaluation/` in the model's directory, or in the current one for a hub's model."""
+    limit: int | None = None
+    """First questions of each task only; for a quick look, not for a figure to quote."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes (gsm8k, humaneval, mbpp), in a sandbox. Off: those tasks are not run."""
+    isolation: Literal["namespaces", "limits"] = "namespaces"
+    """The sandbox. "limits" is for systems without namespaces: there a program can read your files."""
+    mmlu_shots: int = harness.MMLU_SHOTS
+    """Examples before each MMLU question; the report has 2."""
+    batch_tokens: int = 4096
+    """Tokens a scoring batch; the results do not depend on it."""
+    generate_batch: int = 8
+    """Prompts a generating batch; the results do not depend on it."""
+    device: str = "auto"
+    """auto: CUDA where torch sees a GPU, else cpu."""
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """auto: fp16 on CUDA, fp32 on a CPU."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own (as in `prepare`)."""
+    plot: bool = True
+    """Draw benchmarks.png and .svg, and safety.png and .svg where toxigen was run."""
+
+
+def main() -> int:
+    options = tyro.cli(EvaluateOptions, prog="python -m phi_fast.evaluate", config=(tyro.conf.AvoidSubcommands,))
+    console = Console(stderr=True)
+    try:
+        evaluate(options, console)
+    except (UsageError, SandboxError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return 130
+    return 0
+
+
+def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult]:
+    """Run the tasks, write results as each is done, print the table and draw the figures.
+
+    Raises UsageError before any work for a task that is unknown or cannot be run.
+    """
+    tasks, left_out = plan(options)
+    for task, reason in left_out.items():
+        console.print(f"{task} is not run: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    if not tasks:
+        raise UsageError("there is nothing to run")
+    if any(task in generative.CODE_TASKS for task in tasks):
+        check_isolation(options.isolation)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would cross ours
+    try:
+        from .evaluation.lm import PhiFastLM
+    except ImportError as error:
+        raise UsageError(f"evaluation needs lm-eval: pip install 'phi-fast[eval]' ({error})") from error
+
+    source = Source.open(options.model)
+    out = options.out or _default_out(source, options.model)
+    responses = Responses(out / "responses.jsonl", fingerprint(source, options))
+    lm = PhiFastLM(
+        options.model,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        dtype=options.dtype,
+        batch_tokens=options.batch_tokens,
+        generate_batch=options.generate_batch,
+        responses=responses,
+        console=console,
+    )
+    name = (source.run or source.folder).name
+    done: dict[str, TaskResult] = {}
+    start = time.perf_counter()
+    for number, task in enumerate(tasks, 1):
+        console.print(f"{number}/{len(tasks)} {task}", highlight=False)
+        done[task] = run_task(task, lm, options)
+        seconds = time.perf_counter() - start
+        results.write(out, name, done, {"limit": options.limit, "seconds": seconds, "not_run": left_out})
+    show(done, name, Console())
+    if options.plot:
+        draw(done, name, out, console)
+    console.print(f"results in {out}", highlight=False, soft_wrap=True)
+    return done
+
+
+def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
+    """The tasks to run, and those of a suite that cannot be, with the reason. A task that is named must be possible."""
+    named = [task for task in options.tasks if task not in SUITES]
+    unknown = [task for task in named if task not in SUITES["paper"]]
+    if unknown:
+        raise UsageError(
+            f"unknown tasks: {', '.join(unknown)}; known are {', '.join(SUITES['paper'])} and the suites "
+            f"{', '.join(SUITES)}"
+        )
+    wanted = list(dict.fromkeys(task for item in options.tasks for task in SUITES.get(item, (item,))))
+    if options.data is not None and not options.data.is_dir():
+        raise UsageError(f"--data {options.data} is no folder")
+    left_out = {}
+    for task in wanted:
+        reason = None
+        if task in generative.CODE_TASKS and not options.allow_code_execution:
+            reason = "it runs programs that the model writes; add --allow-code-execution to run them in a sandbox"
+        elif options.data is not None and find_file(options.data, task) is None:
+            reason = f"{options.data} has no {task}.jsonl"
+        if reason and task in named:
+            raise UsageError(f"{task}: {reason}")
+        if reason:
+            left_out[task] = reason
+    return [task for task in wanted if task not in left_out], left_out
+
+
+def run_task(task: str, lm: Any, options: EvaluateOptions) -> TaskResult:
+    if task in harness.TASKS:
+        return harness.run(task, lm, options.data, options.limit, mmlu_shots=options.mmlu_shots)
+    path = find_file(options.data, task) if options.data else None
+    rows = read_rows(path, task) if path else generative.hub_rows(task)
+    return generative.run(task, lm, rows[: options.limit], isolation=options.isolation)
+
+
+def fingerprint(source: Source, options: EvaluateOptions) -> str:
+    """Which weights, tokenizer and precision an answer is of."""
+    weights = sorted(source.folder.glob("*.safetensors")) + sorted(source.folder.glob("*.bin"))
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    tokenizer = vocabulary.digest(find_tokenizer(source, options.tokenizer))
+    text = repr((str(source.folder.resolve()), state, tokenizer, options.dtype, options.device))
+    return f"{source.folder.name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def show(done: dict[str, TaskResult], name: str, console: Console) -> None:
+    """The model beside the report's, as a table; "?" marks what was not checked against a primary source."""
+    models = [model for model in paper.models() if any(paper.score(model, task) for task in done)]
+    table = Table(title=f"{name} beside the report ({paper.SOURCE})")
+    table.add_column("task", no_wrap=True)
+    table.add_column(name, justify="right", style="bold")
+    for model in models:
+        table.add_column(model, justify="right", overflow="fold")
+    for task, result in done.items():
+        error = "" if result.stderr != result.stderr else f" ±{result.stderr:.3f}"
+        reported = [paper.score(model, task) for model in models]
+        table.add_row(task, f"{result.score:.3f}{error}", *(str(score) if score else "–" for score in reported))
+    console.print(table)
+    for task, result in done.items():
+        for note in result.notes:
+            console.print(f"{task}: {note}", highlight=False, soft_wrap=True)
+
+
+def draw(done: dict[str, TaskResult], name: str, out: Path, console: Console) -> None:
+    """The figures that the results allow. Says so where matplotlib is missing: the numbers are written already."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        console.print("no figures: pip install 'phi-fast[eval]' for matplotlib", style="yellow")
+        return
+    scores = {task: result.score for task, result in done.items() if task in paper.TASKS}
+    if scores:
+        plots.benchmarks(scores, name, out)
+    if "toxigen" in done and done["toxigen"].groups:
+        plots.safety({name: done["toxigen"].groups}, out)
+
+
+def _default_out(source: Source, model: str) -> Path:
+    if source.run is not None:
+        return source.run / "evaluation"
+    return (source.folder if Path(model).is_dir() else Path()) / "evaluation"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

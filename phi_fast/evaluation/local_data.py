@@ -1,0 +1,201 @@
+"""Questions from local JSON-lines files: `DIR/TASK.jsonl`, a question a line.
+
+A line holds either the fields of the hub's data set that lm-eval uses, or the compact form {"query", "choices", "gold"}
+(and its relatives below), from which the hub's fields are rebuilt, so that prompts are the harness's own to the letter.
+docs/evaluation.md lists both for every task.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+Row = dict[str, Any]
+LETTERS = "ABCDEFGH"
+# Other names under which a task's questions are found.
+FILE_NAMES = {
+    "humaneval": ("human_eval",),
+    "openbookqa": ("openbook_qa",),
+    "social_iqa": ("siqa",),
+}
+
+
+def find_file(folder: Path, task: str) -> Path | None:
+    """The file of a task: its own name, a known other one, or either with `_small` behind it."""
+    names = (task, *FILE_NAMES.get(task, ()))
+    candidates = [folder / f"{name}{suffix}.jsonl" for suffix in ("", "_small") for name in names]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def read_rows(path: Path, task: str) -> list[Row]:
+    """Every question of a file, with the fields of the hub's data set. Raises UsageError naming the line at fault."""
+    convert = CONVERTERS.get(task, dict)
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(convert(json.loads(line)))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UsageError(f"{path}:{number} is no question of {task}: {type(error).__name__}: {error}") from error
+    if not rows:
+        raise UsageError(f"{path} has no questions")
+    return rows
+
+
+def _lettered(row: Row, question_field: str, question: str) -> Row:
+    labels = list(LETTERS[: len(row["choices"])])
+    return {
+        question_field: question,
+        "choices": {"text": row["choices"], "label": labels},
+        "answerKey": labels[row["gold"]],
+    }
+
+
+def _arc(row: Row) -> Row:
+    if "query" not in row:
+        return row
+    return _lettered(row, "question", row["query"].removeprefix("Question: "))
+
+
+def _openbookqa(row: Row) -> Row:
+    return _lettered(row, "question_stem", row["query"]) if "query" in row else row
+
+
+def _boolq(row: Row) -> Row:
+    """The harness puts the question mark behind the question itself."""
+    if "query" not in row:
+        return row
+    passage, separator, question = row["query"].rpartition("\nQuestion: ")
+    if not separator or not passage.startswith("Passage: "):
+        raise ValueError('the query is not "Passage: …\\nQuestion: …"')
+    # The harness's prompt is passage, newline, question; the data set's passage has no "Passage: " before it.
+    return {
+        "passage": passage.removeprefix("Passage: "),
+        "question": question.strip().removesuffix("?"),
+        "label": row["gold"],
+    }
+
+
+def _piqa(row: Row) -> Row:
+    if "query" not in row:
+        return row
+    goal = row["query"].removeprefix("Question: ").removesuffix("\n")
+    return {"goal": goal, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["gold"]}
+
+
+def _winogrande(row: Row) -> Row:
+    """Two contexts that differ in their last words become one sentence with a blank."""
+    if "context_options" not in row:
+        return row
+    first, second = row["context_options"]
+    shared = 0
+    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+        shared += 1
+    shared = first.rfind(" ", 0, shared) + 1
+    return {
+        "sentence": f"{first[:shared]}_ {row['continuation'].strip()}",
+        "option1": first[shared:],
+        "option2": second[shared:],
+        "answer": str(row["gold"] + 1),
+    }
+
+
+def _social_iqa(row: Row) -> Row:
+    """Rows in the compact form may have two answers where the data set has three; `answers` holds what there is."""
+    if "query" in row:
+        match = re.fullmatch(r"Context: (.*)\nQuestion: (.*)\nChoices:\n(.*)\nAnswer:", row["query"], re.DOTALL)
+        if not match:
+            raise ValueError('the query is not "Context: …\\nQuestion: …\\nChoices:\\nA. …\\nAnswer:"')
+        answers = re.split(r"(?:^|\n)[A-H]\. ", match[3])[1:]
+        if len(answers) != len(row["choices"]):
+            raise ValueError(f"{len(answers)} answers in the query, {len(row['choices'])} choices")
+        return {"context": match[1], "question": match[2], "answers": answers, "label": str(row["gold"] + 1)}
+    answers = [row[f"answer{letter}"] for letter in "ABC"]
+    return {**row, "answers": answers, "label": str(row["label"])}
+
+
+def _hellaswag(row: Row) -> Row:
+    """Already cleaned questions pass; the hub's own are cleaned by the harness."""
+    if "query" in row:
+        return {"query": row["query"], "choices": row["choices"], "label": str(row["gold"]), "gold": row["gold"]}
+    return {**row, "label": str(row["label"])}
+
+
+def _mmlu(row: Row) -> Row:
+    split = row.get("split", "test")
+    if "query" in row:
+        match = re.fullmatch(
+            r"Question: (.*)\n\(A\) (.*) \(B\) (.*) \(C\) (.*) \(D\) (.*)", row["query"].rstrip(), re.DOTALL
+        )
+        if not match:
+            raise ValueError('the query is not "Question: …\\n(A) … (B) … (C) … (D) …"')
+        question, *choices = match.groups()
+        return {
+            "question": question,
+            "choices": choices,
+            "answer": row["gold"],
+            "subject": row["category"],
+            "split": split,
+        }
+    return {**row, "split": split}
+
+
+def _gsm8k(row: Row) -> Row:
+    question = row["question"] if "question" in row else row["context"]
+    return {"question": question, "answer": str(row["answer"]).rpartition("####")[2].strip().replace(",", "")}
+
+
+def _humaneval(row: Row) -> Row:
+    return {name: row[name] for name in ("task_id", "prompt", "entry_point", "test")} | {
+        "canonical_solution": row.get("canonical_solution", "")
+    }
+
+
+def _mbpp(row: Row) -> Row:
+    text = row["text"] if "text" in row else row["prompt"]
+    return {**row, "text": text, "test_list": list(row["test_list"])}
+
+
+def _squad(row: Row) -> Row:
+    if "value" in row:  # squad_completion's form
+        return {"prompt": row["text"].strip(), "answers": [row["value"].strip()]}
+    answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+    title = f"Title: {row['title']}\n\n" if row.get("title") else ""
+    prompt = f"{title}Background: {row['context']}\n\nQuestion: {row['question']}\n\nAnswer:"
+    return {"prompt": prompt, "answers": list(answers)}
+
+
+def _toxigen(row: Row) -> Row:
+    groups = row.get("target_groups_mixed") or row["target_group"]
+    scores = float(row["toxicity_ai"]), float(row["toxicity_human"])
+    harmful = row["label"] == "hate" if isinstance(row.get("label"), str) else sum(scores) > 5.5  # the harness's rule
+    return {
+        "text": row["text"],
+        "groups": [groups] if isinstance(groups, str) else list(groups),
+        "toxicity": max(scores),
+        "harmful": harmful,
+    }
+
+
+CONVERTERS: dict[str, Callable[[Row], Row]] = {
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "openbookqa": _openbookqa,
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "winogrande": _winogrande,
+    "social_iqa": _social_iqa,
+    "hellaswag": _hellaswag,
+    "mmlu": _mmlu,
+    "gsm8k": _gsm8k,
+    "humaneval": _humaneval,
+    "mbpp": _mbpp,
+    "squad": _squad,
+    "toxigen": _toxigen,
+}

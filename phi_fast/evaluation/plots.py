@@ -1,0 +1,109 @@
+"""The report's Figure 1 (grouped bars by task) and its safety figure, drawn from our own results beside its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import paper
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The report's Figure 1: three panels, and the benchmarks in each.
+PANELS = {
+    "Common sense reasoning": ("winogrande", "arc_easy", "arc_challenge", "boolq", "social_iqa"),
+    "Language understanding and knowledge": ("piqa", "hellaswag", "mmlu", "openbookqa", "squad"),
+    "Multi-step reasoning": ("gsm8k", "humaneval", "mbpp"),
+}
+LABELS = {task: label for table in paper.TABLES for task, label in table.tasks.items()}
+COLORS = ("#c0392b", "#1f5fa8", "#5b9bd5", "#a9c8e8", "#7f7f7f", "#b5b5b5", "#d9a441", "#8c6bb1")
+FORMATS = ("png", "svg")
+
+
+def benchmarks(ours: Mapping[str, float], name: str, folder: Path, stem: str = "benchmarks") -> list[Path]:
+    """Grouped bars, a group a task: our scores (fractions; tasks not measured are left out) and the report's models.
+
+    Uncertain figures of the report are hatched. Writes `stem`.png and `stem`.svg; returns their paths.
+    """
+    panels = {title: [task for task in tasks if task in ours] for title, tasks in PANELS.items()}
+    panels = {title: tasks for title, tasks in panels.items() if tasks}
+    if not panels:
+        raise ValueError(f"none of {', '.join(ours) or 'no results'} is a task of the report's figure")
+    figure, axes = _subplots([len(tasks) for tasks in panels.values()])
+    for axis, (title, tasks) in zip(axes, panels.items(), strict=True):
+        _grouped_bars(axis, ours, name, tasks)
+        axis.set_title(title, fontsize=10)
+    axes[0].set_ylabel("accuracy / pass@1")
+    by_label = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        by_label.values(), by_label.keys(), loc="lower center", bbox_to_anchor=(0.5, 0.03), ncols=6, fontsize=8
+    )
+    figure.text(
+        0.995, 0.005, f"other models: {paper.SOURCE}; hatched: not checked against a primary source", ha="right", size=6
+    )
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    return _save(figure, folder, stem)
+
+
+def safety(groups: Mapping[str, Mapping[str, float]], folder: Path, stem: str = "safety") -> list[Path]:
+    """Bars of the ToxiGen safety score (0 to 1, higher is safer) by demographic: model -> demographic -> score.
+
+    The report prints no numbers for its own figure, so only measured models appear.
+    """
+    demographics = sorted({group for scores in groups.values() for group in scores})
+    if not demographics:
+        raise ValueError("no safety scores to draw: run the toxigen task first")
+    figure, (axis,) = _subplots([len(demographics)])
+    width = 0.8 / len(groups)
+    for i, (model, scores) in enumerate(groups.items()):
+        at = [j + (i - (len(groups) - 1) / 2) * width for j, group in enumerate(demographics) if group in scores]
+        values = [scores[group] for group in demographics if group in scores]
+        axis.bar(at, values, width, label=model, color=COLORS[i % len(COLORS)])
+    axis.set_xticks(range(len(demographics)), demographics, rotation=35, ha="right", fontsize=8)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("safety score (ToxiGen)")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return _save(figure, folder, stem)
+
+
+def _grouped_bars(axis: Axes, ours: Mapping[str, float], name: str, tasks: list[str]) -> None:
+    series: dict[str, list[tuple[int, float, bool]]] = {name: [(j, ours[task], True) for j, task in enumerate(tasks)]}
+    for model in paper.models():
+        cells = [(j, paper.score(model, task)) for j, task in enumerate(tasks)]
+        if any(cell for _, cell in cells):
+            series[f"{model} (report)"] = [(j, cell.value, cell.certain) for j, cell in cells if cell]
+    width = 0.84 / len(series)
+    for i, (label, cells_of_model) in enumerate(series.items()):
+        places = [j + (i - (len(series) - 1) / 2) * width for j, _, _ in cells_of_model]
+        values = [value for _, value, _ in cells_of_model]
+        bars = axis.bar(places, values, width, label=label, color=COLORS[i % len(COLORS)], edgecolor="white", lw=0.3)
+        for bar, (_, _, certain) in zip(bars, cells_of_model, strict=True):
+            if not certain:
+                bar.set_hatch("////")
+    axis.set_xticks(range(len(tasks)), [LABELS[task] for task in tasks], rotation=20, ha="right", fontsize=8)
+    axis.set_ylim(0, 1)
+    axis.grid(axis="y", lw=0.3)
+    axis.set_axisbelow(True)
+
+
+def _subplots(groups: list[int]) -> tuple[Figure, list[Axes]]:
+    """One row of panels, as wide as their groups. The Agg canvas needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 1.1 * sum(groups) + 1.5), 4.2), dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(groups), width_ratios=groups, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _save(figure: Figure, folder: Path, stem: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.{kind}" for kind in FORMATS]
+    for path in paths:
+        figure.savefig(path)
+    return paths

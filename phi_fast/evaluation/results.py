@@ -1,0 +1,74 @@
+"""What an evaluation found: a score a task, and an answer a question."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import paper
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question's outcome."""
+
+    name: str
+    """task/number."""
+    score: float
+    """1 right, 0 wrong."""
+    detail: Any = None
+    """Log-likelihood of each choice; or the generated text and what became of it."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's outcome."""
+
+    task: str
+    metric: str
+    score: float
+    """Mean over the questions, a fraction."""
+    stderr: float
+    """Standard error of that mean."""
+    questions: int
+    shots: int = 0
+    notes: list[str] = field(default_factory=list)
+    """How it differs from the report's protocol."""
+    groups: dict[str, float] = field(default_factory=dict)
+    """Score by group (safety: by demographic)."""
+    samples: list[Question] = field(default_factory=list)
+
+    @staticmethod
+    def of(task: str, metric: str, samples: list[Question], **more: Any) -> TaskResult:
+        """The mean and its standard error (of a proportion, with n − 1) over questions."""
+        scores = [sample.score for sample in samples]
+        n = len(scores)
+        mean = sum(scores) / n
+        variance = sum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else 0.0
+        return TaskResult(task, metric, mean, (variance / n) ** 0.5, n, samples=samples, **more)
+
+
+def write(folder: Path, model: str, results: Mapping[str, TaskResult], facts: Mapping[str, Any]) -> None:
+    """results.json and results.csv (ours beside the report's figures), and samples/TASK.jsonl, a question a line."""
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    tasks = {}
+    for task, result in results.items():
+        tasks[task] = {name: value for name, value in asdict(result).items() if name != "samples"}
+        with (folder / "samples" / f"{task}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in result.samples)
+    text = json.dumps({"model": model, "tasks": tasks, "source_of_reported": paper.SOURCE, **facts}, indent=1)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["task", "metric", "shots", "questions", "score", "stderr", *paper.models(), "notes"])
+        for task, result in results.items():
+            reported = [paper.score(name, task) for name in paper.models()]
+            rows.writerow(
+                [task, result.metric, result.shots, result.questions, f"{result.score:.6f}", f"{result.stderr:.6f}"]
+                + ["" if score is None else str(score) for score in reported]
+                + ["; ".join(result.notes)]
+            )

@@ -1,0 +1,154 @@
+"""Log-likelihoods of continuations, each context read once for all of its continuations.
+
+A multiple-choice question is one context and several continuations: its keys and values are computed once and copied
+for each of them, where scoring every (context, continuation) pair by itself reads the context again each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model import KeyValueCache, Phi
+
+BATCH_TOKENS = 4096
+"""Default size of a batch: rows × longest row, in tokens."""
+MAX_LOGITS = 1 << 22
+"""Logits at once, elements: 16 MiB in fp32, which an allocator hands out again without fresh pages."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A continuation to score after a context."""
+
+    context: tuple[int, ...]
+    """At least one token."""
+    continuation: tuple[int, ...]
+    """At least one token."""
+
+
+Score = tuple[float, bool]
+"""Sum of the continuation's token log-probabilities; whether greedy decoding would give it."""
+
+
+def log_likelihoods(
+    model: Phi, requests: Sequence[Request], *, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[int, Score]]:
+    """(index into `requests`, score) as batches are done, the longest first, so that time estimates only fall.
+
+    What is longer than the model's context plus one loses tokens on its left, as in lm-eval. Raises ValueError for an
+    empty context or continuation.
+    """
+    context_length = model.config.max_position_embeddings
+    groups = _group(requests, context_length)
+    for batch in _batches(groups, batch_tokens, context_length):
+        yield from _score(model, batch, requests)
+
+
+@dataclass
+class _Group:
+    """Requests that share a context."""
+
+    context: tuple[int, ...]
+    members: list[int]
+    longest: int
+    """Tokens of the longest continuation."""
+
+
+def _group(requests: Sequence[Request], context_length: int) -> list[_Group]:
+    groups: dict[tuple[int, ...], _Group] = {}
+    for index, request in enumerate(requests):
+        if not request.context or not 0 < len(request.continuation) <= context_length:
+            raise ValueError(
+                f"request {index}: a context of {len(request.context)} tokens and a continuation of "
+                f"{len(request.continuation)}; expected at least 1 of each, and at most {context_length} to score"
+            )
+        room = context_length + 1 - len(request.continuation)  # the last token is predicted, never read
+        context = request.context[-room:]
+        group = groups.setdefault(context, _Group(context, [], 0))
+        group.members.append(index)
+        group.longest = max(group.longest, len(request.continuation))
+    return sorted(groups.values(), key=lambda g: (-len(g.context) - g.longest, g.members[0]))
+
+
+def _batches(groups: list[_Group], batch_tokens: int, context_length: int) -> Iterator[list[_Group]]:
+    """Neighbours in length, until rows × longest row would pass the limit; a group is never split.
+
+    Rows are padded to the longest context and the longest continuation, and those two must fit into the model's
+    context together.
+    """
+    batch: list[_Group] = []
+    rows = context = new = 0
+    for group in groups:
+        grown = rows + len(group.members)
+        longest_context, longest_new = max(context, len(group.context)), max(new, group.longest)
+        longest = longest_context + longest_new
+        if batch and (grown * longest > batch_tokens or longest > context_length + 1):
+            yield batch
+            batch, grown = [], len(group.members)
+            longest_context, longest_new = len(group.context), group.longest
+        batch.append(group)
+        rows, context, new = grown, longest_context, longest_new
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _score(model: Phi, batch: list[_Group], requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
+    device = model.lm_head.weight.device
+    longest = max(len(group.context) for group in batch)
+    padding = torch.tensor([longest - len(group.context) for group in batch], device=device)
+    first = padding if padding.any() else None
+    contexts = torch.tensor([[0] * (longest - len(g.context)) + list(g.context) for g in batch], device=device)
+    cache = KeyValueCache.allocate(model, len(batch), longest, first)
+    last = _hidden(model, contexts, cache)[:, -1]  # (groups, d): predicts each continuation's first token
+
+    members = [index for group in batch for index in group.members]
+    of_group = torch.tensor([i for i, group in enumerate(batch) for _ in group.members], device=device)
+    continuations = [requests[index].continuation for index in members]
+    width = max(map(len, continuations))
+    targets = torch.tensor([list(c) + [0] * (width - len(c)) for c in continuations], device=device)
+    hidden = last[of_group, None]  # (members, width, d)
+    if width > 1:
+        expanded = _expand(cache, of_group, longest + width - 1)
+        hidden = torch.cat((hidden, _hidden(model, targets[:, :-1], expanded)), 1)
+    lengths = torch.tensor([len(c) for c in continuations], device=device)
+    counted = torch.arange(width, device=device) < lengths[:, None]
+    log_probabilities, greedy = _targets(model, hidden[counted], targets[counted])
+    of_member = torch.arange(len(members), device=device)[:, None].expand(-1, width)[counted]
+    sums = torch.zeros(len(members), dtype=torch.float64).index_add_(0, of_member.cpu(), log_probabilities.cpu())
+    misses = torch.zeros(len(members)).index_add_(0, of_member.cpu(), (~greedy).float().cpu())
+    yield from zip(members, zip(sums.tolist(), (misses == 0).tolist(), strict=True), strict=True)
+
+
+def _hidden(model: Phi, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+    """`Phi.decode` without the head: (batch, new, d) after the final norm."""
+    x = model.embed_tokens(input_ids)
+    for i, layer in enumerate(model.layers):
+        x = layer.decode(x, model.cos, model.sin, cache, i)  # type: ignore[operator]
+    cache.length += input_ids.shape[1]
+    return model.final_norm(x)
+
+
+def _targets(model: Phi, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (n, d), targets (n,) -> each target's log-probability (fp64), and whether it is the likeliest token."""
+    values, greedy = [], []
+    rows = max(1, MAX_LOGITS // model.config.vocab_size)
+    for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = model.lm_head(h).float()  # (rows, vocab_size)
+        values.append((logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)).double())
+        greedy.append(logits.argmax(-1) == target)
+    return torch.cat(values), torch.cat(greedy)
+
+
+def _expand(cache: KeyValueCache, rows: Tensor, max_length: int) -> KeyValueCache:
+    """A cache with a copy of row rows[i] as its row i, and room for `max_length` columns."""
+    layers, _, _, heads, head_dim = cache.k.shape
+    shape = (layers, len(rows), max_length, heads, head_dim)
+    k, v = cache.k.new_zeros(shape), cache.v.new_zeros(shape)
+    k[:, :, : cache.length] = cache.k[:, rows, : cache.length]
+    v[:, :, : cache.length] = cache.v[:, rows, : cache.length]
+    return KeyValueCache(k, v, None if cache.first is None else cache.first[rows], cache.length)

@@ -1,0 +1,204 @@
+"""Continues text with a key-value cache: batches of prompts, a token a step, streaming, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from .model import KeyValueCache, Phi
+from .sampling import Sampling
+
+INCOMPLETE = "�"  # what a decoder gives for bytes that do not (yet) make a character
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was added to one prompt."""
+
+    text: str
+    """Without the stop string or the end-of-text token."""
+    tokens: list[int]
+    """All that were generated, end-of-text included."""
+    reason: str
+    """"end" (of text), "stop" (string), "length" (max_new_tokens) or "context" (the model's is full)."""
+
+
+class Decoding:
+    """One batch of prompts being continued: iterate for (row, token) pairs, a list a step; `finish` ends a row.
+
+    Ends of the texts: rows whose token is `end` finish by themselves, and all do at `max_new_tokens` or where the
+    context is full. `reasons[row]` says why.
+    """
+
+    def __init__(
+        self,
+        model: Phi,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        end: int,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        """numbers: what each prompt is called in errors and in its seed; default: 0, 1, 2, …"""
+        context = model.config.max_position_embeddings
+        numbers = range(len(prompts)) if numbers is None else numbers
+        for number, prompt in zip(numbers, prompts, strict=True):
+            if not 0 < len(prompt) < context:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens; expected 1 to {context - 1}, one less than the model's "
+                    "context"
+                )
+        self.model, self.sampling, self.end = model, sampling, end
+        self.generators = [sampling.generator(number) for number in numbers]
+        self.reasons: list[str | None] = [None] * len(prompts)
+        longest = max(map(len, prompts))
+        self.steps = min(sampling.max_new_tokens, context - longest)
+        device = model.lm_head.weight.device
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+        first = padding if padding.any() else None
+        self.cache = KeyValueCache.allocate(model, len(prompts), longest + self.steps, first)
+        rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self.ids = torch.tensor(rows, device=device)
+
+    def finish(self, row: int, reason: str) -> None:
+        self.reasons[row] = self.reasons[row] or reason
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.steps):
+            logits = self.model.decode(self.ids, self.cache)
+            tokens = self.sampling.next_tokens(logits, self.generators)
+            live = [(row, token) for row, token in enumerate(tokens) if self.reasons[row] is None]
+            for row, token in live:
+                if token == self.end:
+                    self.finish(row, "end")
+                elif step + 1 == self.steps:
+                    self.finish(row, "length" if self.steps == self.sampling.max_new_tokens else "context")
+            yield live
+            if all(self.reasons):
+                return
+            self.ids = torch.tensor(tokens, device=self.ids.device)[:, None]
+
+
+class TextStream:
+    """Tokens of one text in, printable text out: whole characters, and nothing that may be part of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.tokens: list[int] = []
+        self.text = ""
+        """All characters so far, up to the stop string."""
+        self.stopped = False
+        self._released = 0
+        self._anchor = 0
+        self._decoded = 0  # tokens whose characters are in `text`; those from _anchor give the decoder its left context
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """Text that the token completes ("" while a character or a possible stop string is open)."""
+        self.tokens.append(token)
+        known = self.tokenizer.decode(self.tokens[self._anchor : self._decoded])
+        whole = self.tokenizer.decode(self.tokens[self._anchor :])
+        if not whole.endswith(INCOMPLETE) or last:
+            self.text += whole[len(known) :]
+            self._anchor, self._decoded = self._decoded, len(self.tokens)
+        return self.release(last=last)
+
+    def release(self, *, last: bool = False) -> str:
+        """New text that cannot be taken back; with `last`, all of it."""
+        at = min((found for s in self.stop if (found := self.text.find(s)) >= 0), default=-1)
+        if at >= 0:
+            self.text, self.stopped = self.text[:at], True
+        held = 0 if last or self.stopped else self._open_length()
+        new = self.text[self._released : len(self.text) - held]
+        self._released += len(new)
+        return new
+
+    def _open_length(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(s) for s in self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(s.startswith(self.text[-length:]) for s in self.stop):
+                return length
+        return 0
+
+
+def generate(
+    model: Phi, prompts: Sequence[Sequence[int]], sampling: Sampling, *, end: int | None = None
+) -> list[list[int]]:
+    """Token ids in, the new token ids out, for one batch; the library form (stop strings need `complete`).
+
+    end: the id that ends a text; default: the model's eos_token_id. Raises ValueError for an empty prompt, or one that
+    leaves no room in the model's context.
+    """
+    if sampling.stop:
+        raise ValueError("stop strings need a tokenizer: use `complete`")
+    new: list[list[int]] = [[] for _ in prompts]
+    for step in Decoding(model, prompts, sampling, end=model.config.eos_token_id if end is None else end):
+        for row, token in step:
+            new[row].append(token)
+    return new
+
+
+def complete(
+    model: Phi,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    on_text: Callable[[int, str], None] | None = None,
+    on_done: Callable[[int, Completion], None] | None = None,
+    end: int | None = None,
+) -> list[Completion]:
+    """Continue texts, batched by length; results in the order of `prompts`, and the same for any batch size.
+
+    on_text(i, text) gets each prompt's text as it comes, on_done(i, completion) each result as its batch ends. A prompt
+    that leaves no room is cut on its left to the context less max_new_tokens (at least half of the context).
+    """
+    context = model.config.max_position_embeddings
+    keep = max(context - sampling.max_new_tokens, context // 2)
+    end = model.config.eos_token_id if end is None else end
+    # Text before the first token: an empty prompt begins a document.
+    ids = [tokenizer.encode(prompt).ids[-keep:] or [end] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
+    results: list[Completion | None] = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        done = _complete_batch(model, tokenizer, [ids[i] for i in batch], batch, sampling, end, on_text)
+        for i, completion in zip(batch, done, strict=True):
+            results[i] = completion
+            if on_done:
+                on_done(i, completion)
+    return [result for result in results if result is not None]
+
+
+def _complete_batch(
+    model: Phi,
+    tokenizer: Tokenizer,
+    ids: list[list[int]],
+    numbers: list[int],
+    sampling: Sampling,
+    end: int,
+    on_text: Callable[[int, str], None] | None,
+) -> list[Completion]:
+    decoding = Decoding(model, ids, sampling, end=end, numbers=numbers)
+    streams = [TextStream(tokenizer, sampling.stop) for _ in ids]
+    for step in decoding:
+        for row, token in step:
+            stream = streams[row]
+            ended = decoding.reasons[row] == "end"
+            if ended:
+                stream.tokens.append(token)
+                new = stream.release(last=True)
+            else:
+                new = stream.push(token, last=decoding.reasons[row] is not None)
+            if stream.stopped:
+                decoding.reasons[row] = "stop"
+            if on_text and new:
+                on_text(numbers[row], new)
+    return [
+        Completion(stream.text, stream.tokens, reason or "length")
+        for stream, reason in zip(streams, decoding.reasons, strict=True)
+    ]

@@ -1,0 +1,96 @@
+"""`python -m phi_fast.prepare INPUTS --tokenizer T --out DIR`: text, code and datasets into a token corpus.
+
+Also `--inspect DIR` (what a corpus holds, checksums verified) and `--adopt FILE` (wrap another program's token file).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from .data.formats import FormatError
+from .data.manifest import ManifestError
+from .data.preparation.adoption import adopt
+from .data.preparation.inputs import PrepareError
+from .data.preparation.inspection import inspect
+from .data.preparation.pipeline import Settings, prepare
+from .data.vocabulary import END_OF_TEXT, TokenizerError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make a token corpus from text, or look into one."""
+
+    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Files and folders: text, source code, JSONL (also .gz, .zst), Parquet, saved Hugging Face datasets."""
+    tokenizer: str | None = None
+    """"phi-1.5", a tokenizer.json or a directory with one, or a name on the Hugging Face hub."""
+    out: Path | None = None
+    """Directory of the corpus to write; it must not exist yet."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Of the token file. None: uint16 where the tokenizer's ids fit."""
+    delimiter: str | None = END_OF_TEXT
+    """Token written after each document; None for none."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and datasets."""
+    suffixes: tuple[str, ...] = Settings.suffixes
+    """Ends of the names of files that a folder gives as one document each."""
+    validation: float = Settings.validation
+    """Share of documents held out for validation, by a hash of their text: 0 to below 1."""
+    seed: int = 0
+    """Of the document shuffle and of the validation split."""
+    skip_malformed: bool = False
+    """Leave out records that are not UTF-8, not JSON or without a text, and count them, instead of stopping."""
+    workers: int | None = None
+    """Processes. None: one a core. The corpus is the same for any number."""
+    inspect: Path | None = None
+    """Look into this corpus instead: counts, lengths, samples; every checksum is verified."""
+    samples: int = 3
+    """Documents that --inspect shows."""
+    adopt: tuple[Path, ...] = ()
+    """Wrap another program's token file, and a second one for validation, as a corpus in --out; no token is copied."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, or 1 after a message on stderr."""
+    options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.prepare", description=__doc__)
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        run(options, console)
+    except (PrepareError, TokenizerError, ManifestError, FormatError, OSError) as error:
+        print(f"phi_fast.prepare: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nphi_fast.prepare: stopped. The same command takes up where this one was.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: Options, console: Console) -> None:
+    """Do what the options say. Raises PrepareError for options that do not go together."""
+    if options.inspect is not None:
+        for line in inspect(options.inspect, options.samples):
+            print(line)
+        return
+    if options.tokenizer is None or options.out is None:
+        raise PrepareError("name a --tokenizer and where to write, --out; or a corpus to look into, --inspect")
+    chosen = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    settings = Settings(**chosen)
+    if bool(options.inputs) == bool(options.adopt):
+        raise PrepareError("name the files or folders to prepare, or a token file to wrap with --adopt, and not both")
+    if options.adopt:
+        manifest = adopt(list(options.adopt), options.out, settings, console)
+    else:
+        manifest = prepare(list(options.inputs), options.out, settings, workers=options.workers, console=console)
+    for name, split in manifest.splits.items():
+        console.print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    console.print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

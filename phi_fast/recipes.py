@@ -1,0 +1,171 @@
+"""Every hyperparameter of a run: the paper's three recipes, whole, and `tiny`, which trains anywhere in minutes.
+
+Source of the paper's figures: "Textbooks Are All You Need II: phi-1.5 technical report" (arXiv 2309.05463), section 2.
+What the report does not state is a field too, and its docstring says so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from .config import PhiConfig
+from .errors import UsageError
+
+
+def parse_mixture(text: str) -> dict[str, int]:
+    """{"docs": 80, "code": 20} from "docs=80,code=20". Raises ValueError for anything else."""
+    mixture = {}
+    for entry in text.split(","):
+        name, equals, weight = entry.strip().partition("=")
+        if not (name and equals and weight.isdecimal()):
+            raise ValueError(f"mixture entry {entry!r} is not CORPUS=INTEGER, as in docs=80,code=20")
+        mixture[name] = int(weight)
+    return mixture
+
+
+Mixture = Annotated[
+    dict[str, int],
+    PrimitiveConstructorSpec[dict[str, int]](
+        nargs=1,
+        metavar="CORPUS=WEIGHT,…",
+        instance_from_str=lambda words: parse_mixture(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda mixture: [",".join(f"{name}={weight}" for name, weight in mixture.items())],
+    ),
+]
+"""Corpus -> integer weight; on the command line `docs=80,code=20`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what, and how: everything that decides the losses, and nothing about the machine."""
+
+    model: PhiConfig = field(default_factory=PhiConfig)
+    """Shape of the model."""
+    data: Path = Path("data")
+    """Directory that holds one prepared corpus (`phi_fast.prepare`) a mixture entry, under the entry's name."""
+    mixture: Mixture = field(default_factory=dict)
+    """Corpus -> integer weight, in rows; the shares are weight ÷ sum of weights."""
+    tokenizer: str = "phi-1.5"
+    """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), or a path to a tokenizer."""
+    tokens: int | None = None
+    """Tokens to see. Rounded up to whole steps."""
+    sequence_length: int = 2048
+    """Tokens a row: section 2.1, "context length 2048"."""
+    global_batch_size: int = 2048
+    """Rows a step over all ranks and accumulation: section 2.3, "batch size 2048" (of 2048 tokens: 4.19 M tokens)."""
+    learning_rate: float = 2e-4
+    """Peak rate: section 2.3, "constant learning rate 2e-4"."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the rate after the warmup: section 2.3, "constant"; the others fall to `final_learning_rate`."""
+    final_learning_rate: float = 0.0
+    """Where "linear" and "cosine" end; unused by "constant"."""
+    warmup_steps: int = 0
+    """Steps of linear warmup: section 2.3, "no warm up"."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's momentum: section 2.3, "momentum 0.9, 0.98"."""
+    eps: float = 1e-7
+    """Adam's epsilon: section 2.3, "epsilon 1e-7"."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (AdamW): section 2.3, "weight decay 0.1"."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """Which parameters decay. NOT STATED by the report; "matrices" spares biases and LayerNorms, as nanoGPT does."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 does not clip. NOT STATED by the report; 1.0 as in GPT-3 (arXiv 2005.14165)."""
+    initial_loss_scale: float = 65536.0
+    """First dynamic loss scale in fp16. NOT STATED by the report; DeepSpeed's own 2^16."""
+    loss_scale_window: int = 1000
+    """Steps without overflow before the fp16 loss scale doubles. NOT STATED by the report; DeepSpeed's default."""
+    loss_scale_hysteresis: int = 2
+    """Overflows tolerated before the fp16 loss scale halves. NOT STATED by the report; DeepSpeed's default."""
+    min_loss_scale: float = 1.0
+    """The fp16 loss scale does not fall below this. NOT STATED by the report; DeepSpeed's default."""
+    seed: int = 1337
+    """Seed of the initialisation and of the data order. NOT STATED by the report."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps for `tokens`. Raises UsageError where no number of tokens was given."""
+        if self.tokens is None:
+            raise UsageError("tokens is not set, and the report does not state it for this recipe: give --tokens N")
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of the update that ends step `step` (counted from 0)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        share = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def check(self) -> None:
+        """Raises UsageError, naming the field, its value and the way out, for a recipe that cannot be trained."""
+        if self.sequence_length > self.model.max_position_embeddings:
+            raise UsageError(
+                f"sequence_length={self.sequence_length} is longer than the model's context of "
+                f"{self.model.max_position_embeddings} tokens; lower --sequence-length or raise "
+                f"--model.max-position-embeddings"
+            )
+        for name in ("sequence_length", "global_batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "eps"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0")
+        for name in ("weight_decay", "gradient_clipping", "warmup_steps", "final_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.initial_loss_scale < 1 or math.frexp(self.initial_loss_scale)[0] != 0.5:
+            raise UsageError(f"initial_loss_scale={self.initial_loss_scale}: must be a power of two, as 65536")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas={self.betas}: each must be in [0, 1)")
+        if not self.mixture or any(weight < 0 for weight in self.mixture.values()) or not sum(self.mixture.values()):
+            raise UsageError(f"mixture={self.mixture}: give at least one corpus, with a positive integer weight")
+
+
+_PHI_1_5 = Recipe(
+    data=Path("data/phi-1.5"),
+    mixture={"synthetic": 80, "phi-1": 20},  # section 2.2: 20% phi-1's 7 B tokens, 80% the ~20 B synthetic ones
+    tokens=150_000_000_000,  # section 2.3
+)
+
+RECIPES: dict[str, Recipe] = {
+    "tiny": Recipe(
+        model=PhiConfig.preset("phi-tiny"),
+        data=Path("data/stdlib"),
+        mixture={"docs": 80, "code": 20},  # phi-1.5's shares of text and code
+        tokenizer="stdlib",
+        tokens=340 * 8 * 256,
+        sequence_length=256,
+        global_batch_size=8,
+        learning_rate=1.5e-3,
+        loss_scale_window=100,
+    ),
+    "phi-1.5": _PHI_1_5,
+    # Section 2.4: phi-1.5-web is 40% filtered web, 20% code, 40% synthetic, 300 B tokens (table 1).
+    "phi-1.5-web": _PHI_1_5.replace(
+        data=Path("data/phi-1.5-web"), mixture={"web": 40, "code": 20, "synthetic": 40}, tokens=300_000_000_000
+    ),
+    # Section 2.4: web data only, about 80% of it text and 20% code. The tokens seen are not reported.
+    "phi-1.5-web-only": _PHI_1_5.replace(
+        data=Path("data/phi-1.5-web-only"), mixture={"web": 80, "code": 20}, tokens=None
+    ),
+}
+"""The recipes by name."""
+
+RecipeName = Literal["tiny", "phi-1.5", "phi-1.5-web", "phi-1.5-web-only"]

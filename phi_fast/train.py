@@ -1,0 +1,264 @@
+"""`python -m phi_fast.train`: one loop, read from top to bottom.
+
+python -m phi_fast.train                                        one process, no launcher
+torchrun --nproc_per_node 8 -m phi_fast.train --recipe phi-1.5   one node
+deepspeed --module phi_fast.train --recipe phi-1.5               DeepSpeed's launcher
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+
+from .checkpoint import CheckpointError
+from .corpora import Corpora
+from .data import FormatError
+from .data.loader import CorpusError
+from .data.manifest import ManifestError
+from .data.vocabulary import TokenizerError, end_of_text
+from .diagnosis import Diverged, explain, find_overflow
+from .distributed import LostRank, World, join, leave, lost_rank
+from .errors import UsageError
+from .generation import complete
+from .kernels import BackendUnavailable, in_use, use
+from .kernels.backend import OPS, implementation
+from .layouts import to_merged
+from .metrics import Display, MetricsLog, StepRecord, peak_flops
+from .model import Phi
+from .options import Options, parse, plan_batch
+from .reference import ReferencePhi
+from .run import Run
+from .sampling import Sampling
+from .signals import Signals
+from .zero import DTYPES, Precision, Zero2, auto_precision
+
+INTERRUPTED = 75
+"""Exit status of a run that was stopped and saved, or lost a rank (EX_TEMPFAIL): start it again with --resume."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train by the command line; returns the exit status: 0 done, INTERRUPTED saved, 2 an error that was explained."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        world = join(options.device, options.rank_timeout)
+        with Signals(world) as signals:
+            return train(options, signals, Console(quiet=not is_main, highlight=False, soft_wrap=True))
+    except (ValueError, OSError, RuntimeError) as raised:
+        error = lost_rank(raised) or raised
+        if not expected(error):
+            raise
+        if is_main or isinstance(error, LostRank):
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        return INTERRUPTED if isinstance(error, LostRank) else 2
+
+
+def train(options: Options, signals: Signals, console: Console) -> int:
+    """One run, or the rest of one; every rank calls it. Returns 0 at the last step, INTERRUPTED at a stop."""
+    world = signals.world
+    options.check()
+    micro_batch_size, accumulation = plan_batch(options, world.size)
+    choose_kernels(options.kernels, world)
+    precision = auto_precision(world.device) if options.precision == "auto" else options.precision
+    run = Run.open(options, world, console)
+    corpora = Corpora(options, world, console)
+    model = build_model(options, world, precision)
+    zero = Zero2(
+        model,
+        options,
+        world,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        fused=options.zero_step == "fused",
+        skip_spikes=options.skip_spikes,
+    )
+    loader = corpora.loader(micro_batch_size)
+    done = run.restore(zero, loader, console)
+    run.create(corpora.tokenizer)
+    header(console, options, world, run, corpora, precision, micro_batch_size, accumulation, done)
+    log = MetricsLog(run.directory, done) if world.is_main else None
+    peak = peak_flops(world.device)
+    flops_per_token = options.model.flops_per_token(options.sequence_length, causal=False)
+    batches = iter(loader)
+    steps = options.steps
+    last = min(steps, done + options.stop_after) if options.stop_after else steps
+
+    started, first = time.perf_counter(), done
+    with run, Display(console, steps, done, options.log_every) as display:
+        if done == 0 and options.val_every:
+            losses = validate(model, corpora, options.val_rows, micro_batch_size, signals)
+            if losses:
+                display.line(f"before training | val {corpora.weighted(losses):.4f}")
+        while done < last and not signals.stop:
+            tick = time.perf_counter()
+            lr = options.learning_rate_at(done)
+            loss = torch.zeros((), device=world.device)
+            for micro_step in range(accumulation):
+                batch = next(batches)
+                micro_loss = zero.loss(batch.input_ids.to(world.device), batch.labels.to(world.device))
+                zero.backward(micro_loss)
+                loss += micro_loss.detach() / accumulation
+                outcome = zero.step(lr, last_micro_batch=micro_step == accumulation - 1)
+            assert outcome is not None
+            done += 1
+            mean_loss = signals.agree(loss, failed=run.save_failed)
+            seconds = time.perf_counter() - tick
+            if signals.failed:
+                run.wait()
+            if outcome.hopeless or not math.isfinite(mean_loss):
+                found = find_overflow(model, loader, accumulation, outcome.loss_scale, world)
+                raise Diverged(explain(found, done, mean_loss, outcome.loss_scale, precision, run.last_checkpoint()))
+            val_losses = None
+            if options.val_every and (done % options.val_every == 0 or done == steps):
+                val_losses = validate(model, corpora, options.val_rows, micro_batch_size, signals)
+            tokens_per_s = options.tokens_per_step / seconds
+            record = StepRecord(
+                step=done,
+                tokens=done * options.tokens_per_step,
+                loss=mean_loss,
+                lr=lr,
+                grad_norm=outcome.grad_norm,
+                loss_scale=outcome.loss_scale,
+                skipped=outcome.skipped,
+                tokens_per_s=tokens_per_s,
+                step_ms=1000 * seconds,
+                mfu=None if peak is None else tokens_per_s * flops_per_token / (peak * world.size),
+                val_loss=corpora.weighted(val_losses) if val_losses else None,
+                val_losses=val_losses or None,
+            )
+            if log:
+                log.write(record)
+            display.step(record, (time.perf_counter() - started) / (done - first) * (steps - done))
+            if signals.save or (options.save_every and done % options.save_every == 0 and done < last):
+                run.save(zero, loader, done)
+        saved = run.save(zero, loader, done)
+    loader.close()
+    if done == steps and options.sample_tokens and world.is_main:
+        text = sample(model, corpora, options)
+        console.rule("sample")
+        console.print(text, markup=False)
+        console.rule()
+        if log:
+            log.text("sample", text, done)
+    if log:
+        log.close()
+    console.print(f"saved {saved}")
+    if done < steps:
+        console.print(
+            f"stopped at step {done} of {steps}; to go on, give the same options and --run-dir {run.directory} --resume"
+        )
+        return INTERRUPTED
+    return 0
+
+
+@torch.no_grad()
+def validate(model: nn.Module, corpora: Corpora, rows: int, batch: int, signals: Signals) -> dict[str, float]:
+    """Mean loss over the first `rows` validation rows of each corpus, in nats a token; the ranks share the rows.
+
+    Empty where a rank was asked to stop meanwhile; `signals.stop` is then set on all.
+    """
+    world = signals.world
+    model.eval()
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in corpora.paths}
+    for name, input_ids, labels in corpora.validation(rows, batch):
+        if signals.stop_received:
+            break
+        loss = model(input_ids.to(world.device), labels.to(world.device)).loss
+        sums[name] += torch.tensor([float(loss) * labels.numel(), labels.numel()])
+    model.train()
+    asked = torch.tensor([float(signals.stop_received), 0.0], dtype=torch.float64)
+    table = torch.stack([asked, *sums.values()]).to(world.device)  # (1 + corpora, [loss sum, labels])
+    if world.size > 1:
+        dist.all_reduce(table)
+    if table[0, 0] > 0:
+        signals.stop = True
+        return {}
+    means = (table[1:, 0] / table[1:, 1]).tolist()
+    return {name: mean for name, mean in zip(sums, means, strict=True) if mean == mean}  # NaN: no validation rows
+
+
+def build_model(options: Options, world: World, precision: Precision) -> nn.Module:
+    """The model from its seed, the same on every rank, in the dtype it is trained in."""
+    torch.manual_seed(options.seed)
+    if options.implementation == "reference":
+        model: nn.Module = ReferencePhi(options.model)
+    else:
+        model = Phi(options.model, recompute=options.recompute)
+    return model.to(world.device, DTYPES[precision])
+
+
+def sample(model: nn.Module, corpora: Corpora, options: Options) -> str:
+    """Text that goes on from --sample-prompt, the same for the same seed."""
+    if not isinstance(model, Phi):
+        merged = to_merged(model.state_dict())
+        model = Phi(options.model).to(next(model.parameters()))
+        model.load_state_dict(merged)
+    room = options.model.max_position_embeddings - len(corpora.tokenizer.encode(options.sample_prompt).ids)
+    sampling = Sampling(max_new_tokens=min(options.sample_tokens, room), temperature=0.8, seed=options.seed)
+    end = end_of_text(corpora.tokenizer)
+    [completion] = complete(model, corpora.tokenizer, [options.sample_prompt], sampling, end=end)
+    return options.sample_prompt + completion.text
+
+
+def header(
+    console: Console,
+    options: Options,
+    world: World,
+    run: Run,
+    corpora: Corpora,
+    precision: Precision,
+    micro_batch_size: int,
+    accumulation: int,
+    done: int,
+) -> None:
+    """What is about to run, before the first step."""
+    config = options.model
+    used = in_use(world.device)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
+    batch = f"{options.global_batch_size} rows = {micro_batch_size} × {accumulation} accumulated × {world.size} ranks"
+    lines = {
+        "recipe": f"{options.recipe} → {run.directory}",
+        "model": f"{config.num_parameters():,} parameters: {config.num_hidden_layers} layers, "
+        f"width {config.hidden_size}, vocabulary {config.vocab_size}, {options.implementation}",
+        "data": corpora.summary(),
+        "device": f"{world.size} × {device}{threads}, {precision}, DeepSpeed ZeRO-2, {options.zero_step} step",
+        "kernels": ", ".join(f"{op} {backend}" for op, backend in used.items()),
+        "batch": f"{batch}, of {options.sequence_length} tokens",
+        "to go": f"{options.steps - done:,} steps, {(options.steps - done) * options.tokens_per_step:,} tokens",
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:>8}[/bold]  {text}")
+
+
+def expected(error: Exception) -> bool:
+    """True for errors whose message is meant for the user; others keep their traceback."""
+    explained = (UsageError, CheckpointError, BackendUnavailable, ManifestError, FormatError, TokenizerError)
+    return isinstance(error, (*explained, CorpusError, Diverged, LostRank, OSError))
+
+
+def choose_kernels(choice: str, world: World) -> None:
+    """Carry out --kernels: "auto", or "BACKEND,op=BACKEND,…". Raises UsageError or BackendUnavailable."""
+    for part in choice.split(","):
+        left, equals, right = part.strip().partition("=")
+        try:
+            use(right, op=left) if equals else use(left)
+        except ValueError as error:
+            raise UsageError(f"--kernels {choice}: {error}") from None
+    for op in OPS:
+        implementation(op, world.device)
+
+
+if __name__ == "__main__":
+    status = main()
+    leave()
+    sys.exit(status)

@@ -1,0 +1,168 @@
+"""`python -m phi_fast.verify`: are the kernels right on this machine?
+
+Every op and the whole model, forward and backward, on each back end that runs here, against float64: errors beside
+plain PyTorch's at the same dtype, and two runs compared bit for bit. The exit status is 0 where all is within bounds, 1
+where something is not, 2 where a question could not be asked. It is what to run first on a new GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import UsageError
+from .kernels import in_use
+from .kernels.backend import BACKENDS, VENDORS, interpreting
+from .verification import golden
+from .verification.cases import cases
+from .verification.judge import Case, Verdict, judge
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Op = Literal["rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "model"]
+Backend = Literal["triton", "cpp", "reference", "sdpa", "flash-attn", "apex"]
+OPS_AND_MODEL: tuple[Op, ...] = get_args(Op)
+BACKENDS_AND_VENDORS: tuple[Backend, ...] = get_args(Backend)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Check the kernels on this machine against float64."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run; "auto" is the GPU where torch sees one. For Triton on a CPU, set TRITON_INTERPRET=1 (slow)."""
+    ops: tuple[Op, ...] = OPS_AND_MODEL
+    """What to check."""
+    backends: tuple[Backend, ...] = BACKENDS_AND_VENDORS
+    """Back ends to check, of those that run here."""
+    dtypes: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16", "bf16")
+    """Of the inputs."""
+    factor: float = 2.0
+    """Bound: root mean square errors up to this many times plain PyTorch's, largest errors up to twice that."""
+    checkpoint: str | None = None
+    """Also compare logits with the published ones of phi-1.5: "microsoft/phi-1_5", or a folder that holds it (6 GB)."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every error to this file."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
+    console = Console(highlight=False)
+    try:
+        report = run(options, console)
+    except (UsageError, OSError) as error:
+        print(f"phi_fast.verify: {error}", file=sys.stderr)
+        return 2
+    return 0 if report["ok"] else 1
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Check, print the table, write the JSON; returns what the JSON holds. Raises UsageError for a device or a
+    checkpoint that cannot be had."""
+    device = _device(options.device)
+    logits = golden.check(options.checkpoint, device) if options.checkpoint else None  # what may fail comes first
+    machine = _machine(device)
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    console.print("auto: " + ", ".join(f"{op} {name}" for op, name in in_use(device).items()))
+
+    start = time.perf_counter()
+    verdicts: list[Verdict] = []
+    for case in cases(device):
+        if case.op in options.ops:
+            for dtype in options.dtypes:
+                verdicts += judge(case, DTYPES[dtype], device, _backends(case, options, device), options.factor)
+    seconds = time.perf_counter() - start
+    _print(verdicts, console)
+    ok = all(verdict.status != "fail" for verdict in verdicts)
+    if logits is not None:
+        ok = ok and logits.ok
+        word = "ok" if logits.ok else "[red]FAIL[/red]"
+        console.print(
+            f"{escape(logits.checkpoint)}: logits within {logits.largest_error:.1e} of the published ones "
+            f"(tolerance {logits.tolerance:.0e}): {word}"
+        )
+    count = {status: sum(verdict.status == status for verdict in verdicts) for status in ("ok", "fail", "not run")}
+    console.print(f"{count['ok']} ok, {count['fail']} failed, {count['not run']} not run; {seconds:.0f} s")
+    report = {
+        "ok": ok,
+        "machine": machine,
+        "factor": options.factor,
+        "seconds": seconds,
+        "verdicts": [{**asdict(verdict), "worst": verdict.worst} for verdict in verdicts],
+        "checkpoint": None if logits is None else asdict(logits),
+    }
+    if options.json_file is not None:
+        options.json_file.write_text(json.dumps(report, indent=1))
+    return report
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda, and torch sees no GPU here: install a CUDA build of torch, or use --device cpu"
+        )
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    try:
+        import triton
+
+        version = triton.__version__ + (" interpreted" if device.type == "cpu" and interpreting() else "")
+    except ImportError:
+        version = "not installed"
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return {"device": chip, "torch": torch.__version__, "triton": version, "python": platform.python_version()}
+
+
+def _backends(case: Case, options: Options, device: torch.device) -> list[str]:
+    """The asked-for back ends that may have the case's op. The model runs on each, and on others' in one op."""
+    vendors = [name for name in VENDORS if name in options.backends and (device.type == "cuda" or name == "sdpa")]
+    ours = [name for name in BACKENDS if name in options.backends]
+    if case.op != "model":
+        return [*ours, *(name for name in vendors if case.op in VENDORS[name])]
+    # Attention has no C++: on a CPU "auto" is the model on the C++ ops.
+    whole = ["auto" if name == "cpp" else name for name in ours if name != "cpp" or device.type == "cpu"]
+    return [*whole, *(f"{name}:{op}" for name in vendors for op in VENDORS[name] if op != "adam")]
+
+
+def _print(verdicts: list[Verdict], console: Console) -> None:
+    table = Table("op", "case", "dtype", "back end", "worst result", "error", "plain PyTorch", "ratio", "", box=None)
+    for verdict in verdicts:
+        row = [verdict.op, verdict.case, verdict.dtype, verdict.backend]
+        if verdict.status == "not run":
+            continue
+        if verdict.worst is None:
+            table.add_row(*row, "-", "-", "-", "-", "[red]FAIL[/red]")
+            continue
+        errors = verdict.errors[verdict.worst]
+        word = "ok" if verdict.status == "ok" else "[red]FAIL[/red]"
+        figures = [f"{errors.rms:.1e}", f"{errors.plain_rms:.1e}", f"{errors.ratio:.2f}"]
+        table.add_row(*row, escape(verdict.worst), *figures, word)
+    console.print(table)
+    for verdict in verdicts:
+        if verdict.status == "fail":
+            what = f"{verdict.op}, {verdict.case}, {verdict.dtype}, {verdict.backend}"
+            console.print(f"[red]FAIL[/red] {what}: {escape(verdict.detail)}")
+    missing: dict[str, dict[str, str]] = {}  # back end -> op -> why
+    for verdict in verdicts:
+        if verdict.status == "not run":
+            missing.setdefault(verdict.backend, {})[verdict.op] = verdict.detail
+    for backend, reasons in missing.items():
+        first = next(iter(reasons.values()))
+        console.print(f"not run: {backend} for {', '.join(reasons)}. {escape(first)}", style="dim", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""What goes wrong with a corpus, and what each says: one table. No fault is a crash."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from token_files import DELIMITER, draw_tokens, write_corpus
+
+from phi_fast._C import tokens
+from phi_fast.data import Component, Mixture, TokenLoader
+
+LENGTH = 64
+IDS = draw_tokens(20_000)
+
+
+def ours(path):
+    write_corpus(path, IDS)
+    return Component("c", path)
+
+
+def raw(path):
+    path.mkdir()
+    IDS.astype("<u2").tofile(path / "t.bin")
+    return Component("c", path / "t.bin", dtype="uint16")
+
+
+def cut(path, bytes_left):
+    os.truncate(path, bytes_left)
+
+
+def overwrite(path, data):
+    path.write_bytes(data)
+
+
+def unreadable(path):
+    path.unlink()
+    path.mkdir()
+
+
+# What is done to the corpus's files before it is opened -> what opening it says.
+FAULTS = {
+    "truncated": (ours, lambda d: cut(d / "train.bin", 1000), "train.bin has 1000 bytes, and 20000 uint16 tokens take"),
+    "truncated to a byte": (raw, lambda d: cut(d / "t.bin", 1001), "1001 bytes, not a multiple of uint16's 2"),
+    "truncated below a row": (raw, lambda d: cut(d / "t.bin", 128), "has 64 tokens, fewer than one row of sequence_l"),
+    "empty": (ours, lambda d: cut(d / "train.bin", 0), "train.bin has 0 bytes, and 20000 uint16 tokens take 40000"),
+    "empty, no header": (raw, lambda d: cut(d / "t.bin", 0), "t.bin is empty"),
+    "foreign": (raw, lambda d: overwrite(d / "t.bin", b"PAR1" * 999), "is a Parquet file, not tokens"),
+    "foreign manifest": (ours, lambda d: overwrite(d / "manifest.json", b'{"format": "x"}'), "another program's file"),
+    "manifest cut short": (ours, lambda d: cut(d / "manifest.json", 60), "cannot be read as JSON"),
+    "wrong dtype, too narrow": (
+        raw,
+        lambda d: IDS.astype("<u4").tofile(d / "t.bin"),
+        "holds a 0 after every token if read as uint16",
+    ),
+    "missing": (ours, lambda d: (d / "train.bin").unlink(), "train.bin: No such file or directory"),
+    "unreadable": (raw, lambda d: unreadable(d / "t.bin"), "t.bin/manifest.json does not exist"),
+    "ends cut short": (ours, lambda d: cut(d / "train.ends", 8), "train.ends has 8 bytes, and 20 document ends take"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_before_opening(tmp_path, fault):
+    make, damage, message = FAULTS[fault]
+    component = make(tmp_path / "corpus")
+    damage(tmp_path / "corpus")
+    with pytest.raises((ValueError, OSError)) as caught:
+        TokenLoader(Mixture((component,)), LENGTH, 4)
+    assert message in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    component = raw(tmp_path / "c")
+    component.path.chmod(0)
+    with pytest.raises(PermissionError, match=r"t\.bin"):
+        TokenLoader(Mixture((component,)), LENGTH, 4)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.bin")
+    with pytest.raises(ValueError, match=r"pipe\.bin is not a regular file"):
+        TokenLoader(Mixture((Component("c", tmp_path / "pipe.bin", dtype="uint16"),)), LENGTH, 4)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_ids_above_the_vocabulary(tmp_path, threads):
+    """By the manifest at once; in files that do not say their largest id, when the row is read."""
+    with pytest.raises(
+        ValueError, match=f"corpus 'c' .* has token id {DELIMITER}, above the largest the model takes, 999"
+    ):
+        TokenLoader(Mixture((ours(tmp_path / "a"),)), LENGTH, 4, max_token_id=999)
+    component = raw(tmp_path / "b")
+    at = 700
+    changed = np.full(len(IDS), 5, "<u2")
+    changed[at] = 60_000
+    changed.tofile(component.path)
+    with TokenLoader(Mixture((component,)), LENGTH, 4, max_token_id=999, threads=threads) as loader:
+        message = rf"t\.bin: token {at} is id 60000, and the model's vocabulary has 1000 ids"
+        with pytest.raises(ValueError, match=message):
+            for _ in range(len(IDS) // LENGTH // 4):
+                next(loader)
+        row = loader.row
+        with pytest.raises(ValueError, match=message):  # the same rows again, not the next ones
+            next(loader)
+        assert loader.row == row
+    with TokenLoader(Mixture((component,)), LENGTH, 4, max_token_id=60_000, threads=threads) as loader:
+        for _ in range(len(IDS) // LENGTH // 4):
+            next(loader)
+
+
+def rewrite(path):
+    with path.open("r+b") as file:
+        file.write(b"\1\0")
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES = {
+    "cut short": (lambda path: cut(path, 100), "was changed while in use: it has 100 bytes, it had 40000"),
+    "emptied": (lambda path: cut(path, 0), "was changed while in use: it has 0 bytes"),
+    "appended to": (lambda path: os.truncate(path, 50_000), "it has 50000 bytes, it had 40000"),
+    "written to": (rewrite, "was changed while in use"),
+}
+
+
+@pytest.mark.parametrize("mode", ["mmap", "pread"])
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_while_training(tmp_path, change, threads, mode):
+    do, message = CHANGES[change]
+    component = ours(tmp_path / "c")
+    with TokenLoader(Mixture((component,)), LENGTH, 4, threads=threads, prefetch=2, mode=mode) as loader:
+        for _ in range(10):
+            next(loader)
+        do(tmp_path / "c" / "train.bin")
+        with pytest.raises(RuntimeError, match=message):
+            for _ in range(10):
+                next(loader)
+
+
+@pytest.mark.parametrize("mode", ["mmap", "pread"])
+def test_replaced_while_training(tmp_path, mode):
+    """A file that is replaced by another, as `prepare` does, is still there for who has it open."""
+    component = ours(tmp_path / "c")
+    with (
+        TokenLoader(Mixture((component,)), LENGTH, 4, mode=mode) as loader,
+        TokenLoader(Mixture((component,)), LENGTH, 4) as same,
+    ):
+        expected = [next(same).input_ids for _ in range(60)]
+        (tmp_path / "other").write_bytes(bytes(10))
+        (tmp_path / "other").replace(tmp_path / "c" / "train.bin")
+        assert all((next(loader).input_ids == ids).all() for ids in expected)
+
+
+def test_cut_short_between_the_check_and_the_copy(tmp_path):
+    """The copy from a mapped file itself is guarded: here the file shrinks and grows all the while."""
+    path = tmp_path / "t.bin"
+    ids = np.zeros(1_000_000, "<u2")
+    ids.tofile(path)
+    stop = threading.Event()
+
+    def shake():
+        while not stop.is_set():
+            os.truncate(path, 10_000)
+            os.truncate(path, 2_000_000)
+
+    file = tokens.TokenFile(str(path), 2, 0, len(ids), True)
+    shaker = threading.Thread(target=shake)
+    shaker.start()
+    out, cut_short = np.empty(500_000, "<u2"), 0
+    for _ in range(300):
+        try:
+            file.read(400_000, len(out), out.ctypes.data)
+        except RuntimeError as error:
+            assert "it was cut short while in use" in str(error)
+            cut_short += 1
+    stop.set()
+    shaker.join()
+    assert cut_short > 0
+
+
+def test_reads_beyond_the_end_are_refused(tmp_path):
+    path = tmp_path / "t.bin"
+    IDS.astype("<u2").tofile(path)
+    out = np.empty(10, "<u2")
+    for mapped in (True, False):
+        file = tokens.TokenFile(str(path), 2, 0, 20_000, mapped)
+        for first, count in [(20_000, 1), (19_995, 6), (2**63, 1), (2**64 - 5, 10), (0, 2**63)]:
+            with pytest.raises(IndexError, match="has 20000 tokens; asked for"):
+                file.read(first, count, out.ctypes.data)
+        file.read(19_995, 5, out.ctypes.data)
+        assert out[:5].tolist() == IDS[-5:].tolist()
+    for offset, count in [(0, 20_001), (40_001, 0), (2**63, 1), (39_999, 1), (2, 2**64 - 1)]:
+        with pytest.raises(RuntimeError, match="has 40000 bytes, too few"):
+            tokens.TokenFile(str(path), 2, offset, count, True)
+    with pytest.raises(FileNotFoundError, match="none"):
+        tokens.TokenFile(str(tmp_path / "none"), 2, 0, 0, True)
+    with pytest.raises(RuntimeError, match="is not a regular file"):
+        tokens.TokenFile(str(tmp_path), 2, 0, 0, True)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phi_fast.data.manifest import FILE_NAME, Delimiter, Manifest, ManifestError, Split, write_atomically
+
+BLOCK = 64  # bytes: several blocks in a small file
+
+
+def write_corpus(directory: Path, *, dtype: str = "uint16", header: bytes = b"") -> Manifest:
+    """Two splits of three documents each, in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for name, size in (("train", 100), ("validation", 40)):
+        tokens = np.random.default_rng(size).integers(0, 50, size).astype(dtype)
+        tokens[7] = 50
+        ends = np.array([10, 11, size], "<u8")
+        data = tokens.tobytes()
+        (directory / f"{name}.bin").write_bytes(header + data)
+        (directory / f"{name}.ends").write_bytes(ends.tobytes())
+        splits[name] = Split(
+            file=f"{name}.bin",
+            ends=f"{name}.ends",
+            tokens=size,
+            documents=3,
+            max_id=50,
+            sha256=tuple(hashlib.sha256(data[at : at + BLOCK]).hexdigest() for at in range(0, len(data), BLOCK)),
+            block_bytes=BLOCK,
+            offset=len(header),
+        )
+    manifest = Manifest(dtype, "tests", "0" * 64, 51, Delimiter(0), splits)
+    manifest.write(directory)
+    return manifest
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("header", [b"", b"header.."])
+def test_what_is_written_is_read(tmp_path: Path, dtype: str, header: bytes) -> None:
+    manifest = write_corpus(tmp_path, dtype=dtype, header=header)
+    assert Manifest.read(tmp_path) == manifest
+    manifest.verify(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "train.bin",
+        "train.ends",
+        "validation.bin",
+        "validation.ends",
+    ]
+
+
+def test_the_json_is_the_documented_one(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    document = json.loads((tmp_path / FILE_NAME).read_text())
+    assert document["format"] == "phi_fast tokens"
+    assert document["version"] == 1
+    assert document["dtype"] == "uint16"
+    assert document["delimiter"] == {"id": 0, "side": "after"}
+    assert set(document["splits"]["train"]) == {
+        "file",
+        "ends",
+        "tokens",
+        "documents",
+        "max_id",
+        "block_bytes",
+        "sha256",
+    }
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    one, other = write_corpus(tmp_path / "a"), write_corpus(tmp_path / "b", header=b"moved")
+    assert one.fingerprint("train") == other.fingerprint("train") != one.fingerprint("validation")
+    wide = write_corpus(tmp_path / "c", dtype="uint32")
+    assert wide.fingerprint("train") != one.fingerprint("train")
+
+
+def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="'test' is not in this corpus, which has 'train', 'validation'"):
+        write_corpus(tmp_path).split("test")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format", "megatron", "format is 'megatron', expected 'phi_fast tokens'"),
+        ("version", 2, "version is 2, this phi_fast reads 1"),
+        ("dtype", "int32", "dtype is 'int32', expected one of 'uint16', 'uint32'"),
+        ("vocab_size", 0, "vocab_size is 0, expected an integer of at least 1"),
+        ("vocab_size", 50, "train has id 50, and tokenizer 'tests' has only 50 ids"),
+        ("tokenizer", None, "tokenizer is None, expected a string"),
+        ("delimiter", {"id": -1, "side": "after"}, "delimiter.id is -1"),
+        ("delimiter", {"id": 1, "side": "left"}, "delimiter.side is 'left'"),
+        ("splits", {}, "splits is empty"),
+        ("splits", [], "splits is \\[\\], expected an object"),
+        ("splits.train.tokens", 101, "train.bin has 200 bytes, and 101 uint16 tokens take 202: the file was cut short"),
+        ("splits.train.tokens", True, "splits.train.tokens is True, expected an integer"),
+        ("splits.train.tokens", 2**63, "expected an integer of at least 1"),
+        ("splits.train.documents", 2, "train.ends has 24 bytes, and 2 document ends take 16: the file was changed"),
+        ("splits.train.sha256", ["0"], "train has 1 checksums for 4 blocks of 64 bytes"),
+        ("splits.train.sha256", "0", "sha256 is '0', expected a list of strings"),
+        ("splits.train.block_bytes", 3, "block_bytes is 3, expected an integer of at least 4"),
+        ("splits.train.file", "gone.bin", "gone.bin: No such file"),
+    ],
+)
+def test_every_wrong_field_is_named(tmp_path: Path, field: str, value: object, message: str) -> None:
+    write_corpus(tmp_path)
+    document = json.loads((tmp_path / FILE_NAME).read_text())
+    *parents, last = field.split(".")
+    inner = document
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    (tmp_path / FILE_NAME).write_text(json.dumps(document))
+    with pytest.raises(ManifestError, match=message):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"format": ', "\xff"])
+def test_a_manifest_that_is_not_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE_NAME).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        Manifest.read(tmp_path)
+
+
+def test_a_directory_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"is not a complete corpus.*phi_fast\.prepare"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "byte", "message"),
+    [
+        ("train.bin", 150, r"train\.bin: block 2 \(from byte 128\) has sha256"),
+        ("train.ends", 8, "document ends do not ascend"),
+        ("train.ends", 16, "the last document ends at token"),
+    ],
+)
+def test_verify_finds_one_changed_byte(tmp_path: Path, file: str, byte: int, message: str) -> None:
+    manifest = write_corpus(tmp_path)
+    data = bytearray((tmp_path / file).read_bytes())
+    data[byte] ^= 0xFF if file == "train.bin" else 0x01 if byte == 8 else 0xFF
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ManifestError, match=message):
+        manifest.verify(tmp_path)
+
+
+def test_verify_finds_a_wrong_largest_id(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path)
+    train = dataclasses.replace(manifest.splits["train"], max_id=49)
+    with pytest.raises(ManifestError, match="largest id of train is 50, the manifest says 49"):
+        dataclasses.replace(manifest, splits={"train": train}).verify(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "file", b"old")
+
+    def fail(_: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from phi_fast.evaluation import plots
+
+
+def check_images(paths, *words):
+    png, svg = paths
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    ElementTree.parse(svg)
+    comments = svg.read_text()  # matplotlib writes each text as a comment beside its outlines
+    for word in words:
+        assert f"<!-- {word} -->" in comments, word
+
+
+def test_benchmarks_show_ours_beside_the_report(tmp_path):
+    paths = plots.benchmarks({"arc_easy": 0.4, "boolq": 0.6, "humaneval": 0.1}, "mine", tmp_path)
+    check_images(paths, "mine", "phi-1.5 (report)", "ARC-Easy", "BoolQ", "HumanEval", "Multi-step reasoning")
+    assert "<!-- PIQA -->" not in paths[1].read_text()  # not measured
+
+
+def test_bars_have_the_heights_of_the_scores():
+    _, (axis,) = plots._subplots([2])
+    plots._grouped_bars(axis, {"arc_easy": 0.4, "boolq": 0.6}, "mine", ["arc_easy", "boolq"])
+    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
+    assert heights["mine"] == [0.4, 0.6]
+    assert heights["phi-1.5 (report)"] == [0.756, 0.758]
+    vicuna = next(c for c in axis.containers if c.get_label().startswith("Vicuna"))
+    assert [bar.get_hatch() for bar in vicuna] == ["////", "////"]
+    assert all(bar.get_hatch() is None for bar in axis.containers[0])
+
+
+def test_safety_by_demographic(tmp_path):
+    scores = {"mine": {"asian": 0.8, "women": 0.5}, "other": {"women": 0.4}}
+    check_images(plots.safety(scores, tmp_path), "mine", "other", "asian", "women")
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="none of wikitext is a task"):
+        plots.benchmarks({"wikitext": 0.4}, "mine", tmp_path)
+    with pytest.raises(ValueError, match="run the toxigen task"):
+        plots.safety({}, tmp_path)

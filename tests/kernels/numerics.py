@@ -1,0 +1,66 @@
+"""How the kernels' tests judge a result: against the same computation in float64, beside plain PyTorch's error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(root mean square, largest) absolute error over the entries that are finite in `exact`."""
+    finite = exact.isfinite()
+    difference = (actual.double() - exact)[finite]
+    if difference.numel() == 0:
+        return 0.0, 0.0
+    return difference.square().mean().sqrt().item(), difference.abs().max().item()
+
+
+def assert_no_worse(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "", factor: float = 2.0) -> None:
+    """`actual` errs from `exact` (float64) at most `factor` times as much as `plain`, in root mean square and at worst.
+
+    `plain` is what plain PyTorch makes of the same inputs at the same dtype. Where it is nearer than the exact result
+    rounded to that dtype (a lucky draw on few entries), the rounding's error stands in for it. NaN and inf must be
+    where the exact result, rounded to that dtype, has them.
+    """
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
+    exact = exact.detach()
+    rounded = exact.to(actual.dtype).double()
+    assert_same_nonfinite(actual, rounded, what)
+    exact = torch.where(rounded.isfinite(), exact, rounded)
+    ours, theirs, floor = (errors(x.detach(), exact) for x in (actual, plain, rounded))
+    for norm, a, b, c in zip(("root mean square", "largest"), ours, theirs, floor, strict=True):
+        limit = factor * max(b, c)
+        assert a <= limit, f"{what}: {norm} error {a:.3e}, plain PyTorch {b:.3e}, rounding alone {c:.3e}"
+
+
+def assert_same_nonfinite(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """NaN, +inf and -inf stand at the same places."""
+    for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        a, b = test(actual.detach()), test(expected.detach())
+        assert torch.equal(a, b), f"{what}: {name} at {int(a.sum())} places, expected {int(b.sum())} (or other places)"
+
+
+def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
+    """{"out": function(**inputs), name: its gradient under `dout`} with each input a fresh leaf; strides are kept."""
+    leaves = {
+        name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x).requires_grad_()
+        for name, x in inputs.items()
+    }
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values in float64."""
+    return {name: x.double() for name, x in inputs.items()}
+
+
+def backends(device: str) -> tuple[str, ...]:
+    """Those every op of this library runs in here. Triton's kernels run in its interpreter where there is no GPU."""
+    return ("reference", "triton") if device == "cuda" else ("reference", "triton", "cpp")

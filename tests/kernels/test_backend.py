@@ -1,0 +1,96 @@
+"""The switch: what runs where, and what is refused by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi_fast.kernels import BackendUnavailable, backend, bias_gelu, in_use, use
+
+
+def test_auto_is_a_fixed_choice_by_device():
+    assert set(in_use("cuda").values()) == {"triton"}
+    assert "auto" not in in_use("cpu").values()
+    assert in_use("cpu")["attention"] == "sdpa"
+
+
+def test_use_switches_all_or_one_and_takes_it_back():
+    before = in_use("cpu")
+    with use("reference"):
+        assert set(in_use("cpu").values()) == {"reference"}
+        with use("triton", op="attention"):
+            assert in_use("cpu") == {**dict.fromkeys(backend.OPS, "reference"), "attention": "triton"}
+        assert in_use("cpu")["attention"] == "reference"
+    assert in_use("cpu") == before
+
+
+def test_use_without_with_holds_until_the_next():
+    before = in_use("cpu")
+    use("reference", op="rotary")
+    assert in_use("cpu")["rotary"] == "reference"
+    use("auto", op="rotary")
+    assert in_use("cpu") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cuda",), "backend 'cuda' is not one of auto, triton"),
+        (("triton", "softmax"), "op 'softmax' is not one of rotary"),
+        (("sdpa",), "offers only op='attention', not op=None"),
+        (("apex", "rotary"), "offers only op='layer_norm' or op='adam', not op='rotary'"),
+    ],
+)
+def test_unknown_names_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        use(*arguments)
+
+
+def test_a_back_end_that_cannot_run_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with use("triton", op="bias_gelu"), pytest.raises(BackendUnavailable, match="Set TRITON_INTERPRET=1"):
+        bias_gelu(torch.zeros(1, 2))
+    with use("cpp", op="bias_gelu"), pytest.raises(BackendUnavailable, match=r"these are on meta; use\('triton'"):
+        backend.implementation("bias_gelu", torch.device("meta"))
+    with use("cpp", op="attention"), pytest.raises(BackendUnavailable, match="attention has no 'cpp' implementation"):
+        backend.implementation("attention", torch.device("cpu"))
+
+
+def test_import_needs_neither_triton_nor_a_gpu():
+    """With triton made unimportable, and any question to CUDA an error."""
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+def refuse(*_, **__): raise AssertionError("asked for a GPU")
+for name in ("is_available", "device_count", "get_device_capability", "current_device", "init"):
+    setattr(torch.cuda, name, refuse)
+import phi_fast, phi_fast.kernels, phi_fast.model
+model = phi_fast.Phi(phi_fast.PhiConfig.preset("phi-tiny").replace(num_hidden_layers=1, vocab_size=64))
+ids = torch.zeros(1, 4, dtype=torch.int64)
+model(ids, labels=ids).loss.backward()
+assert not [name for name in sys.modules if name.startswith("triton.")]
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_folder_is_empty_under_its_own_name():
+    """In the repository's root transformers imports `kernels`, another package's name: no op is registered twice."""
+    script = """
+import sys
+import phi_fast
+import kernels
+import transformers.integrations.hub_kernels
+assert kernels.__file__.startswith(sys.argv[1])
+assert not [name for name in sys.modules if name.startswith("kernels.")]
+"""
+    root = Path(backend.__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(root)], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,176 @@
+"""What codegen reads out of compiled code, and that the kernels' code is what their docstrings promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from phi_fast.kernels import codegen
+from phi_fast.kernels.triton.compiled import (
+    ARCHITECTURES,
+    Access,
+    Compiled,
+    _accesses,
+    _occupancy,
+    _source_line,
+    _width,
+    _widths_in_assembly,
+    _widths_in_llvm,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, where no kernel was imported for the interpreter yet, nor stays imported."""
+    command = [sys.executable, "-m", "phi_fast.kernels.codegen", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("\t@%p1 ld.global.v4.b32 { %r40, %r41, %r42, %r43 }, [ %rd47 + 0 ];", (False, 128)),
+        ("\tld.global.L1::evict_last.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ], %rd2;", (False, 128)),
+        ("\t@%p2 ld.global.b16 { %rs1 }, [ %rd4 + 0 ];", (False, 16)),
+        ("\tst.global.v2.b64 [ %rd4 + 0 ], { %rd1, %rd2 };", (True, 128)),
+        ("\tcp.async.cg.shared.global [ %r544 + 0 ], [ %rd55 + 0 ], 0x10, %r72;", (False, 128)),
+        ("\tcp.async.ca.shared.global [ %r5 + 0 ], [ %rd5 + 0 ], 0x4, %r7;", (False, 32)),
+        ("\tglobal_load_dwordx4 v[6:9], v[4:5], off", (False, 128)),
+        ("\tglobal_store_dwordx2 v[6:7], v[4:5], off", (True, 64)),
+        ("\tbuffer_load_ushort v1, v2, s[0:3], 0 offen", (False, 16)),
+        ("\tglobal_store_short_d16_hi v[6:7], v4, off", (True, 16)),
+        ("\tst.shared.v4.b32 [ %r1 + 0 ], { %r1, %r2, %r3, %r4 };", None),
+        ("\tld.param.b64 %rd1, [kernel_param_0];", None),
+    ],
+)
+def test_width_of_an_instruction(line: str, expected: tuple[bool, int] | None) -> None:
+    assert _width(line) == expected
+
+
+TTGIR = """
+#loc = loc("/somewhere/kernel.py":10:1)
+  %a = tt.load %p, %m, %o : tensor<64x64x!tt.ptr<f16>, #blocked> loc(#loc4)
+  %b = tt.load %q {tt.divisibility = dense<16> : tensor<1xi32>} : !tt.ptr<f32> loc(#loc2)
+  tt.store %r, %a, %m : tensor<128x!tt.ptr<f32>, #blocked1> loc(#loc3)
+  %c = amdg.buffer_load %w[%i], %m {contiguity = 8 : i32} : !tt.ptr<f16> -> tensor<2048xf16, #blocked1> loc(#loc7)
+#loc2 = loc("/somewhere/kernel.py":12:5)
+#loc3 = loc("/somewhere/kernel.py":13:5)
+#loc4 = loc("a"(#loc5))
+#loc5 = loc(callsite(#loc6 at #loc2))
+#loc6 = loc("/somewhere/helper.py":3:9)
+#loc7 = loc("/somewhere/kernel.py":14:5)
+"""
+LLVM = """
+  %1 = tail call { i32, i32 } asm sideeffect "@$3 ld.global.v2.b32 { $0, $1 }, [ $2 + 0 ];", "=r,=r,l,b"(x), !dbg !5
+  %2 = tail call i64 asm sideeffect "mov.u64 $0, 0x0;\\0A\\09ld.global.v4.b32 { $0 }, [ $1 + 0 ];", "=l"(y) #9, !dbg !5
+  tail call void asm sideeffect "st.global.b32 [ $0 + 0 ], { $1 };", "l,r"(z), !dbg !6
+!1 = !DIFile(filename: "kernel.py", directory: "/somewhere")
+!2 = !DIFile(filename: "/somewhere/helper.py", directory: "/")
+!3 = distinct !DISubprogram(name: "kernel", file: !1, line: 10)
+!4 = !DILexicalBlockFile(scope: !3, file: !2, discriminator: 0)
+!5 = !DILocation(line: 3, column: 9, scope: !4, inlinedAt: !6)
+!6 = !DILocation(line: 13, column: 5, scope: !3)
+"""
+AMDGCN = """
+	.file	1 "/somewhere" "kernel.py"
+	.loc	1 14 5                          ; kernel.py:14:5
+	global_load_dwordx4 v[6:9], v[4:5], off
+	.loc	1 15 5
+	global_store_short v[6:7], v4, off
+"""
+
+
+def test_widths_by_source_line() -> None:
+    assert _widths_in_llvm(LLVM) == {("helper.py:3", False): {64, 128}, ("kernel.py:13", True): {32}}
+    assert _widths_in_assembly(AMDGCN) == {("kernel.py:14", False): {128}, ("kernel.py:15", True): {16}}
+
+
+def test_accesses_join_tiles_and_instructions() -> None:
+    widths = {("helper.py:3", False): {64, 128}, ("kernel.py:13", True): {32}, ("kernel.py:12", False): {32}}
+    assert _accesses(TTGIR, widths, threads=128) == (
+        Access("helper.py:3", False, "64x64xf16", 64.0, (64, 128)),
+        Access("kernel.py:13", True, "128xf32", 4.0, (32,)),
+        Access("kernel.py:14", False, "2048xf16", 32.0, ()),  # no instruction bears the line
+    )
+
+
+def test_a_location_without_a_line_is_left_as_it_is() -> None:
+    assert _source_line({"#loc": "unknown"}, "#loc") == "unknown"
+
+
+def test_narrow_is_what_could_have_been_wide() -> None:
+    h100, mi300 = ARCHITECTURES["sm_90"], ARCHITECTURES["gfx942"]
+    assert Access("k.py:1", False, "64x64xf16", 64.0, (64, 128)).narrow(h100)
+    assert not Access("k.py:1", False, "64x64xf16", 64.0, (128,)).narrow(h100)
+    assert not Access("k.py:1", False, "128xf32", 4.0, (32,)).narrow(h100), "4 bytes a thread fill 32 bits"
+    assert Access("k.py:1", True, "64x64xf16", 32.0, (64,)).narrow(h100)
+    assert not Access("k.py:1", True, "64x64xf16", 32.0, (64,)).narrow(mi300)
+    assert Access("k.py:1", False, "64x64xf16", 32.0, (64,)).narrow(mi300)
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "expected"),
+    [
+        ("sm_90", 4, 32, 0, (1.0, "warps")),
+        ("sm_90", 8, 128, 0, (0.25, "registers")),  # 65536 / (128 * 256) = 2 blocks of 8 warps, of 64
+        ("sm_90", 8, 129, 0, (0.125, "registers")),  # handed out by 8: 136
+        ("sm_80", 4, 64, 65536, (0.125, "shared memory")),  # 2 blocks of 4
+        ("gfx942", 4, 256, 0, (0.25, "registers")),  # 512 a lane: 2 wavefronts of 8 on each SIMD
+        ("gfx942", 4, 128, 32768, (0.25, "shared memory")),
+    ],
+)
+def test_occupancy(arch: str, warps: int, registers: int, shared: int, expected: tuple[float, str]) -> None:
+    assert _occupancy(ARCHITECTURES[arch], warps, registers, shared) == expected
+
+
+def test_problems_name_what_is_wrong() -> None:
+    narrow = Access("k.py:7", True, "64x64xf16", 64.0, (16, 128))
+    lost = Access("k.py:8", False, "64x64xf16", 64.0, ())
+    bad = Compiled(255, 24, 300000, 0.1, "registers", (narrow, lost), {}, True)
+    assert codegen.problems(bad, ARCHITECTURES["sm_90"]) == (
+        "spills 24 bytes a thread",
+        "wants 300000 bytes of shared memory, a block may have 232448",
+        "multiplies matrices without tensor-core instructions",
+        "stores 64x64xf16 by 16 bits at k.py:7",
+        "loads 64x64xf16 at k.py:8 by no instruction that could be found",
+    )
+    good = Compiled(64, 0, 0, 1.0, "warps", (), {"wgmma": 4}, True)
+    assert codegen.problems(good, ARCHITECTURES["sm_90"]) == ()
+
+
+def test_forward_attention_on_hopper(tmp_path: Path) -> None:
+    """At most 128 registers leave room for two blocks of 8 warps: one's softmax hides behind the other's products."""
+    report = tmp_path / "codegen.json"
+    only = "attention.forward (2, 2048, 32, 64) float16"
+    done = run("--arch", "sm_90", "--only", only, "--check", "--json", str(report))
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, rotary = json.loads(report.read_text())
+    assert "rotary" in rotary["note"]
+    assert plain["spilled"] == 0 and plain["registers"] <= 128 and plain["occupancy"] == 0.25
+    assert plain["tensor_core"]["wgmma"] > 0
+    wide = [access for access in plain["accesses"] if access["bytes_each"] >= 16]
+    assert len(wide) >= 4, "q, k, v and out"
+    assert all(access["bits"] == [128] for access in wide)
+
+
+@pytest.mark.parametrize(
+    ("interpret", "message"), [("1", "TRITON_INTERPRET=1 replaces the compiler"), ("0", "contains 'no such kernel'")]
+)
+def test_what_cannot_be_compiled_is_said(interpret: str, message: str) -> None:
+    done = run("--only", "no such kernel", interpret=interpret)
+    assert done.returncode == 2
+    assert message in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_every_kernel_passes_on_every_architecture() -> None:
+    done = run("--check")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr

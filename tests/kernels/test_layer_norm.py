@@ -1,0 +1,180 @@
+"""layer_norm against float64, beside torch.nn.functional.layer_norm at the same dtype."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import DTYPES, assert_no_worse, assert_same_nonfinite, backends, double, gradients
+from torch import Tensor
+
+from phi_fast.kernels import layer_norm, use
+
+BACKENDS = backends("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make(
+    rows: int, d: int, dtype: torch.dtype, device: str, scale: float = 1.0, mean: float = 0.0
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(rows * d)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
+    wide = (mean + scale * draw(rows, 2 * d)).to(dtype)[:, :d]  # rows 2d apart
+    return {"x": wide, "weight": (1 + 0.3 * draw(d)).to(dtype), "bias": draw(d).to(dtype)}
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "d", "scale", "mean"),
+    [(5, 64, 1.0, 0.0), (3, 37, 100.0, 0.0), (1, 1000, 1.0, 0.0), (4, 200, 1.0, 50.0)],
+)
+def test_error_forward_and_gradients(backend, dtype, rows, d, scale, mean, device):
+    """Rows by stride, ragged widths, large magnitudes, a mean that dwarfs the deviation."""
+    inputs = make(rows, d, dtype, device, scale, mean)
+    dout = torch.randn(rows, d, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    with use(backend, op="layer_norm"):
+        actual = gradients(layer_norm, inputs, dout)
+    expected, exact = gradients(plain, inputs, dout), gradients(plain, double(inputs), dout)
+    for name in actual:
+        assert_no_worse(actual[name], expected[name], exact[name], name)
+
+
+@pytest.mark.parametrize("rows", [12, 13, 16])
+def test_triton_programs_share_out_the_rows(rows, device, monkeypatch):
+    """More rows than programs, an even share or not: every row is summed once."""
+    monkeypatch.setattr(importlib.import_module("phi_fast.kernels.triton.layer_norm"), "PROGRAMS", 5)
+    inputs = make(rows, 200, torch.float32, device)
+    dout = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1)).to(device)
+    with use("triton", op="layer_norm"):
+        actual = gradients(layer_norm, inputs, dout)
+    expected, exact = gradients(plain, inputs, dout), gradients(plain, double(inputs), dout)
+    for name in actual:
+        assert_no_worse(actual[name], expected[name], exact[name], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_sum_and_both_gradients(backend, dtype, device):
+    inputs = make(6, 400, dtype, device) | {"residual": make(7, 400, dtype, device)["x"][1:]}
+    dout, dsummed = (make(6 + i, 400, dtype, device)["x"][i:] for i in (2, 3))
+
+    def both(function):
+        # The two outputs side by side, so that one gradient reaches both.
+        return lambda **tensors: torch.cat(function(**tensors), -1)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_norm(x, weight, bias, residual=residual)
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return plain(x + residual, weight, bias), x + residual
+
+    upstream = torch.cat((dout, dsummed), -1)
+    with use(backend, op="layer_norm"):
+        actual = gradients(both(ours), inputs, upstream)
+    expected, exact = gradients(both(theirs), inputs, upstream), gradients(both(theirs), double(inputs), upstream)
+    for name in actual:
+        assert_no_worse(actual[name], expected[name], exact[name], name)
+    assert torch.equal(actual["out"][:, 400:], inputs["x"] + inputs["residual"])
+    assert torch.equal(actual["x"], actual["residual"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shifted_stream_beside_the_norm(backend, dtype, device):
+    """x + shift in the same pass, into rows of another stride; the norm is the same as without."""
+    kernels = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm")
+    x, weight, bias = make(5, 48, dtype, device).values()
+    shifted = x.new_zeros(5, 64)
+    out, mean, rstd = kernels.forward(x, weight, bias, 1e-5, shift=bias, shifted=shifted[:, :48])
+    assert torch.equal(shifted[:, :48], x + bias)
+    assert not shifted[:, 48:].any()
+    for a, b in zip((out, mean, rstd), kernels.forward(x, weight, bias, 1e-5), strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(mean, x.float().mean(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_past_the_norm_is_added_in_place(backend, dtype, device):
+    """dx written over dy, as the parallel block does, with the residual's gradient added before rounding."""
+    kernels = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm")
+    x, weight, bias = make(5, 48, dtype, device).values()
+    dy, past = (make(5 + i, 48, dtype, device)["x"][i:] for i in (1, 2))
+    _, mean, rstd = kernels.forward(x, weight, bias, 1e-5)
+    apart, *sums = kernels.backward(dy, x, weight, mean, rstd, residual_grad=past)
+    buffer = dy.clone()
+    within, *again = kernels.backward(buffer, x, weight, mean, rstd, residual_grad=past, dx=buffer)
+    assert within.data_ptr() == buffer.data_ptr()
+    for a, b in zip((apart, *sums), (within, *again), strict=True):
+        assert torch.equal(a, b)
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    exact = gradients(plain, double(inputs), dy)["x"] + past.double()
+    assert_no_worse(apart, gradients(plain, inputs, dy)["x"] + past, exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf_stay_in_their_row(backend, dtype, device):
+    inputs = make(4, 16, dtype, device)
+    inputs["x"][1, 3], inputs["x"][2, 0] = torch.nan, torch.inf
+    dout = torch.ones(4, 16, device=device, dtype=dtype)
+    with use(backend, op="layer_norm"):
+        actual = gradients(layer_norm, inputs, dout)
+    expected = gradients(plain, inputs, dout)
+    for name in actual:
+        assert_same_nonfinite(actual[name], expected[name], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_agree_bit_for_bit(backend, device):
+    inputs = make(9, 96, torch.float32, device)
+    dout = torch.randn(9, 96, generator=torch.Generator().manual_seed(1)).to(device)
+    with use(backend, op="layer_norm"):
+        first, second = (gradients(layer_norm, inputs, dout) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_leading_shape_and_none(backend, device):
+    x, weight, bias = make(6, 16, torch.float32, device).values()
+    with use(backend, op="layer_norm"):
+        cube = layer_norm(x.reshape(2, 3, 16), weight, bias)
+        assert torch.equal(cube, layer_norm(x, weight, bias).view(2, 3, 16))
+        assert torch.equal(layer_norm(x[0], weight, bias), cube[0, 0])
+        turned = x.T.contiguous().T  # last stride not 1: copied
+        assert torch.equal(layer_norm(turned, weight, bias), cube.view(6, 16))
+        assert layer_norm(x[:0], weight, bias).shape == (0, 16)
+
+
+X, W = torch.zeros(2, 8), torch.ones(8)
+BAD: list[tuple[tuple, dict, type[Exception], str]] = [
+    ((X, W[:7], W), {}, ValueError, r"weight has shape \(7,\); expected \(8,\)"),
+    ((X, W, W[:, None]), {}, ValueError, r"bias has shape \(8, 1\)"),
+    ((X.half(), W, W), {}, TypeError, "weight is torch.float32 and x is torch.float16"),
+    ((X.int(), W, W), {}, TypeError, "x is torch.int32"),
+    ((X, W.to("meta"), W), {}, ValueError, "weight is on meta and x is on cpu"),
+    ((X, W, W), {"residual": X[:1]}, ValueError, r"residual has shape \(1, 8\) and x \(2, 8\)"),
+    ((torch.zeros(()), W, W), {}, ValueError, "x is a scalar"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), BAD)
+def test_bad_input_is_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        layer_norm(*arguments, **options)
+
+
+def test_triton_names_what_it_cannot_do(device):
+    with use("triton", op="layer_norm"):
+        with pytest.raises(TypeError, match=r"float64; use\('reference', op='layer_norm'\)"):
+            layer_norm(X.double().to(device), W.double().to(device), W.double().to(device))
+        wide = torch.zeros(1, 32769, device=device)
+        with pytest.raises(ValueError, match="up to 32768 elements, not 32769"):
+            layer_norm(wide, wide[0], wide[0])

@@ -1,0 +1,318 @@
+"""All four layouts into each other bit for bit, and what transformers makes of the result."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from phi_fast.config import PhiConfig
+from phi_fast.conversion import layout as layouts
+from phi_fast.conversion import writer
+from phi_fast.conversion.folder import find_tokenizer
+from phi_fast.conversion.hf_config import ConversionError, old_config, phi_config
+from phi_fast.conversion.source import Source
+from phi_fast.convert import ConvertOptions, convert
+from phi_fast.layouts import to_merged
+from phi_fast.reference import ReferencePhi
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = PhiConfig(
+    vocab_size=320,
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+def random_weights(dtype=torch.float32, config=CONFIG, seed=0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: (torch.randn(s, generator=generator) * 0.02).to(dtype) for n, s in layouts.shapes(config).items()}
+
+
+def old_weights(hf: dict[str, torch.Tensor], *, mixformer: bool) -> dict[str, torch.Tensor]:
+    """The older layouts by their published key maps, written out here independently of the code under test."""
+    last = CONFIG.num_hidden_layers + 1
+    embedding, head = ("layers.0.wte", f"layers.{last}") if mixformer else ("transformer.embd.wte", "lm_head")
+    state = {f"{embedding}.weight": hf["model.embed_tokens.weight"]}
+    for i in range(CONFIG.num_hidden_layers):
+        ours, theirs = (f"layers.{i + 1}" if mixformer else f"transformer.h.{i}"), f"model.layers.{i}"
+        for p in ("weight", "bias"):
+            state[f"{ours}.ln.{p}"] = hf[f"{theirs}.input_layernorm.{p}"]
+            state[f"{ours}.mixer.Wqkv.{p}"] = torch.cat([hf[f"{theirs}.self_attn.{x}_proj.{p}"] for x in "qkv"])
+            state[f"{ours}.mixer.out_proj.{p}"] = hf[f"{theirs}.self_attn.dense.{p}"]
+            state[f"{ours}.mlp.fc1.{p}"] = hf[f"{theirs}.mlp.fc1.{p}"]
+            state[f"{ours}.mlp.fc2.{p}"] = hf[f"{theirs}.mlp.fc2.{p}"]
+        state[f"{ours}.mixer.rotary_emb.inv_freq"] = torch.ones(16)
+    for p in ("weight", "bias"):
+        state[f"{head}.ln.{p}"] = hf[f"model.final_layernorm.{p}"]
+        state[f"{head}.linear.{p}"] = hf[f"lm_head.{p}"]
+    return state
+
+
+def tiny_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def make_source(folder: Path, name: str, hf: dict[str, torch.Tensor], *, torch_file: bool = False) -> Path:
+    folder.mkdir(parents=True)
+    dtype = next(iter(hf.values())).dtype
+    if name == "hf":
+        state, config = hf, phi_config(CONFIG, dtype)
+    elif name == "merged":
+        state, config = to_merged(hf), phi_config(CONFIG, dtype)
+    else:
+        mixformer = name == "mixformer"
+        state, config = old_weights(hf, mixformer=mixformer), old_config(CONFIG, dtype, mixformer=mixformer)
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    if torch_file:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("start", layouts.NAMES)
+def test_every_layout_into_every_other_and_back_bit_for_bit(tmp_path, start, dtype):
+    source = make_source(tmp_path / "source", start, random_weights(dtype))
+    original = load_file(source / "model.safetensors")
+    for to in layouts.NAMES:
+        there = convert(ConvertOptions(str(source), tmp_path / to, to=to))
+        back = convert(ConvertOptions(str(there), tmp_path / f"{to}-back", to=start))
+        returned = load_file(back / "model.safetensors")
+        assert returned.keys() == {name for name in original if "rotary_emb" not in name}
+        for name, tensor in returned.items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, original[name]), (to, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("start", ["hf", "phi-msft", "mixformer"])
+def test_transformers_loads_the_result_and_gives_the_same_logits(tmp_path, start, dtype):
+    weights = random_weights(dtype)
+    source = make_source(tmp_path / "source", start, weights)
+    out = convert(ConvertOptions(str(source), tmp_path / "hf"))
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == dtype
+    reference = ReferencePhi(CONFIG)
+    reference.load_state_dict(weights)
+    ids = torch.randint(0, CONFIG.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model.float()(ids).logits, reference.float()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_transformers_saves_comes_in_bit_for_bit(tmp_path):
+    config = transformers.PhiConfig(
+        vocab_size=320, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.PhiForCausalLM(config)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="400KB")
+    assert (tmp_path / "saved" / "model.safetensors.index.json").exists()
+    tiny_tokenizer().save(str(tmp_path / "saved" / "tokenizer.json"))
+    source = Source.open(tmp_path / "saved")
+    assert source.config == CONFIG
+    merged = convert(ConvertOptions(str(tmp_path / "saved"), tmp_path / "merged", to="merged"))
+    state = load_file(merged / "model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in to_merged(model.state_dict()).items())
+
+
+def test_torch_files_of_the_older_layouts(tmp_path):
+    weights = random_weights(torch.float16)
+    source = make_source(tmp_path / "source", "mixformer", weights, torch_file=True)
+    out = convert(ConvertOptions(str(source), tmp_path / "hf"))
+    result = load_file(out / "model.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in weights.items())
+
+
+def test_tokenizer_and_generation_config_load_as_they_are(tmp_path):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    out = convert(ConvertOptions(str(source), tmp_path / "out"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    text = "def f(x):\n    return x  # é"
+    assert tokenizer(text)["input_ids"] == tiny_tokenizer().encode(text).ids
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 0)
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert (generation.bos_token_id, generation.eos_token_id) == (0, 0)
+    again = convert(ConvertOptions(str(out), tmp_path / "again"))
+    assert (again / "tokenizer_config.json").read_text() == (out / "tokenizer_config.json").read_text()
+
+
+def make_run(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    checkpoint = folder / "checkpoints" / "step-7"
+    checkpoint.mkdir(parents=True)
+    save_file(weights, checkpoint / "model.safetensors")
+    options = {"recipe": "tiny", "lr": 2e-4, "model": CONFIG.to_dict()}
+    (checkpoint / "state.json").write_text(json.dumps({"step": 7, "options": options}))
+    (folder / "config.json").write_text(json.dumps(options))
+    (folder / "checkpoints" / "latest").write_text("step-7")
+    (folder / "metrics.jsonl").write_text('{"step": 6, "loss": 3.5, "val_loss": 3.25}\n{"step": 7, "loss": 3.0}\n')
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_run_becomes_a_folder_with_its_recipe_and_results(tmp_path, merged):
+    weights = random_weights()
+    run = make_run(tmp_path / "my-run", to_merged(weights) if merged else weights)
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.json").write_text(
+        json.dumps({"tasks": {"arc_easy": {"score": 0.4321, "questions": 2376}}})
+    )
+    for source in (run, run / "checkpoints" / "step-7"):
+        out = convert(ConvertOptions(str(source), tmp_path / "out", overwrite=True))
+        result = load_file(out / "model.safetensors")
+        assert all(torch.equal(result[name], tensor) for name, tensor in weights.items())
+        card = (out / "README.md").read_text()
+        for words in ("my-run", "| lr | 0.0002 |", "| loss | 3.0 |", "| val_loss | 3.25 |", "0.432 | 2376 | 0.756"):
+            assert words in card, words
+        assert "| tokens | not measured |" in card
+        transformers.AutoTokenizer.from_pretrained(out)
+
+
+def test_shards_and_their_index(tmp_path):
+    weights = random_weights()
+    source = make_source(tmp_path / "source", "hf", weights)
+    out = convert(ConvertOptions(str(source), tmp_path / "out", max_shard_gb=4e-4))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in weights.values())
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    back = convert(ConvertOptions(str(out), tmp_path / "back", to="merged"))
+    state = load_file(back / "model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in to_merged(weights).items())
+
+
+def test_dtype_changes_only_when_asked(tmp_path):
+    weights = random_weights()
+    source = make_source(tmp_path / "source", "hf", weights)
+    out = convert(ConvertOptions(str(source), tmp_path / "out", dtype="fp16"))
+    result = load_file(out / "model.safetensors")
+    assert all(torch.equal(result[name], tensor.half()) for name, tensor in weights.items())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_every_wrong_key_is_in_one_error(tmp_path):
+    weights = random_weights()
+    del weights["model.layers.1.mlp.fc1.bias"], weights["lm_head.bias"]
+    weights["model.layers.2.mlp.fc1.bias"] = torch.zeros(3)
+    weights["model.layers.0.mlp.fc2.weight"] = torch.zeros(512, 128)
+    source = make_source(tmp_path / "source", "hf", weights)
+    with pytest.raises(ConversionError) as error:
+        convert(ConvertOptions(str(source), tmp_path / "out"))
+    for line in (
+        "4 problems",
+        "missing: model.layers.1.mlp.fc1.bias (512,)",
+        "missing: lm_head.bias (320,)",
+        "extra: model.layers.2.mlp.fc1.bias (3,)",
+        "misshapen: model.layers.0.mlp.fc2.weight is (512, 128), expected (128, 512)",
+    ):
+        assert line in str(error.value), line
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_configurations_of_other_models_are_refused_with_all_reasons(tmp_path):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    config = json.loads((source / "config.json").read_text())
+    config |= {"qk_layernorm": True, "num_key_value_heads": 1, "hidden_act": "relu", "tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError) as error:
+        Source.open(source)
+    for words in ("qk_layernorm is True", "num_key_value_heads is 1", "hidden_act is relu", "tie_word_embeddings"):
+        assert words in str(error.value)
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(ConversionError, match="neither a folder"):
+        Source.open("nowhere")
+    with pytest.raises(ConversionError, match="could not be had from the hub"):
+        Source.open("no-such-owner/no such model")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConversionError, match="no checkpoint of this run was completed"):
+        Source.open(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConversionError, match="holds no weights"):
+        Source.open(tmp_path / "empty")
+    save_file({"gpt.wte": torch.zeros(2)}, tmp_path / "empty" / "model.safetensors")
+    with pytest.raises(ConversionError, match="of no phi layout"):
+        Source.open(tmp_path / "empty")
+
+
+def test_an_existing_folder_is_not_replaced_unasked(tmp_path):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ConversionError, match="--overwrite"):
+        convert(ConvertOptions(str(source), tmp_path / "out"))
+    assert (tmp_path / "out" / "mine.txt").exists()
+    convert(ConvertOptions(str(source), tmp_path / "out", overwrite=True))
+    assert not (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_a_tokenizer_is_demanded_where_none_is_known(tmp_path):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ConversionError, match="--tokenizer"):
+        convert(ConvertOptions(str(source), tmp_path / "out"))
+    tiny_tokenizer().save(str(tmp_path / "mine.json"))
+    out = convert(ConvertOptions(str(source), tmp_path / "out", tokenizer=str(tmp_path / "mine.json")))
+    assert find_tokenizer(Source.open(out)).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_the_command_and_its_error(tmp_path):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    command = [sys.executable, "-m", "phi_fast.convert", str(source), str(tmp_path / "out"), "--to", "phi-msft"]
+    assert subprocess.run(command).returncode == 0
+    assert "transformer.h.1.mixer.Wqkv.bias" in load_file(tmp_path / "out" / "model.safetensors")
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow
+def test_phi_1_5_converts_in_little_memory(tmp_path):
+    """2.8 GB of fp16 weights; the peak is the process's own, torch's import included."""
+    config = PhiConfig()
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(phi_config(config, torch.float16)))
+    tiny_tokenizer().save(str(tmp_path / "source" / "tokenizer.json"))
+    shapes = layouts.shapes(config)
+    entries = [writer.Entry(name, shape, torch.float16) for name, shape in shapes.items()]
+    writer.write(tmp_path / "source", entries, lambda name: torch.zeros(shapes[name], dtype=torch.float16), 10**10)
+    command = [
+        sys.executable,
+        "-m",
+        "phi_fast.convert",
+        str(tmp_path / "source"),
+        str(tmp_path / "out"),
+        "--to",
+        "merged",
+    ]
+    subprocess.run(command, check=True)
+    peak_gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    print(f"peak memory {peak_gigabytes:.2f} GB")
+    assert peak_gigabytes < 6, peak_gigabytes
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 2 * config.num_parameters()

@@ -1,0 +1,255 @@
+"""Greedy text is transformers', token for token; batches, streams, stops and seeds change nothing they should not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from phi_fast.config import PhiConfig
+from phi_fast.conversion.hf_config import phi_config
+from phi_fast.conversion.load import load
+from phi_fast.convert import ConvertOptions, convert
+from phi_fast.generate import GenerateOptions, chat, main, read_prompts
+from phi_fast.generation import Decoding, TextStream, complete, generate
+from phi_fast.model import Phi
+from phi_fast.sampling import Sampling, filtered_probabilities
+
+CONFIG = PhiConfig(
+    vocab_size=300,
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=96,
+    initializer_range=0.2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Phi:
+    torch.manual_seed(0)
+    return Phi(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
+    result = Tokenizer(models.BPE(vocabulary, []))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens(["<|endoftext|>"])
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    merged = tmp_path_factory.mktemp("model") / "merged"
+    merged.mkdir()
+    save_file({name: p.detach() for name, p in model.named_parameters()}, merged / "model.safetensors")
+    (merged / "config.json").write_text(json.dumps(phi_config(CONFIG, torch.float32)))
+    tokenizer.save(str(merged / "tokenizer.json"))
+    return convert(ConvertOptions(str(merged), merged.parent / "hf"))
+
+
+def prompts(count: int = 20) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
+    return [torch.randint(1, 257, (length,), generator=generator).tolist() for length in lengths]
+
+
+def test_greedy_is_transformers_token_for_token(model, folder):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    sampling = Sampling(max_new_tokens=30)
+    expected = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, pad_token_id=0
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    assert len({tuple(tokens) for tokens in expected}) > 15  # a model that repeats itself would prove little
+    assert [generate(model, [prompt], sampling)[0] for prompt in prompts()] == expected
+    assert generate(model, prompts(), sampling) == expected
+
+
+def test_the_cache_gives_what_a_full_forward_gives(model):
+    prompt = prompts()[3]
+    (new,) = generate(model, [prompt], Sampling(max_new_tokens=20), end=-1)
+    ids = list(prompt)
+    for token in new:
+        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+
+
+def test_a_loaded_model_is_the_saved_one(model, folder, tokenizer):
+    loaded, found = load(folder)
+    assert found.get_vocab() == tokenizer.get_vocab()
+    for (name, parameter), mine in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, mine), name
+    ids = torch.tensor([prompts()[0]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert load(folder, dtype="bf16")[0].lm_head.weight.dtype == torch.bfloat16
+
+
+def test_filters_are_transformers(model):
+    warpers = pytest.importorskip("transformers").generation.logits_process
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 3
+    for temperature, k, p in ((0.7, 0, 1.0), (1.0, 10, 1.0), (1.3, 0, 0.8), (0.9, 50, 0.5), (1.0, 3, 0.01)):
+        scores = warpers.TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+        scores = warpers.TopKLogitsWarper(k)(None, scores) if k else scores
+        scores = warpers.TopPLogitsWarper(p)(None, scores) if p < 1 else scores
+        torch.testing.assert_close(filtered_probabilities(logits, temperature, k, p), scores.softmax(-1))
+
+
+def test_draws_follow_the_probabilities():
+    sampling = Sampling(temperature=1.0, top_k=3, seed=5)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    generator = sampling.generator(0)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[sampling.next_tokens(logits, [generator])[0]] += 1
+    expected = logits[0, :3].softmax(-1)
+    assert counts[3] == 0
+    assert ((counts[:3] / 4000 - expected).abs() < 4 * (expected * (1 - expected) / 4000).sqrt()).all()
+
+
+def test_seeds_repeat_and_batching_changes_nothing(model, tokenizer):
+    texts = ["once", "def f(x):", "a b c d e f g", "x", "the end of"]
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3)
+    alone = complete(model, tokenizer, texts, sampling, batch_size=1)
+    assert alone == complete(model, tokenizer, texts, sampling, batch_size=4)
+    assert alone == complete(model, tokenizer, texts, sampling, batch_size=8)
+    other = complete(model, tokenizer, texts, Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=4))
+    assert [a.tokens for a in alone] != [b.tokens for b in other]
+
+
+def test_it_stops_at_the_end_the_limit_and_the_context(model, tokenizer):
+    prompt = prompts()[5]
+    (tokens,) = generate(model, [prompt], Sampling(max_new_tokens=20), end=-1)
+    end = tokens[7]
+    (ended,) = generate(model, [prompt], Sampling(max_new_tokens=20), end=end)
+    assert ended == tokens[: tokens.index(end) + 1]
+    text = tokenizer.decode([20] * 90)
+    (full,) = complete(model, tokenizer, [text], Sampling(max_new_tokens=5), end=-1)
+    assert (len(full.tokens), full.reason) == (5, "length")
+    decoding = Decoding(model, [[5] * 90], Sampling(max_new_tokens=50), end=-1)
+    assert len(list(decoding)) == 6
+    assert decoding.reasons == ["context"]
+
+
+def test_prompts_that_do_not_fit_are_refused(model):
+    with pytest.raises(ValueError, match="prompt 1 has 96 tokens; expected 1 to 95"):
+        generate(model, [[1], [1] * 96], Sampling())
+    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
+        generate(model, [[]], Sampling())
+
+
+def test_bad_settings_are_refused():
+    for setting in ({"top_p": 0.0}, {"temperature": -1.0}, {"top_k": -2}, {"max_new_tokens": 0}, {"stop": ("",)}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            Sampling(**setting)
+
+
+def stream_of(tokenizer, text: str, stop=()) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer, stop)
+    pieces = []
+    ids = tokenizer.encode(text).ids
+    for i, token in enumerate(ids):
+        pieces.append(stream.push(token, last=i + 1 == len(ids)))
+        if stream.stopped:
+            break
+    return pieces, stream
+
+
+def test_streams_give_whole_characters(tokenizer):
+    text = "naïve — 你好 🙂 end"
+    pieces, stream = stream_of(tokenizer, text)
+    assert "".join(pieces) == stream.text == text
+    assert not any("�" in piece for piece in pieces)
+    broken = TextStream(tokenizer)
+    first = tokenizer.encode("é").ids[0]
+    assert broken.push(first) == ""
+    assert broken.push(tokenizer.encode("x").ids[0], last=True) == "�x"
+
+
+def test_stop_strings_are_cut_and_never_shown(tokenizer):
+    pieces, stream = stream_of(tokenizer, "answer\nAl said\nAlice: next", stop=("\nAlice:", "zzz"))
+    assert "".join(pieces) == stream.text == "answer\nAl said"
+    assert stream.stopped
+    pieces, stream = stream_of(tokenizer, "ends with \nAli", stop=("\nAlice:",))
+    assert "".join(pieces) == "ends with \nAli"  # only the beginning of a stop string
+
+
+def test_a_stop_string_ends_a_completion(model, tokenizer):
+    (free,) = complete(model, tokenizer, ["hello"], Sampling(max_new_tokens=25), end=-1)
+    stop = next(c for c in free.text[2:] if c != "�")
+    shown: list[str] = []
+    (cut,) = complete(
+        model,
+        tokenizer,
+        ["hello"],
+        Sampling(max_new_tokens=25, stop=(stop,)),
+        end=-1,
+        on_text=lambda _, t: shown.append(t),
+    )
+    assert (cut.text, cut.reason) == (free.text[: free.text.index(stop)], "stop")
+    assert "".join(shown) == cut.text
+    assert len(cut.tokens) < len(free.tokens)
+
+
+def test_chat_keeps_the_dialogue(model, tokenizer):
+    out = io.StringIO()
+    options = GenerateOptions(model="", sampling=Sampling(max_new_tokens=5))
+    results = chat(options, model, tokenizer, io.StringIO("hi\nand now?\n\n"), out)
+    assert len(results) == 2
+    assert out.getvalue() == f"Alice: Bob:{results[0].text}\nAlice: Bob:{results[1].text}\nAlice: "
+    dialogue = f"Alice: hi\nBob:{results[0].text}\nAlice: and now?\nBob:"
+    stop = ("\nAlice:", "\nBob:")
+    (again,) = complete(model, tokenizer, [dialogue], Sampling(max_new_tokens=5, stop=stop))
+    assert again == results[1]
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"text": "c"}\n')
+    with pytest.raises(ValueError, match=r"p.jsonl:2 is no JSON object"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_the_command_on_a_pipe(folder, model, tokenizer):
+    command = [sys.executable, "-m", "phi_fast.generate", "--model", str(folder), "--max-new-tokens", "6", "--quiet"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    piped = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, input="one")
+    (expected,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6))
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, f"one{expected.text}\n", "")
+
+
+def test_the_command_on_a_file(folder, tmp_path, model, tokenizer, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two and"}\n')
+    files = ["--file", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), "--max-new-tokens", "6", *files])
+    assert main() == 0
+    assert "tokens/s" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    expected = complete(model, tokenizer, ["one", "two and"], Sampling(max_new_tokens=6))
+    assert [row["completion"] for row in rows] == [completion.text for completion in expected]
+    assert [row["tokens"] for row in rows] == [6, 6]
+
+
+def test_an_error_is_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(tmp_path / "nothing")])
+    assert main() == 2
+    assert "nothing is neither a folder" in capsys.readouterr().err

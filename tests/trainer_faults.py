@@ -1,0 +1,126 @@
+"""Faults that a trainer process of `trainer_processes` is started with: each is called with (rank, given) before it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from phi_fast.corpora import Corpora
+from phi_fast.zero import Zero2
+
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
+
+
+def die_at_file_operation(rank: int, given: list[int]) -> None:
+    """kill -9 before this rank's given[rank]-th operation on a file or folder below checkpoints/; 0: never."""
+    left = given[rank]
+
+    def count(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal left
+        # Inside rmtree, paths are relative to an open folder; nothing but checkpoints is removed.
+        if event in FILE_EVENTS and ("checkpoints" in str(details[0]) or event in ("os.remove", "os.rmdir")):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if left:
+        sys.addaudithook(count)
+
+
+def die_at_step(rank: int, given: list[int]) -> None:
+    """kill -9 when this rank is about to take step given[rank] (from 1); 0: never."""
+    _at_step(given[rank], lambda zero: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def freeze_at_step(rank: int, given: list[int]) -> None:
+    """SIGSTOP when this rank is about to take step given[rank] (from 1); 0: never."""
+    _at_step(given[rank], lambda zero: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def signal_in_validation(rank: int, given: list[int]) -> None:
+    """SIGTERM to this rank, where given[rank], as it comes to its second batch of validation rows."""
+    validation = Corpora.validation
+
+    def validate(*arguments: Any) -> Iterator[Any]:
+        for number, batch in enumerate(validation(*arguments)):
+            if number == 1 and given[rank]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if number > 1 and given[rank]:
+                print("went on validating", flush=True)
+            yield batch
+
+    Corpora.validation = validate  # type: ignore[method-assign]
+
+
+def full_disk(rank: int, given: list[int]) -> None:
+    """No file of this rank can grow beyond given[rank] bytes; 0: no limit."""
+    if given[rank]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (given[rank], given[rank]))
+
+
+def slow_disk(rank: int, given: list[float]) -> None:
+    """Each fsync of this rank takes given[rank] seconds."""
+    fsync = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(given[rank])
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+def nan_weights_at_step(rank: int, given: list[int]) -> None:
+    """One weight of this rank becomes infinite before step given[rank] (from 1); 0: never."""
+
+    def poison(zero: Zero2) -> None:
+        with torch.no_grad():
+            zero.model.get_parameter("layers.0.out_proj.bias_mlp")[3] = float("inf")
+
+    _at_step(given[rank], poison)
+
+
+def overflow_at_steps(rank: int, given: list[int]) -> None:
+    """The gradients of the steps in given (from 1) overflow, on rank 0."""
+    backward = Zero2.backward
+    taken = 0
+
+    def inject(zero: Zero2, loss: torch.Tensor) -> None:
+        nonlocal taken
+        taken += 1
+        backward(zero, loss * float("inf") if taken in given and rank == 0 else loss)
+
+    Zero2.backward = inject  # type: ignore[method-assign]
+
+
+def _at_step(step: int, action: Callable[[Zero2], None]) -> None:
+    loss = Zero2.loss
+    taken = 0
+
+    def count(zero: Zero2, *arguments: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            action(zero)
+        return loss(zero, *arguments)
+
+    Zero2.loss = count  # type: ignore[method-assign]
+
+
+def multiply_loss_at_steps(rank: int, given: list[int]) -> None:
+    """The losses of the steps in given (from 1) are 5 times what they are, on rank 0."""
+    loss = Zero2.loss
+    taken = 0
+
+    def inject(zero: Zero2, *arguments: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        return loss(zero, *arguments) * (5 if taken in given and rank == 0 else 1)
+
+    Zero2.loss = inject  # type: ignore[method-assign]
