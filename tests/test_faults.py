@@ -178,8 +178,8 @@ def test_two_ranks_resume_bit_for_bit(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", ["die_at_step", "freeze_at_step"])
 def test_a_lost_rank_ends_the_run(data: Path, tmp_path: Path, fault: str) -> None:
     words = arguments(data, tmp_path / "run", 50, save_every=2, rank_timeout=4)
-    first, second = start(words, tmp_path / "output", ranks=2, fault=fault, given=[0, 6])
-    until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses(tmp_path / "run")) >= 5)
+    first, second = start(words, tmp_path / "output", ranks=2, fault=fault, given=[0, 7])
+    until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses(tmp_path / "run")) >= 6)
     began = time.monotonic()
     assert first.wait() == INTERRUPTED, first.output
     assert time.monotonic() - began < (30 if fault == "freeze_at_step" else 15)
@@ -187,7 +187,8 @@ def test_a_lost_rank_ends_the_run(data: Path, tmp_path: Path, fault: str) -> Non
     assert "Traceback" not in first.output
     second.signal(signal.SIGKILL)
     assert second.wait() == -signal.SIGKILL
-    assert max(complete_steps(tmp_path / "run")) == 4
+    # Step 6's save began when step 4's had ended on both ranks; whether both could still end it is a matter of time.
+    assert 4 in complete_steps(tmp_path / "run")
 
 
 def test_a_full_disk_costs_no_checkpoint(data: Path, tmp_path: Path) -> None:
