@@ -1,0 +1,150 @@
+"""Accelerators by their data sheets, and what a kernel is assumed to reach of a data sheet's figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+GPU = Literal["A100-40", "A100-80", "H100", "H200", "B200", "MI300X"]
+Kind = Literal["product", "attention forward", "attention backward", "memory"]
+
+ASSUMPTION = "assumption"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, its unit, and where it is from."""
+
+    value: float
+    unit: str
+    source: str
+    """A document, or `ASSUMPTION` and what speaks for it."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or this machine's CPU."""
+
+    name: str
+    memory: Figure | None
+    """Bytes; None: not planned for (a CPU swaps before it fails)."""
+    flops: Figure
+    """Dense FLOP/s of matrix products in the storage dtype."""
+    bandwidth: Figure
+    """Bytes/s through memory, reads and writes together."""
+    link: Figure | None
+    """Bytes/s a device sends to the others of its node."""
+    network: Figure | None
+    """Bytes/s a node sends to others, over the number of its devices: a device's share of the network."""
+    node: int
+    """Devices a node."""
+    efficiency: dict[Kind, Figure]
+    """Share of `flops` (products, attention) or of `bandwidth` (memory) that kernels reach."""
+    price: Figure | None
+    """Currency units a device hour."""
+
+    def seconds(self, kind: Kind, flops: float, bytes_moved: float) -> float:
+        """Roofline: the slower of computing and moving, each at its efficiency."""
+        computing = 0.0 if kind == "memory" else flops / (self.flops.value * self.efficiency[kind].value)
+        return max(computing, bytes_moved / (self.bandwidth.value * self.efficiency["memory"].value))
+
+
+LAUNCH = Figure(4e-6, "s", f"{ASSUMPTION}: the least a kernel takes, launch included (2 to 5 µs are usual on CUDA)")
+LINK_EFFICIENCY = Figure(0.8, "", f"{ASSUMPTION}: NCCL's bus bandwidth over the link's, large messages")
+HOP = Figure(2e-6, "s", f"{ASSUMPTION}: a step of a collective inside a node")
+NETWORK_HOP = Figure(10e-6, "s", f"{ASSUMPTION}: a step of a collective between nodes")
+CONTEXT = Figure(1.5e9, "B", f"{ASSUMPTION}: CUDA context, cuBLAS workspaces, NCCL's buffers")
+FRAGMENTATION = Figure(0.05, "", f"{ASSUMPTION}: the caching allocator's loss, of all other memory")
+
+_FLASH = "FlashAttention-2 (arXiv 2307.08691, section 4.1) reaches {} at head dim 128; less is assumed for 64"
+
+
+def _efficiencies(product: float, forward: float, backward: float, flash: str) -> dict[Kind, Figure]:
+    attention = f"{ASSUMPTION}: {flash}"
+    return {
+        "product": Figure(product, "", f"{ASSUMPTION}: large cuBLAS or hipBLASLt products in a training step"),
+        "attention forward": Figure(forward, "", attention),
+        "attention backward": Figure(backward, "", attention),
+        "memory": Figure(0.85, "", f"{ASSUMPTION}: streaming kernels of this project, not measured on a GPU"),
+    }
+
+
+def _gpu(
+    name: str,
+    sheet: str,
+    *,
+    memory: float,
+    flops: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    network_source: str,
+    efficiency: dict[Kind, Figure],
+    price: float,
+) -> Device:
+    """A GPU from figures in GB, TFLOP/s, GB/s."""
+    return Device(
+        name,
+        Figure(memory * 1e9, "B", sheet),
+        Figure(flops * 1e12, "FLOP/s", f"{sheet}: dense fp16 and bf16"),
+        Figure(bandwidth * 1e9, "B/s", sheet),
+        Figure(link * 1e9, "B/s", f"{sheet}: half of the bidirectional total"),
+        Figure(network * 1e9, "B/s", network_source),
+        8,
+        efficiency,
+        Figure(price, "$/h", f"{ASSUMPTION}: a round figure for a rented device hour; give --price"),
+    )
+
+
+_A100 = {
+    "flops": 312.0,
+    "link": 300.0,
+    "network": 25.0,
+    "network_source": "NVIDIA DGX A100 data sheet: 8 × 200 Gb/s HDR",
+    "efficiency": _efficiencies(0.75, 0.45, 0.38, _FLASH.format("230 of 312 TFLOP/s forward on an A100")),
+}
+_HOPPER = {
+    "flops": 989.4,
+    "link": 450.0,
+    "network": 50.0,
+    "network_source": "NVIDIA DGX H100 data sheet: 8 × 400 Gb/s NDR",
+    "efficiency": _efficiencies(0.65, 0.30, 0.22, _FLASH.format("335 of 989 TFLOP/s on an H100")),
+}
+
+DEVICES: dict[str, Device] = {
+    "A100-40": _gpu(
+        "A100-40", "NVIDIA A100 data sheet (SXM 40 GB)", memory=40, bandwidth=1555, price=1.5, **_A100
+    ),
+    "A100-80": _gpu(
+        "A100-80", "NVIDIA A100 data sheet (SXM 80 GB)", memory=80, bandwidth=2039, price=2.0, **_A100
+    ),
+    "H100": _gpu("H100", "NVIDIA H100 data sheet (SXM)", memory=80, bandwidth=3350, price=3.0, **_HOPPER),
+    "H200": _gpu("H200", "NVIDIA H200 data sheet (SXM)", memory=141, bandwidth=4800, price=3.5, **_HOPPER),
+    "B200": _gpu(
+        "B200",
+        "NVIDIA DGX B200 data sheet (an eighth of the system)",
+        memory=180,
+        flops=2250,
+        bandwidth=8000,
+        link=900,
+        network=50,
+        network_source="NVIDIA DGX B200 data sheet: 400 Gb/s a GPU",
+        efficiency=_efficiencies(0.65, 0.22, 0.16, "no published figure for this project's kind of Triton kernel"),
+        price=5.0,
+    ),
+    "MI300X": _gpu(
+        "MI300X",
+        "AMD Instinct MI300X data sheet",
+        memory=192,
+        flops=1307.4,
+        bandwidth=5300,
+        link=448,
+        network=50,
+        network_source=f"{ASSUMPTION}: 8 × 400 Gb/s a node",
+        efficiency=_efficiencies(0.45, 0.20, 0.15, "no published figure for this project's kind of Triton kernel"),
+        price=2.5,
+    ),
+}
+"""By the name of `--gpu`."""
+
+assert set(DEVICES) == set(get_args(GPU))

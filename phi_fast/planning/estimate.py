@@ -1,0 +1,161 @@
+"""The plan: a recipe on a number of devices, from the counted work and the devices' figures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..recipes import Recipe
+from .communication import Communication, communication
+from .devices import LAUNCH, Device
+from .memory import Memory, memory
+from .work import Kernel, Phase, Recompute, Shape, gradients, micro_batch, model_flops, update
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned."""
+
+    recipe: Recipe
+    device: Device
+    ranks: int
+    itemsize: int = 2
+    recompute: Recompute = "norm_gelu"
+    micro_batch_size: int | None = None
+    """None: the largest that fits."""
+    price: float | None = None
+    """A device hour; None: the device's own."""
+    rotary_inside: bool = True
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.memory is not None
+
+    def shape(self, rows: int) -> Shape:
+        recipe = self.recipe
+        return Shape(recipe.model, recipe.sequence_length, rows, self.itemsize, self.recompute, self.rotary_inside)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one job. Seconds are of one optimizer step; None: the recipe gives no number of tokens, or no price."""
+
+    ranks: int
+    micro_batch_size: int
+    accumulation: int
+    memory: Memory
+    fits: bool
+    largest_micro_batch: int
+    """Largest divisor of a rank's rows that fits; 0: none does."""
+    communication: Communication
+    phases: dict[Phase, float]
+    """Seconds of computing a step: forward, backward, gradients, update."""
+    step_seconds: float
+    tokens_per_second: float
+    """Of all devices."""
+    mfu_full: float
+    """Attention counted in full (PaLM, arXiv 2204.02311)."""
+    mfu_causal: float
+    """Attention counted as what a causal mask leaves: half."""
+    steps: int | None
+    hours: float | None
+    device_hours: float | None
+    cost: float | None
+    checkpoint_bytes: int
+    loader_rows_per_second: float
+    """That the loaders of all ranks must give together."""
+    loader_bytes_per_second: float
+    """The same, of uint16 token ids."""
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        return self.tokens_per_second / self.ranks
+
+
+def plan(job: Job) -> Plan:
+    """Raises UsageError where the global batch cannot be shared out as asked."""
+    recipe, config = job.recipe, job.recipe.model
+    rows = _rows(job)
+    largest = largest_micro_batch(job)
+    size = job.micro_batch_size or largest or 1
+    if rows % size:
+        raise UsageError(f"micro_batch_size={size} does not divide the {rows} rows of a rank; use a divisor")
+    accumulation = rows // size
+    shape = job.shape(size)
+    used = memory(shape, job.ranks, gpu=job.on_gpu)
+    phases = phase_seconds(job, size)
+    sent = communication(
+        config, job.device, job.ranks, job.itemsize, accumulation, phases["backward"] / accumulation
+    )
+    seconds = sum(phases.values()) + sent.exposed_seconds + sent.gather_seconds
+    tokens = recipe.tokens_per_step
+    peak = job.ranks * job.device.flops.value * seconds
+    steps = None if recipe.tokens is None else recipe.steps
+    hours = None if steps is None else steps * seconds / 3600
+    price = job.price if job.price is not None else job.device.price.value if job.device.price else None
+    device_hours = None if hours is None else hours * job.ranks
+    return Plan(
+        ranks=job.ranks,
+        micro_batch_size=size,
+        accumulation=accumulation,
+        memory=used,
+        fits=_fits(job, used),
+        largest_micro_batch=largest,
+        communication=sent,
+        phases=phases,
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        mfu_full=model_flops(config, recipe.sequence_length, tokens, causal=False) / peak,
+        mfu_causal=model_flops(config, recipe.sequence_length, tokens, causal=True) / peak,
+        steps=steps,
+        hours=hours,
+        device_hours=device_hours,
+        cost=None if device_hours is None or price is None else device_hours * price,
+        checkpoint_bytes=config.num_parameters() * (job.itemsize + 12),
+        loader_rows_per_second=recipe.global_batch_size / seconds,
+        loader_bytes_per_second=2 * tokens / seconds,
+    )
+
+
+def largest_micro_batch(job: Job) -> int:
+    """Largest divisor of a rank's rows that fits into the device's memory; 0: none does."""
+    rows = _rows(job)
+    sizes = (size for size in range(rows, 0, -1) if rows % size == 0)
+    return next((size for size in sizes if _fits(job, memory(job.shape(size), job.ranks, gpu=job.on_gpu))), 0)
+
+
+def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
+    """Seconds of computing a step, with micro-batches of `rows` rows."""
+    seconds: dict[Phase, float] = dict.fromkeys(("forward", "backward", "gradients", "update"), 0.0)
+    for kernel in kernels(job, rows):
+        seconds[kernel.phase] += kernel_seconds(job.device, kernel, gpu=job.on_gpu)
+    accumulation = _rows(job) // rows
+    return {phase: value * (1 if phase == "update" else accumulation) for phase, value in seconds.items()}
+
+
+def kernels(job: Job, rows: int) -> list[Kernel]:
+    """Of one micro-batch of `rows` rows, and of the update."""
+    config = job.recipe.model
+    reduced = gradients(config, job.itemsize, job.ranks)
+    return [*micro_batch(job.shape(rows)), *reduced, *update(config, job.itemsize, job.ranks)]
+
+
+def kernel_seconds(device: Device, kernel: Kernel, *, gpu: bool) -> float:
+    """All `count` of a kernel."""
+    once = device.seconds(kernel.kind, kernel.flops, kernel.bytes_moved)
+    return kernel.count * max(once, LAUNCH.value if gpu else 0.0)
+
+
+def _rows(job: Job) -> int:
+    rows, left = divmod(job.recipe.global_batch_size, job.ranks)
+    if job.ranks < 1 or rows < 1 or left:
+        raise UsageError(
+            f"gpus={job.ranks}: the global batch of {job.recipe.global_batch_size} rows cannot be shared out; use a "
+            f"divisor of it, or another --global-batch-size"
+        )
+    return rows
+
+
+def _fits(job: Job, used: Memory) -> bool:
+    return job.device.memory is None or math.floor(used.peak) <= job.device.memory.value

@@ -1,0 +1,111 @@
+"""Memory of one rank by component, under DeepSpeed ZeRO-2 as `zero.py` configures it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..config import PhiConfig
+from .devices import CONTEXT, FRAGMENTATION
+from .work import Shape
+
+BUCKET = 500_000_000
+"""Elements of a DeepSpeed bucket, unless the model has fewer (`zero._config`)."""
+
+
+def bucket_elements(config: PhiConfig) -> int:
+    """Elements of `reduce_bucket_size`, as `zero._config` sets it."""
+    return min(BUCKET, max(1_000_000, config.num_parameters()))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro-batch keeps from its forward for its backward."""
+
+    inputs: int
+    """Token ids, int64."""
+    blocks: int
+    """Of all layers: x, and what `recompute` keeps beside it."""
+    final_norm: int
+    """The last block's output and its statistics."""
+    loss_gradients: int
+    """fp32 gradients of the hidden states, of lm_head's weight and bias: formed with the loss."""
+
+    @property
+    def total(self) -> int:
+        return self.inputs + self.blocks + self.final_norm + self.loss_gradients
+
+
+def activations(shape: Shape) -> Activations:
+    """What autograd holds after the forward of a micro-batch, parameters and rotary table left out."""
+    config, tokens, e = shape.config, shape.tokens, shape.itemsize
+    d = config.hidden_size
+    statistics = 4 * tokens * (2 + config.num_attention_heads)  # mean, rstd, log-sum-exp of each head, fp32
+    wide = {"all": 1, "norm_gelu": 9, "none": 14}[shape.recompute]  # x | + packed 7d, o | + packed 7d, h, [o | g]
+    block = wide * d * tokens * e + (0 if shape.recompute == "all" else statistics)
+    return Activations(
+        inputs=8 * tokens,
+        blocks=config.num_hidden_layers * block,
+        final_norm=tokens * (d * e + 8),
+        loss_gradients=4 * (tokens * d + config.vocab_size * (d + 1) + 1),
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: float
+    """In the storage dtype, whole on every rank."""
+    gradients: float
+    """This rank's part, fp32 (`grad_accum_dtype`)."""
+    optimizer: float
+    """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
+    buckets: float
+    """DeepSpeed's two bucket buffers (overlap_comm) and the flattened copy of one while it is reduced; gone outside the
+    backward."""
+    activations: float
+    """Kept from the forward (`activations`)."""
+    loss_chunk: float
+    """One chunk of logits and the fp32 temporaries of its products; gone outside the forward."""
+    working: float
+    """Temporaries of a block's backward, and the gradients that wait for the bucket."""
+    context: float
+    """Outside torch's allocator."""
+    fragmentation: float
+    peak: float
+    """Largest sum of what is held at one time."""
+
+
+def memory(shape: Shape, ranks: int, *, gpu: bool) -> Memory:
+    """By component. `peak` is the larger of the forward's end and the backward's beginning."""
+    config, tokens, e = shape.config, shape.tokens, shape.itemsize
+    d, parameters = config.hidden_size, config.num_parameters()
+    kept = activations(shape)
+    part = math.ceil(parameters / ranks)
+    chunk = shape.chunk * math.ceil(config.vocab_size / 64) * 64 * e
+    chunk += 4 * d * max(shape.chunk, min(8192, config.vocab_size)) if e == 2 else 0
+    again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]
+    block = (5 + 7 + 1 + again) * d * tokens * e  # [dO | dG], [dQ | dK | dV | dU], dh, and what is computed again
+    pending = (config.vocab_size * d + 12 * d * d) * e  # lm_head's gradient and a block's, until the bucket takes them
+    copies = 3 if gpu else 2  # two buffers only where communication overlaps
+    buckets = copies * bucket_elements(config) * e
+    resident = parameters * e + part * 4 + part * 12
+    forward = kept.total + chunk
+    loss = kept.total + (tokens * d + config.vocab_size * d) * e + buckets
+    backward = kept.total - kept.loss_gradients + block + pending + buckets
+    held = resident + max(forward, loss, backward)
+    context = CONTEXT.value if gpu else 0.0
+    fragmentation = FRAGMENTATION.value * held if gpu else 0.0
+    return Memory(
+        weights=parameters * e,
+        gradients=part * 4,
+        optimizer=part * 12,
+        buckets=buckets,
+        activations=kept.total,
+        loss_chunk=chunk,
+        working=block + pending,
+        context=context,
+        fragmentation=fragmentation,
+        peak=held + context + fragmentation,
+    )

@@ -1,0 +1,156 @@
+"""Every kernel of a training step with its FLOPs and bytes: what `kernels/` and DeepSpeed do, counted, not measured.
+
+Symbols: T tokens of a micro-batch, d width, s sequence, V vocabulary, e bytes a number. The block's kernels are those of
+`kernels/parallel_block.py`, the head's those of `kernels/linear_cross_entropy.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import PhiConfig
+from .devices import Kind
+
+Recompute = Literal["none", "norm_gelu", "all"]
+Phase = Literal["forward", "backward", "gradients", "update"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one rank computes at a time."""
+
+    config: PhiConfig
+    sequence: int
+    """Tokens a row."""
+    rows: int
+    """Rows of a micro-batch."""
+    itemsize: int
+    """Bytes of a weight or activation: 2 or 4."""
+    recompute: Recompute
+    rotary_inside: bool
+    """Attention rotates q and k while it reads them (Triton's does)."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.sequence
+
+    @property
+    def chunk(self) -> int:
+        """Rows of logits held at a time (`linear_cross_entropy`'s default)."""
+        limit = max(256, 4 * self.config.hidden_size // self.itemsize)
+        return math.ceil(self.tokens / max(1, math.ceil(self.tokens / limit)))
+
+    @property
+    def chunks(self) -> int:
+        return math.ceil(self.tokens / self.chunk)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, `count` times a micro-batch (phases forward, backward, gradients) or a step (update)."""
+
+    name: str
+    phase: Phase
+    kind: Kind
+    flops: float
+    """Executed, each time."""
+    bytes_moved: float
+    """Through memory, each time."""
+    count: int = 1
+
+
+def micro_batch(shape: Shape) -> list[Kernel]:
+    """Forward and backward of one micro-batch, without what DeepSpeed does to the gradients."""
+    layers = shape.config.num_hidden_layers
+    forward = list(_block_forward(shape))
+    kernels = [*_with("forward", layers, forward), *_head(shape), *_embedding(shape)]
+    if shape.recompute == "all":  # the block's forward again, but for its last product
+        kernels += _with("backward", layers, [k for k in forward if k.name != "out_proj"])
+    return [*kernels, *_with("backward", layers, list(_block_backward(shape)))]
+
+
+def gradients(config: PhiConfig, itemsize: int, ranks: int) -> list[Kernel]:
+    """What DeepSpeed 0.19.8 does to the gradients of a micro-batch on the device: into the bucket, divided, flattened,
+    back from the reduction, and this rank's part added up in fp32 (`stage_1_and_2.py`: average_tensor and below)."""
+    parameters = config.num_parameters()
+    copies = Kernel("buckets", "gradients", "memory", 0, 8 * itemsize * parameters)
+    added = Kernel("fp32 accumulation", "gradients", "memory", 0, (itemsize + 8) * parameters / ranks)
+    return [copies, added]
+
+
+def update(config: PhiConfig, itemsize: int, ranks: int) -> list[Kernel]:
+    """The fused step on this rank's part (`zero.FusedStep`): a norm pass over the fp32 gradient, then Adam."""
+    part = config.num_parameters() / ranks
+    adam = (4 + 3 * 8 + itemsize) * part  # gradient read; master, m, v read and written; weight written
+    return [Kernel("norm", "update", "memory", 0, 4 * part), Kernel("adam", "update", "memory", 0, adam)]
+
+
+def model_flops(config: PhiConfig, sequence: int, tokens: int, *, causal: bool) -> float:
+    """What an MFU counts: 6N and attention, without anything that is computed again."""
+    return float(config.flops_per_token(sequence, causal=causal) * tokens)
+
+
+def _with(phase: Phase, count: int, kernels: list[Kernel]) -> list[Kernel]:
+    return [Kernel(k.name, phase, k.kind, k.flops, k.bytes_moved, count * k.count) for k in kernels]
+
+
+def _product(name: str, m: int, n: int, k: int, itemsize: int, phase: Phase = "forward", count: int = 1) -> Kernel:
+    """(m, k) · (k, n)."""
+    return Kernel(name, phase, "product", 2.0 * m * n * k, float(itemsize * (m * k + k * n + m * n)), count)
+
+
+def _block_forward(shape: Shape) -> Iterator[Kernel]:
+    tokens, d, e = shape.tokens, shape.config.hidden_size, shape.itemsize
+    row = float(tokens * d * e)  # bytes of a (T, d) buffer
+    yield Kernel("layer_norm", "forward", "memory", 0, 3 * row)  # x read; h and x + bias written
+    yield _product("in_proj", tokens, 7 * d, d, e)
+    if not shape.rotary_inside:
+        yield Kernel("rotary", "forward", "memory", 0, 2 * row)  # half of q and k, both ways
+    yield Kernel("attention", "forward", "attention forward", 2.0 * tokens * shape.sequence * d, 4 * row)
+    carried = 2 if shape.recompute == "norm_gelu" else 0  # o into [o | g]
+    yield Kernel("gelu", "forward", "memory", 0, (8 + carried) * row)
+    yield _product("out_proj", tokens, d, 5 * d, e)
+
+
+def _block_backward(shape: Shape) -> Iterator[Kernel]:
+    tokens, d, e = shape.tokens, shape.config.hidden_size, shape.itemsize
+    row = float(tokens * d * e)
+    again = shape.recompute == "norm_gelu"
+    yield _product("out_proj data gradient", tokens, 5 * d, d, e)
+    # FlashAttention's backward has five products where the forward has two: q·k is formed again.
+    yield Kernel("attention", "backward", "attention backward", 5.0 * tokens * shape.sequence * d, 8 * row)
+    if not shape.rotary_inside:
+        yield Kernel("rotary", "backward", "memory", 0, 2 * row)
+    yield Kernel("gelu", "backward", "memory", 0, (18 if again else 12) * row)
+    yield _product("out_proj weight gradient", d, 5 * d, tokens, e)
+    yield Kernel("bias gradients", "backward", "memory", 0, 4 * row)
+    if again:
+        yield Kernel("layer_norm again", "backward", "memory", 0, 2 * row)
+    yield _product("in_proj weight gradient", 7 * d, d, tokens, e)
+    yield _product("in_proj data gradient", tokens, d, 7 * d, e)
+    yield Kernel("layer_norm", "backward", "memory", 0, 4 * row)
+
+
+def _head(shape: Shape) -> Iterator[Kernel]:
+    """Final LayerNorm, lm_head and the loss; the gradients' products are part of the forward."""
+    tokens, d, e, vocabulary = shape.tokens, shape.config.hidden_size, shape.itemsize, shape.config.vocab_size
+    row, weight = float(tokens * d * e), vocabulary * d
+    yield Kernel("final_norm", "forward", "memory", 0, 2 * row)
+    yield _product("logits", shape.chunk, vocabulary, d, e, count=shape.chunks)
+    yield Kernel("cross_entropy", "forward", "memory", 0, 3.0 * tokens * vocabulary * e)  # read twice, written once
+    yield _product("hidden gradient", shape.chunk, d, vocabulary, e, count=shape.chunks)
+    yield _product("lm_head gradient", vocabulary, d, shape.chunk, e, count=shape.chunks)
+    adding = 8 if e == 4 else 16  # a 16-bit product is written in fp32 before it is added
+    yield Kernel("lm_head gradient, added up in fp32", "forward", "memory", 0, adding * weight, shape.chunks)
+    yield Kernel("loss gradients, scaled", "backward", "memory", 0, (4.0 + e) * (weight + tokens * d))
+    yield Kernel("final_norm", "backward", "memory", 0, 3 * row)
+
+
+def _embedding(shape: Shape) -> Iterator[Kernel]:
+    row = float(shape.tokens * shape.config.hidden_size * shape.itemsize)
+    yield Kernel("embedding", "forward", "memory", 0, 2 * row)
+    dense = shape.config.vocab_size * shape.config.hidden_size * shape.itemsize
+    yield Kernel("embedding", "backward", "memory", 0, dense + 3 * row)
