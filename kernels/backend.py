@@ -76,10 +76,7 @@ def name(op: str, device: torch.device | str) -> str:
         return chosen
     if torch.device(device).type == "cuda":
         return "triton"
-    if _has(f"cpp.{op}"):
-        return "cpp"
-    # torch's CPU flash kernel takes a quarter of the time of the reference, which holds all scores.
-    return "sdpa" if op == "attention" else "reference"
+    return "cpp" if _has(f"cpp.{op}") else "reference"
 
 
 def in_use(device: torch.device | str) -> dict[str, str]:

@@ -67,8 +67,8 @@ def parallel_block(
     """
     parameters = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias_attention, out_bias_mlp)
     _check(x, parameters, cos, sin, num_heads, recompute)
-    # Triton's attention rotates in registers; the others are handed q and k already rotated, in place.
-    rotary_inside = backend.name("attention", x.device) == "triton"
+    # Ours rotates q and k as it reads them; the others are handed them already rotated, in place.
+    rotary_inside = backend.name("attention", x.device) in ("triton", "cpp")
     options = _Options(num_heads, eps, recompute, rotary_inside)
     inputs = (x.contiguous(), *parameters, cos, sin)
     if torch.compiler.is_compiling():

@@ -87,6 +87,46 @@ void bind_rotary(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;
+
+Heads heads_of(const Strided& tensor) {
+  const auto [address, batch_stride, sequence_stride, head_stride] = tensor;
+  return {pointer<void>(address), batch_stride, sequence_stride, head_stride};
+}
+
+void check_documents(const int32_t* ends, int64_t count, int64_t sequence) {
+  for (int64_t i = 0; i <= count; ++i) {
+    const int64_t least = i == 0 ? 0 : ends[i - 1], most = i == 0 ? 0 : sequence;
+    if (ends[i] < least || ends[i] > most || (i == count && ends[i] != sequence)) {
+      throw std::invalid_argument("attention: cu_seqlens[" + std::to_string(i) + "] is " + std::to_string(ends[i]) +
+                                  "; expected numbers that do not fall, from 0 to the sequence's " +
+                                  std::to_string(sequence));
+    }
+  }
+}
+
+void bind_attention(py::module_& module) {
+  module.def(
+      "attention",
+      [](int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes, const std::vector<Strided>& tensors,
+         Address lse, Address documents, int64_t document_count, Address cos, Address sin, int64_t half, float scale,
+         bool causal, int threads) {
+        const auto [batch, sequence, heads, key_heads, head_dim] = sizes;
+        Attention a{};
+        a.dtype = DType(dtype);
+        a.batch = batch, a.sequence = sequence, a.heads = heads, a.key_heads = key_heads, a.head_dim = head_dim;
+        a.lse = pointer<float>(lse);
+        a.documents = pointer<int32_t>(documents), a.document_count = document_count;
+        a.cos = pointer<float>(cos), a.sin = pointer<float>(sin), a.half = half;
+        a.scale = scale, a.causal = causal, a.threads = threads;
+        if (a.documents) check_documents(a.documents, document_count, sequence);
+        Heads* const places[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+        for (size_t i = 0; i < tensors.size(); ++i) *places[i] = heads_of(tensors[i]);
+        (tensors.size() == 4 ? kernels().attention_forward : kernels().attention_backward)(a);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_cross_entropy(py::module_& module) {
   module.def(
       "cross_entropy",
@@ -143,6 +183,7 @@ void bind(py::module_& module) {
   bind_layer_norm(module);
   bind_bias_gelu(module);
   bind_rotary(module);
+  bind_attention(module);
   bind_cross_entropy(module);
   bind_adam(module);
 }

@@ -81,6 +81,32 @@ struct Rotary {
   int threads;
 };
 
+/// A (batch, sequence, heads, head_dim) tensor; null where there is none.
+struct Heads {
+  void* data = nullptr;
+  int64_t batch_stride = 0, sequence_stride = 0, head_stride = 0;
+
+  template <class T>
+  T* row(int64_t batch, int64_t position, int64_t head) const {
+    return static_cast<T*>(data) + batch * batch_stride + position * sequence_stride + head * head_stride;
+  }
+};
+
+struct Attention {
+  DType dtype;
+  int64_t batch, sequence, heads, key_heads, head_dim;
+  Heads q, k, v, out;
+  float* lse;                // (batch, heads, sequence)
+  const int32_t* documents;  // ends of documents, 0 first, with batch 1; or null
+  int64_t document_count;
+  const float *cos, *sin;  // (positions, half), or null: q and k are rotated
+  int64_t half;
+  float scale;
+  bool causal;
+  int threads;
+  Heads dout, dq, dk, dv;  // of the backward
+};
+
 struct CrossEntropy {
   DType dtype;
   int64_t rows, columns;
@@ -133,6 +159,8 @@ struct Kernels {
   void (*bias_gelu_forward)(const BiasGeluForward&);
   void (*bias_gelu_backward)(const BiasGeluBackward&);
   void (*rotary)(const Rotary&);
+  void (*attention_forward)(const Attention&);
+  void (*attention_backward)(const Attention&);
   void (*cross_entropy)(const CrossEntropy&);
   void (*adam)(const Adam&);
   double (*grad_norm_squared)(const GradNorm&);

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <type_traits>
 

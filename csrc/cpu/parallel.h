@@ -1,5 +1,6 @@
 // Work split over the threads torch already has.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -43,6 +44,20 @@ void parallel_for(int64_t count, int threads, Body body) {
         if (begin < end) (*c.body)(begin, end);
       },
       &context);
+}
+
+/// body(item, thread) for every item in [0, count), each taken by the next thread that is free.
+template <class Body>
+void parallel_items(int64_t count, int threads, Body body) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int thread) {
+    for (int64_t item; (item = next.fetch_add(1)) < count;) body(item, thread);
+  };
+  if (threads <= 1 || count <= 1) return take(0);
+  using Take = decltype(take);
+  run_parallel(
+      threads, [](void* opaque, int thread, int) { (*static_cast<const Take*>(opaque))(thread); },
+      const_cast<void*>(static_cast<const void*>(&take)));
 }
 
 /// fp32 scratch, 64-byte aligned, not initialised.

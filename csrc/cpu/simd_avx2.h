@@ -17,6 +17,9 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(_mm256_set1_ps(value)) {}
 };
 
+/// Vectors in a row of the matrix products' tile: what the registers hold beside its operands.
+inline constexpr int kTileVecs = 2;
+
 struct Mask {
   __m256 m;
 };

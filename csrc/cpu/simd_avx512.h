@@ -18,6 +18,9 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(_mm512_set1_ps(value)) {}
 };
 
+/// Vectors in a row of the matrix products' tile: what the registers hold beside its operands.
+inline constexpr int kTileVecs = 4;
+
 struct Mask {
   __mmask16 m;
 };

@@ -22,6 +22,9 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(Float4{value, value, value, value}) {}
 };
 
+/// Vectors in a row of the matrix products' tile: what the registers hold beside its operands.
+inline constexpr int kTileVecs = 2;
+
 struct Mask {
   Int4 m;
 };

@@ -2,6 +2,8 @@
 // is in place.
 #pragma once
 #include "cpu/adam.h"
+#include "cpu/attention_backward.h"
+#include "cpu/attention_forward.h"
 #include "cpu/bias_gelu.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/layer_norm.h"
@@ -16,6 +18,7 @@ extern const Kernels kernels = {
     PHI_NAME(PHI_ISA),   layer_norm_forward,
     layer_norm_backward, bias_gelu_forward,
     bias_gelu_backward,  rotary,
+    attention_forward,   attention_backward,
     cross_entropy,       adam,
     grad_norm_squared,
 };

@@ -18,6 +18,7 @@ from phi_fast.kernels.attention import attention
 BACKENDS = [
     "reference",
     "sdpa",
+    pytest.param("cpp", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the C++ kernels run on CPU tensors")),
     pytest.param("triton", marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")),
 ]
 

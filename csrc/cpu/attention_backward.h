@@ -1,0 +1,141 @@
+#pragma once
+#include "cpu/attention.h"
+
+namespace phi_fast::cpu::PHI_ISA {
+
+/// One thread's backward of a key head and the heads that share it. The
+/// probabilities are formed again from the saved log-sum-exp; all sums over
+/// rows are one thread's, so that two runs give the same bits.
+template <class T>
+class BackwardWorker {
+  using W = typename WordsOf<T>::Type;
+  using Word = typename W::Word;
+  static constexpr int kPer = W::kPerWord;
+
+ public:
+  static int64_t scratch(const Attention& a, int64_t longest) {
+    const int64_t n = Padded(a, longest).numbers(), rows = Padded(a, longest).rows, square = kBlock * kBlock;
+    return Arena::need(n, n, n, n, n, n, n, n, n, n, n, rows, rows, square, square, square, square, square);
+  }
+
+  BackwardWorker(const Attention& a, float* memory, int64_t longest) : a_(a) {
+    Arena arena(memory);
+    const Padded all(a, longest);
+    Word** const packed[] = {&along_,   &keys_,           &keys_across_, &values_,
+                             &queries_, &queries_across_, &douts_,       &douts_across_};
+    for (Word** const place : packed) *place = arena.take<Word>(all.numbers());
+    for (float** const place : {&dq_, &dk_, &dv_}) *place = arena.take(all.numbers());
+    for (float** const place : {&lse_, &delta_}) *place = arena.take(all.rows);
+    for (float** const place : {&scores_, &dweights_}) *place = arena.take(kBlock * kBlock);
+    for (Word** const place : {&weights_across_, &dscores_, &dscores_across_}) {
+      *place = arena.take<Word>(kBlock * kBlock);
+    }
+  }
+
+  void run(Segment segment, int64_t key_head) {
+    if (segment.length == 0) return;
+    const Padded padded(a_, segment.length);
+    const bool rotate = a_.cos != nullptr;
+    pack_transposed<T, W>(a_, a_.k, segment, key_head, rotate, along_, keys_across_, keys_);
+    pack_transposed<T, W>(a_, a_.v, segment, key_head, false, along_, nullptr, values_);
+    fill(dk_, padded.numbers(), 0.0f);
+    fill(dv_, padded.numbers(), 0.0f);
+    const int64_t group = a_.heads / a_.key_heads;
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+      pack<T, W>(a_, a_.q, segment, head, rotate, queries_, queries_across_);
+      pack<T, W>(a_, a_.dout, segment, head, false, douts_, douts_across_);
+      row_statistics(segment, head, padded.rows);
+      fill(dq_, padded.numbers(), 0.0f);
+      for (int64_t key = 0; key < segment.length; key += kBlock) {
+        const int64_t first = a_.causal ? key : 0;
+        for (int64_t row = first; row < segment.length; row += kBlock) block(segment.length, padded, row, key);
+      }
+      unpack<T>(a_, dq_, padded.dims, a_.dq, segment, head, a_.scale, rotate);
+    }
+    unpack<T>(a_, dk_, padded.dims, a_.dk, segment, key_head, a_.scale, rotate);
+    unpack<T>(a_, dv_, padded.dims, a_.dv, segment, key_head, 1.0f, false);
+  }
+
+ private:
+  /// lse, and dout · out: what the softmax's gradient takes off.
+  void row_statistics(Segment segment, int64_t head, int64_t padded_rows) {
+    const float* lse = a_.lse + (segment.batch * a_.heads + head) * a_.sequence + segment.start;
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      lse_[r] = delta_[r] = 0.0f;
+      if (r >= segment.length) continue;
+      const T* out = a_.out.row<T>(segment.batch, segment.start + r, head);
+      const T* dout = a_.dout.row<T>(segment.batch, segment.start + r, head);
+      Vec sum(0.0f);
+      for_lanes(a_.head_dim,
+                [&](int64_t i, auto lanes) { sum = fma(load(out + i, lanes), load(dout + i, lanes), sum); });
+      lse_[r] = lse[r];
+      delta_[r] = PHI_ISA::sum(sum);
+    }
+  }
+
+  /// What kBlock rows from `row` on and kBlock keys from `key` on add.
+  void block(int64_t length, Padded padded, int64_t row, int64_t key) {
+    const int64_t rows = smaller(kBlock, padded.rows - row), columns = smaller(kBlock, padded.rows - key);
+    const int64_t dims = padded.dims, words = dims / kPer;
+    multiply<W, false>(rows, columns, words, queries_ + row * words, words, 1, keys_ + key, padded.rows, scores_,
+                       kBlock);
+    multiply<W, false>(rows, columns, words, douts_ + row * words, words, 1, values_ + key, padded.rows, dweights_,
+                       kBlock);
+    for (int64_t r = 0; r < rows; r += kPer) softmax_gradient(length, row, key, r, columns);
+    multiply<W, true>(columns, dims, rows / kPer, weights_across_, 1, kBlock, douts_across_ + row / kPer * dims, dims,
+                      dv_ + key * dims, dims);
+    multiply<W, true>(columns, dims, rows / kPer, dscores_across_, 1, kBlock, queries_across_ + row / kPer * dims, dims,
+                      dk_ + key * dims, dims);
+    multiply<W, true>(rows, dims, columns / kPer, dscores_, kBlock / kPer, 1, keys_across_ + key / kPer * dims, dims,
+                      dq_ + row * dims, dims);
+  }
+
+  /// Weights and score gradients, before the scale, of kPer rows from row + r
+  /// on; hidden ones are 0.
+  void softmax_gradient(int64_t length, int64_t row, int64_t key, int64_t r, int64_t columns) {
+    int64_t visible[kPer];
+    for (int i = 0; i < kPer; ++i) visible[i] = visible_keys(a_, row + r + i, length) - key;
+    const Vec scale(a_.scale);
+    for (int64_t j = 0; j < columns; j += Vec::kLanes) {
+      Vec weights[kPer], dscores[kPer];
+      for (int i = 0; i < kPer; ++i) {
+        const int64_t at = (r + i) * kBlock + j;
+        const Vec weight = exp(fma(load(scores_ + at), scale, Vec(-lse_[row + r + i])));
+        const Vec dscore = weight * (load(dweights_ + at) - Vec(delta_[row + r + i]));
+        const int64_t seen = visible[i] - j;
+        if (seen >= Vec::kLanes) {
+          weights[i] = weight, dscores[i] = dscore;
+        } else if (seen > 0) {
+          weights[i] = keep(tail(int(seen)), weight), dscores[i] = keep(tail(int(seen)), dscore);
+        } else {
+          weights[i] = dscores[i] = Vec(0.0f);
+        }
+        W::along(dscores_ + (r + i) * (kBlock / kPer), j, dscores[i]);
+      }
+      W::across(weights_across_ + r / kPer * kBlock + j, weights);
+      W::across(dscores_across_ + r / kPer * kBlock + j, dscores);
+    }
+  }
+
+  const Attention& a_;
+  Word *along_, *keys_, *keys_across_, *values_, *queries_, *queries_across_, *douts_, *douts_across_;
+  Word *weights_across_, *dscores_, *dscores_across_;
+  float *dq_, *dk_, *dv_, *lse_, *delta_, *scores_, *dweights_;
+};
+
+inline void attention_backward(const Attention& a) {
+  with_type(a.dtype, [&](auto type) {
+    using Worker = BackwardWorker<decltype(type)>;
+    const int64_t heads = segment_count(a) * a.key_heads, longest = longest_segment(a);
+    if (heads == 0 || longest == 0) return;
+    const int threads = threads_for(a.batch * a.sequence * a.heads * a.head_dim, a.threads);
+    const int64_t each = Worker::scratch(a, longest);
+    const Scratch memory(each * threads);
+    parallel_items(heads, threads, [&](int64_t item, int thread) {
+      Worker worker(a, memory.data() + thread * each, longest);
+      worker.run(segment_of(a, item / a.key_heads), item % a.key_heads);
+    });
+  });
+}
+
+}  // namespace phi_fast::cpu::PHI_ISA

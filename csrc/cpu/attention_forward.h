@@ -1,0 +1,136 @@
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "cpu/attention.h"
+
+namespace phi_fast::cpu::PHI_ISA {
+
+/// One thread's forward: keys and values of a head packed once, then a block of
+/// queries at a time against every block of keys that it sees.
+template <class T>
+class ForwardWorker {
+  using W = typename WordsOf<T>::Type;
+  using Word = typename W::Word;
+  static constexpr int64_t kPer = W::kPerWord;
+
+ public:
+  static int64_t scratch(const Attention& a, int64_t longest) {
+    const Padded all(a, longest), block(a, kBlock);
+    return Arena::need(all.numbers(), all.numbers(), all.numbers(), block.numbers(), kBlock * kBlock, kBlock * kBlock,
+                       block.numbers(), kBlock, kBlock);
+  }
+
+  ForwardWorker(const Attention& a, float* memory, int64_t longest) : a_(a) {
+    Arena arena(memory);
+    const Padded all(a, longest), block(a, kBlock);
+    keys_along_ = arena.take<Word>(all.numbers());
+    keys_ = arena.take<Word>(all.numbers());
+    values_ = arena.take<Word>(all.numbers());
+    queries_ = arena.take<Word>(block.numbers());
+    scores_ = arena.take(kBlock * kBlock);
+    weights_ = arena.take<Word>(kBlock * kBlock);
+    out_ = arena.take(block.numbers());
+    max_ = arena.take(kBlock);
+    sum_ = arena.take(kBlock);
+  }
+
+  /// Blocks first, first + step, … of the queries of every head that shares
+  /// this key head.
+  void run(Segment segment, int64_t key_head, int64_t first, int64_t step) {
+    if (segment.length == 0) return;
+    const bool rotate = a_.cos != nullptr;
+    pack_transposed<T, W>(a_, a_.k, segment, key_head, rotate, keys_along_, nullptr, keys_);
+    pack<T, W>(a_, a_.v, segment, key_head, false, nullptr, values_);
+    const int64_t group = a_.heads / a_.key_heads;
+    for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+      for (int64_t start = first * kBlock; start < segment.length; start += step * kBlock) {
+        query_block(segment, head, start);
+      }
+    }
+  }
+
+ private:
+  void query_block(Segment segment, int64_t head, int64_t start) {
+    const Padded padded(a_, segment.length);
+    const int64_t rows = smaller(kBlock, padded.rows - start), real = smaller(kBlock, segment.length - start);
+    pack_block(segment, head, start, real);
+    fill(out_, rows * padded.dims, 0.0f);
+    // The least finite number: a row of scores -inf leaves it, and is then seen by what it sums to.
+    fill(max_, kBlock, std::numeric_limits<float>::lowest());
+    fill(sum_, kBlock, 0.0f);
+    const int64_t seen = visible_keys(a_, start + real - 1, segment.length);
+    for (int64_t key = 0; key < seen; key += kBlock) {
+      const int64_t columns = smaller(kBlock, padded.rows - key);
+      multiply<W, false>(rows, columns, padded.dims / kPer, queries_, padded.dims / kPer, 1, keys_ + key, padded.rows,
+                         scores_, kBlock);
+      for (int64_t r = 0; r < rows; ++r) {
+        softmax_row(r, visible_keys(a_, start + r, segment.length) - key, columns, padded.dims);
+      }
+      multiply<W, true>(rows, padded.dims, columns / kPer, weights_, kBlock / kPer, 1,
+                        values_ + key / kPer * padded.dims, padded.dims, out_, padded.dims);
+    }
+    float* const lse = a_.lse + (segment.batch * a_.heads + head) * a_.sequence + segment.start + start;
+    for (int64_t r = 0; r < real; ++r) {
+      lse[r] = max_[r] * a_.scale + std::log(sum_[r]);
+      const Segment row{segment.batch, segment.start + start + r, 1};
+      unpack<T>(a_, out_ + r * padded.dims, padded.dims, a_.out, row, head, 1 / sum_[r], false);
+    }
+  }
+
+  void pack_block(Segment segment, int64_t head, int64_t start, int64_t real) {
+    Attention block = a_;
+    if (block.cos) block.cos += start * a_.half, block.sin += start * a_.half;
+    pack<T, W>(block, a_.q, {segment.batch, segment.start + start, real}, head, a_.cos != nullptr, queries_, nullptr);
+  }
+
+  /// The row's running maximum and sum, its output scaled to them, and the
+  /// weights of this block's keys, of which the row sees the first `visible`.
+  void softmax_row(int64_t r, int64_t visible, int64_t columns, int64_t dims) {
+    float* const scores = scores_ + r * kBlock;
+    for (int64_t i = visible < 0 ? 0 : visible; i < columns; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+    Vec top(max_[r]);
+    for (int64_t i = 0; i < columns; i += Vec::kLanes) top = max(load(scores + i), top);
+    const float highest = max(top);
+    if (highest > max_[r]) {
+      const Vec shrink(std::exp((max_[r] - highest) * a_.scale));
+      float* const out = out_ + r * dims;
+      for (int64_t i = 0; i < dims; i += Vec::kLanes) store(out + i, load(out + i) * shrink);
+      sum_[r] *= std::exp((max_[r] - highest) * a_.scale);
+      max_[r] = highest;
+    }
+    const Vec largest(max_[r]), scale(a_.scale);
+    Vec sum(0.0f);
+    Word* const weights = weights_ + r * (kBlock / kPer);
+    for (int64_t i = 0; i < columns; i += Vec::kLanes) {
+      const Vec e = exp((load(scores + i) - largest) * scale);
+      sum = sum + e;
+      W::along(weights, i, e);
+    }
+    sum_[r] += PHI_ISA::sum(sum);
+  }
+
+  const Attention& a_;
+  Word *keys_along_, *keys_, *values_, *queries_, *weights_;
+  float *scores_, *out_, *max_, *sum_;
+};
+
+inline void attention_forward(const Attention& a) {
+  with_type(a.dtype, [&](auto type) {
+    using Worker = ForwardWorker<decltype(type)>;
+    const int64_t heads = segment_count(a) * a.key_heads, longest = longest_segment(a);
+    if (heads == 0 || longest == 0) return;
+    const int threads = threads_for(a.batch * a.sequence * a.heads * a.head_dim, a.threads);
+    // Heads are cut where there are too few to go round; each cut packs the keys again.
+    const int64_t blocks = round_up(longest, kBlock) / kBlock;
+    const int64_t cuts = threads == 1 ? 1 : smaller(blocks, (4 * threads + heads - 1) / heads);
+    const int64_t each = Worker::scratch(a, longest);
+    const Scratch memory(each * threads);
+    parallel_items(heads * cuts, threads, [&](int64_t item, int thread) {
+      Worker worker(a, memory.data() + thread * each, longest);
+      worker.run(segment_of(a, item / cuts / a.key_heads), item / cuts % a.key_heads, item % cuts, cuts);
+    });
+  });
+}
+
+}  // namespace phi_fast::cpu::PHI_ISA
