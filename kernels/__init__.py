@@ -13,9 +13,18 @@ if __name__ != "kernels":
     from .parallel_block import parallel_block
     from .rotary import apply_rotary_, rotary_table
 
+    def __getattr__(name: str) -> object:
+        """`accelerate` and `restore`, on first use: they import transformers."""
+        if name not in ("accelerate", "restore"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import transformers
+
+        return getattr(transformers, name)
+
     __all__ = [
         "BackendUnavailable",
         "FusedAdam",
+        "accelerate",
         "apply_rotary_",
         "attention",
         "bias_gelu",
@@ -23,6 +32,7 @@ if __name__ != "kernels":
         "layer_norm",
         "linear_cross_entropy",
         "parallel_block",
+        "restore",
         "rotary_table",
         "use",
     ]

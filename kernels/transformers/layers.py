@@ -1,0 +1,72 @@
+"""LayerNorm and the GELU MLP of Hugging Face models on this library's ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..bias_gelu import bias_gelu
+from ..layer_norm import layer_norm as layer_norm_op
+from .modules import Builder, Forward, hooked, plain
+
+_APPROXIMATE = {
+    type(ACT2FN[name]): approximate
+    for name, approximate in (("gelu", "none"), ("gelu_new", "tanh"), ("gelu_pytorch_tanh", "tanh"))
+}
+"""transformers' activation -> `bias_gelu`'s `approximate`."""
+
+
+def approximate(activation: nn.Module) -> str:
+    """ "tanh" or "none", as `bias_gelu` names GELU's forms. The activation is one that `why_no_gelu` lets through."""
+    return _APPROXIMATE[type(activation)]
+
+
+def why_no_layer_norm(module: nn.Module) -> str | None:
+    """Why `layer_norm` cannot take the module's place."""
+    if len(module.normalized_shape) != 1:
+        return f"normalizes over {len(module.normalized_shape)} dims; the op has one"
+    return "no weight and bias; the op has both" if module.weight is None or module.bias is None else None
+
+
+def why_no_gelu(module: nn.Module) -> str | None:
+    """Why the module's activation is not `bias_gelu`."""
+    activation = getattr(module, "act", None) or module.activation_fn
+    known = ", ".join(sorted(cls.__name__ for cls in _APPROXIMATE))
+    return None if type(activation) in _APPROXIMATE else f"activation {type(activation).__name__} is not one of {known}"
+
+
+def layer_norm(base: type[nn.Module]) -> Forward:
+    """torch.nn.LayerNorm over the last dim, with weight and bias."""
+
+    def forward(self, x):
+        autocast = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+        if x.dtype != self.weight.dtype or autocast:  # torch would answer in fp32
+            return base.forward(self, x)
+        return layer_norm_op(x, self.weight, self.bias, self.eps)
+
+    return forward
+
+
+def gelu_mlp(up: str, down: str, activation: str, dropout: str | None = None) -> Builder:
+    """Builder of the forward down(gelu(up(x))), of the modules' names. The configuration says which GELU."""
+
+    def build(base: type[nn.Module]) -> Forward:
+        def forward(self, x):
+            act = getattr(self, activation)
+            if hooked(act):
+                return base.forward(self, x)
+            form = approximate(act)
+            first = getattr(self, up)
+            if plain(first) and first.bias is not None:
+                h = F.linear(x, first.weight)
+                h = bias_gelu(h, first.bias.to(h.dtype), approximate=form)
+            else:
+                h = bias_gelu(first(x), approximate=form)
+            h = getattr(self, down)(h)
+            return h if dropout is None else getattr(self, dropout)(h)
+
+        return forward
+
+    return build

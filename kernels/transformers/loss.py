@@ -1,0 +1,99 @@
+"""lm_head and cross entropy of a causal language model as one op, the logits never whole in memory."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..linear_cross_entropy import linear_cross_entropy
+from .modules import Forward, plain
+
+IGNORED = -100
+
+RULES = (
+    "loss: in eval mode and without labels (logits are returned), with logits_to_keep, with a loss function of the "
+    "user's own, with LoRA or hooks on lm_head. In training mode with labels, logits are None, and no KV cache is "
+    "built unless the call asks for it",
+)
+
+
+def causal_lm(base: type[nn.Module]) -> Forward:
+    """A ...ForCausalLM's forward."""
+    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+
+    def forward(self, *args, **kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        if not _fits(self, arguments):
+            return base.forward(self, **arguments)
+        return _forward(self, arguments)
+
+    return forward
+
+
+def _fits(self: nn.Module, arguments: dict[str, Any]) -> bool:
+    keep = arguments.get("logits_to_keep", 0)
+    return (
+        self.training
+        and arguments.get("labels") is not None
+        and isinstance(keep, int)
+        and keep == 0
+        and self.loss_function is ForCausalLMLoss
+        and plain(self.lm_head)
+    )
+
+
+def _forward(self: nn.Module, arguments: dict[str, Any]) -> CausalLMOutputWithPast | tuple:
+    arguments.pop("logits_to_keep", None)
+    labels, return_dict = arguments.pop("labels"), arguments.pop("return_dict", None)
+    if arguments.get("use_cache") is None and arguments.get("past_key_values") is None:
+        arguments["use_cache"] = False
+    options = {
+        name: arguments[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in arguments
+    }
+    outputs = self.base_model(return_dict=True, **arguments)
+    loss = _loss(self, outputs.last_hidden_state, labels, **options)
+    result = CausalLMOutputWithPast(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+    return_dict = self.config.return_dict if return_dict is None else return_dict
+    return result if return_dict else result.to_tuple()
+
+
+def _loss(
+    self: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """As transformers' ForCausalLMLoss: position t is held to the label of t + 1; the sum over `num_items_in_batch`
+    (what gradient accumulation counted), or the mean."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    weight, bias = self.lm_head.weight, self.lm_head.bias
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    loss = linear_cross_entropy(
+        hidden.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        shift_labels.to(hidden.device),
+        ignore_index=ignore_index,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch

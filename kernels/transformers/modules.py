@@ -1,0 +1,68 @@
+"""A module changes its class for a subclass with another `forward`, and back.
+
+The instance's own attributes are not touched: parameters, buffers, hooks, state_dict and what deepcopy, DataParallel,
+PEFT and Trainer see stay what they were. transformers expects it: FSDP2 does the same, and gradient checkpointing wraps
+the `forward` of a layer's subclass and of no class below it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import nn
+
+Forward = Callable[..., object]
+Builder = Callable[[type[nn.Module]], Forward]
+"""base class -> the forward that replaces `base.forward`, which it calls where it does not apply."""
+
+_BASE = "_phi_fast_base"
+
+
+def swap(module: nn.Module, build: Builder) -> None:
+    """From now on `module` runs the forward that `build` makes for its class."""
+    module.__class__ = _subclass(type(module), build)
+
+
+def swap_back(module: nn.Module) -> None:
+    """Undo `swap`; nothing for a module that was not swapped. Raises ValueError where something else has changed the
+    class since."""
+    cls = type(module)
+    if _BASE in vars(cls):
+        module.__class__ = vars(cls)[_BASE]
+    elif hasattr(cls, _BASE):
+        raise ValueError(
+            f"{cls.__module__}.{cls.__qualname__} was made from an accelerated module's class, by FSDP2 for one; "
+            "restore the model before it is wrapped"
+        )
+
+
+def swapped(module: nn.Module) -> bool:
+    return hasattr(type(module), _BASE)
+
+
+def original(module: nn.Module) -> type[nn.Module]:
+    """The class without this library's forward."""
+    return getattr(type(module), _BASE, type(module))
+
+
+@functools.cache
+def _subclass(base: type[nn.Module], build: Builder) -> type[nn.Module]:
+    # transformers writes the class's name into config.json and looks outputs up by it.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    forward = functools.wraps(base.forward)(build(base))  # Trainer and generate() read the signature
+    return type(base.__name__, (base,), {**names, "forward": forward, _BASE: base})
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """True where somebody looks at one of these modules' calls (transformers' own capture of attentions, ZeRO-3, a
+    user): its `__call__` must run then."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+def plain(module: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
+    """True where calling `module` does what `cls` does on its weights and nothing else: no LoRA, no hook."""
+    return original(module) is cls and "forward" not in vars(module) and not hooked(module)
