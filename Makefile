@@ -42,7 +42,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)
 
 sanitize: $(VENV)/.dev
@@ -62,3 +62,9 @@ $(VENV)/.run: $(BIN)/python $(SETUP) $(SOURCES)
 $(VENV)/.dev: $(BIN)/python $(SETUP) $(SOURCES)
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.run
+
+# litgpt's own pins exclude this project's versions of what both use.
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) --editable '.[bench]'
+	$(PIP) --no-deps litgpt
+	@touch $@ $(VENV)/.dev $(VENV)/.run

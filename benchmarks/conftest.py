@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Results
+from benchmarks.harness import RESULTS, Results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--benchmark", action="store_true", help="measure in full; write benchmarks/results/DEVICE-DATE.json"
-    )
+    parser.addoption("--benchmark", action="store_true", help="measure in full; write DEVICE-DATE.json")
+    parser.addoption("--results", type=Path, default=RESULTS, help="the folder that --benchmark writes to")
 
 
 @pytest.fixture(scope="session")
@@ -22,9 +22,9 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def results(full: bool) -> Iterator[Results]:
-    """Where a benchmark puts its rows; printed at the end of each, and kept on disk after a full run."""
-    collected = Results()
+def results(full: bool, request: pytest.FixtureRequest) -> Iterator[Results]:
+    """Where a benchmark puts its subjects: printed at once, and in a full run written at once."""
+    collected = Results(request.config.getoption("--results") if full else None)
     yield collected
-    if full and collected.subjects:
-        print(f"\nwrote {collected.write()}")
+    if collected.path:
+        print(f"\nwrote {collected.path}; python -m benchmarks.report makes the tables and plots")

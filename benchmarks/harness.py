@@ -1,13 +1,13 @@
-"""Interleaved timing, the table of a benchmark, and the JSON that every published figure comes from."""
+"""Interleaved timing of contenders, and the JSON file that every published figure comes from.
+
+A benchmark hands `compare` its contenders by name and `Results.add` what came of it. Rows whose name begins with
+"phi_fast" are this project's, "copy", "matrix product" and what says "alone" are bounds, all others are peers.
+"""
 
 from __future__ import annotations
 
 import datetime
-import gc
-import importlib.metadata
 import json
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,21 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+from benchmarks import machine, timing
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "deepspeed",
-    "liger-kernel",
-    "litgpt",
-    "flash-attn",
-    "numpy",
-    "tokenizers",
-)
+SLOW_START = 2.0
+"""Seconds of a first call beyond which it is reported: a compiler ran in it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation, and what the operation costs at least, whoever does it."""
+
+    run: Callable[[], object]
+    moved: int = 0
+    """Bytes that must be read and written once."""
+    flops: int = 0
+    """Floating-point operations of its matrix products."""
+    note: str = ""
+    """What it does differently."""
 
 
 @dataclass
@@ -44,10 +48,27 @@ class Row:
     """Why it could not run, or what it does differently."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further figures, by the column's name."""
+    moved: int = 0
+    flops: int = 0
+    of_bound: float | None = None
+    """The least time that the subject's bounds allow ÷ the median; None where no bound was measured beside it."""
 
     @property
     def median(self) -> float | None:
         return statistics.median(self.seconds) if self.seconds else None
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range ÷ median: how far repeats lie apart, whatever single ones did."""
+        return spread(self.seconds) if self.seconds else None
+
+
+def spread(seconds: list[float]) -> float:
+    """Interquartile range ÷ median; 0 of a single repeat."""
+    if len(seconds) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / middle
 
 
 @dataclass
@@ -55,6 +76,7 @@ class Subject:
     """Contenders timed side by side."""
 
     name: str
+    """What is measured, comma, dtype, comma, direction: up to the first comma it is the group that a plot shows."""
     config: dict[str, Any]
     rows: list[Row]
 
@@ -69,99 +91,140 @@ class Subject:
 
 def compare(
     name: str,
-    contenders: Mapping[str, Callable[[], object] | str],
+    contenders: Mapping[str, Contender | Callable[[], object] | str],
     *,
     config: dict[str, Any],
     repeats: int,
     warmup: int = 1,
+    budget: float | None = None,
+    device: torch.device | None = None,
 ) -> Subject:
     """Time every contender once a round, in turn, for `repeats` rounds: a drift of the machine meets all alike.
 
-    A contender that is a string could not be set up; the string says why.
+    A contender that is a string could not be set up; the string says why. A peer that raises in its first, untimed call
+    becomes such a row too; this project's own raise. budget: seconds after which no round begins, once three are done.
+    device: what the work runs on; `timing.device()` where None.
     """
-    runnable = {label: run for label, run in contenders.items() if not isinstance(run, str)}
-    times: dict[str, list[float]] = {label: [] for label in runnable}
-    for round_ in range(warmup + repeats):
-        for label, run in runnable.items():
-            gc.collect()
-            _synchronise()
-            start = time.perf_counter()
-            run()
-            _synchronise()
-            if round_ >= warmup:
-                times[label].append(time.perf_counter() - start)
-    rows = [Row(label, times.get(label), run if isinstance(run, str) else "") for label, run in contenders.items()]
-    return Subject(name, config, rows)
+    where = device or timing.device()
+    measure = timing.timer(where)
+    rows = {label: _row(label, contender) for label, contender in contenders.items()}
+    present = {label: c for label, c in contenders.items() if not isinstance(c, str)}
+    running = {label: c if isinstance(c, Contender) else Contender(c) for label, c in present.items()}
+    for label, contender in list(running.items()):
+        if not _first_call(rows[label], contender, where):
+            del running[label]
+    for _ in range(warmup - 1):
+        for contender in running.values():
+            measure(contender.run)
+    times: dict[str, list[float]] = {label: [] for label in running}
+    begin = time.perf_counter()
+    for done in range(repeats):
+        if budget is not None and done >= 3 and time.perf_counter() - begin > budget:
+            break
+        for label, contender in running.items():
+            times[label].append(measure(contender.run))
+    for label, seconds in times.items():
+        rows[label].seconds = seconds
+    subject = Subject(name, config, list(rows.values()))
+    _hold_against_bounds(subject)
+    return subject
+
+
+def _row(label: str, contender: Contender | Callable[[], object] | str) -> Row:
+    if isinstance(contender, Contender):
+        return Row(label, None, contender.note, moved=contender.moved, flops=contender.flops)
+    return Row(label, None, contender if isinstance(contender, str) else "")
+
+
+def _first_call(row: Row, contender: Contender, where: torch.device) -> bool:
+    """Call it once, untimed; False, with the reason in the row, where a peer cannot run."""
+    begin = time.perf_counter()
+    try:
+        contender.run()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # a peer's compiler or driver may raise anything, and what it raised is the row
+        if kind(row.name) == "ours":
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        row.note = f"does not run here: {type(error).__name__}: {first_line[:120]}"
+        return False
+    seconds = time.perf_counter() - begin
+    if seconds > SLOW_START:
+        row.extra["first call s"] = round(seconds, 1)
+    if where.type == "cuda":
+        row.extra |= timing.launches(contender.run)
+    return True
+
+
+def _hold_against_bounds(subject: Subject) -> None:
+    """GB/s, GFLOP/s, and the share of the least time that the copy and the product of these rounds allow."""
+    bounds = {row.name: row for row in subject.rows if row.seconds}
+    copy, product = bounds.get("copy"), bounds.get("matrix product")
+    for row in subject.rows:
+        if not row.median:
+            continue
+        if row.moved:
+            row.extra["GB/s"] = round(row.moved / row.median / 1e9, 1)
+        if row.flops:
+            row.extra["GFLOP/s"] = round(row.flops / row.median / 1e9, 1)
+        times = []
+        if row.moved and copy and copy.median:
+            times.append(row.moved * copy.median / copy.moved)
+        if row.flops and product and product.median:
+            times.append(row.flops * product.median / product.flops)
+        if times and kind(row.name) != "bound":
+            row.of_bound = max(times) / row.median
+
+
+def kind(name: str) -> str:
+    """ "ours", "peer" or "bound", by a row's name."""
+    if name.startswith("phi_fast"):
+        return "ours"
+    return "bound" if name in ("copy", "matrix product") or name.endswith("alone") else "peer"
 
 
 class Results:
-    """The subjects of one session."""
+    """The subjects of one session, written as they come: a run that is stopped keeps what it has measured.
 
-    def __init__(self) -> None:
+    directory: where DEVICE-DATE.json is written; None: nowhere, the tables are only printed.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
         self.subjects: list[Subject] = []
+        self.directory = directory
+        self.path: Path | None = None
 
     def add(self, subject: Subject) -> None:
+        from benchmarks.tables import show
+
         self.subjects.append(subject)
         show(subject)
+        if self.directory is not None:
+            self.path = self._write(subject, self.directory)
 
-    def write(self) -> Path:
-        """benchmarks/results/DEVICE-DATE.json; a second run on the same day adds to it, subject by subject."""
-        machine = describe_machine()
-        RESULTS.mkdir(exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-        path = RESULTS / f"{slug}-{datetime.date.today().isoformat()}.json"
-        kept = json.loads(path.read_text())["subjects"] if path.exists() else []
-        new = {subject.name for subject in self.subjects}
-        subjects = [s for s in kept if s["name"] not in new] + [asdict(subject) for subject in self.subjects]
-        path.write_text(json.dumps({"machine": machine, "subjects": subjects}, indent=1) + "\n")
+    def _write(self, subject: Subject, directory: Path) -> Path:
+        """Into the day's file of this machine, where it takes the place of an earlier subject of that name."""
+        here = machine.describe_machine()
+        directory.mkdir(parents=True, exist_ok=True)
+        path, kept = _day_file(here, directory)
+        measured = {"measured": datetime.datetime.now().isoformat(timespec="seconds"), "commit": machine.commit()}
+        subjects = [s for s in kept if s["name"] != subject.name] + [asdict(subject) | measured]
+        aside = path.with_suffix(".partial")
+        aside.write_text(json.dumps({"machine": here, "subjects": subjects}, indent=1) + "\n")
+        aside.replace(path)
         return path
 
 
-def show(subject: Subject) -> None:
-    """The subject as a table, ratios to its fastest contender."""
-    config = ", ".join(f"{key} {value}" for key, value in subject.config.items())
-    extras = sorted({key for row in subject.rows for key in row.extra})
-    table = Table(title=f"{subject.name}: {config}")
-    for column in ("", "median ms", "spread", "× fastest", *extras, ""):
-        table.add_column(column, justify="left" if column == "" else "right")
-    medians = [row.median for row in subject.rows if row.median is not None]
-    for row in subject.rows:
-        cells = ["not measured", "", ""]
-        if row.seconds and row.median is not None:
-            spread = (max(row.seconds) - min(row.seconds)) / row.median
-            cells = [f"{1000 * row.median:.2f}", f"{100 * spread:.0f}%", f"{row.median / min(medians):.2f}"]
-        table.add_row(row.name, *cells, *(str(row.extra.get(key, "")) for key in extras), row.note)
-    Console(width=150).print(table)
-
-
-def describe_machine() -> dict[str, Any]:
-    """Device, cores, instruction set, versions: what a reader needs to place a figure."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_cpu_name()} {torch.get_num_threads()} threads"
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (match := re.search(r"model name\s*: (.*)", info.read_text())):
-        return match[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _day_file(here: dict[str, Any], directory: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """(today's file, its subjects). A file of other versions or settings is left alone: the next is numbered."""
+    stem = f"{machine.slug(here)}-{datetime.date.today().isoformat()}"
+    number = 1
+    while True:
+        path = directory / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        if not path.exists():
+            return path, []
+        document = json.loads(path.read_text())
+        if document["machine"] == here:
+            return path, document["subjects"]
+        number += 1

@@ -1,0 +1,72 @@
+"""Other implementations: which are there, and one line for each that is not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from phi_fast.kernels import BackendUnavailable, backend
+
+Made = TypeVar("Made")
+
+INSTALL = {
+    "liger_kernel": "make bench installs it, or: pip install liger-kernel",
+    "litgpt": "make bench installs it, or: pip install --no-deps litgpt, and lightning",
+    "megatron": "make bench installs it, or: pip install megatron-core",
+    "grain": "make bench installs it, or: pip install grain",
+    "flash_attn": "needs a GPU and nvcc: pip install flash-attn",
+    "amp_C": "NVIDIA's apex is built from its source tree on a GPU machine; PyPI's package of that name is another",
+}
+"""Module -> how to get it."""
+
+_NEED_A_GPU = {"liger_kernel": "its kernels are Triton's", "flash_attn": "it is CUDA", "amp_C": "it is CUDA"}
+
+
+def absent(module: str) -> str | None:
+    """Why `module`'s ops cannot run here; None where they should."""
+    if importlib.util.find_spec(module) is None:
+        return f"not installed: {INSTALL[module]}"
+    if module in _NEED_A_GPU and not torch.cuda.is_available():
+        return f"installed, and needs a GPU: {_NEED_A_GPU[module]}"
+    return None
+
+
+def peer(module: str, make: Callable[[], Made]) -> Made | str:
+    """What `make` gives, or why it cannot be made: `make` imports from `module`."""
+    return absent(module) or make()
+
+
+def compiled(function: Callable[..., Made], full: bool) -> Callable[..., Made] | None:
+    """`function` under torch.compile; None in the small run, where the compiler would take longer than all the rest."""
+    if not full:
+        return None
+    import torch._functorch.config as functorch
+
+    torch._dynamo.reset()
+    functorch.donated_buffer = False  # a graph is run backward many times
+    return torch.compile(function)
+
+
+NOT_COMPILED = "compiled in the full run only"
+
+
+def backends(op: str, device: torch.device) -> list[str]:
+    """This project's implementations of `op` that can run on `device`, the default first, without the reference."""
+    names = dict.fromkeys([backend.name(op, device), *backend.BACKENDS, *backend.VENDORS])
+    found = []
+    for name in names:
+        offered = name in backend.BACKENDS or op in backend.VENDORS[name]
+        if name == "reference" or not offered or (name == "triton" and device.type == "cpu"):
+            continue
+        if name in ("flash-attn", "apex") and absent({"flash-attn": "flash_attn", "apex": "amp_C"}[name]):
+            continue
+        try:
+            with backend.use(name, op=op):
+                backend.implementation(op, device)
+        except BackendUnavailable:
+            continue
+        found.append(name)
+    return found

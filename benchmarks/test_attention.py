@@ -1,0 +1,96 @@
+"""Causal attention on slices of a packed buffer, at phi-small's shape and at phi-1.5's length.
+
+FLOPs of the causal half: two products forward, five backward (the scores are formed again).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.phi.modeling_phi import eager_attention_forward
+
+from benchmarks.harness import Results
+from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
+from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
+from benchmarks.timing import device
+from phi_fast.kernels import attention
+
+HEAD_DIM = 64
+SHAPES = {"phi-small": (4, 512, 8), "phi-1.5": (1, 2048, 32)}
+"""Batch, sequence, heads."""
+
+
+def by_head(packed: Tensor) -> list[Tensor]:
+    """q, k, v (batch, heads, sequence, head_dim), views."""
+    return [x.transpose(1, 2) for x in packed.unbind(2)]
+
+
+def eager(packed: Tensor) -> Tensor:
+    """The formula, with all scores in memory."""
+    q, k, v = by_head(packed)
+    hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(2, 3) * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def sdpa(packed: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*by_head(packed), is_causal=True).transpose(1, 2)
+
+
+class Module(nn.Module):
+    """What transformers' attention functions ask of the module that calls them."""
+
+    num_key_value_groups, is_causal = 1, True
+
+
+def transformers_sdpa(packed: Tensor) -> Tensor:
+    return sdpa_attention_forward(Module(), *by_head(packed), None, scaling=HEAD_DIM**-0.5)[0]
+
+
+def transformers_eager(packed: Tensor) -> Tensor:
+    length = packed.shape[1]
+    mask = torch.full((length, length), torch.finfo(packed.dtype).min, dtype=packed.dtype, device=packed.device)
+    return eager_attention_forward(Module(), *by_head(packed), mask.triu(1)[None, None], HEAD_DIM**-0.5)[0]
+
+
+def flash_attn(packed: Tensor) -> Tensor:
+    from flash_attn import flash_attn_qkvpacked_func
+
+    return flash_attn_qkvpacked_func(packed, causal=True)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None:
+    where = device()
+    batch, sequence, heads = SHAPES[shape] if full else (1, 32, 2)
+    packed = leaf(batch, sequence, 3, heads, HEAD_DIM, dtype=DTYPES[dtype], device=where)
+    dout = torch.randn_like(packed[:, :, 0])
+
+    def of(function: Callable[[Tensor], Tensor], note: str = "") -> Op:
+        return Op(lambda: function(packed), [packed], note=note)
+
+    fast = compiled(eager, full and shape == "phi-small")
+    own = [name for name in backends("attention", where) if name != "flash-attn"]
+    ops: dict[str, Op | str] = {
+        f"phi_fast {name}": Op(lambda: attention(*packed.unbind(2)), [packed], backend=("attention", name))
+        for name in own
+    }
+    ops |= {
+        "torch SDPA": of(sdpa, "also litgpt's"),
+        "torch eager": of(eager),
+        "torch.compile": of(fast) if fast else NOT_COMPILED if not full else "measured at phi-small's shape",
+        "transformers sdpa": of(transformers_sdpa),
+        "transformers eager": of(transformers_eager),
+        "flash-attn": peer("flash_attn", lambda: of(flash_attn)),
+        "Liger-Kernel": absent("liger_kernel") or "has no attention over all keys",
+    }
+    product = batch * heads * sequence**2 * HEAD_DIM  # 2 FLOPs of half of the pairs
+    costs = (Cost(flops=2 * product), Cost(flops=5 * product))
+    config = {"batch": batch, "sequence": sequence, "heads": heads, "head dim": HEAD_DIM}
+    measure(f"attention, {shape}, {dtype}", ops, dout, results, costs=costs, config=config, full=full)

@@ -1,0 +1,83 @@
+"""gelu(x + bias) in its tanh form, over phi-1.5's MLP width.
+
+Bytes: forward reads x and writes the result; backward reads x and its gradient and writes one. The rows "into given
+memory" are the kernel as the parallel block calls it: no bias (the matrix product has added it), no allocation, and a
+backward that writes the activation a second time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from benchmarks.harness import Contender, Results
+from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
+from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
+from benchmarks.timing import device
+from phi_fast.kernels import backend, bias_gelu
+
+
+def eager(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias, approximate="tanh")
+
+
+def transformers(x: Tensor, bias: Tensor) -> Tensor:
+    """phi's `hidden_act`."""
+    return ACT2FN["gelu_new"](x + bias)
+
+
+def megatron(x: Tensor, bias: Tensor) -> Tensor:
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+
+    return bias_gelu_impl(x, bias)
+
+
+def in_given_memory(x: Tensor, dout: Tensor) -> tuple[dict, dict]:
+    """The default back end's kernels into memory that is there."""
+    kernel = backend.implementation("bias_gelu", x.device)
+    x = x.detach()
+    out, dx, activation = (torch.zeros_like(x) for _ in range(3))
+    size = x.numel() * x.element_size()
+    forward = Contender(lambda: kernel.forward(x, None, out=out), 2 * size, note="without a bias")
+    backward = Contender(
+        lambda: kernel.backward(dout, x, None, dx=dx, activation=activation), 4 * size, note="and the activation again"
+    )
+    return {"phi_fast, into given memory": forward}, {"phi_fast, into given memory": backward}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bias_gelu(dtype: str, full: bool, results: Results) -> None:
+    where = device()
+    rows, n = (4096, 8192) if full else (32, 256)
+    x, bias = leaf(rows, n, dtype=DTYPES[dtype], device=where), leaf(n, dtype=DTYPES[dtype], device=where)
+    dout = torch.randn_like(x)
+    fast = compiled(eager, full)
+    ops: dict[str, Op | str] = {
+        f"phi_fast {name}": Op(lambda: bias_gelu(x, bias), [x, bias], backend=("bias_gelu", name))
+        for name in backends("bias_gelu", where)
+    }
+    ops |= {
+        "torch eager": Op(lambda: eager(x, bias), [x, bias], note="also litgpt's"),
+        "torch.compile": Op(lambda: fast(x, bias), [x, bias]) if fast else NOT_COMPILED,
+        "transformers gelu_new": Op(lambda: transformers(x, bias), [x, bias]),
+        "Megatron bias_gelu": peer("megatron", lambda: megatron_op(x, bias, full)),
+        "Liger-Kernel": absent("liger_kernel") or "has no GELU of one input, only GEGLU",
+    }
+    size = x.numel() * x.element_size()
+    measure(
+        f"bias_gelu, {dtype}",
+        ops,
+        dout,
+        results,
+        costs=(Cost(2 * size), Cost(3 * size)),
+        config={"rows": rows, "width": n},
+        full=full,
+        more=in_given_memory(x, dout),
+    )
+
+
+def megatron_op(x: Tensor, bias: Tensor, full: bool) -> Op | str:
+    return Op(lambda: megatron(x, bias), [x, bias], note="its fuser is torch.compile") if full else NOT_COMPILED

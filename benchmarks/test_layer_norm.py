@@ -1,0 +1,88 @@
+"""LayerNorm over phi-1.5's width. transformers and litgpt call torch's: "torch eager" is theirs too.
+
+Bytes: forward reads x and writes the result; backward reads x and its gradient and writes one. The rows "into given
+memory" are the kernel as the parallel block calls it: no allocation, and the residual's gradient (one more read) added.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Contender, Results
+from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
+from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
+from benchmarks.timing import device
+from phi_fast.kernels import backend, layer_norm
+
+EPS = 1e-5
+
+
+def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm(x, weight, bias, EPS)
+
+
+def flash_attn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+    return layer_norm_fn(x, weight, bias, eps=EPS)
+
+
+def in_given_memory(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> tuple[dict, dict]:
+    """The default back end's kernels into memory that is there."""
+    kernel = backend.implementation("layer_norm", x.device)
+    x, weight, bias = (t.detach() for t in (x, weight, bias))
+    out, dx, residual_grad = (torch.zeros_like(x) for _ in range(3))
+    _, mean, rstd = kernel.forward(x, weight, bias, EPS)
+    size = x.numel() * x.element_size()
+
+    def backward() -> object:
+        return kernel.backward(dout, x, weight, mean, rstd, residual_grad=residual_grad, dx=dx)
+
+    forward = Contender(lambda: kernel.forward(x, weight, bias, EPS, out=out), 2 * size)
+    return (
+        {"phi_fast, into given memory": forward},
+        {"phi_fast, into given memory": Contender(backward, 4 * size, note="with the residual's gradient")},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_layer_norm(dtype: str, full: bool, results: Results) -> None:
+    where = device()
+    rows, d = (16384, 2048) if full else (64, 128)
+    x, weight, bias = (leaf(*shape, dtype=DTYPES[dtype], device=where) for shape in ((rows, d), (d,), (d,)))
+    dout = torch.randn_like(x)
+    inputs = (x, weight, bias)
+    fast = compiled(eager, full)
+
+    def through(name: str) -> Op:
+        return Op(lambda: layer_norm(*inputs, EPS), inputs, backend=("layer_norm", name))
+
+    own = [name for name in backends("layer_norm", where) if name != "apex"]
+    ops: dict[str, Op | str] = {f"phi_fast {name}": through(name) for name in own}
+    ops |= {
+        "torch eager": Op(lambda: eager(*inputs), inputs, note="also transformers' and litgpt's"),
+        "torch.compile": Op(lambda: fast(*inputs), inputs) if fast else NOT_COMPILED,
+        "Liger-Kernel": peer("liger_kernel", lambda: Op(lambda: liger(*inputs), inputs)),
+        "flash-attn": peer("flash_attn", lambda: Op(lambda: flash_attn(*inputs), inputs)),
+        "NVIDIA apex": peer("amp_C", lambda: through("apex")),
+    }
+    size = x.numel() * x.element_size()
+    measure(
+        f"layer_norm, {dtype}",
+        ops,
+        dout,
+        results,
+        costs=(Cost(2 * size), Cost(3 * size)),
+        config={"rows": rows, "width": d},
+        full=full,
+        more=in_given_memory(x, weight, bias, dout),
+    )

@@ -1,0 +1,133 @@
+"""lm_head and loss at phi-small's vocabulary, and the loss alone on one chunk of logits.
+
+FLOPs: the logits, and the gradients of hidden and weight: 3 products. This project and Liger form the gradients in the
+forward, so forward and backward are timed together. Bytes of the loss alone: the logits read, their gradient written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from benchmarks.harness import Contender, Results, compare
+from benchmarks.ops import DTYPES, Cost, agree, bounds, leaf
+from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
+from benchmarks.timing import device
+from phi_fast.kernels import backend, linear_cross_entropy, use
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(hidden (rows, d), weight (V, d), bias (V,), labels (rows,)) -> the mean."""
+
+
+def eager(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
+
+
+def torch_fused(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, labels, linear_bias=bias, options=options)
+
+
+def transformers(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight, bias)[None]
+    return ForCausalLMLoss(logits, None, weight.shape[0], shift_labels=labels[None])
+
+
+def litgpt(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    from litgpt.utils import chunked_cross_entropy
+
+    return chunked_cross_entropy(F.linear(hidden, weight, bias)[None], labels[None])
+
+
+def liger(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, labels, bias)
+
+
+def ours(name: str) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        with use(name, op="linear_cross_entropy"):
+            return linear_cross_entropy(hidden, weight, bias, labels)
+
+    return loss
+
+
+def contenders(full: bool, where: torch.device) -> dict[str, Loss | str]:
+    found: dict[str, Loss | str] = {f"phi_fast {name}": ours(name) for name in backends("linear_cross_entropy", where)}
+    return found | {
+        "torch eager": eager,
+        "torch linear_cross_entropy": torch_fused,
+        "torch.compile": compiled(eager, full) or NOT_COMPILED,
+        "transformers": transformers,
+        "litgpt chunked_cross_entropy": peer("litgpt", lambda: litgpt),
+        "Liger-Kernel": peer("liger_kernel", lambda: liger),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_linear_cross_entropy(dtype: str, full: bool, results: Results) -> None:
+    where = device()
+    rows, d, vocab = (1024, 512, 51200) if full else (16, 32, 512)
+    scales = {"hidden": 1.0, "weight": d**-0.5, "bias": 0.02}
+    shapes = {"hidden": (rows, d), "weight": (vocab, d), "bias": (vocab,)}
+    inputs = [leaf(*shapes[n], dtype=DTYPES[dtype], device=where, scale=scales[n]) for n in shapes]
+    labels = torch.randint(vocab, (rows,), device=where)
+    cost = Cost(flops=3 * 2 * rows * d * vocab)
+
+    def timed(loss: Loss) -> Contender:
+        def both() -> None:
+            torch.autograd.grad(loss(*inputs, labels), inputs)
+
+        return Contender(both, flops=cost.flops)
+
+    losses = contenders(full, where)
+    agree({name: partial(loss, *inputs, labels) for name, loss in losses.items() if not isinstance(loss, str)})
+    running = {name: loss if isinstance(loss, str) else timed(loss) for name, loss in losses.items()}
+    subject = compare(
+        f"linear_cross_entropy, {dtype}, forward and backward",
+        running | bounds(cost, inputs[0].detach(), full),
+        config={"rows": rows, "width": d, "vocabulary": vocab, "FLOPs": cost.flops},
+        repeats=5 if full else 1,
+        budget=30,
+    )
+    results.add(subject)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cross_entropy_of_a_chunk(dtype: str, full: bool, results: Results) -> None:
+    where = device()
+    rows, vocab = (1024, 51200) if full else (8, 512)
+    logits = torch.randn(rows, vocab, device=where).to(DTYPES[dtype])
+    scratch, labels = logits.clone(), torch.randint(vocab, (rows,), device=where)
+    dbias, one = torch.zeros(vocab, device=where), torch.ones((), device=where)
+    options = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "scale": one, "need_grad": True}
+    kernel = backend.implementation("linear_cross_entropy", where)
+
+    def theirs() -> None:
+        copy = logits.detach().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(copy.float(), labels, reduction="sum"), copy)
+
+    cost = Cost(moved=2 * logits.numel() * logits.element_size())
+    running = {
+        "phi_fast": Contender(
+            lambda: kernel.cross_entropy_(scratch, labels, dbias=dbias, **options),
+            cost.moved,
+            note="in place, and dbias",
+        ),
+        "torch eager": Contender(theirs, cost.moved),
+    }
+    subject = compare(
+        f"cross entropy of a chunk, {dtype}, loss and gradient",
+        running | bounds(cost, logits, full),
+        config={"rows": rows, "vocabulary": vocab, "bytes": cost.moved},
+        repeats=11 if full else 1,
+        budget=6,
+    )
+    results.add(subject)

@@ -1,0 +1,23 @@
+"""What the machine can do at most, measured in the same rounds as what is held against it.
+
+As contenders named "copy" and "matrix product" they give a subject's bounds: bytes and FLOPs a second.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.harness import Contender
+
+
+def copy(size: int, device: torch.device) -> Contender:
+    """A copy that moves `size` bytes: half of them read, half written."""
+    source = torch.ones(size // 2, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return Contender(lambda: target.copy_(source), moved=2 * source.numel())
+
+
+def product(n: int, dtype: torch.dtype, device: torch.device) -> Contender:
+    """An n × n × n matrix product as torch does it, into memory that is there."""
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    return Contender(lambda: torch.mm(a, b.T, out=out), flops=2 * n**3)
