@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 GPU = Literal["A100-40", "A100-80", "H100", "H200", "B200", "MI300X"]
@@ -96,30 +96,49 @@ def _gpu(
     )
 
 
-_A100 = {
-    "flops": 312.0,
-    "link": 300.0,
-    "network": 25.0,
-    "network_source": "NVIDIA DGX A100 data sheet: 8 × 200 Gb/s HDR",
-    "efficiency": _efficiencies(0.75, 0.45, 0.38, _FLASH.format("230 of 312 TFLOP/s forward on an A100")),
-}
-_HOPPER = {
-    "flops": 989.4,
-    "link": 450.0,
-    "network": 50.0,
-    "network_source": "NVIDIA DGX H100 data sheet: 8 × 400 Gb/s NDR",
-    "efficiency": _efficiencies(0.65, 0.30, 0.22, _FLASH.format("335 of 989 TFLOP/s on an H100")),
-}
+_A100 = _gpu(
+    "A100-40",
+    "NVIDIA A100 data sheet (SXM 40 GB)",
+    memory=40,
+    flops=312,
+    bandwidth=1555,
+    link=300,
+    network=25,
+    network_source="NVIDIA DGX A100 data sheet: 8 × 200 Gb/s HDR",
+    efficiency=_efficiencies(0.75, 0.45, 0.38, _FLASH.format("230 of 312 TFLOP/s forward on an A100")),
+    price=1.5,
+)
+_H100 = _gpu(
+    "H100",
+    "NVIDIA H100 data sheet (SXM)",
+    memory=80,
+    flops=989.4,
+    bandwidth=3350,
+    link=450,
+    network=50,
+    network_source="NVIDIA DGX H100 data sheet: 8 × 400 Gb/s NDR",
+    efficiency=_efficiencies(0.65, 0.30, 0.22, _FLASH.format("335 of 989 TFLOP/s on an H100")),
+    price=3.0,
+)
+
+
+def _variant(base: Device, name: str, sheet: str, *, memory: float, bandwidth: float, price: float) -> Device:
+    """The same chip with another memory."""
+    assert base.price is not None
+    return replace(
+        base,
+        name=name,
+        memory=Figure(memory * 1e9, "B", sheet),
+        bandwidth=Figure(bandwidth * 1e9, "B/s", sheet),
+        price=replace(base.price, value=price),
+    )
+
 
 DEVICES: dict[str, Device] = {
-    "A100-40": _gpu(
-        "A100-40", "NVIDIA A100 data sheet (SXM 40 GB)", memory=40, bandwidth=1555, price=1.5, **_A100
-    ),
-    "A100-80": _gpu(
-        "A100-80", "NVIDIA A100 data sheet (SXM 80 GB)", memory=80, bandwidth=2039, price=2.0, **_A100
-    ),
-    "H100": _gpu("H100", "NVIDIA H100 data sheet (SXM)", memory=80, bandwidth=3350, price=3.0, **_HOPPER),
-    "H200": _gpu("H200", "NVIDIA H200 data sheet (SXM)", memory=141, bandwidth=4800, price=3.5, **_HOPPER),
+    "A100-40": _A100,
+    "A100-80": _variant(_A100, "A100-80", "NVIDIA A100 data sheet (SXM 80 GB)", memory=80, bandwidth=2039, price=2.0),
+    "H100": _H100,
+    "H200": _variant(_H100, "H200", "NVIDIA H200 data sheet (SXM)", memory=141, bandwidth=4800, price=3.5),
     "B200": _gpu(
         "B200",
         "NVIDIA DGX B200 data sheet (an eighth of the system)",

@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one job. Seconds are of one optimizer step; None: the recipe gives no number of tokens, or no price."""
+    """Figures of one job. Seconds are of one optimizer step; None: there is no number of tokens, or no price."""
 
     ranks: int
     micro_batch_size: int
@@ -69,6 +69,12 @@ class Plan:
     """The same, of uint16 token ids."""
 
     @property
+    def times(self) -> dict[str, float]:
+        """Seconds of a step: the phases, and the sending that none of them hides."""
+        times: dict[str, float] = dict(self.phases.items())
+        return times | {"sending": self.communication.exposed_seconds + self.communication.gather_seconds}
+
+    @property
     def tokens_per_second_per_device(self) -> float:
         return self.tokens_per_second / self.ranks
 
@@ -85,9 +91,7 @@ def plan(job: Job) -> Plan:
     shape = job.shape(size)
     used = memory(shape, job.ranks, gpu=job.on_gpu)
     phases = phase_seconds(job, size)
-    sent = communication(
-        config, job.device, job.ranks, job.itemsize, accumulation, phases["backward"] / accumulation
-    )
+    sent = communication(config, job.device, job.ranks, job.itemsize, accumulation, phases["backward"] / accumulation)
     seconds = sum(phases.values()) + sent.exposed_seconds + sent.gather_seconds
     tokens = recipe.tokens_per_step
     peak = job.ranks * job.device.flops.value * seconds

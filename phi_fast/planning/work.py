@@ -1,7 +1,6 @@
 """Every kernel of a training step with its FLOPs and bytes: what `kernels/` and DeepSpeed do, counted, not measured.
 
-Symbols: T tokens of a micro-batch, d width, s sequence, V vocabulary, e bytes a number. The block's kernels are those of
-`kernels/parallel_block.py`, the head's those of `kernels/linear_cross_entropy.py`.
+The block's kernels are those of `kernels/parallel_block.py`, the head's those of `kernels/linear_cross_entropy.py`.
 """
 
 from __future__ import annotations
@@ -97,7 +96,9 @@ def _with(phase: Phase, count: int, kernels: list[Kernel]) -> list[Kernel]:
     return [Kernel(k.name, phase, k.kind, k.flops, k.bytes_moved, count * k.count) for k in kernels]
 
 
-def _product(name: str, m: int, n: int, k: int, itemsize: int, phase: Phase = "forward", count: int = 1) -> Kernel:
+def _product(
+    name: str, m: float, n: float, k: float, itemsize: int, phase: Phase = "forward", count: int = 1
+) -> Kernel:
     """(m, k) · (k, n)."""
     return Kernel(name, phase, "product", 2.0 * m * n * k, float(itemsize * (m * k + k * n + m * n)), count)
 
@@ -137,12 +138,12 @@ def _block_backward(shape: Shape) -> Iterator[Kernel]:
 def _head(shape: Shape) -> Iterator[Kernel]:
     """Final LayerNorm, lm_head and the loss; the gradients' products are part of the forward."""
     tokens, d, e, vocabulary = shape.tokens, shape.config.hidden_size, shape.itemsize, shape.config.vocab_size
-    row, weight = float(tokens * d * e), vocabulary * d
+    row, weight, chunk = float(tokens * d * e), vocabulary * d, tokens / shape.chunks
     yield Kernel("final_norm", "forward", "memory", 0, 2 * row)
-    yield _product("logits", shape.chunk, vocabulary, d, e, count=shape.chunks)
+    yield _product("logits", chunk, vocabulary, d, e, count=shape.chunks)
     yield Kernel("cross_entropy", "forward", "memory", 0, 3.0 * tokens * vocabulary * e)  # read twice, written once
-    yield _product("hidden gradient", shape.chunk, d, vocabulary, e, count=shape.chunks)
-    yield _product("lm_head gradient", vocabulary, d, shape.chunk, e, count=shape.chunks)
+    yield _product("hidden gradient", chunk, d, vocabulary, e, count=shape.chunks)
+    yield _product("lm_head gradient", vocabulary, d, chunk, e, count=shape.chunks)
     adding = 8 if e == 4 else 16  # a 16-bit product is written in fp32 before it is added
     yield Kernel("lm_head gradient, added up in fp32", "forward", "memory", 0, adding * weight, shape.chunks)
     yield Kernel("loss gradients, scaled", "backward", "memory", 0, (4.0 + e) * (weight + tokens * d))

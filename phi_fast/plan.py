@@ -1,0 +1,212 @@
+"""`python -m phi_fast.plan --recipe phi-1.5 --gpu H100 --gpus 64`: memory, time and cost before anyone pays.
+
+FLOPs and bytes of every kernel are counted from this project's code; a device does them at its data sheet's figures
+times a stated efficiency. Every figure is printed with its source. Nothing is measured on a GPU. On a CPU
+(`--device cpu`) the machine's own rates are measured first, in a second or two.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from .config import PhiConfig
+from .errors import UsageError
+from .kernels import backend
+from .planning import show
+from .planning.devices import DEVICES, GPU, Figure
+from .planning.estimate import Job, Plan, plan
+from .planning.host import probe
+from .planning.measure import Judged, judge
+from .planning.published import Comparison, compare
+from .planning.scaling import Scaling, scaling
+from .planning.work import Recompute, Shape
+from .recipes import RECIPES, Recipe, RecipeName
+from .zero import Precision, auto_precision
+
+LEVELS: tuple[Recompute, ...] = ("none", "norm_gelu", "all")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Plan a run: memory, time and cost of a recipe on a number of devices."""
+
+    recipe: RecipeName | None = None
+    """What is to be trained. Default: "phi-1.5"; on a CPU "tiny"."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """gpu: the one that --gpu names. cpu: this machine, whose rates are measured first."""
+    gpu: GPU = "H100"
+    """Which GPU; SXM modules where there are several kinds."""
+    gpus: int = 8
+    """How many, in nodes of 8."""
+    model: Literal["phi-1.5", "phi-small", "phi-tiny"] | None = None
+    """Another model than the recipe's, at its whole context."""
+    micro_batch_size: int | None = None
+    """Rows a device handles at once. Default: the largest that fits; on a CPU at most 8."""
+    global_batch_size: int | None = None
+    """Rows a step. Default: the recipe's."""
+    tokens: int | None = None
+    """Tokens to see. Default: the recipe's."""
+    recompute: Recompute = "norm_gelu"
+    """As in `phi_fast.train`."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """auto: fp16 on a GPU, bf16 on a CPU with bf16 instructions, else fp32. GPUs are planned for 16 bits only."""
+    price: float | None = None
+    """Of a device hour, in dollars. Default: a round figure by GPU that is printed as the assumption it is."""
+    matmul_efficiency: float | None = None
+    """Share of the data sheet's FLOP/s that large matrix products reach. Default: by GPU, printed."""
+    measure: bool = False
+    """On a CPU: also take real steps of the trainer and count what it keeps for its backward."""
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
+    """Write every figure to this file."""
+    plot: Path | None = None
+    """Draw scaling, memory and time into this PNG (needs matplotlib)."""
+
+    def check(self) -> None:
+        """Raises UsageError, naming the option, its value and the way out."""
+        for name in ("gpus", "micro_batch_size", "global_batch_size", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value}: must be at least 1")
+        if self.price is not None and self.price < 0:
+            raise UsageError(f"price={self.price}: must not be negative")
+        if self.matmul_efficiency is not None and not 0 < self.matmul_efficiency <= 1:
+            raise UsageError(f"matmul_efficiency={self.matmul_efficiency}: must be above 0 and at most 1")
+        if self.device == "gpu" and self.precision == "fp32":
+            raise UsageError("precision=fp32: GPUs are planned for fp16 and bf16; use one of them, or --device cpu")
+        if self.device == "gpu" and self.measure:
+            raise UsageError("--measure: only this machine can be measured; add --device cpu, or leave it out")
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that one call of the command finds."""
+
+    job: Job
+    plans: dict[Recompute, Plan]
+    """At the micro-batch of `job.recompute`."""
+    scaling: Scaling | None
+    published: list[Comparison]
+    judged: Judged | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure, with units in the names, and the sources."""
+        recipe, config = self.job.recipe, self.job.recipe.model
+        figures = show.sources(self.job.device, self.job.price)
+        return {
+            "device": self.job.device.name,
+            "parameters": config.num_parameters(),
+            "flops_per_token_full": config.flops_per_token(recipe.sequence_length, causal=False),
+            "flops_per_token_causal": config.flops_per_token(recipe.sequence_length, causal=True),
+            "recompute": self.job.recompute,
+            "plans": {level: asdict(found) for level, found in self.plans.items()},
+            "scaling": None if self.scaling is None else asdict(self.scaling),
+            "published": [{**asdict(row), "ratio": row.ratio} for row in self.published],
+            "measured": None if self.judged is None else asdict(self.judged),
+            "assumptions": {name: asdict(figure) for name, figure in figures.items()},
+        }
+
+
+def run(options: Options) -> Report:
+    """Everything but the printing. Raises UsageError for options that do not fit together."""
+    options.check()
+    recipe = _recipe(options)
+    if options.device == "cpu":
+        return _cpu_report(options, recipe)
+    device = DEVICES[options.gpu]
+    if options.matmul_efficiency is not None:
+        stated = Figure(options.matmul_efficiency, "", "--matmul-efficiency")
+        device = replace(device, efficiency={**device.efficiency, "product": stated})
+    job = Job(
+        recipe,
+        device,
+        options.gpus,
+        recompute=options.recompute,
+        micro_batch_size=options.micro_batch_size,
+        price=options.price,
+    )
+    comparisons = compare() if recipe.model == PhiConfig.preset("phi-1.5") else []
+    return Report(job, _levels(job), scaling(job), comparisons, None)
+
+
+def _cpu_report(options: Options, recipe: Recipe) -> Report:
+    precision: Precision = auto_precision(torch.device("cpu")) if options.precision == "auto" else options.precision
+    batch = recipe.global_batch_size
+    rows = options.micro_batch_size or next(size for size in range(min(8, batch), 0, -1) if batch % size == 0)
+    inside = backend.name("attention", "cpu") == "triton"
+    itemsize = 4 if precision == "fp32" else 2
+    shape = Shape(recipe.model, recipe.sequence_length, rows, itemsize, options.recompute, inside)
+    job = Job(
+        recipe, probe(shape, precision), 1, itemsize, options.recompute, rows, options.price, rotary_inside=inside
+    )
+    return Report(job, _levels(job), None, [], judge(job, rows, precision) if options.measure else None)
+
+
+def _recipe(options: Options) -> Recipe:
+    recipe = RECIPES[options.recipe or ("phi-1.5" if options.device == "gpu" else "tiny")]
+    if options.model is not None:
+        config = PhiConfig.preset(options.model)
+        recipe = recipe.replace(model=config, sequence_length=config.max_position_embeddings)
+    changes = {name: getattr(options, name) for name in ("global_batch_size", "tokens")}
+    return recipe.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _levels(job: Job) -> dict[Recompute, Plan]:
+    """A plan a recompute level, all with the micro-batch of the job's own."""
+    size = plan(job).micro_batch_size
+    return {level: plan(replace(job, recompute=level, micro_batch_size=size)) for level in LEVELS}
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line."""
+    return tyro.cli(Options, args=arguments, prog="python -m phi_fast.plan", description=__doc__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    options = parse(arguments)
+    console = Console(highlight=False, soft_wrap=False)
+    try:
+        report = run(options)
+        if options.json_file is not None:
+            options.json_file.write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")
+        if options.plot is not None:
+            from .planning.plot import draw
+
+            draw(report.job, report.plans, report.scaling, options.plot)
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _print(report, console)
+    return 0
+
+
+def _print(report: Report, console: Console) -> None:
+    used = report.plans[report.job.recompute]
+    show.overview(report.job, used, console)
+    console.print()
+    show.memory(report.job, report.plans, console)
+    console.print()
+    if report.scaling is not None:
+        show.communication(used, console)
+        console.print()
+        show.scale(report.scaling, console)
+        console.print()
+    if report.published:
+        show.published(report.published, console)
+        console.print()
+    if report.judged is not None:
+        show.judged(report.judged, console)
+        console.print()
+    show.assumptions(report.job.device, report.job.price, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

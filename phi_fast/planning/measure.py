@@ -1,0 +1,85 @@
+"""The trainer's own step on this machine, and what it really keeps for its backward: what the plan is judged by."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..distributed import join
+from ..model import Phi
+from ..zero import DTYPES, Precision, Zero2
+from .estimate import Job, plan
+from .host import probe
+from .memory import activations
+from .work import Shape
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A plan for this machine beside what was measured on it."""
+
+    predicted_seconds: float
+    measured_seconds: float
+    """Both medians over the rounds."""
+    ratio: float
+    """Predicted ÷ measured, the median of the rounds': a drift of the machine meets both."""
+    predicted_activation_bytes: int
+    measured_activation_bytes: int
+    """Held by autograd after a forward, parameters and rotary table left out."""
+
+
+def judge(job: Job, rows: int, precision: Precision, *, rounds: int = 3) -> Judged:
+    """In turn, `rounds` times: probe the machine and plan, then take a step of `zero.Zero2`, the trainer's engine, on
+    random tokens in micro-batches of `rows` rows. A step before them is not counted."""
+    recipe, shape = job.recipe, job.shape(rows)
+    torch.manual_seed(recipe.seed)
+    model = Phi(recipe.model, recompute=shape.recompute).to(DTYPES[precision])
+    kept = kept_for_backward(model, shape)
+    accumulation = recipe.global_batch_size // rows
+    zero = Zero2(model, recipe, join("cpu"), precision=precision, micro_batch_size=rows, accumulation=accumulation)
+    predicted, measured = [], []
+    for round_ in range(1 + rounds):
+        if round_:
+            now = replace(job, device=probe(shape, precision), micro_batch_size=rows)
+            predicted.append(plan(now).step_seconds)
+        start = time.perf_counter()
+        for micro_step in range(accumulation):
+            zero.backward(zero.loss(*_tokens(shape)))
+            zero.step(recipe.learning_rate, last_micro_batch=micro_step == accumulation - 1)
+        if round_:
+            measured.append(time.perf_counter() - start)
+    return Judged(
+        predicted_seconds=statistics.median(predicted),
+        measured_seconds=statistics.median(measured),
+        ratio=statistics.median(a / b for a, b in zip(predicted, measured, strict=True)),
+        predicted_activation_bytes=activations(shape).total,
+        measured_activation_bytes=kept,
+    )
+
+
+def kept_for_backward(model: Phi, shape: Shape) -> int:
+    """Bytes of the distinct storages that autograd saves in one forward: a view counts as the whole buffer that it
+    keeps alive. Parameters and buffers of the model live anyway and are left out."""
+    resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in resident:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*_tokens(shape)).loss  # its graph keeps the storages apart until they are counted
+    total = sum(storages.values())
+    del loss
+    return total
+
+
+def _tokens(shape: Shape) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(shape.config.vocab_size, (shape.rows, shape.sequence + 1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
