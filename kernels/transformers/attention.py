@@ -145,20 +145,20 @@ def with_rotary(
     return build
 
 
-def separate(self: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def separate(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q_proj, k_proj, v_proj: Phi, StableLM, Llama, Qwen2."""
     q, k, v = (getattr(self, f"{name}_proj")(hidden).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
     return q, k, v
 
 
-def packed(self: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def packed(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv_proj with rows q, k, v: Phi-3."""
     heads, key_heads = self.config.num_attention_heads, self.num_key_value_heads
     rows = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
     return rows[:, :, :heads], rows[:, :, heads : heads + key_heads], rows[:, :, heads + key_heads :]
 
 
-def packed_by_head(self: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def packed_by_head(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """query_key_value with rows q, k, v of the first head, of the second...: GPT-NeoX."""
     d = self.head_size
     rows = self.query_key_value(hidden).unflatten(-1, (-1, 3 * d))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,14 +25,14 @@ def approximate(activation: nn.Module) -> str:
     return _APPROXIMATE[type(activation)]
 
 
-def why_no_layer_norm(module: nn.Module) -> str | None:
+def why_no_layer_norm(module: Any) -> str | None:
     """Why `layer_norm` cannot take the module's place."""
     if len(module.normalized_shape) != 1:
         return f"normalizes over {len(module.normalized_shape)} dims; the op has one"
     return "no weight and bias; the op has both" if module.weight is None or module.bias is None else None
 
 
-def why_no_gelu(module: nn.Module) -> str | None:
+def why_no_gelu(module: Any) -> str | None:
     """Why the module's activation is not `bias_gelu`."""
     activation = getattr(module, "act", None) or module.activation_fn
     known = ", ".join(sorted(cls.__name__ for cls in _APPROXIMATE))

@@ -19,7 +19,7 @@ IGNORED = -100
 RULES = (
     "loss: in eval mode and without labels (logits are returned), with logits_to_keep, with a loss function of the "
     "user's own, with LoRA or hooks on lm_head. In training mode with labels, logits are None, and no KV cache is "
-    "built unless the call asks for it",
+    "built unless the call asks for it or has position_ids",
 )
 
 
@@ -36,7 +36,7 @@ def causal_lm(base: type[nn.Module]) -> Forward:
     return forward
 
 
-def _fits(self: nn.Module, arguments: dict[str, Any]) -> bool:
+def _fits(self: Any, arguments: dict[str, Any]) -> bool:
     keep = arguments.get("logits_to_keep", 0)
     return (
         self.training
@@ -48,10 +48,11 @@ def _fits(self: nn.Module, arguments: dict[str, Any]) -> bool:
     )
 
 
-def _forward(self: nn.Module, arguments: dict[str, Any]) -> CausalLMOutputWithPast | tuple:
+def _forward(self: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | tuple:
     arguments.pop("logits_to_keep", None)
     labels, return_dict = arguments.pop("labels"), arguments.pop("return_dict", None)
-    if arguments.get("use_cache") is None and arguments.get("past_key_values") is None:
+    # With a cache transformers does not look for packed documents in position_ids: there the caller's word stands.
+    if all(arguments.get(name) is None for name in ("use_cache", "past_key_values", "position_ids")):
         arguments["use_cache"] = False
     options = {
         name: arguments[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in arguments
@@ -69,7 +70,7 @@ def _forward(self: nn.Module, arguments: dict[str, Any]) -> CausalLMOutputWithPa
 
 
 def _loss(
-    self: nn.Module,
+    self: Any,
     hidden: Tensor,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,

@@ -46,12 +46,16 @@ def original(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), _BASE, type(module))
 
 
-@functools.cache
 def _subclass(base: type[nn.Module], build: Builder) -> type[nn.Module]:
-    # transformers writes the class's name into config.json and looks outputs up by it.
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    forward = functools.wraps(base.forward)(build(base))  # Trainer and generate() read the signature
-    return type(base.__name__, (base,), {**names, "forward": forward, _BASE: base})
+    if (base, build) not in _subclasses:
+        # transformers writes the class's name into config.json and looks outputs up by it.
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        forward = functools.wraps(base.forward)(build(base))  # Trainer and generate() read the signature
+        _subclasses[base, build] = type(base.__name__, (base,), {**names, "forward": forward, _BASE: base})
+    return _subclasses[base, build]
+
+
+_subclasses: dict[tuple[type[nn.Module], Builder], type[nn.Module]] = {}
 
 
 def hooked(*modules: nn.Module) -> bool:

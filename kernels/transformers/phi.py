@@ -18,7 +18,7 @@ RULES = (
 )
 
 
-def why_no_block(module: nn.Module) -> str | None:
+def why_no_block(module: Any) -> str | None:
     """Why `parallel_block` can never take the layer's place."""
     if module.self_attn.qk_layernorm:
         return "LayerNorm between projection and rotary embedding (qk_layernorm)"
@@ -54,7 +54,7 @@ def decoder_layer(base: type[nn.Module]) -> Forward:
     return forward
 
 
-def _merged(self: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(self: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(3d + m, d) weight of q, k, v and fc1; their (3d + m,) bias; (d, d + m) weight of dense and fc2. Copies: a
     thousandth of the products' work at 2048 tokens, and the parameters stay where the optimizer knows them."""
     attention, mlp = self.self_attn, self.mlp
@@ -64,7 +64,7 @@ def _merged(self: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fits(
-    self: nn.Module,
+    self: Any,
     x: Tensor,
     mask: Tensor | None,
     position_embeddings: tuple[Tensor, Tensor] | None,
