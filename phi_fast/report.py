@@ -1,0 +1,62 @@
+"""`python -m phi_fast.report RUN [RUN…]`: one self-contained HTML page of a run, or of several side by side."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from .errors import UsageError
+from .reporting.page import page
+from .reporting.read import read_runs
+
+
+@dataclass(frozen=True)
+class Options:
+    """Report on runs: loss, validation, gradient norm, loss scale, throughput, mixture, samples, configurations."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run directories that phi_fast.train wrote; several are drawn side by side."""
+    out: Path | None = None
+    """The page. Default: report.html in the first run's directory."""
+    png: Path | None = None
+    """Draw the curves into this PNG too (needs matplotlib)."""
+
+
+def run(options: Options) -> Path:
+    """Writes the page, and the picture where it is asked for. Returns the page's path; raises UsageError."""
+    if not options.runs:
+        raise UsageError("give at least one run directory, as in: python -m phi_fast.report runs/tiny")
+    found = read_runs(list(options.runs))
+    out = options.out or options.runs[0] / "report.html"
+    out.write_text(page(found), encoding="utf-8")
+    if options.png is not None:
+        from .reporting.picture import draw
+
+        draw(found, options.png)
+    return out
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Options from the command line."""
+    return tyro.cli(Options, args=arguments, prog="python -m phi_fast.report", description=__doc__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    options = parse(arguments)
+    try:
+        out = run(options)
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    Console(highlight=False, soft_wrap=True).print(f"wrote {out}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""A run directory read back: config.json, metrics.jsonl, and the samples in its TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+Curve = tuple[list[int], list[float | None]]
+"""Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run, as it was written."""
+
+    name: str
+    """Unique among the runs of one report."""
+    path: Path
+    config: dict[str, Any]
+    """config.json; nested fields by dotted names."""
+    records: list[dict[str, Any]]
+    """metrics.jsonl, a line a step."""
+    samples: list[tuple[int, str]]
+    """(step, text) of the texts sampled, in order."""
+
+    def curve(self, field: str) -> Curve:
+        """A field of metrics.jsonl over the steps that have it at all; "val_losses.docs" is a corpus's."""
+        steps, values = [], []
+        outer, _, inner = field.partition(".")
+        for record in self.records:
+            if outer in record:
+                value = (record[outer] or {}).get(inner) if inner else record[outer]
+                steps.append(record["step"])
+                values.append(None if value is None else float(value))
+        return steps, values
+
+    @property
+    def corpora(self) -> list[str]:
+        """Whose validation losses were measured."""
+        return list(dict.fromkeys(name for record in self.records for name in record.get("val_losses") or {}))
+
+    @property
+    def mixture(self) -> dict[str, int]:
+        """Corpus -> intended weight; empty for a config without one."""
+        start = "mixture."
+        return {key.removeprefix(start): int(value) for key, value in self.config.items() if key.startswith(start)}
+
+
+def read_runs(paths: list[Path]) -> list[RunData]:
+    """Raises UsageError for a directory that is no run, a run without a step, or a line that cannot be read."""
+    names = [path.resolve().name for path in paths]
+    unique = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    if len(set(unique)) < len(unique):
+        twice = next(name for name in unique if unique.count(name) > 1)
+        raise UsageError(f"{twice} is given twice; name each run once")
+    return [_read(path, name) for path, name in zip(paths, unique, strict=True)]
+
+
+def _read(path: Path, name: str) -> RunData:
+    metrics, config = path / "metrics.jsonl", path / "config.json"
+    for file in (metrics, config):
+        if not file.is_file():
+            raise UsageError(f"{file} does not exist: {path} is no run directory; give one that phi_fast.train wrote")
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{config} is not JSON: {error}") from error
+    records = _records(metrics)
+    if not records:
+        raise UsageError(f"{metrics} has no step yet; report on {path} once the run has taken one")
+    return RunData(name, path, flatten(fields), records, _samples(path / "tensorboard"))
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines; a last one that was cut short, as by a kill, is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            _check(record)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UsageError(f"{path}:{number} is not a step's record: {error}") from error
+        records.append(record)
+    return records
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError('expected an object with an integer "step"')
+    for key, value in record.items():
+        if not isinstance(value, int | float | None | dict) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{key} is {value!r}, expected a number or null")
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"hidden_size": 64}} -> {"model.hidden_size": 64}."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _samples(events: Path) -> list[tuple[int, str]]:
+    """Texts that `metrics.MetricsLog.text` wrote."""
+    if not events.is_dir():
+        return []
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(events), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    found = []
+    for tag in accumulator.Tags()["tensors"]:
+        if tag.startswith("sample"):
+            for event in accumulator.Tensors(tag):
+                found.append((event.step, event.tensor_proto.string_val[0].decode("utf-8", "replace")))
+    return sorted(found)

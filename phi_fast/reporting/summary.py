@@ -1,0 +1,81 @@
+"""The charts of a report, and each run in a few figures."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from .curves import Series
+from .read import RunData
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of the page and of the picture."""
+
+    title: str
+    metric: str
+    series: list[Series]
+    log: bool = False
+
+
+def charts(runs: list[RunData]) -> list[Chart]:
+    """Loss, validation, gradient norm, loss scale, throughput: a curve a run; validation also by corpus."""
+    validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
+    for i, run in enumerate(runs):
+        named = enumerate(run.corpora, 1)
+        validation += [Series(f"{run.name}: {corpus}", i, run.curve(f"val_losses.{corpus}"), n) for n, corpus in named]
+    return [
+        Chart("Loss, nats a token", "loss", _all(runs, "loss")),
+        Chart("Validation loss, nats a token", "val_loss", validation),
+        Chart("Gradient norm before clipping", "grad_norm", _all(runs, "grad_norm"), log=True),
+        Chart("Loss scale", "loss_scale", _all(runs, "loss_scale"), log=True),
+        Chart("Throughput, tokens/s", "tokens_per_s", _all(runs, "tokens_per_s")),
+        Chart("Learning rate", "lr", _all(runs, "lr")),
+    ]
+
+
+def figures(run: RunData) -> dict[str, str]:
+    """What a reader asks first."""
+    last = run.records[-1]
+    skipped = sum(bool(record.get("skipped")) for record in run.records)
+    validation = [value for value in run.curve("val_loss")[1] if value is not None]
+    rates = [value for value in run.curve("tokens_per_s")[1] if value is not None]
+    times = [value for value in run.curve("step_ms")[1] if value is not None]
+    mfu = [value for value in run.curve("mfu")[1] if value is not None]
+    return {
+        "steps": f"{last['step']:,}",
+        "tokens": f"{last['tokens']:,}" if "tokens" in last else "–",
+        "last loss": _loss(last.get("loss")),
+        "best validation loss": _loss(min(validation)) if validation else "not measured",
+        "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "–",
+        "MFU, median": f"{100 * statistics.median(mfu):.1f}%" if mfu else "not measured",
+        "time in steps": _duration(sum(times) / 1000),
+        "steps skipped": f"{skipped:,}",
+    }
+
+
+def differences(runs: list[RunData]) -> dict[str, list[str]]:
+    """Fields of config.json in which the runs differ: field -> value of each; "–" where a run has none."""
+    fields = dict.fromkeys(key for run in runs for key in run.config)
+    rows = {key: [_value(run.config.get(key, "–")) for run in runs] for key in fields}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1 and key != "run_dir"}
+
+
+def _all(runs: list[RunData], field: str) -> list[Series]:
+    return [Series(run.name, i, run.curve(field)) for i, run in enumerate(runs)]
+
+
+def _value(value: Any) -> str:
+    return str(value)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest:.0f} s"
