@@ -1,13 +1,19 @@
-"""Phi's decoder layer as `parallel_block`: the model keeps its separate projections, each call merges them."""
+"""Phi's decoder layer as `parallel_block`: the model keeps its separate projections, each pass merges them anew.
+
+Merging copies the layer's weights, a thousandth of the products' work at 2048 tokens. It is done once more in the
+backward pass, so that no merged copy lives from one to the other.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..parallel_block import parallel_block
+from .. import backend
+from ..parallel_block import _backward, _forward, _Options, parallel_block
 from . import layers
 from .attention import half, table
 from .modules import Forward, hooked, plain
@@ -16,6 +22,9 @@ RULES = (
     "parallel_block: with a mask or a KV cache, positions that differ by row, dropout, autocast, LoRA or hooks "
     "inside the layer: then its LayerNorm, MLP and attention run on their own ops",
 )
+
+_INWARD, _INWARD_BIAS, _OUTWARD = slice(3, 7), slice(7, 11), slice(11, 13)
+"""Where `_MergedBlock` has the weights of q, k, v and fc1, their biases, and the weights of dense and fc2."""
 
 
 def why_no_block(module: Any) -> str | None:
@@ -36,31 +45,70 @@ def decoder_layer(base: type[nn.Module]) -> Forward:
         if not _fits(self, hidden_states, attention_mask, position_embeddings, kwargs):
             arguments = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, **kwargs}
             return base.forward(self, hidden_states, **arguments)
+        attention, mlp, norm = self.self_attn, self.mlp, self.input_layernorm
+        inward, outward = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1), (attention.dense, mlp.fc2)
         cos, sin = (table(half(x)[0]) for x in position_embeddings)
-        attention = self.self_attn
-        return parallel_block(
-            hidden_states,
-            self.input_layernorm.weight,
-            self.input_layernorm.bias,
-            *_merged(self),
-            attention.dense.bias,
-            self.mlp.fc2.bias,
+        inputs = (
+            hidden_states.contiguous(),
+            norm.weight,
+            norm.bias,
+            *(linear.weight for linear in inward),
+            *(linear.bias for linear in inward),
+            *(linear.weight for linear in outward),
+            *(linear.bias for linear in outward),
             cos,
             sin,
-            num_heads=attention.config.num_attention_heads,
-            eps=self.input_layernorm.eps,
         )
+        heads, eps = attention.config.num_attention_heads, norm.eps
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return parallel_block(*_merged(inputs), num_heads=heads, eps=eps)
+        # Triton and C++ rotate q and k while they read them; the others are handed them already rotated.
+        inside = backend.name("attention", hidden_states.device) in ("triton", "cpp")
+        return _MergedBlock.apply(_Options(heads, eps, "norm_gelu", inside), *inputs)
 
     return forward
 
 
-def _merged(self: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(3d + m, d) weight of q, k, v and fc1; their (3d + m,) bias; (d, d + m) weight of dense and fc2. Copies: a
-    thousandth of the products' work at 2048 tokens, and the parameters stay where the optimizer knows them."""
-    attention, mlp = self.self_attn, self.mlp
-    inward = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1)
-    weight, bias = (torch.cat([getattr(linear, name) for linear in inward]) for name in ("weight", "bias"))
-    return weight, bias, torch.cat((attention.dense.weight, mlp.fc2.weight), 1)
+def _merged(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`parallel_block`'s ten tensors: (3d + m, d) weight of q, k, v and fc1, (d, d + m) weight of dense and fc2."""
+    return (
+        *inputs[:3],
+        torch.cat(inputs[_INWARD]),
+        torch.cat(inputs[_INWARD_BIAS]),
+        torch.cat(inputs[_OUTWARD], 1),
+        *inputs[13:],
+    )
+
+
+class _MergedBlock(torch.autograd.Function):
+    """parallel_block's two passes between the merging of weights and the parting of their gradients."""
+
+    @staticmethod
+    def forward(ctx, options, *inputs):
+        out, *saved = _forward(_merged(inputs), options)
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.options, ctx.count = options, len(inputs)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        tensors = ctx.saved_tensors
+        inputs, saved, wanted = tensors[: ctx.count], tensors[ctx.count :], ctx.needs_input_grad[1:]
+        merged = _merged(inputs)
+        groups = (wanted[_INWARD], wanted[_INWARD_BIAS], wanted[_OUTWARD])
+        asked = (*wanted[:3], *map(any, groups), *wanted[13:15])
+        grads = _backward(dout, saved, (*merged[:6], *merged[8:]), ctx.options, asked)
+        parted = (
+            *_parts(grads[3], inputs[_INWARD], 0),
+            *_parts(grads[4], inputs[_INWARD_BIAS], 0),
+            *_parts(grads[5], inputs[_OUTWARD], 1),
+        )
+        return None, *grads[:3], *parted, *grads[6:], None, None
+
+
+def _parts(grad: Tensor | None, like: Sequence[Tensor], dim: int) -> Sequence[Tensor | None]:
+    return [None] * len(like) if grad is None else grad.split([x.shape[dim] for x in like], dim)
 
 
 def _fits(

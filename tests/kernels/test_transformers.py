@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterable
 
 import pytest
 import torch
 from numerics import errors
 from torch import Tensor, nn
-from transformers_models import FAMILIES, MODELS, build, exact_gradients, gradients, padded, tokens
+from transformers_models import FAMILIES, MODELS, build, exact_gradients, gradients, padded, pooled, tokens
 
 from phi_fast.kernels import accelerate, attention, restore
 from phi_fast.kernels.transformers import attention as replaced_attention
@@ -26,7 +25,8 @@ def compare(name: str, dtype: torch.dtype, batches: list[dict]) -> None:
     plain = build(name, dtype)
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)
-    exact = pooled(exact_gradients(plain, batch) for batch in batches)
+    double = copy.deepcopy(plain).double()
+    exact = pooled(exact_gradients(double, batch) for batch in batches)
     theirs = pooled(gradients(plain, batch) for batch in batches)
     ours = pooled(gradients(accelerated, batch) for batch in batches)
     assert ours.keys() == theirs.keys() == exact.keys()
@@ -36,12 +36,6 @@ def compare(name: str, dtype: torch.dtype, batches: list[dict]) -> None:
         plain_rms, plain_largest = (max(pair) for pair in zip(*limits, strict=True))
         assert rms <= 2 * plain_rms, f"{name}, {what}: error {rms:.2e}, plain {plain_rms:.2e}"
         assert largest <= 4 * plain_largest, f"{name}, {what}: largest error {largest:.2e}, plain {plain_largest:.2e}"
-
-
-def pooled(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch's loss, or a bias's gradient that is nearly 0, is too few draws to tell an error from luck."""
-    every = list(found)
-    return {name: torch.stack([each[name] for each in every]) for name in every[0]}
 
 
 def unpadded(seed: int, rows: int = 2, length: int = 17) -> dict[str, Tensor]:
@@ -252,6 +246,12 @@ def test_labels_outside_the_vocabulary_are_refused() -> None:
         model(input_ids=ids, labels=ids + 90)
 
 
-def test_the_package_does_not_import_transformers() -> None:
-    code = "import sys, phi_fast.kernels; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_transformers_is_imported_when_accelerate_is_asked_for_and_named_where_it_is_missing() -> None:
+    lines = (
+        "import sys, phi_fast.kernels",
+        "assert 'transformers' not in sys.modules",
+        "sys.modules['transformers'] = None",
+        "phi_fast.kernels.accelerate",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+    assert "ImportError: accelerate and restore need transformers 5 or newer" in done.stderr

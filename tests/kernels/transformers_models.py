@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,8 +82,7 @@ def gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def exact_gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`gradients` of a float64 copy. transformers' own loss rounds logits to fp32, so the loss is formed here."""
-    model = copy.deepcopy(model).double()
+    """`gradients` of a model in float64. transformers' own loss rounds logits to fp32, so the loss is formed here."""
     model.zero_grad()
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "num_items_in_batch")}
     logits = model(**inputs).logits[:, :-1].flatten(0, 1)
@@ -92,5 +90,11 @@ def exact_gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Ten
     loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if items is None else "sum")
     loss = loss if items is None else loss / items
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **found}
+
+
+def pooled(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One batch's loss, or a bias's gradient that is nearly 0, is too few draws to tell an error from luck."""
+    every = list(found)
+    return {name: torch.stack([each[name] for each in every]) for name in every[0]}
