@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.harness import RESULTS, Results
 
@@ -28,3 +29,9 @@ def results(full: bool, request: pytest.FixtureRequest) -> Iterator[Results]:
     yield collected
     if collected.path:
         print(f"\nwrote {collected.path}; python -m benchmarks.report makes the tables and plots")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run."""
+    torch.manual_seed(0)

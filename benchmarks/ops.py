@@ -80,7 +80,7 @@ def measure(
     config: dict[str, Any],
     full: bool,
     repeats: int = 11,
-    budget: float = 8.0,
+    budget: float = 5.0,
     more: tuple[Mapping[str, Contender], Mapping[str, Contender]] = ({}, {}),
 ) -> list[Subject]:
     """Two subjects, "NAME, forward" and "NAME, backward", each with the bounds that its cost calls for.
@@ -88,7 +88,7 @@ def measure(
     costs: of the forward and the backward; (bytes, FLOPs) from which a row's share of the bound follows. more: further
     contenders a direction, which state their own cost. budget: seconds a direction.
     """
-    agree({label: op.record for label, op in ops.items() if not isinstance(op, str)})
+    agree({label: op.record for label, op in ops.items() if not isinstance(op, str)}, dout.dtype)
     subjects = []
     for direction, cost, others in zip(("forward", "backward"), costs, more, strict=True):
         contenders: dict[str, Contender | str] = {}
@@ -123,9 +123,9 @@ def bounds(cost: Cost, like: Tensor, full: bool) -> dict[str, Contender]:
     return found
 
 
-def agree(outputs: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Raises AssertionError where a contender does not compute what the first does. A peer that cannot run is left to
-    `compare`, which says why."""
+def agree(outputs: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
+    """Raises AssertionError where a contender does not compute, in `dtype`, what the first does. A peer that cannot run
+    is left to `compare`, which says why."""
     first: Tensor | None = None
     for label, output in outputs.items():
         try:
@@ -137,5 +137,5 @@ def agree(outputs: Mapping[str, Callable[[], Tensor]]) -> None:
         if first is None:
             first = found
         error = (found.float() - first.float()).abs().max() / first.float().abs().max()
-        if not error <= max(TOLERANCE[first.dtype], TOLERANCE[found.dtype]):
+        if not error <= TOLERANCE[dtype]:
             raise AssertionError(f"{label} is {error:.1e} of the largest output away from the first contender")

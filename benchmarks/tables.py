@@ -12,6 +12,8 @@ from rich.table import Table
 from benchmarks.harness import Subject, kind, spread
 
 COLUMNS = ("median ms", "spread", "× phi_fast", "of bound")
+"""Spread: interquartile range ÷ median. × phi_fast: time as a multiple of this project's first row, repeat by repeat. Of
+bound: the least time that the bounds measured in the same rounds allow ÷ the median."""
 
 
 def cells(subject: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -20,7 +22,7 @@ def cells(subject: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     extras = list(dict.fromkeys(key for row in rows for key in row["extra"]))
     bounded = any(row.get("of_bound") for row in rows)
     header = ["", *(c for c in COLUMNS if bounded or c != "of bound"), *extras, "note"]
-    ours = [statistics.median(row["seconds"]) for row in rows if kind(row["name"]) == "ours" and row["seconds"]]
+    ours = [row["seconds"] for row in rows if kind(row["name"]) == "ours" and row["seconds"]]
     base = ours[0] if ours else None
     body = [[row["name"], *_figures(row, base, bounded), *_extras(row, extras), row["note"]] for row in rows]
     if not any(line[-1] for line in body):
@@ -28,7 +30,7 @@ def cells(subject: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
-def _figures(row: dict[str, Any], base: float | None, bounded: bool) -> list[str]:
+def _figures(row: dict[str, Any], base: list[float] | None, bounded: bool) -> list[str]:
     if not row["seconds"]:
         return ["not measured", "", "", *([""] if bounded else [])]
     median = statistics.median(row["seconds"])
@@ -36,9 +38,17 @@ def _figures(row: dict[str, Any], base: float | None, bounded: bool) -> list[str
     return [
         f"{1000 * median:.2f}",
         f"{100 * spread(row['seconds']):.0f}%",
-        f"{median / base:.2f}" if base else "",
+        f"{paired_ratio(row['seconds'], base):.2f}" if base else "",
         *([f"{100 * share:.0f}%" if share else ""] if bounded else []),
     ]
+
+
+def paired_ratio(slower: list[float], faster: list[float]) -> float:
+    """The median of the ratios repeat by repeat: noise that both shared cancels. Of the medians where the two were not
+    repeated alike."""
+    if len(slower) != len(faster):
+        return statistics.median(slower) / statistics.median(faster)
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def _extras(row: dict[str, Any], names: list[str]) -> list[str]:

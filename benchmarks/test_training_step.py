@@ -1,52 +1,39 @@
-"""One training step (forward, backward, Adam), and the same under DeepSpeed ZeRO-2, against transformers and the floor.
+"""One training step (forward, backward, clip, Adam) in fp32 and bf16, beside transformers', litgpt's, and the floor.
 
 The floor is what no packing or fusing can remove: the matrix products alone, merged as in the parallel block, and
-torch's scaled_dot_product_attention forward and backward, with nothing between them.
+torch's scaled_dot_product_attention forward and backward, with nothing between them. Peak memory is of a process that
+takes such steps and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PhiConfig as HuggingFaceConfig
-from transformers import PhiForCausalLM
 
-from benchmarks.harness import Results, compare
+from benchmarks import models
+from benchmarks.harness import Contender, Results, Row, Subject, compare
+from benchmarks.ops import DTYPES
+from benchmarks.peers import NOT_COMPILED, absent, compiled, peer
+from benchmarks.timing import device
 from phi_fast import Phi, PhiConfig
-from phi_fast.distributed import deepspeed, join
 from phi_fast.kernels import FusedAdam
 from phi_fast.recipes import RECIPES
-from phi_fast.zero import Zero2, parameter_groups
+from phi_fast.zero import parameter_groups
 
 ROWS = {"phi-tiny": 8, "phi-small": 4}
 RECIPE = RECIPES["tiny"]
+FLOOR = "matrix products and SDPA alone"
 Step = Callable[[], object]
-
-
-def data(config: PhiConfig, rows: int) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(config.vocab_size, (rows, config.max_position_embeddings + 1))
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def hugging_face(config: PhiConfig) -> nn.Module:
-    fields = {name: value for name, value in config.to_dict().items() if name != "rope_theta"}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 0.5}
-    shape = HuggingFaceConfig(
-        **fields, intermediate_size=config.intermediate_size, rope_parameters=rope, attn_implementation="sdpa"
-    )
-    shape.resid_pdrop = shape.embd_pdrop = shape.attention_dropout = 0.0
-    shape.use_cache = False
-    return PhiForCausalLM(shape).train()
-
-
-def their_loss(model: Callable[..., Any], input_ids: Tensor, labels: Tensor) -> Tensor:
-    logits = model(input_ids).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+Batch = tuple[Tensor, Tensor]
 
 
 def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Step:
@@ -59,35 +46,53 @@ def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
     return step
 
 
-def ours(config: PhiConfig, batch: tuple[Tensor, Tensor]) -> Step:
-    model = Phi(config)
-    optimizer = FusedAdam(parameter_groups(model, RECIPE), lr=1e-4)
+def ours(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step:
+    """fp32 masters where the weights are 16 bits wide."""
+    model = Phi(config).to(batch[0].device, dtype)
+    optimizer = FusedAdam(parameter_groups(model, RECIPE), lr=1e-4, master_weights=dtype != torch.float32)
     return bare_step(model, optimizer, lambda: model(*batch).loss)
 
 
-def transformers_eager(config: PhiConfig, batch: tuple[Tensor, Tensor]) -> Step:
-    model = hugging_face(config)
+def stock_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    batch: Batch,
+    dtype: torch.dtype,
+    compile: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Step:
+    """A peer's model under torch's fused AdamW, which keeps its state in the weights' dtype."""
+    model = model.to(batch[0].device, dtype)
+    run = compile(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE), lr=1e-4, fused=True)
-    return bare_step(model, optimizer, lambda: their_loss(model, *batch))
+    return bare_step(model, optimizer, lambda: loss(run, *batch))
 
 
-def transformers_compiled(config: PhiConfig, batch: tuple[Tensor, Tensor]) -> Step:
-    model = hugging_face(config)
-    compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE), lr=1e-4, fused=True)
-    return bare_step(model, optimizer, lambda: their_loss(compiled, *batch))
+def transformers_eager(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step:
+    return stock_step(models.hugging_face(config), models.loss_of_hugging_face, batch, dtype)
 
 
-def floor(config: PhiConfig, rows: int) -> Step:
+def transformers_compiled(config: PhiConfig, batch: Batch, dtype: torch.dtype, full: bool) -> Step | str:
+    if not full:
+        return NOT_COMPILED
+    return stock_step(
+        models.hugging_face(config), models.loss_of_hugging_face, batch, dtype, lambda m: compiled(m, full) or m
+    )
+
+
+def litgpt(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step | str:
+    return peer("litgpt", lambda: stock_step(models.litgpt(config), models.loss_of_litgpt, batch, dtype))
+
+
+def floor(config: PhiConfig, rows: int, dtype: torch.dtype, where: torch.device) -> Step:
     """The products of one step on buffers of their shapes, and torch's attention."""
     d, heads, length = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     tokens = rows * length
-    h, packed, mixed = torch.randn(tokens, d), torch.randn(tokens, 7 * d), torch.randn(tokens, 5 * d)
-    w_in, w_out = torch.randn(7 * d, d), torch.randn(d, 5 * d)
-    chunk = torch.randn(tokens, config.vocab_size // 8)
-    head = torch.randn(config.vocab_size // 8, d)
-    q, k, v = (torch.randn(rows, heads, length, 64, requires_grad=True) for _ in range(3))
-    gradient = torch.randn(rows, heads, length, 64)
+    part = config.vocab_size // 8
+    shapes = ((tokens, d), (tokens, 7 * d), (tokens, 5 * d), (7 * d, d), (d, 5 * d), (tokens, part), (part, d))
+    h, packed, mixed, w_in, w_out, chunk, head = (torch.randn(*s, device=where).to(dtype) for s in shapes)
+    sides = (rows, heads, length, config.head_dim)
+    q, k, v = (torch.randn(sides, device=where).to(dtype).requires_grad_() for _ in range(3))
+    gradient = torch.randn(sides, device=where).to(dtype)
 
     def step() -> None:
         for _ in range(config.num_hidden_layers):
@@ -97,7 +102,8 @@ def floor(config: PhiConfig, rows: int) -> Step:
             packed @ w_in
             packed.T @ h  # weight gradients
             h.T @ mixed
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(attended, (q, k, v), gradient)
         for _ in range(8):  # the head, in eight parts of the vocabulary
             h @ head.T
             chunk @ head
@@ -106,82 +112,61 @@ def floor(config: PhiConfig, rows: int) -> Step:
     return step
 
 
+def with_rates(subject: Subject, tokens: int) -> Subject:
+    """Tokens a second in every row, of steps of `tokens`."""
+    for row in subject.rows:
+        if row.median:
+            row.extra["tokens/s"] = round(tokens / row.median)
+    return subject
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("preset", ["phi-tiny", "phi-small"])
-def test_training_step(preset: str, full: bool, results: Results) -> None:
-    config, rows = PhiConfig.preset(preset), ROWS[preset]
+def test_training_step(preset: str, dtype: str, full: bool, results: Results) -> None:
+    config, rows, where = PhiConfig.preset(preset), ROWS[preset], device()
     if not full:
-        config = config.replace(num_hidden_layers=1, vocab_size=512, max_position_embeddings=64)
-        rows = 1
-    torch.manual_seed(0)
-    batch = data(config, rows)
-    contenders: dict[str, Step | str] = {
-        "phi_fast": ours(config, batch),
-        "transformers eager": transformers_eager(config, batch),
-        "matrix products and SDPA alone": floor(config, rows),
+        config, rows = models.small(config), 1
+    batch = models.data(config, rows, where)
+    kind = DTYPES[dtype]
+    flops = rows * config.max_position_embeddings * config.flops_per_token(config.max_position_embeddings, causal=True)
+    contenders: Mapping[str, Step | str] = {
+        "phi_fast": ours(config, batch, kind),
+        "transformers eager": transformers_eager(config, batch, kind),
+        "transformers torch.compile": transformers_compiled(config, batch, kind, full),
+        "litgpt": litgpt(config, batch, kind),
+        FLOOR: floor(config, rows, kind, where),
+        "Liger-Kernel": absent("liger_kernel") or "does not cover phi",
     }
-    if full:
-        contenders["transformers torch.compile"] = transformers_compiled(config, batch)
     subject = compare(
-        f"training step, {preset}, fp32",
-        contenders,
-        config={"rows": rows, "tokens a row": config.max_position_embeddings},
-        repeats={"phi-tiny": 9, "phi-small": 3}[preset] if full else 1,
-        warmup=2 if full else 0,
-    )
-    for row in subject.rows:
-        if row.median:
-            row.extra["tokens/s"] = round(rows * config.max_position_embeddings / row.median)
-    results.add(subject)
-
-
-def test_step_under_zero2(full: bool, results: Results) -> None:
-    """phi-tiny under DeepSpeed ZeRO-2 in one process: what the engine adds to our step, and to transformers'."""
-    config = PhiConfig.preset("phi-tiny")
-    rows = ROWS["phi-tiny"]
-    if not full:
-        config = config.replace(num_hidden_layers=1, vocab_size=512, max_position_embeddings=64)
-        rows = 1
-    world = join("cpu")
-    torch.manual_seed(0)
-    batch = data(config, rows)
-    recipe = RECIPE.replace(model=config)
-    options: dict[str, Any] = {"precision": "fp32", "micro_batch_size": rows, "accumulation": 1}
-    fused, stock = (Zero2(Phi(config), recipe, world, fused=flag, **options) for flag in (True, False))
-
-    def trainer_step(zero: Zero2) -> Step:
-        def step() -> None:
-            zero.backward(zero.loss(*batch))
-            zero.step(1e-4, last_micro_batch=True)
-
-        return step
-
-    their_model = hugging_face(config)
-    their_optimizer = torch.optim.AdamW(parameter_groups(their_model, recipe), lr=1e-4, fused=True)
-    settings = {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 2},
-        "zero_allow_untested_optimizer": True,
-    }
-    engine = deepspeed("cpu").initialize(model=their_model, optimizer=their_optimizer, config=settings)[0]
-
-    def their_step() -> None:
-        engine.backward(their_loss(engine, *batch))
-        engine.step()
-
-    subject = compare(
-        "training step under DeepSpeed ZeRO-2, phi-tiny, fp32, 1 process",
-        {
-            "phi_fast trainer": trainer_step(fused),
-            "phi_fast, DeepSpeed's own step": trainer_step(stock),
-            "phi_fast without DeepSpeed": ours(config, batch),
-            "transformers + DeepSpeed": their_step,
-        },
-        config={"rows": rows, "tokens a row": config.max_position_embeddings},
+        f"training step, {preset}, {dtype}",
+        {name: run if isinstance(run, str) else Contender(run, flops=flops) for name, run in contenders.items()},
+        config={"rows": rows, "tokens a row": config.max_position_embeddings, "FLOPs": flops},
         repeats=9 if full else 1,
-        warmup=2 if full else 0,
+        warmup=2 if full and preset == "phi-tiny" else 1,
+        budget={"phi-tiny": 25.0, "phi-small": 60.0}[preset],
     )
-    for row in subject.rows:
-        if row.median:
-            row.extra["tokens/s"] = round(rows * config.max_position_embeddings / row.median)
-    results.add(subject)
+    results.add(with_rates(subject, rows * config.max_position_embeddings))
+
+
+def test_peak_memory(full: bool, results: Results) -> None:
+    """The largest resident size of a process that takes two steps, the imports (which the row names) included."""
+    if device().type != "cpu":
+        pytest.skip("on a GPU the rows of the training step have the allocator's peak")
+    preset = "phi-small" if full else "small phi-small"
+    for dtype in ("fp32", "bf16") if full else ("bf16",):
+        rows = []
+        for name in ("phi_fast", "transformers eager") if full else ("phi_fast",):
+            found = in_a_process(preset, dtype, name)
+            extra = {"peak MB": found["peak_mb"], "of them imports": found["imports_mb"]}
+            rows.append(Row(name, found["seconds"], "one step, after one untimed", extra))
+        config = {"model": preset, "rows": ROWS["phi-small"] if full else 1, "threads": torch.get_num_threads()}
+        results.add(Subject(f"peak memory of a step, phi-small, {dtype}", config, rows))
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    """What `benchmarks.one_process` prints."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.one_process", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,121 @@
+"""Hugging Face models before and after `accelerate`: a training step (forward, backward, clip, AdamW) on one instance.
+
+Every row trains the same weights on the same tokens under torch's fused AdamW, labels given, so that the model's own
+loss is part of it. The paired ratio is taken round by round.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from benchmarks import models
+from benchmarks.harness import Results, compare
+from benchmarks.ops import DTYPES
+from benchmarks.peers import NOT_COMPILED, absent, compiled
+from benchmarks.timing import device
+from phi_fast import PhiConfig
+from phi_fast.kernels import accelerate
+
+BEFORE, AFTER = "transformers", "phi_fast accelerate"
+ROWS, LENGTH = 8, 256
+Step = Callable[[], object]
+
+
+def phi_tiny() -> PreTrainedModel:
+    return models.hugging_face(PhiConfig.preset("phi-tiny"))
+
+
+def pythia_70m() -> PreTrainedModel:
+    """EleutherAI/pythia-70m, of random weights."""
+    shape: dict[str, Any] = {
+        "vocab_size": 50304,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 2048,
+    }
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_cache=False))
+
+
+def llama() -> PreTrainedModel:
+    """phi-tiny's width in Llama's layout: where few of the ops fit."""
+    shape: dict[str, Any] = {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama}
+
+
+def liger(name: str, model: PreTrainedModel) -> PreTrainedModel | str:
+    """Liger-Kernel's patch of the instance. Its rotary is left out: it would replace that of every model here."""
+    if name != "llama":
+        return f"does not cover {type(model).__name__}"
+    if reason := absent("liger_kernel"):
+        return reason
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=model, rope=False)
+    return model
+
+
+def training_step(model: PreTrainedModel, ids: torch.Tensor, run: Callable[..., Any] | None = None) -> Step:
+    """run: the model compiled, or None."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    call = run or model
+
+    def step() -> None:
+        call(input_ids=ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None:
+    rows, length = (ROWS, LENGTH) if full else (1, 32)
+    plain = MODELS[name]().to(device(), DTYPES[dtype]).train()
+    ids = torch.randint(plain.config.vocab_size, (rows, length), device=device())
+    accelerated, peer, for_compiler = (copy.deepcopy(plain) for _ in range(3))
+    print(accelerate(accelerated))
+    patched = liger(name, peer)
+    contenders: dict[str, Step | str] = {
+        BEFORE: training_step(plain, ids),
+        AFTER: training_step(accelerated, ids),
+        "transformers torch.compile": training_step(for_compiler, ids, compiled(for_compiler, full))
+        if full
+        else NOT_COMPILED,
+        "Liger-Kernel": patched if isinstance(patched, str) else training_step(patched, ids),
+    }
+    subject = compare(
+        f"accelerate, {name}, {dtype}",
+        contenders,
+        config={"rows": rows, "tokens a row": length, "optimizer": "torch fused AdamW"},
+        repeats=9 if full else 1,
+        warmup=2 if full else 1,
+        budget=25.0,
+    )
+    for row in subject.rows:
+        if row.median:
+            row.extra["tokens/s"] = round(rows * length / row.median)
+    after = next(row for row in subject.rows if row.name == AFTER)
+    after.extra["paired ratio"] = f"{subject.ratio(BEFORE, AFTER):.2f}"
+    results.add(subject)

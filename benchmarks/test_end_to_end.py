@@ -1,0 +1,61 @@
+"""The trainer's whole step under DeepSpeed ZeRO-2 beside transformers + DeepSpeed, in one process and in two.
+
+A step is everything but the loader, whose share test_loader.py measures: forward, backward, partitioned gradients, norm,
+clip, Adam, gathered weights. "phi_fast without DeepSpeed" is the bare step: what the engine adds is the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import models, zero2
+from benchmarks.harness import Contender, Results, Row, Subject, compare
+from benchmarks.ops import DTYPES
+from benchmarks.test_training_step import ROWS, ours, with_rates
+from phi_fast import PhiConfig
+from phi_fast.distributed import join
+
+PRESET = "phi-tiny"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_process(dtype: str, full: bool, results: Results) -> None:
+    config, rows, world = PhiConfig.preset(PRESET), ROWS[PRESET], join("auto")
+    if not full:
+        config, rows = models.small(config), 1
+    batch = models.data(config, rows, world.device)
+    running = zero2.contenders(config, rows, world, dtype)  # type: ignore[arg-type]
+    running["phi_fast without DeepSpeed"] = ours(config, batch, DTYPES[dtype])
+    tokens = rows * config.max_position_embeddings
+    flops = tokens * config.flops_per_token(config.max_position_embeddings, causal=True)
+    subject = compare(
+        f"end to end under ZeRO-2, {PRESET}, {dtype}, 1 process",
+        {name: Contender(step, flops=flops) for name, step in running.items()},
+        config={"rows": rows, "tokens a row": config.max_position_embeddings, "FLOPs": flops},
+        repeats=9 if full else 1,
+        budget=20,
+    )
+    results.add(with_rates(subject, tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_two_processes(dtype: str, full: bool, results: Results) -> None:
+    """On a CPU the two share the cores; on a machine with two GPUs each has its own."""
+    preset = PRESET if full else f"small {PRESET}"
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "benchmarks.zero2", preset, dtype, "7" if full else "1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
+    rows = ROWS[PRESET] if full else 1
+    length = PhiConfig.preset(PRESET).max_position_embeddings if full else 64
+    config = {"rows a rank": rows, "tokens a row": length, "ranks": found["ranks"], "threads a rank": found["threads"]}
+    measured = [Row(name, seconds) for name, seconds in found["seconds"].items()]
+    subject = Subject(f"end to end under ZeRO-2, {PRESET}, {dtype}, 2 processes", config, measured)
+    results.add(with_rates(subject, found["ranks"] * rows * length))
