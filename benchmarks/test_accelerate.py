@@ -28,30 +28,31 @@ ROWS, LENGTH = 8, 256
 Step = Callable[[], object]
 
 
-def phi_tiny() -> PreTrainedModel:
-    return models.hugging_face(PhiConfig.preset("phi-tiny"))
+def phi_tiny(full: bool) -> PreTrainedModel:
+    config = PhiConfig.preset("phi-tiny")
+    return models.hugging_face(config if full else models.small(config))
 
 
-def pythia_70m() -> PreTrainedModel:
+def pythia_70m(full: bool) -> PreTrainedModel:
     """EleutherAI/pythia-70m, of random weights."""
     shape: dict[str, Any] = {
-        "vocab_size": 50304,
+        "vocab_size": 50304 if full else 512,
         "hidden_size": 512,
         "intermediate_size": 2048,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 6 if full else 1,
         "num_attention_heads": 8,
         "max_position_embeddings": 2048,
     }
     return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_cache=False))
 
 
-def llama() -> PreTrainedModel:
+def llama(full: bool) -> PreTrainedModel:
     """phi-tiny's width in Llama's layout: where few of the ops fit."""
     shape: dict[str, Any] = {
-        "vocab_size": 8192,
+        "vocab_size": 8192 if full else 512,
         "hidden_size": 256,
         "intermediate_size": 688,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 4 if full else 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
@@ -59,7 +60,7 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
 
 
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama}
+MODELS: dict[str, Callable[[bool], PreTrainedModel]] = {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama}
 
 
 def liger(name: str, model: PreTrainedModel) -> PreTrainedModel | str:
@@ -92,7 +93,7 @@ def training_step(model: PreTrainedModel, ids: torch.Tensor, run: Callable[..., 
 @pytest.mark.parametrize("name", MODELS)
 def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None:
     rows, length = (ROWS, LENGTH) if full else (1, 32)
-    plain = MODELS[name]().to(device(), DTYPES[dtype]).train()
+    plain = MODELS[name](full).to(device(), DTYPES[dtype]).train()
     ids = torch.randint(plain.config.vocab_size, (rows, length), device=device())
     accelerated, peer, for_compiler = (copy.deepcopy(plain) for _ in range(3))
     print(accelerate(accelerated))
