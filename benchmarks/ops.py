@@ -18,6 +18,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Of the largest output: that contenders compute the same thing, not how well (tests/kernels shows that)."""
 
+MOST = 2**29
+"""Bytes that a copy moves at most: beyond any cache, and a row's share of the bound is by rate."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -117,7 +120,7 @@ def bounds(cost: Cost, like: Tensor, full: bool) -> dict[str, Contender]:
     """The yardsticks of what an operation is bound by, on the device and in the dtype of `like`."""
     found = {}
     if cost.moved:
-        found["copy"] = yardsticks.copy(2**28 if full else 2**14, like.device)
+        found["copy"] = yardsticks.copy(min(cost.moved, MOST), like.device)
     if cost.flops:
         found["matrix product"] = yardsticks.product(2048 if full else 64, like.dtype, like.device)
     return found

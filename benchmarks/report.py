@@ -1,67 +1,123 @@
-"""`python -m benchmarks.report`: the README's and docs/benchmarks.md's tables, from benchmarks/results/*.json alone."""
+"""`python -m benchmarks.report`: docs/benchmarks.md, its plots, and the README's table, from results files alone.
+
+`--compare A.json B.json` instead says what became slower from A to B, and ends with status 1 where something did.
+"""
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tyro
+from rich.console import Console
+
+from benchmarks import plots, regressions, summary
 from benchmarks.harness import RESULTS
+from benchmarks.tables import cells, describe, markdown
+from phi_fast.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
+TITLE = "# Benchmarks\n\nWritten by `python -m benchmarks.report` from `benchmarks/results/`; do not edit."
+HOW = """Times are medians of repeats taken in turn. Spread: interquartile range ÷ median. × phi_fast: the time as a
+multiple of the first phi_fast row's, repeat by repeat. Of bound: the least time that the copy and the matrix product of
+the same rounds allow for the bytes and FLOPs that the operation needs ÷ the median. A row that did not run says why."""
 
 
-def tables(document: dict[str, Any]) -> str:
-    """Every subject of one results file as Markdown."""
+@dataclass(frozen=True)
+class Options:
+    """What to do with results files."""
+
+    compare: tuple[Path, Path] | None = None
+    """Two results files, before and after: print what changed, write nothing."""
+    results: Path = RESULTS
+    """The folder that holds DEVICE-DATE.json files."""
+    root: Path = ROOT
+    """The folder whose README.md, docs/benchmarks.md and docs/plots/ are written."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A results document. Raises UsageError for a file that is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; expected a file of benchmarks/results/") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}); expected what pytest benchmarks --benchmark writes") from error
+    if not isinstance(document, dict) or not {"machine", "subjects"} <= set(document):
+        raise UsageError(f"{path} has no machine and subjects; expected what pytest benchmarks --benchmark writes")
+    return document
+
+
+def machine_line(document: dict[str, Any]) -> str:
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version[0].isdigit())
-    parts = [f"Measured on {machine['device']} ({machine['cpu_capability']}), {versions}."]
+    return f"Measured on {machine['device']} ({machine.get('isa', machine['cpu_capability'])}), {versions}."
+
+
+def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs: Path) -> str:
+    """One results file: every subject in full, by group, each group after its plot."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for subject in document["subjects"]:
-        config = ", ".join(f"{key} {value}" for key, value in subject["config"].items())
-        extras = sorted({key for row in subject["rows"] for key in row["extra"]})
-        header = ["", "median ms", "spread", "× fastest", *extras]
-        lines = [f"**{subject['name']}** ({config})", "", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
-        medians = [statistics.median(row["seconds"]) for row in subject["rows"] if row["seconds"]]
-        lines += [_line(_cells(row, min(medians), extras)) for row in subject["rows"]]
-        parts.append("\n".join(lines))
+        groups.setdefault(plots.group(subject["name"]), []).append(subject)
+    parts = [f"## {stem}", machine_line(document)]
+    for name, subjects in groups.items():
+        parts.append(f"### {name}")
+        if name in plots_of:
+            parts.append(f"![{name}]({plots_of[name].relative_to(docs).as_posix()})")
+        for subject in subjects:
+            parts.append(f"**{subject['name']}** ({describe(subject['config'])})\n\n{markdown(*cells(subject))}")
     return "\n\n".join(parts)
 
 
-def _cells(row: dict[str, Any], fastest: float, extras: list[str]) -> list[str]:
-    extra = [f"{value:,}" if isinstance(value, int | float) else str(value) for value in map(row["extra"].get, extras)]
-    extra = ["" if value == "None" else value for value in extra]
-    if not row["seconds"]:
-        return [f"{row['name']} ({row['note']})" if row["note"] else row["name"], "not measured", "", "", *extra]
-    median = statistics.median(row["seconds"])
-    spread = (max(row["seconds"]) - min(row["seconds"])) / median
-    return [row["name"], f"{1000 * median:.2f}", f"{100 * spread:.0f}%", f"{median / fastest:.2f}", *extra]
+def newest(documents: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest file of each device that has something for the README, by name (they end in their date)."""
+    found = {}
+    for _, document in sorted(documents.items()):
+        if summary.tables(document):
+            found[document["machine"]["device"]] = document
+    return list(found.values())
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def main() -> int:
-    """Write docs/benchmarks.md, and the newest CPU and GPU tables between the README's markers."""
-    files = sorted(RESULTS.glob("*.json"))
+def write(results: Path, root: Path) -> None:
+    """Raises UsageError where there are no results, or the README has no markers."""
+    files = sorted(results.glob("*.json"))
     if not files:
-        print(
-            f"no results in {RESULTS.relative_to(ROOT)}; measure first: pytest benchmarks/ --benchmark", file=sys.stderr
-        )
-        return 1
-    documents = [json.loads(file.read_text()) for file in files]
-    body = "\n\n".join(f"## {file.stem}\n\n{tables(document)}" for file, document in zip(files, documents, strict=True))
-    title = "# Benchmarks\n\nWritten by `python -m benchmarks.report` from `benchmarks/results/`; do not edit."
-    (ROOT / "docs" / "benchmarks.md").write_text(f"{title}\n\n{body}\n")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+        raise UsageError(f"no results in {results}; measure first: make bench, or pytest benchmarks --benchmark")
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UsageError(f"{readme} lacks the lines {BEGIN} and {END}, between which the table goes")
+    documents = {file.stem: read(file) for file in files}
+    docs = root / "docs"
+    sections = [
+        section(document, stem, plots.draw(document, docs / "plots" / stem), docs)
+        for stem, document in sorted(documents.items(), reverse=True)
+    ]
+    (docs / "benchmarks.md").write_text("\n\n".join((TITLE, HOW, *sections)) + "\n", encoding="utf-8")
     head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    readme.write_text(f"{head}{BEGIN}\n{tables(documents[-1])}\n{END}{tail}")
-    return 0
+    short = [f"{machine_line(document)}\n\n{summary.tables(document)}" for document in newest(documents)]
+    short.append("All rows, spreads and plots: [docs/benchmarks.md](docs/benchmarks.md).")
+    body = "\n\n".join(short)
+    readme.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0; 1 where --compare found something slower; 2 after an error."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.report", description=__doc__)
+    try:
+        if options.compare is None:
+            write(options.results, options.root)
+            return 0
+        comparison = regressions.compare(*(read(path) for path in options.compare))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    regressions.show(comparison, Console(soft_wrap=True, highlight=False))
+    return 1 if comparison.regressed else 0
 
 
 if __name__ == "__main__":

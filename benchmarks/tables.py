@@ -12,8 +12,7 @@ from rich.table import Table
 from benchmarks.harness import Subject, kind, spread
 
 COLUMNS = ("median ms", "spread", "× phi_fast", "of bound")
-"""Spread: interquartile range ÷ median. × phi_fast: time as a multiple of this project's first row, repeat by repeat. Of
-bound: the least time that the bounds measured in the same rounds allow ÷ the median."""
+"""× phi_fast: the time as a multiple of this project's first row. Of bound: `Row.of_bound`."""
 
 
 def cells(subject: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -57,8 +56,9 @@ def _extras(row: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table: first and last ("note") columns to the left, figures to the right."""
-    rule = ["---" if title in ("", "note") else "---:" for title in header]
+    """A Markdown table: names and texts to the left, figures to the right."""
+    texts = [all(not line[i][:1].isdigit() for line in body) for i in range(len(header))]
+    rule = ["---" if text else "---:" for text in texts]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 

@@ -78,7 +78,7 @@ def liger(name: str, model: PreTrainedModel) -> PreTrainedModel | str:
 def training_step(model: PreTrainedModel, ids: torch.Tensor, run: Callable[..., Any] | None = None) -> Step:
     """run: the model compiled, or None."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    call = run or model
+    call = model if run is None else run
 
     def step() -> None:
         call(input_ids=ids, labels=ids).loss.backward()

@@ -114,7 +114,7 @@ def test_whole_update_of_bf16_weights(full: bool, results: Results) -> None:
     theirs = update_in_passes(grad, lambda params: deepspeed_adam(params, full))
     running["DeepSpeed, in passes"] = theirs if isinstance(theirs, str) else Contender(theirs, cost.moved)
     subject = compare(
-        "adam, whole update of bf16 weights",
+        "adam, bf16, whole update",
         running | bounds(cost, grad, full),
         config={"parameters": n, "bytes a parameter": 30, "clip": CLIP},
         repeats=11 if full else 1,

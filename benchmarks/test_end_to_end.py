@@ -1,7 +1,8 @@
 """The trainer's whole step under DeepSpeed ZeRO-2 beside transformers + DeepSpeed, in one process and in two.
 
-A step is everything but the loader, whose share test_loader.py measures: forward, backward, partitioned gradients, norm,
-clip, Adam, gathered weights. "phi_fast without DeepSpeed" is the bare step: what the engine adds is the difference.
+A step is everything but the loader, whose share test_loader.py measures: forward, backward, partitioned gradients,
+norm, clip, Adam, weights gathered. What the engine adds is the difference to "phi_fast without DeepSpeed", the bare
+step.
 """
 
 from __future__ import annotations

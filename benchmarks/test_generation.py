@@ -51,7 +51,10 @@ def test_greedy_decoding(results: Results, full: bool) -> None:
             config = PhiConfig.preset(preset)
             settings = {"model": preset, "batch": batch, "prompt": PROMPT_TOKENS, "new tokens": NEW_TOKENS}
             subject = compare(
-                f"generate {preset} batch {batch}", contenders(config, batch), config=settings, repeats=5 if full else 1
+                f"generation, {preset}, batch {batch}",
+                contenders(config, batch),
+                config=settings,
+                repeats=5 if full else 1,
             )
             for row in subject.rows:
                 if row.median:

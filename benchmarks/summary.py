@@ -1,0 +1,73 @@
+"""The README's two short tables: whole steps, and a line a kernel."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.harness import kind
+from benchmarks.tables import markdown, paired_ratio
+
+STEPS = ("training step", "end to end under ZeRO-2", "training step under DeepSpeed ZeRO-2")
+"""Groups whose subjects are whole steps."""
+KERNELS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "parallel_block")
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def tables(document: dict[str, Any]) -> str:
+    """Markdown of what a results file has of `STEPS` and `KERNELS`; the rest is left to docs/benchmarks.md."""
+    subjects = document["subjects"]
+    return "\n\n".join(table for table in (_steps(subjects), _kernels(subjects)) if table)
+
+
+def _steps(subjects: list[dict[str, Any]]) -> str:
+    """ms a step: a line a subject, this project's first, and every other as a multiple of it."""
+    body = []
+    for subject in subjects:
+        own = _ours(subject)
+        if subject["name"].split(",")[0] not in STEPS or own is None:
+            continue
+        others = [row for row in subject["rows"] if row["seconds"] and row is not own]
+        ratios = "; ".join(f"{row['name']} {paired_ratio(row['seconds'], own['seconds']):.2f}×" for row in others)
+        body.append([subject["name"], _ms(own), f"{own['extra'].get('tokens/s', 0):,}", ratios])
+    return markdown(["", "phi_fast ms", "tokens/s", "time of the others"], body) if body else ""
+
+
+def _kernels(subjects: list[dict[str, Any]]) -> str:
+    """A line a kernel and shape, a column a dtype: ms, the fastest peer's time as a multiple, share of the bound."""
+    lines: dict[str, dict[str, list[str]]] = {}
+    for subject in subjects:
+        parts = subject["name"].split(", ")
+        dtype = next((part for part in parts if part in DTYPES), None)
+        if parts[0] not in KERNELS or dtype is None:
+            continue
+        at = parts.index(dtype)
+        cell = " ".join(filter(None, (", ".join(parts[at + 1 :]), _cell(subject))))
+        lines.setdefault(", ".join(parts[:at]), {}).setdefault(dtype, []).append(cell)
+    columns = [dtype for dtype in DTYPES if any(dtype in line for line in lines.values())]
+    body = [[name, *("<br>".join(line.get(dtype, [])) for dtype in columns)] for name, line in lines.items()]
+    legend = "A kernel: ms, the fastest peer's time as a multiple of it, and the share of what the bound allows."
+    return f"{legend}\n\n{markdown(['', *columns], body)}" if body else ""
+
+
+def _cell(subject: dict[str, Any]) -> str:
+    own = _ours(subject)
+    if own is None:
+        return "not measured"
+    peers = [row for row in subject["rows"] if row["seconds"] and kind(row["name"]) == "peer"]
+    parts = [f"{_ms(own)} ms"]
+    if peers:
+        best = min(peers, key=lambda row: statistics.median(row["seconds"]))
+        parts.append(f"{best['name']} {paired_ratio(best['seconds'], own['seconds']):.2f}×")
+    if own.get("of_bound"):
+        parts.append(f"{100 * own['of_bound']:.0f}%")
+    return ", ".join(parts)
+
+
+def _ours(subject: dict[str, Any]) -> dict[str, Any] | None:
+    """The first of this project's rows that was measured."""
+    return next((row for row in subject["rows"] if kind(row["name"]) == "ours" and row["seconds"]), None)
+
+
+def _ms(row: dict[str, Any]) -> str:
+    return f"{1000 * statistics.median(row['seconds']):.1f}"
