@@ -181,6 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
             from .planning.plot import draw
 
             draw(report.job, report.plans, report.scaling, options.plot)
+    except ImportError as error:
+        print(f"error: --plot needs matplotlib: pip install 'phi-fast[eval]' ({error})", file=sys.stderr)
+        return 2
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

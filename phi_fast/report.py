@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         out = run(options)
+    except ImportError as error:
+        print(f"error: --png needs matplotlib: pip install 'phi-fast[eval]' ({error})", file=sys.stderr)
+        return 2
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -137,6 +137,15 @@ def test_published_speeds_are_the_sources() -> None:
     assert all(0.5 < row.ratio < 2 for key, row in rows.items() if key[0] == "MPT-1B")
 
 
+def test_the_page_quotes_the_table_as_it_is() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    for row in compare():
+        entry, ours = row.published, row.plan
+        cells = [entry.what, f"{entry.devices} × {entry.device}", f"{entry.tokens_per_second:,.0f}"]
+        cells += [f"{100 * row.mfu:.1f}%", f"{ours.tokens_per_second_per_device:,.0f}", f"{100 * ours.mfu_full:.1f}%"]
+        assert " | ".join([*cells, f"{row.ratio:.2f}", entry.source]) in page
+
+
 def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "64"]
     files = {"--json": tmp_path / "plan.json", "--plot": tmp_path / "plan.png"}

@@ -29,7 +29,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; } tr:last-child > * { border-bottom: 0; } td { overflow-wrap: anywhere; }
-svg.chart { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
+svg.chart { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 13px; }
 .grid { stroke: var(--line); } .cursor { stroke: var(--soft); stroke-dasharray: 2 3; }
 .series { fill: none; stroke-width: 1.6; stroke-linejoin: round; } .series circle { stroke: none; }
 .s1 { stroke-dasharray: 6 3; } .s2 { stroke-dasharray: 2 3; } .s3 { stroke-dasharray: 8 3 2 3; }

@@ -1,0 +1,343 @@
+"""The words of README.md and docs/ held to the code: every command parses, snippets run, the drawing is the imports."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from torch.distributed.run import parse_args as torchrun_options
+
+from phi_fast.distributed import deepspeed
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = {".", "cd", "echo", "git", "mkdir", "pip"}
+"""Commands of a page that are not this project's."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    """Of its first line of text, counted from 1."""
+    language: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page, as words."""
+
+    page: str
+    line: int
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line} {' '.join(self.words)}"[:110]
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    found, start, kind = [], None, ""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if start is None and (match := re.fullmatch(r"```(\w*).*", line)):
+            start, kind = number, match[1]
+        elif start is not None and line == "```":
+            if kind == language:
+                found.append(Block(page, start + 1, kind, "\n".join(lines[start : number - 1])))
+            start = None
+    return found
+
+
+def commands(page: Path) -> list[Command]:
+    """Those of ```sh blocks, of lines indented as code, and of inline code that begins with "python -m phi_fast."."""
+    found = []
+    for block in blocks(page, "sh"):
+        waiting: list[str] = []
+        for number, line in enumerate(block.text.splitlines(), block.line):
+            waiting.append(line.removesuffix("\\"))
+            if line.endswith("\\"):
+                continue
+            if words := _words(" ".join(waiting)):
+                found.append(Command(page.name, number, words))
+            waiting = []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("    python -m "):
+            found.append(Command(page.name, number, _words(line)))
+        for span in re.findall(r"`(python -m phi_fast\.[^`]*)`", line):
+            found.append(Command(page.name, number, _words(span.replace("…", ""))))
+    return found
+
+
+def _words(line: str) -> tuple[str, ...]:
+    words = shlex.split(line, comments=True)
+    for mark in (">", ">>", "|"):
+        if mark in words:
+            words = words[: words.index(mark)]
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    return tuple(words)
+
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+
+
+class Parsed(BaseException):
+    """A command line was understood; nothing was run."""
+
+
+def module_and_options(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
+    """What Python is told to run, by `python -m`, torchrun, deepspeed or a make target; None for other commands."""
+    if words[0] == "make":
+        return _make(words[1:])
+    if words[0] == "torchrun":
+        launched = torchrun_options(list(words[1:]))
+        assert launched.module
+        return launched.training_script, launched.training_script_args
+    if words[0] == "deepspeed":
+        deepspeed("cpu")
+        launched = importlib.import_module("deepspeed.launcher.runner").parse_args(list(words[1:]))
+        assert launched.module
+        return launched.user_script, launched.user_args
+    return (words[2], list(words[3:])) if words[:2] == ("python", "-m") else None
+
+
+def _make(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
+    """The Python command of a make target, which must exist."""
+    target = next(word for word in words if "=" not in word)
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(rf"^{re.escape(target)}(?: [\w-]+)*:(?!=).*\n((?:\t.*\n)*)", makefile, re.MULTILINE)
+    assert recipe or re.search(rf"^[\w -]*\b{re.escape(target)}\b[\w -]*:", makefile, re.MULTILINE), (
+        f"no target {target}"
+    )
+    arguments = next((word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")), "")
+    if recipe and (match := re.search(r"python -m (phi_fast\S+)(.*)", recipe[1])):
+        return match[1], shlex.split(match[2].replace("$(ARGS)", arguments))
+    return None
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_the_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module exists, and its own parser takes the options; it stops there."""
+    found = module_and_options(command.words)
+    if found is None:
+        assert command.words[0] in SHELL | {"make", "pytest"}, f"what is {command.words[0]}?"
+        return
+    module, options = found
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"there is no module {module}"
+    if options:
+        parse_only(module, options, monkeypatch)
+
+
+def parse_only(module: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs `python -m module options` up to where its options are understood."""
+
+    def stop_after(parse: Any) -> Any:
+        def parse_and_stop(*positional: Any, **keywords: Any) -> Any:
+            parse(*positional, **keywords)
+            raise Parsed
+
+        return parse_and_stop
+
+    monkeypatch.setattr(tyro, "cli", stop_after(tyro.cli))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(sys, "argv", [module, *options])
+    monkeypatch.chdir(ROOT)
+    try:
+        main = importlib.import_module(module).main
+        if all(parameter.default is not parameter.empty for parameter in inspect.signature(main).parameters.values()):
+            main()
+        else:  # it is handed its options by the lines at the end of the module
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Parsed:
+        return
+    except SystemExit as status:
+        assert status.code == 0 and "--help" in options, f"{module} {options} exits with {status.code}"
+        return
+    pytest.fail(f"{module} did not read its options")
+
+
+def test_a_wrong_option_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="exits with 2"):
+        parse_only("phi_fast.plan", ["--recpie", "phi-1.5"], monkeypatch)
+
+
+class Enough(Exception):
+    """Ends a snippet that would go on for ever."""
+
+
+def _three_batches() -> dict[str, Any]:
+    """What docs/data.md's snippet takes as given: a model."""
+    seen: list[int] = []
+
+    def model(input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        assert input_ids.shape == labels.shape == (8, 2048)
+        seen.append(1)
+        if len(seen) > 3:
+            raise Enough
+        return SimpleNamespace(loss=torch.zeros(()))
+
+    return {"model": model}
+
+
+GIVEN = {"data.md": _three_batches}
+"""What a page's snippets take as given, by the page's name."""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_snippets_run(page: Path, stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snippets of a page, from its first to its last, in one namespace, beside a corpus at data/stdlib."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "stdlib").symlink_to(stdlib)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__snippet__", **GIVEN.get(page.name, dict)()}
+    for block in blocks(page, "python"):
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        try:
+            exec(code, names)
+        except Enough:
+            continue
+
+
+QUICK_START = ROOT / "docs" / "quick-start.md"
+SMALL = (
+    "--model.hidden-size 64 --model.num-attention-heads 1 --model.num-hidden-layers 1 --sequence-length 64 "
+    "--global-batch-size 2 --tokens 512 --val-every 0 --sample-tokens 4 --model.max-position-embeddings 128"
+)
+
+
+def run_quick_start(folder: Path, stdlib: Path, training: str) -> list[str]:
+    """The page's commands, one after the other, in `folder`; returns what each printed.
+
+    `make train` is its Python command, with the options of `training`; what installs is left out.
+    """
+    (folder / "data").mkdir()
+    (folder / "data" / "stdlib").symlink_to(stdlib)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    printed = []
+    for block in blocks(QUICK_START, "sh"):
+        for line in block.text.splitlines():
+            if line.startswith(("pip ", ". ")):
+                continue
+            command = f"python -m phi_fast.train {training}" if line == "make train" else line
+            done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            printed.append(done.stdout + done.stderr)
+    return printed
+
+
+def check_quick_start(folder: Path, printed: list[str]) -> None:
+    assert (folder / "runs" / "tiny" / "report.html").is_file()
+    assert (folder / "phi-tiny-hf" / "config.json").is_file()
+    assert (folder / "runs" / "tiny" / "evaluation" / "results.json").is_file()
+    everything = "\n".join(printed)
+    for word in ("The module", "arc_easy", "1,418,270,720"):
+        assert word in everything
+
+
+def test_the_quick_start_works_small(tmp_path: Path, stdlib: Path) -> None:
+    check_quick_start(tmp_path, run_quick_start(tmp_path, stdlib, SMALL))
+
+
+@pytest.mark.slow
+def test_the_quick_start_works_whole_in_twenty_minutes(tmp_path: Path, stdlib: Path) -> None:
+    start = time.perf_counter()
+    printed = run_quick_start(tmp_path, stdlib, "")
+    assert time.perf_counter() - start < 20 * 60
+    check_quick_start(tmp_path, printed)
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def drawing() -> tuple[dict[str, str], set[tuple[str, str]]]:
+    """(module or folder -> room, arrows) of the drawing."""
+    [block] = blocks(ARCHITECTURE, "mermaid")
+    rooms = {}
+    for room, label in re.findall(r'^ +(\w+)\["([^"]*)"\]', block.text, re.MULTILINE):
+        title, _, members = label.partition("<br>")
+        for member in members.split() or [title]:
+            assert member not in rooms, f"{member} is drawn twice"
+            rooms[member] = room
+    return rooms, set(re.findall(r"^ +(\w+) --> (\w+)$", block.text, re.MULTILINE))
+
+
+def imports() -> dict[tuple[str, str], str]:
+    """(module or folder of phi_fast, one that it imports) -> a file where it does; imports inside functions count."""
+    files = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted((ROOT / "phi_fast").rglob("*.py"))}
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        files[path] = ("phi_fast", *path.relative_to(ROOT).with_suffix("").parts)
+    found = {}
+    for path, parts in files.items():
+        own = parts[1]
+        for target in _targets(ast.parse(path.read_text(encoding="utf-8")), parts):
+            if target[0] == "phi_fast":
+                other = target[1] if len(target) > 1 else "__init__"
+                if other != own:
+                    found[own, other] = str(path.relative_to(ROOT))
+    return found
+
+
+def _targets(tree: ast.Module, parts: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Dotted names that a file imports, relative ones resolved; `from . import x` is x."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (*parts[: -node.level], *(node.module or "").split(".")) if node.level else node.module.split(".")  # type: ignore[union-attr]
+            base = tuple(word for word in base if word)
+            found += [(*base, alias.name) if len(base) == 1 else base for alias in node.names]
+    return found
+
+
+def test_the_drawing_is_the_imports() -> None:
+    rooms, arrows = drawing()
+    real: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (own, other), file in imports().items():
+        if own == "__init__" and other == "__version__":
+            continue
+        assert own in rooms, f"{own} ({file}) is in no room of the drawing"
+        if other == "__version__" or (other not in rooms and other[0].isupper()):
+            other = "__init__"
+        assert other in rooms, f"{other}, imported by {file}, is in no room of the drawing"
+        if rooms[own] != rooms[other]:
+            real[rooms[own], rooms[other]].append(file)
+    missing = {f"{a} --> {b}": files[0] for (a, b), files in real.items() if (a, b) not in arrows}
+    assert not missing, "imports that are not drawn"
+    assert not arrows - set(real), "arrows without an import"
+
+
+def test_kernels_know_no_trainer() -> None:
+    assert {other for own, other in imports() if own == "kernels"} <= {"_C"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
