@@ -24,7 +24,7 @@ from phi_fast import PhiConfig
 from phi_fast.kernels import accelerate
 
 BEFORE, AFTER = "transformers", "phi_fast accelerate"
-ROWS, LENGTH = 8, 256
+ROWS, LENGTH = {"phi-tiny": 8, "pythia-70m": 4, "llama": 8}, 256
 Step = Callable[[], object]
 
 
@@ -92,7 +92,7 @@ def training_step(model: PreTrainedModel, ids: torch.Tensor, run: Callable[..., 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None:
-    rows, length = (ROWS, LENGTH) if full else (1, 32)
+    rows, length = (ROWS[name], LENGTH) if full else (1, 32)
     plain = MODELS[name](full).to(device(), DTYPES[dtype]).train()
     ids = torch.randint(plain.config.vocab_size, (rows, length), device=device())
     accelerated, peer, for_compiler = (copy.deepcopy(plain) for _ in range(3))
