@@ -74,9 +74,7 @@ def name(op: str, device: torch.device | str) -> str:
     chosen = _chosen[op]
     if chosen != "auto":
         return chosen
-    if torch.device(device).type == "cuda":
-        return "triton"
-    return "cpp" if _has(f"cpp.{op}") else "reference"
+    return "triton" if torch.device(device).type == "cuda" else "cpp"
 
 
 def in_use(device: torch.device | str) -> dict[str, str]:
@@ -94,8 +92,6 @@ def implementation(op: str, device: torch.device) -> ModuleType:
             f"{op}: backend 'cpp' runs on CPU tensors, these are on {device}; use('triton', op={op!r})"
         )
     module = f"vendor.{backend.replace('-', '_')}_{op}" if backend in VENDORS else f"{backend}.{op}"
-    if not _has(module):
-        raise BackendUnavailable(f"{op} has no {backend!r} implementation; use('reference', op={op!r})")
     return importlib.import_module(f"{__package__}.{module}")
 
 
@@ -126,7 +122,3 @@ def _require_triton(op: str, device: torch.device) -> None:
             f"{op}: Triton needs a GPU and these tensors are on the CPU. Set TRITON_INTERPRET=1 before Python starts "
             f"to run it in Triton's interpreter (slow), or use('auto', op={op!r})"
         )
-
-
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(f"{__package__}.{module}") is not None

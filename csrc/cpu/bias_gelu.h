@@ -14,7 +14,7 @@ struct TanhGelu {
 
   PHI_INLINE explicit TanhGelu(Vec input) : x(input), t(max(Vec(-10.0f), min(Vec(10.0f), input))) {
     power = exp_in_range(t * fma(Vec(-kTwoRoot * kCubic), t * t, Vec(-kTwoRoot)));
-    s = Vec(1.0f) / (Vec(1.0f) + power);
+    s = reciprocal(Vec(1.0f) + power);
   }
   PHI_INLINE Vec value() const { return x * keep(x > Vec(-10.0f), s); }
   PHI_INLINE Vec slope() const {
@@ -68,24 +68,22 @@ inline void bias_gelu_forward(const BiasGeluForward& a) {
   });
 }
 
-/// The gradients of `count` rows from row r on; their sum is added to dbias.
+/// The gradient of a row, which is added to dbias. A row at a time: several, a power of two apart, would share few
+/// lines of the first-level cache.
 template <class T, class G>
-void bias_gelu_backward_rows(const BiasGeluBackward& a, int64_t r, int count, float* dbias) {
+void bias_gelu_backward_row(const BiasGeluBackward& a, int64_t r, float* dbias) {
   const T *x = a.x.row<T>(r), *dout = a.dout.row<T>(r);
   T* dx = a.dx.row<T>(r);
   T* activation = a.activation ? a.activation.row<T>(r) : nullptr;
-  for_lanes(a.columns, [=, &a](int64_t i, auto lanes) {
-    Vec total(0.0f);
-    for (int g = 0; g < count; ++g) {
-      Vec u = load(x + g * a.x.stride + i, lanes);
-      if (a.bias) u = u + load(a.bias + i, lanes);
-      const G gelu(u);
-      const Vec gradient = load(dout + g * a.dout.stride + i, lanes) * gelu.slope();
-      store(dx + g * a.dx.stride + i, gradient, lanes);
-      if (activation) store(activation + g * a.activation.stride + i, gelu.value(), lanes);
-      total = total + gradient;
-    }
-    store(dbias + i, load(dbias + i, lanes) + total, lanes);
+  const float* bias = a.bias;
+  for_lanes(a.columns, [=](int64_t i, auto lanes) {
+    Vec u = load(x + i, lanes);
+    if (bias) u = u + load(bias + i, lanes);
+    const G gelu(u);
+    const Vec gradient = load(dout + i, lanes) * gelu.slope();
+    store(dx + i, gradient, lanes);
+    if (activation) store(activation + i, gelu.value(), lanes);
+    store(dbias + i, load(dbias + i, lanes) + gradient, lanes);
   });
 }
 
@@ -98,9 +96,7 @@ inline void bias_gelu_backward(const BiasGeluBackward& a) {
         for (int64_t b = begin; b < end; ++b) {
           float* dbias = partial.data() + b * a.columns;
           fill(dbias, a.columns, 0.0f);
-          blocks.by_group(b, [&](int64_t r, int count) {
-            bias_gelu_backward_rows<decltype(type), GeluForm<form>>(a, r, count, dbias);
-          });
+          blocks.by_row(b, [&](int64_t r) { bias_gelu_backward_row<decltype(type), GeluForm<form>>(a, r, dbias); });
         }
       });
     });

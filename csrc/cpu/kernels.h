@@ -195,6 +195,12 @@ struct RowBlocks {
     if (count > 64) count = 64;
   }
 
+  /// fn(row) for each of the block's rows.
+  template <class Fn>
+  void by_row(int64_t block, Fn fn) const {
+    for (int64_t r = rows * block / count; r < rows * (block + 1) / count; ++r) fn(r);
+  }
+
   /// fn(first row, how many) for the block's rows, kGroup at a time.
   template <class Fn>
   void by_group(int64_t block, Fn fn) const {

@@ -47,6 +47,9 @@ PHI_INLINE Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
 PHI_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 PHI_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
 
+/// 1 / a for 1 <= a, to about 1 unit in the last place.
+PHI_INLINE Vec reciprocal(Vec a) { return Vec(1.0f) / a; }
+
 /// a times 2 to the power of the integer in the low bits of `magic` (see exp).
 PHI_INLINE Vec scale_by_power(Vec a, Vec magic) {
   const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(magic.v), 23);

@@ -61,6 +61,9 @@ PHI_INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 PHI_INLINE Vec fnma(Vec a, Vec b, Vec c) { return fma(Vec(-a.v), b, c); }
 
+/// 1 / a for 1 <= a, to about 1 unit in the last place.
+PHI_INLINE Vec reciprocal(Vec a) { return Vec(1.0f) / a; }
+
 /// a times 2 to the power of the integer in the low bits of `magic` (see exp).
 PHI_INLINE Vec scale_by_power(Vec a, Vec magic) { return Float4(UInt4(a.v) + (UInt4(magic.v) << 23)); }
 

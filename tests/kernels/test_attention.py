@@ -4,106 +4,29 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from attention_cases import CASES, Case, run
 from numerics import DTYPES, assert_no_worse, double, gradients
 from torch import Tensor
 
 from phi_fast.kernels import BackendUnavailable, backend, use
 from phi_fast.kernels.attention import attention
 
-BACKENDS = [
-    "reference",
-    "sdpa",
-    pytest.param("cpp", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the C++ kernels run on CPU tensors")),
+OURS = [
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the C++ kernels run on CPU tensors")
+    ),
     pytest.param("triton", marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")),
 ]
-
-# Ragged ends, both head dims, every option alone and the options together.
-CASES: dict[str, dict[str, Any]] = {
-    "17 rows, head_dim 128": {"sequence": 17, "head_dim": 128},
-    "63 rows, full": {"sequence": 63, "causal": False},
-    "64 rows, rotary": {"sequence": 64, "rotary_dim": 32},
-    "65 rows, 4 queries a key": {"sequence": 65, "heads": 4, "key_heads": 1},
-    "130 rows, two sequences": {"sequence": 130, "batch": 2, "heads": 1, "key_heads": 1},
-    "130 rows, documents": {"sequence": 130, "documents": [0, 5, 5, 70, 71, 130]},
-    "130 rows, full, documents, rotary, grouped": {
-        "sequence": 130, "causal": False, "documents": [0, 33, 97, 130], "rotary_dim": 64, "key_heads": 1,
-    },
-}  # fmt: skip
-
-
-class Case:
-    """Inputs of one case, and attention over them by whatever back end is in use."""
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        device: str,
-        *,
-        sequence: int,
-        batch: int = 1,
-        heads: int = 2,
-        key_heads: int = 2,
-        head_dim: int = 64,
-        causal: bool = True,
-        documents: list[int] | None = None,
-        rotary_dim: int = 0,
-        magnitude: float = 1.0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(sequence)
-
-        def draw(number: int, factor: float = 1.0) -> Tensor:
-            x = torch.randn(batch, sequence, number, head_dim, generator=generator, dtype=torch.float64) * factor
-            return x.to(device, dtype)
-
-        self.inputs = {"q": draw(heads, magnitude), "k": draw(key_heads, magnitude), "v": draw(key_heads)}
-        self.dout = draw(heads)
-        self.causal = causal
-        self.cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32, device=device)
-        self.cos = self.sin = None
-        if rotary_dim:
-            frequencies = 10000 ** (-torch.arange(rotary_dim // 2) / (rotary_dim // 2))
-            angles = torch.outer(torch.arange(sequence).float(), frequencies).to(device)
-            self.cos, self.sin = angles.cos(), angles.sin()
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, causal=self.causal, cu_seqlens=self.cu_seqlens, cos=self.cos, sin=self.sin)
-
-    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """By torch's public functions alone, nothing of phi_fast's."""
-        sequence, heads = q.shape[1], q.shape[2]
-        rows = torch.arange(sequence, device=q.device)
-        seen = rows[:, None] >= rows if self.causal else torch.ones(sequence, sequence, dtype=torch.bool).to(q.device)
-        if self.cu_seqlens is not None:
-            lengths = self.cu_seqlens.diff().long()
-            document = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
-            seen = seen & (document[:, None] == document)
-            rows = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
-        q, k = self._rotated(q, rows), self._rotated(k, rows)
-        q, k, v = (x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
-
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        if self.cos is None or self.sin is None:
-            return x
-        half = self.cos.shape[1]
-        turn = torch.polar(torch.ones_like(self.cos, dtype=torch.float64), torch.atan2(self.sin, self.cos).double())
-        pairs = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double()) * turn[positions][:, None]
-        return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :].double()), -1).to(x.dtype)
-
-
-def run(name: str, function: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
-    with use(name, op="attention"):
-        return gradients(function, case.inputs, case.dout)
+BACKENDS = ["reference", "sdpa", *OURS]
 
 
 def assert_case(name: str, case: Case) -> None:
     actual = run(name, case, case)
-    plain = gradients(case.plain, case.inputs, case.dout)
+    plain = gradients(case.composed if name == "reference" else case.plain, case.inputs, case.dout)
     exact = gradients(case.plain, double(case.inputs), case.dout.double())
     for tensor, value in actual.items():
         assert_no_worse(value, plain[tensor], exact[tensor], f"{name} {tensor}")
@@ -224,19 +147,19 @@ def test_log_sum_exp_is_natural_and_interchangeable(name: str, device: str) -> N
     torch.testing.assert_close(lse, reference.forward(*case.inputs.values(), **options)[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(
     ("tensor", "value"),
     [(tensor, value) for tensor in ("q", "k", "v", "dout") for value in (float("nan"), float("inf"))]
     + [("k", -float("inf"))],
 )
-def test_triton_spreads_nan_and_inf_as_plain_pytorch_does(tensor: str, value: float, device: str) -> None:
+def test_spreads_nan_and_inf_as_plain_pytorch_does(name: str, tensor: str, value: float, device: str) -> None:
     """All who look at a poisoned row see it, and where plain PyTorch stays finite the kernel does.
 
     Plain PyTorch multiplies hidden values by zero, which NaN survives: it spreads further than causality asks. The
     kernel skips the blocks that are hidden whole, so it ends between the two: what each row alone makes of the keys it
     sees, and what plain PyTorch makes of all.
     """
-    pytest.importorskip("triton")
     case = Case(torch.float32, device, sequence=40)
     (case.dout if tensor == "dout" else case.inputs[tensor])[0, 20, 0, 3] = value
 
@@ -254,9 +177,9 @@ def test_triton_spreads_nan_and_inf_as_plain_pytorch_does(tensor: str, value: fl
     least = gradients(each_row_alone, case.inputs, case.dout)
     most = gradients(plain, case.inputs, case.dout)
     assert any(not x.isfinite().all() for x in least.values())
-    for name, x in run("triton", case, case).items():
-        assert not (x.isfinite() & ~least[name].isfinite()).any(), f"{name} hides it"
-        assert not (~x.isfinite() & most[name].isfinite()).any(), f"{name} is not finite where plain PyTorch is"
+    for result, x in run(name, case, case).items():
+        assert not (x.isfinite() & ~least[result].isfinite()).any(), f"{result} hides it"
+        assert not (~x.isfinite() & most[result].isfinite()).any(), f"{result} is not finite where plain PyTorch is"
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -266,17 +189,17 @@ def test_two_backward_runs_give_the_same_bits(name: str, device: str) -> None:
     assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
 
 
-def test_a_document_is_what_it_is_alone(device: str) -> None:
+@pytest.mark.parametrize("name", OURS)
+def test_a_document_is_what_it_is_alone(name: str, device: str) -> None:
     """Nothing leaks over a border, the rotation starts again, and a document is as if there were no others."""
-    pytest.importorskip("triton")
     case = Case(torch.float32, device, sequence=70, documents=[0, 29, 70], rotary_dim=32)
-    joined = run("triton", case, case)
+    joined = run(name, case, case)
     for rows in (slice(0, 29), slice(29, 70)):
         alone = Case(torch.float32, device, sequence=70, rotary_dim=32)
         alone.inputs = {name: x[:, rows].contiguous() for name, x in case.inputs.items()}
         alone.dout = case.dout[:, rows]
-        for name, x in run("triton", alone, alone).items():
-            torch.testing.assert_close(joined[name][:, rows], x, rtol=1e-5, atol=1e-5)
+        for tensor, x in run(name, alone, alone).items():
+            torch.testing.assert_close(joined[tensor][:, rows], x, rtol=1e-5, atol=1e-5)
 
 
 def test_opcheck(device: str) -> None:
