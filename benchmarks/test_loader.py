@@ -8,18 +8,19 @@ would wait for each batch.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.harness import Results, Row, Subject
+from benchmarks.peers import peer
 from phi_fast import Phi, PhiConfig
 from phi_fast.data import Mixture, TokenLoader
 
@@ -80,6 +81,40 @@ def grain(path: Path):
     return (lambda: tuple(torch.from_numpy(part) for part in next(batches))), lambda: None
 
 
+def megatron(path: Path):
+    """Megatron's GPTDataset, row by row as its sampler asks for them, stacked; no worker processes beside it."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexWriter
+    from megatron.core.datasets.utils import Split
+
+    prefix, document = str(path.with_suffix("")), 1024
+    count = path.stat().st_size // (2 * document)
+    if not path.with_suffix(".idx").exists():
+        with _IndexWriter(f"{prefix}.idx", np.uint16) as writer:
+            writer.write([document] * count, None, list(range(count + 1)))
+    config = GPTDatasetConfig(
+        random_seed=0,
+        sequence_length=LENGTH,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        path_to_cache=f"{prefix}-indices",
+        tokenizer=SimpleNamespace(vocab_size=50257, eod=50256, pad=-1, unique_identifiers={"name": "random"}),
+    )
+    indexed, documents = IndexedDataset(prefix), np.arange(count, dtype=np.int32)
+    dataset = GPTDataset(indexed, prefix, documents, None, Split.train, config)
+    position = 0
+
+    def next_batch():
+        nonlocal position
+        rows = [dataset[(position + i) % len(dataset)] for i in range(BATCH)]
+        position += BATCH
+        return tuple(torch.stack([row[name] for row in rows]) for name in ("tokens", "labels"))
+
+    return next_batch, lambda: None
+
+
 def ours(mode: str) -> Make:
     def make(path: Path):
         loader = TokenLoader(Mixture.of({"c": (path, 1)}, dtype="uint16"), LENGTH, BATCH, mode=mode, threads=1)
@@ -89,13 +124,12 @@ def ours(mode: str) -> Make:
 
 
 def contenders() -> dict[str, Make | str]:
-    megatron = "not installed" if importlib.util.find_spec("megatron") is None else "no index was built for this file"
     return {
-        "memcpy of the output": memcpy_bound,
+        "memcpy of the output alone": memcpy_bound,
         "nanoGPT get_batch": nanogpt,
         "numpy gather": numpy_gather,
-        "Megatron GPTDataset": megatron,
-        "Grain": grain if importlib.util.find_spec("grain") else "not installed",
+        "Megatron GPTDataset": peer("megatron", lambda: megatron),
+        "Grain": peer("grain", lambda: grain),
         "phi_fast": ours("auto"),
         "phi_fast, mapped": ours("mmap"),
     }

@@ -10,12 +10,13 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from benchmarks.harness import Results, Row, Subject
 from phi_fast.data.preparation.pipeline import Settings, available_cores, prepare
 from phi_fast.data.stdlib_corpus import read_sources, standard_library
 from phi_fast.data.vocabulary import tokenizer
@@ -57,26 +58,26 @@ def seconds_of_prepare(source: Path, out: Path) -> float:
     return seconds
 
 
-def test_prepare_beside_tokenizers(
-    tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    full = bool(request.config.getoption("--benchmark", default=False))
-    documents = load_documents(50_000_000 if full else 200_000)
+def test_prepare_beside_tokenizers(tmp_path: Path, full: bool, results: Results) -> None:
+    documents = load_documents(40_000_000 if full else 200_000)
     size = sum(len(document.encode()) for document in documents)
     source = tmp_path / "documents.jsonl"
     source.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     encoder = tokenizer("phi-1.5")
     encoder.encode_special_tokens = True
-    times: dict[str, list[float]] = {"tokenizers encode_batch": [], "tokenizers encode_batch_fast": [], "prepare": []}
-    for _ in range(3 if full else 1):
-        times["tokenizers encode_batch"].append(seconds_of_tokenizers(documents, encoder, fast=False))
-        times["tokenizers encode_batch_fast"].append(seconds_of_tokenizers(documents, encoder, fast=True))
-        times["prepare"].append(seconds_of_prepare(source, tmp_path / "out"))
-    best = min(statistics.median(times[name]) for name in times if name != "prepare")
-    with capsys.disabled():
-        print(f"\nphi-1.5's tokenizer, {len(documents)} documents, {size / 1e6:.1f} MB, {available_cores()} cores")
-        for name, seconds in times.items():
-            median = statistics.median(seconds)
-            print(f"{name:<30} {median:7.2f} s {size / median / 1e6:7.2f} MB/s {median / best:6.2f}×")
+    contenders: dict[str, Callable[[], float]] = {
+        "phi_fast prepare": lambda: seconds_of_prepare(source, tmp_path / "out"),
+        "tokenizers encode_batch": lambda: seconds_of_tokenizers(documents, encoder, fast=False),
+        "tokenizers encode_batch_fast": lambda: seconds_of_tokenizers(documents, encoder, fast=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(2 if full else 1):
+        for name, seconds in contenders.items():
+            times[name].append(seconds())
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    rows = [Row(name, times[name], extra={"MB/s": round(size / medians[name] / 1e6, 2)}) for name in contenders]
+    config = {"documents": len(documents), "MB": round(size / 1e6, 1), "cores": available_cores()}
+    results.add(Subject("prepare, phi-1.5's tokenizer", config, rows))
+    ours, *others = medians.values()
     if full:
-        assert statistics.median(times["prepare"]) <= 1.2 * best
+        assert ours <= 1.2 * min(others)

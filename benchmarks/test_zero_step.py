@@ -7,6 +7,7 @@ the overflow check on, and end with the fp16 weights written. Only `zero.step` i
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from unittest import mock
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import timing, yardsticks
 from benchmarks.harness import Results, Row, Subject
 from phi_fast.distributed import World, join
 from phi_fast.recipes import RECIPES
@@ -45,13 +47,23 @@ def contender(n: int, world: World, *, fused: bool, torch_adam: bool = False) ->
     recipe = RECIPES["tiny"].replace(gradient_clipping=0.5, initial_loss_scale=256.0)
     optimizer = functools.partial(torch.optim.AdamW, fused=True)
     with mock.patch("phi_fast.zero.FusedAdam", optimizer) if torch_adam else mock.MagicMock():
-        zero = Zero2(Flat(n).half(), recipe, world, precision="fp16", micro_batch_size=1, accumulation=1, fused=fused)
-    tokens = torch.zeros(1, 1, dtype=torch.int64)
+        zero = Zero2(
+            Flat(n).half().to(world.device),
+            recipe,
+            world,
+            precision="fp16",
+            micro_batch_size=1,
+            accumulation=1,
+            fused=fused,
+        )
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=world.device)
 
     def step() -> float:
         zero.backward(zero.loss(tokens, tokens))
+        _settle(world.device)
         begin = time.perf_counter()
         outcome = zero.step(1e-4, last_micro_batch=True)
+        _settle(world.device)
         seconds = time.perf_counter() - begin
         assert outcome is not None
         assert not outcome.skipped
@@ -61,20 +73,14 @@ def contender(n: int, world: World, *, fused: bool, torch_adam: bool = False) ->
     return step
 
 
-def copy_bandwidth(n: int) -> float:
-    """Bytes a second, read and written, of a copy of n fp32 elements: the best of five."""
-    source, target = torch.ones(n), torch.empty(n)
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - begin)
-    return 8 * n / min(times)
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def test_fused_step_beside_deepspeeds(full: bool, results: Results) -> None:
     n, rounds = (50_000_000, 9) if full else (100_000, 2)
-    world = join("cpu")
+    world = join("auto")
     contenders = {
         "phi_fast fused step": contender(n, world, fused=True),
         "DeepSpeed's step, torch AdamW(fused)": contender(n, world, fused=False, torch_adam=True),
@@ -86,17 +92,14 @@ def test_fused_step_beside_deepspeeds(full: bool, results: Results) -> None:
     for _ in range(rounds):
         for name, step in contenders.items():
             seconds[name].append(step())
-    rows = [Row(name, times) for name, times in seconds.items()]
-    subject = Subject("ZeRO-2 step on a flat partition", {"parameters": n, "threads": torch.get_num_threads()}, rows)
-    ours, *others = contenders
-    bandwidth = copy_bandwidth(n)
-    rows[0].extra = {
-        "bytes a parameter": BYTES,
-        "GB/s of them": round(BYTES * n / rows[0].median / 1e9, 1) if rows[0].median else None,
-        "GB/s of a copy": round(bandwidth / 1e9, 1),
-    }
-    for row, name in zip(rows[1:], others, strict=True):
-        row.extra = {"times ours": round(subject.ratio(name, ours), 2)}
+    measure, yardstick = timing.timer(world.device), yardsticks.copy(8 * n, world.device)
+    copies = [measure(yardstick.run) for _ in range(rounds)]
+    rows = [*(Row(name, times) for name, times in seconds.items()), Row("copy", copies, moved=yardstick.moved)]
+    subject = Subject("ZeRO-2 step on a flat partition", {"parameters": n, "bytes a parameter": BYTES}, rows)
+    least = BYTES * n / yardstick.moved * statistics.median(copies)
+    for row in rows[:-1]:
+        row.moved, row.of_bound = BYTES * n, least / statistics.median(row.seconds or [])
     results.add(subject)
     if full:
+        ours, *others = contenders
         assert all(subject.ratio(name, ours) >= 2 for name in others)
