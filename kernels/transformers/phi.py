@@ -1,7 +1,7 @@
 """Phi's decoder layer as `parallel_block`: the model keeps its separate projections, each pass merges them anew.
 
-Merging copies the layer's weights: 0.3% of a bf16 step of phi-tiny at 2048 tokens on one CPU thread. It is done once more
-in the backward pass, so that no merged copy lives from one to the other.
+Merging copies the layer's weights: 0.3% of a bf16 step of phi-tiny at 2048 tokens on one CPU thread. It is done once
+more in the backward pass, so that no merged copy lives from one to the other.
 """
 
 from __future__ import annotations
