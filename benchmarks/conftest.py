@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.harness import RESULTS, Results
 
 
@@ -35,3 +36,10 @@ def results(full: bool, request: pytest.FixtureRequest) -> Iterator[Results]:
 def seeded() -> None:
     """The same random numbers in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kept_memory() -> Iterator[None]:
+    """For single kernels: page faults of large outputs do not hide them (`timing.kept_memory`)."""
+    with timing.kept_memory():
+        yield

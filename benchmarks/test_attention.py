@@ -20,9 +20,11 @@ from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
 from benchmarks.timing import device
 from phi_fast.kernels import attention
 
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
 HEAD_DIM = 64
-SHAPES = {"phi-small": (4, 512, 8), "phi-1.5": (1, 2048, 32)}
-"""Batch, sequence, heads."""
+SHAPES = {"sequence 512": (4, 512, 8), "sequence 2048": (1, 2048, 8)}
+"""Batch, sequence, heads: phi-small's, and phi-1.5's length."""
 
 
 def by_head(packed: Tensor) -> list[Tensor]:
@@ -52,10 +54,8 @@ def transformers_sdpa(packed: Tensor) -> Tensor:
     return sdpa_attention_forward(Module(), *by_head(packed), None, scaling=HEAD_DIM**-0.5)[0]
 
 
-def transformers_eager(packed: Tensor) -> Tensor:
-    length = packed.shape[1]
-    mask = torch.full((length, length), torch.finfo(packed.dtype).min, dtype=packed.dtype, device=packed.device)
-    return eager_attention_forward(Module(), *by_head(packed), mask.triu(1)[None, None], HEAD_DIM**-0.5)[0]
+def transformers_eager(packed: Tensor, mask: Tensor) -> Tensor:
+    return eager_attention_forward(Module(), *by_head(packed), mask, HEAD_DIM**-0.5)[0]
 
 
 def flash_attn(packed: Tensor) -> Tensor:
@@ -71,11 +71,12 @@ def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None
     batch, sequence, heads = SHAPES[shape] if full else (1, 32, 2)
     packed = leaf(batch, sequence, 3, heads, HEAD_DIM, dtype=DTYPES[dtype], device=where)
     dout = torch.randn_like(packed[:, :, 0])
+    mask = torch.full((1, 1, sequence, sequence), torch.finfo(dout.dtype).min, dtype=dout.dtype, device=where).triu(1)
 
     def of(function: Callable[[Tensor], Tensor], note: str = "") -> Op:
         return Op(lambda: function(packed), [packed], note=note)
 
-    fast = compiled(eager, full and shape == "phi-small")
+    fast = compiled(eager, full and shape == "sequence 512")
     own = [name for name in backends("attention", where) if name != "flash-attn"]
     ops: dict[str, Op | str] = {
         f"phi_fast {name}": Op(lambda: attention(*packed.unbind(2)), [packed], backend=("attention", name))
@@ -84,9 +85,9 @@ def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None
     ops |= {
         "torch SDPA": of(sdpa, "also litgpt's"),
         "torch eager": of(eager),
-        "torch.compile": of(fast) if fast else NOT_COMPILED if not full else "measured at phi-small's shape",
+        "torch.compile": of(fast) if fast else NOT_COMPILED if not full else "measured at sequence 512",
         "transformers sdpa": of(transformers_sdpa),
-        "transformers eager": of(transformers_eager),
+        "transformers eager": of(lambda x: transformers_eager(x, mask)),
         "flash-attn": peer("flash_attn", lambda: of(flash_attn)),
         "Liger-Kernel": absent("liger_kernel") or "has no attention over all keys",
     }

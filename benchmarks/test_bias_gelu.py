@@ -19,6 +19,8 @@ from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
 from benchmarks.timing import device
 from phi_fast.kernels import backend, bias_gelu
 
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
 
 def eager(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")

@@ -17,6 +17,8 @@ from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
 from benchmarks.timing import device
 from phi_fast.kernels import backend, layer_norm
 
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
 EPS = 1e-5
 
 

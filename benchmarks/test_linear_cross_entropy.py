@@ -21,6 +21,8 @@ from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
 from benchmarks.timing import device
 from phi_fast.kernels import backend, linear_cross_entropy, use
 
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(hidden (rows, d), weight (V, d), bias (V,), labels (rows,)) -> the mean."""
 

@@ -22,6 +22,8 @@ from phi_fast import Phi, PhiConfig
 from phi_fast.layouts import to_split
 from phi_fast.reference import ReferencePhi, rotary_cos_sin
 
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
 ALONE = "products and SDPA alone"
 
 

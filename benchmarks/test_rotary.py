@@ -18,6 +18,8 @@ from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
 from benchmarks.timing import device
 from phi_fast.kernels import apply_rotary_, backend, rotary_table
 
+pytestmark = pytest.mark.usefixtures("kept_memory")
+
 HEAD_DIM, ROTARY_DIM = 64, 32
 
 
