@@ -10,6 +10,7 @@ if __name__ != "kernels":
     from .bias_gelu import bias_gelu
     from .layer_norm import layer_norm
     from .linear_cross_entropy import linear_cross_entropy
+    from .memory import keep_freed_memory
     from .parallel_block import parallel_block
     from .rotary import apply_rotary_, rotary_table
 
@@ -29,6 +30,7 @@ if __name__ != "kernels":
         "attention",
         "bias_gelu",
         "in_use",
+        "keep_freed_memory",
         "layer_norm",
         "linear_cross_entropy",
         "parallel_block",

@@ -15,12 +15,14 @@ So an element underflows only where scaled plain autograd loses it too.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import backend
+from .reference import linear_cross_entropy as reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -139,22 +141,21 @@ def _storage_scale(dtype: torch.dtype, z_loss: float) -> float:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, accumulated and returned in fp32 (fp64 for fp64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
+    """a · b, accumulated in fp32 (fp64 for fp64) and returned so; but a CPU's bf16 product is rounded once to bf16, as
+    a Linear's gradient is."""
+    if a.is_cuda and a.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()  # a CPU's bf16 product: accumulated in fp32, rounded once to bf16, as a Linear's gradient is
+    return a @ b
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (m, n) fp32 += aᵀ · b, with a (k, m) and b (k, n)."""
+def _accumulate(kernel: ModuleType, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total (m, n) fp32 += aᵀ · b, with a (k, m) and b (k, n); = where `first`."""
     if a.dtype == total.dtype:
-        total.addmm_(a.T, b)
+        total.addmm_(a.T, b, beta=0 if first else 1)
         return
     step = 8192  # rows of the product at a time: the temporary stays small beside `total`
     for start in range(0, total.shape[0], step):
-        total[start : start + step].add_(_product(a[:, start : start + step].T, b))
+        kernel.sum_into_(total[start : start + step], _product(a[:, start : start + step].T, b), first=first)
 
 
 @torch.no_grad()
@@ -186,7 +187,8 @@ def _compute(
     )
     losses = hidden.new_empty(tokens, dtype=wide)
     dhidden = hidden.new_empty(hidden.shape if for_hidden else (0,), dtype=wide)
-    dweight = hidden.new_zeros(weight.shape if for_weight else (0,), dtype=wide)
+    sums = hidden.new_empty if tokens else hidden.new_zeros  # the first chunk's product is where they start
+    dweight = sums(weight.shape if for_weight else (0,), dtype=wide)
     dbias = hidden.new_zeros(vocab if for_bias else 0, dtype=wide)
 
     weight = weight.to(dtype)
@@ -214,7 +216,7 @@ def _compute(
         if for_hidden:
             dhidden[rows] = _product(logits, weight)
         if for_weight:
-            _accumulate(dweight, logits, h)
+            _accumulate(kernel, dweight, logits, h, first=start == 0)
 
     count = (labels != ignore_index).sum()
     loss = losses.sum() / count if mean else losses.sum()
@@ -222,15 +224,12 @@ def _compute(
     return loss, dhidden, dweight, dbias, inverse
 
 
-def _normalised(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad · factor in fp32, rounded once to `dtype`, without an fp32 temporary."""
-    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-
-
-def _gradients(saved: tuple[Tensor, ...], wanted: list[bool], dtype: torch.dtype, grad_loss: Tensor) -> list:
+def _gradients(
+    kernel: ModuleType, saved: tuple[Tensor, ...], wanted: list[bool], dtype: torch.dtype, grad_loss: Tensor
+) -> list:
     *grads, inverse = saved
     factor = grad_loss * inverse
-    return [_normalised(g, factor, dtype) if want else None for g, want in zip(grads, wanted, strict=True)]
+    return [kernel.scaled(g, factor, dtype) if want else None for g, want in zip(grads, wanted, strict=True)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -244,7 +243,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        return *_gradients(ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
+        kernel = backend.implementation("linear_cross_entropy", grad_loss.device)
+        return *_gradients(kernel, ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
 
 
 @torch.library.custom_op("phi_fast::linear_cross_entropy", mutates_args=())
@@ -281,7 +281,8 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _op_backward(ctx, grad_loss, *_):
-    return *_gradients(ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
+    # torch.compile traces this with tensors that have no memory.
+    return *_gradients(reference, ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
 
 
 _linear_cross_entropy_op.register_autograd(_op_backward, setup_context=_keep)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .errors import UsageError
+from .kernels import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
-    elif size > 1:
-        # torchrun leaves every rank one thread, other launchers one a core: share the cores out.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    else:
+        keep_freed_memory()
+        if size > 1:
+            # torchrun leaves every rank one thread, other launchers one a core: share the cores out.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     module = deepspeed(kind)
     if not dist.is_initialized():
         # DeepSpeed makes more groups later and gives them no timeout: they take these defaults, of up to half an hour.

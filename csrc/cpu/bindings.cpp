@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 
 // Tensors arrive as addresses (0 for None), matrices as (address, row stride).
 // kernels/cpp/*.py has checked them.
@@ -139,6 +140,15 @@ void bind_cross_entropy(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_scaled(py::module_& module) {
+  module.def(
+      "scaled",
+      [](int from, int to, int64_t size, Address x, Address out, float factor, bool add, int threads) {
+        kernels().scaled({DType(from), DType(to), size, pointer<void>(x), pointer<void>(out), factor, add, threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 using AdamAddresses = std::tuple<int64_t, Address, Address, Address, Address, Address>;
 
 void bind_adam(py::module_& module) {
@@ -179,12 +189,14 @@ void bind(py::module_& module) {
   module.def("supported_isas", &supported_isas, "Instruction sets this machine can run, the best first");
   module.def("force_isa", &force_isa, py::arg("name"),
              "Use the named instruction set; \"\" for the default. For tests");
+  module.def("keep_freed_memory", &keep_freed_memory, "Make malloc keep what is freed; whether it can");
   module.def("parallel_backend", &parallel_backend, "\"openmp\" (torch's own threads) or \"std::thread\"");
   bind_layer_norm(module);
   bind_bias_gelu(module);
   bind_rotary(module);
   bind_attention(module);
   bind_cross_entropy(module);
+  bind_scaled(module);
   bind_adam(module);
 }
 

@@ -121,6 +121,17 @@ struct CrossEntropy {
   int threads;
 };
 
+/// out (+)= x · factor, element by element.
+struct Scaled {
+  DType from, to;
+  int64_t size;
+  const void* x;
+  void* out;
+  float factor;
+  bool add;
+  int threads;
+};
+
 /// One tensor of an Adam step. master is null where the parameter is its own;
 /// else it is read in the parameter's place.
 struct AdamTensor {
@@ -162,6 +173,7 @@ struct Kernels {
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
   void (*cross_entropy)(const CrossEntropy&);
+  void (*scaled)(const Scaled&);
   void (*adam)(const Adam&);
   double (*grad_norm_squared)(const GradNorm&);
 };

@@ -8,6 +8,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/layer_norm.h"
 #include "cpu/rotary.h"
+#include "cpu/scaled.h"
 
 #define PHI_STRING(x) #x
 #define PHI_NAME(x) PHI_STRING(x)
@@ -15,11 +16,17 @@
 namespace phi_fast::cpu::PHI_ISA {
 
 extern const Kernels kernels = {
-    PHI_NAME(PHI_ISA),   layer_norm_forward,
-    layer_norm_backward, bias_gelu_forward,
-    bias_gelu_backward,  rotary,
-    attention_forward,   attention_backward,
-    cross_entropy,       adam,
+    PHI_NAME(PHI_ISA),
+    layer_norm_forward,
+    layer_norm_backward,
+    bias_gelu_forward,
+    bias_gelu_backward,
+    rotary,
+    attention_forward,
+    attention_backward,
+    cross_entropy,
+    scaled,
+    adam,
     grad_norm_squared,
 };
 

@@ -12,6 +12,25 @@ from ._tensors import address, code, matrix, vector
 _OP = "linear_cross_entropy"
 
 
+def sum_into_(total: Tensor, addend: Tensor, *, first: bool) -> None:
+    """See `reference.linear_cross_entropy.sum_into_`."""
+    _scaled(addend, total, 1.0, add=not first)
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `reference.linear_cross_entropy.scaled`."""
+    out = torch.empty_like(x, dtype=dtype)
+    _scaled(x, out, float(factor), add=False)
+    return out
+
+
+def _scaled(x: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
+    if x.shape != out.shape or not x.is_contiguous() or not out.is_contiguous():
+        raise ValueError(f"{_OP}: {tuple(x.shape)} and {tuple(out.shape)}; expected contiguous tensors of one shape")
+    from_code, to_code = code(_OP, x.dtype), code(_OP, out.dtype)
+    cpu.scaled(from_code, to_code, x.numel(), x.data_ptr(), out.data_ptr(), factor, add, torch.get_num_threads())
+
+
 def cross_entropy_(
     logits: Tensor,
     labels: Tensor,
