@@ -55,10 +55,13 @@ def test_padding(name: str, side: str) -> None:
     compare(name, torch.float32, [padded(side, seed) for seed in range(SEEDS)])
 
 
+@pytest.mark.parametrize("use_cache", [None, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_positions_that_differ_by_row(name: str) -> None:
-    positions = torch.arange(9) + torch.tensor([[0], [7]])
-    compare(name, torch.float32, [{**unpadded(seed, 2, 9), "position_ids": positions} for seed in range(SEEDS)])
+def test_positions_that_differ_by_row(name: str, use_cache: bool | None) -> None:
+    """A mere offset would not be seen, rotary being relative; a mask keeps transformers from finding documents."""
+    positions = torch.arange(9) * torch.tensor([[1], [3]])
+    options = {"position_ids": positions, "attention_mask": torch.ones_like(positions), "use_cache": use_cache}
+    compare(name, torch.float32, [{**unpadded(seed, 2, 9), **options} for seed in range(SEEDS)])
 
 
 @pytest.mark.parametrize("use_cache", [None, False])
@@ -206,6 +209,12 @@ def test_a_hook_sees_its_module_called() -> None:
     ids = tokens()
     assert model(input_ids=ids, labels=ids).logits is not None
     assert called == ["q_proj", "lm_head"]
+
+    model = build("gpt-neox")
+    accelerate(model)
+    model.gpt_neox.layers[1].mlp.act.register_forward_hook(lambda *_: called.append("act"))
+    model(input_ids=ids, labels=ids)
+    assert called[2:] == ["act"]
 
 
 @pytest.mark.parametrize("return_dict", [True, False])

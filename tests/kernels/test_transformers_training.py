@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 from transformers_models import FAMILIES, build, exact_gradients, gradients, padded, pooled, tokens
 
 from phi_fast.kernels import accelerate, restore
+from phi_fast.kernels.transformers import loss
 
 
 def batch(rows: int = 2) -> dict[str, Tensor]:
@@ -111,6 +112,21 @@ def test_autocast(name: str) -> None:
         assert ours[what].dtype == theirs[what].dtype
         (rms, _), (plain_rms, _) = errors(ours[what], truth), errors(theirs[what], truth)
         assert rms <= 2 * plain_rms, f"{name}, {what}: error {rms:.2e}, plain {plain_rms:.2e}"
+
+
+def test_what_autocast_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_head's product is taken in bf16, and a 16-bit LayerNorm is torch's own: it may answer in fp32."""
+    seen, own = [], []
+    fused, norm = loss.linear_cross_entropy, nn.LayerNorm.forward
+    monkeypatch.setattr(loss, "linear_cross_entropy", lambda h, *a, **k: seen.append(h.dtype) or fused(h, *a, **k))
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda *a: own.append(1) or norm(*a))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build("gpt-neox", dtype)
+        accelerate(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**batch())
+        assert len(own) == (0 if dtype == torch.float32 else 5)
+    assert seen == [torch.bfloat16] * 2
 
 
 class Rows(torch.utils.data.Dataset):
