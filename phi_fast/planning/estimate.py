@@ -88,8 +88,7 @@ def plan(job: Job) -> Plan:
     if rows % size:
         raise UsageError(f"micro_batch_size={size} does not divide the {rows} rows of a rank; use a divisor")
     accumulation = rows // size
-    shape = job.shape(size)
-    used = memory(shape, job.ranks, gpu=job.on_gpu)
+    used = _memory(job, size)
     phases = phase_seconds(job, size)
     sent = communication(config, job.device, job.ranks, job.itemsize, accumulation, phases["backward"] / accumulation)
     seconds = sum(phases.values()) + sent.exposed_seconds + sent.gather_seconds
@@ -126,7 +125,7 @@ def largest_micro_batch(job: Job) -> int:
     """Largest divisor of a rank's rows that fits into the device's memory; 0: none does."""
     rows = _rows(job)
     sizes = (size for size in range(rows, 0, -1) if rows % size == 0)
-    return next((size for size in sizes if _fits(job, memory(job.shape(size), job.ranks, gpu=job.on_gpu))), 0)
+    return next((size for size in sizes if _fits(job, _memory(job, size))), 0)
 
 
 def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
@@ -159,6 +158,10 @@ def _rows(job: Job) -> int:
             f"divisor of it, or another --global-batch-size"
         )
     return rows
+
+
+def _memory(job: Job, rows: int) -> Memory:
+    return memory(job.shape(rows), job.ranks, gpu=job.on_gpu, accumulating=_rows(job) > rows)
 
 
 def _fits(job: Job, used: Memory) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ..distributed import join
 from ..model import Phi
@@ -30,6 +32,9 @@ class Judged:
     predicted_activation_bytes: int
     measured_activation_bytes: int
     """Held by autograd after a forward, parameters and rotary table left out."""
+    predicted_peak_bytes: float
+    measured_peak_bytes: int
+    """Most that tensors take at one time of a step, by torch's own record of every allocation."""
 
 
 def judge(job: Job, rows: int, precision: Precision, *, rounds: int = 3) -> Judged:
@@ -41,15 +46,14 @@ def judge(job: Job, rows: int, precision: Precision, *, rounds: int = 3) -> Judg
     kept = kept_for_backward(model, shape)
     accumulation = recipe.global_batch_size // rows
     zero = Zero2(model, recipe, join("cpu"), precision=precision, micro_batch_size=rows, accumulation=accumulation)
-    predicted, measured = [], []
+    step = Step(zero, recipe.learning_rate, shape, accumulation)
+    now, predicted, measured = job, [], []
     for round_ in range(1 + rounds):
         if round_:
             now = replace(job, device=probe(shape, precision), micro_batch_size=rows)
             predicted.append(plan(now).step_seconds)
         start = time.perf_counter()
-        for micro_step in range(accumulation):
-            zero.backward(zero.loss(*_tokens(shape)))
-            zero.step(recipe.learning_rate, last_micro_batch=micro_step == accumulation - 1)
+        step()
         if round_:
             measured.append(time.perf_counter() - start)
     return Judged(
@@ -58,7 +62,35 @@ def judge(job: Job, rows: int, precision: Precision, *, rounds: int = 3) -> Judg
         ratio=statistics.median(a / b for a, b in zip(predicted, measured, strict=True)),
         predicted_activation_bytes=activations(shape).total,
         measured_activation_bytes=kept,
+        predicted_peak_bytes=plan(now).memory.peak,
+        measured_peak_bytes=peak_bytes(step),
     )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of the trainer's engine on random tokens."""
+
+    zero: Zero2
+    learning_rate: float
+    shape: Shape
+    accumulation: int
+
+    def __call__(self) -> None:
+        for micro_step in range(self.accumulation):
+            self.zero.backward(self.zero.loss(*_tokens(self.shape)))
+            self.zero.step(self.learning_rate, last_micro_batch=micro_step == self.accumulation - 1)
+
+
+def peak_bytes(step: Step) -> int:
+    """Weights and optimizer state, and the most that a step allocates beside them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    found = profiler.profiler.kineto_results.events()
+    allocated = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    beside = max(accumulate(size for _, size in allocated))
+    resident = [*step.zero.model.parameters(), *step.zero.partitions().values()]
+    return beside + sum(tensor.nbytes for tensor in resident)
 
 
 def kept_for_backward(model: Phi, shape: Shape) -> int:

@@ -62,50 +62,60 @@ class Memory:
     optimizer: float
     """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
     buckets: float
-    """DeepSpeed's two bucket buffers (overlap_comm) and the flattened copy of one while it is reduced; gone outside the
-    backward."""
+    """DeepSpeed's bucket buffers (two with overlap_comm), and the flattened copy of one while it is reduced; gone
+    outside the backward."""
     activations: float
     """Kept from the forward (`activations`)."""
     loss_chunk: float
     """One chunk of logits and the fp32 temporaries of its products; gone outside the forward."""
     working: float
-    """Temporaries of a block's backward, and the gradients that wait for the bucket."""
+    """Temporaries of a block's backward, its weights' gradients among them."""
     context: float
     """Outside torch's allocator."""
     fragmentation: float
     peak: float
     """Largest sum of what is held at one time."""
+    moment: str
+    """When."""
 
 
-def memory(shape: Shape, ranks: int, *, gpu: bool) -> Memory:
-    """By component. `peak` is the larger of the forward's end and the backward's beginning."""
+def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory:
+    """By component, and `peak`, the largest of four moments of a micro-batch.
+
+    accumulating: there are several micro-batches a step, so that gradients are held from the one before.
+    """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
-    d, parameters = config.hidden_size, config.num_parameters()
-    kept = activations(shape)
+    d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
     part = math.ceil(parameters / ranks)
-    chunk = shape.chunk * math.ceil(config.vocab_size / 64) * 64 * e
-    chunk += 4 * d * max(shape.chunk, min(8192, config.vocab_size)) if e == 2 else 0
+    kept = activations(shape)
+    weights, gradients, optimizer = parameters * e, 4 * part, 12 * part
+    chunk = shape.chunk * math.ceil(vocabulary / 64) * 64 * e
+    chunk += 4 * d * max(shape.chunk, min(8192, vocabulary)) if e == 2 else 0
     again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]
-    block = (5 + 7 + 1 + again) * d * tokens * e  # [dO | dG], [dQ | dK | dV | dU], dh, and what is computed again
-    pending = (config.vocab_size * d + 12 * d * d) * e  # lm_head's gradient and a block's, until the bucket takes them
-    copies = 3 if gpu else 2  # two buffers only where communication overlaps
-    buckets = copies * bucket_elements(config) * e
-    resident = parameters * e + part * 4 + part * 12
-    forward = kept.total + chunk
-    loss = kept.total + (tokens * d + config.vocab_size * d) * e + buckets
-    backward = kept.total - kept.loss_gradients + block + pending + buckets
-    held = resident + max(forward, loss, backward)
+    # [dO | dG], [dQ | dK | dV | dU], dh, what is computed again, and the weights' gradients.
+    working = (5 + 7 + 1 + again) * d * tokens * e + 12 * d * d * e
+    bucket = bucket_elements(config) * e
+    buffers = 2 * bucket if gpu else bucket  # overlap_comm has two
+    filled = min(1.0, bucket / weights)  # share of the backward when the first is full and its copy is made
+    moments = {
+        "end of the forward": kept.total + chunk + gradients * accumulating,
+        "backward of the loss": kept.total + (tokens + vocabulary) * d * e + gradients * accumulating,
+        "backward of the last block": kept.blocks + kept.final_norm + working + buffers + gradients * accumulating,
+        "first reduction": kept.blocks * (1 - filled) + working + buffers + bucket + gradients,
+    }
+    held = weights + optimizer + max(moments.values())
     context = CONTEXT.value if gpu else 0.0
     fragmentation = FRAGMENTATION.value * held if gpu else 0.0
     return Memory(
-        weights=parameters * e,
-        gradients=part * 4,
-        optimizer=part * 12,
-        buckets=buckets,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buckets=buffers + bucket,
         activations=kept.total,
         loss_chunk=chunk,
-        working=block + pending,
+        working=working,
         context=context,
         fragmentation=fragmentation,
         peak=held + context + fragmentation,
+        moment=max(moments, key=lambda name: moments[name]),
     )

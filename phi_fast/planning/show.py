@@ -55,7 +55,8 @@ def memory(job: Job, plans: dict[Recompute, Plan], console: Console) -> None:
     levels = [f"{name}{' (used)' if name == job.recompute else ''}" for name in plans]
     table = _table(f"memory of one device, {size} rows a micro-batch, by --recompute", "", *levels)
     for name in next(iter(plans.values())).memory.__dataclass_fields__:
-        values = [_bytes(getattr(p.memory, name)) for p in plans.values()]
+        found = [getattr(p.memory, name) for p in plans.values()]
+        values = [value if isinstance(value, str) else _bytes(value) for value in found]
         table.add_row(name.replace("_", " "), *values, end_section=name == "fragmentation")
     if job.device.memory is not None:
         table.add_row(
@@ -153,8 +154,11 @@ def judged(result: Judged, console: Console) -> None:
     """Prediction and measurement on this machine."""
     table = _table("measured here", "", "predicted", "measured", "ratio")
     table.add_row("step", _time(result.predicted_seconds), _time(result.measured_seconds), f"{result.ratio:.2f}")
-    kept, found = result.predicted_activation_bytes, result.measured_activation_bytes
-    table.add_row("activations kept for backward", _bytes(kept), _bytes(found), f"{kept / found:.3f}")
+    for name, planned, found in (
+        ("activations kept for backward", result.predicted_activation_bytes, result.measured_activation_bytes),
+        ("peak of tensors", result.predicted_peak_bytes, result.measured_peak_bytes),
+    ):
+        table.add_row(name, _bytes(planned), _bytes(found), f"{planned / found:.3f}")
     console.print(table)
 
 
