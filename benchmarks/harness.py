@@ -97,15 +97,13 @@ def compare(
     repeats: int,
     warmup: int = 1,
     budget: float | None = None,
-    device: torch.device | None = None,
 ) -> Subject:
     """Time every contender once a round, in turn, for `repeats` rounds: a drift of the machine meets all alike.
 
     A contender that is a string could not be set up; the string says why. A peer that raises in its first, untimed call
     becomes such a row too; this project's own raise. budget: seconds after which no round begins, once three are done.
-    device: what the work runs on; `timing.device()` where None.
     """
-    where = device or timing.device()
+    where = timing.device()
     measure = timing.timer(where)
     rows = {label: _row(label, contender) for label, contender in contenders.items()}
     present = {label: c for label, c in contenders.items() if not isinstance(c, str)}

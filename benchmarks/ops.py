@@ -83,7 +83,7 @@ def measure(
     config: dict[str, Any],
     full: bool,
     repeats: int = 11,
-    budget: float = 5.0,
+    budget: float = 4.0,
     more: tuple[Mapping[str, Contender], Mapping[str, Contender]] = ({}, {}),
 ) -> list[Subject]:
     """Two subjects, "NAME, forward" and "NAME, backward", each with the bounds that its cost calls for.

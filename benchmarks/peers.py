@@ -22,6 +22,9 @@ INSTALL = {
 }
 """Module -> how to get it."""
 
+_MODULES = {"flash-attn": "flash_attn", "apex": "amp_C"}
+"""Back end -> the module it needs."""
+
 _NEED_A_GPU = {"liger_kernel": "its kernels are Triton's", "flash_attn": "it is CUDA", "amp_C": "it is CUDA"}
 
 
@@ -53,20 +56,23 @@ def compiled(function: Callable[..., Made], full: bool) -> Callable[..., Made] |
 NOT_COMPILED = "compiled in the full run only"
 
 
-def backends(op: str, device: torch.device) -> list[str]:
-    """This project's implementations of `op` that can run on `device`, the default first, without the reference."""
+def backends(op: str, device: torch.device) -> dict[str, str]:
+    """Row name -> back end of this project that can run `op` on `device`, the default first, without the reference.
+
+    Other libraries' kernels behind this project's interface are peers by name, as what they cannot do is not its doing.
+    """
     names = dict.fromkeys([backend.name(op, device), *backend.BACKENDS, *backend.VENDORS])
-    found = []
+    found = {}
     for name in names:
-        offered = name in backend.BACKENDS or op in backend.VENDORS[name]
-        if name == "reference" or not offered or (name == "triton" and device.type == "cpu"):
+        vendor = name in backend.VENDORS
+        if name == "reference" or (vendor and op not in backend.VENDORS[name]):
             continue
-        if name in ("flash-attn", "apex") and absent({"flash-attn": "flash_attn", "apex": "amp_C"}[name]):
+        if (name == "triton" and device.type == "cpu") or absent(_MODULES.get(name, "torch")):
             continue
         try:
             with backend.use(name, op=op):
                 backend.implementation(op, device)
         except BackendUnavailable:
             continue
-        found.append(name)
+        found[f"{name} through phi_fast" if vendor else f"phi_fast {name}"] = name
     return found

@@ -77,10 +77,9 @@ def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None
         return Op(lambda: function(packed), [packed], note=note)
 
     fast = compiled(eager, full and shape == "sequence 512")
-    own = [name for name in backends("attention", where) if name != "flash-attn"]
     ops: dict[str, Op | str] = {
-        f"phi_fast {name}": Op(lambda: attention(*packed.unbind(2)), [packed], backend=("attention", name))
-        for name in own
+        label: Op(lambda: attention(*packed.unbind(2)), [packed], backend=("attention", name))
+        for label, name in backends("attention", where).items()
     }
     ops |= {
         "torch SDPA": of(sdpa, "also litgpt's"),

@@ -58,8 +58,8 @@ def test_bias_gelu(dtype: str, full: bool, results: Results) -> None:
     dout = torch.randn_like(x)
     fast = compiled(eager, full)
     ops: dict[str, Op | str] = {
-        f"phi_fast {name}": Op(lambda: bias_gelu(x, bias), [x, bias], backend=("bias_gelu", name))
-        for name in backends("bias_gelu", where)
+        label: Op(lambda: bias_gelu(x, bias), [x, bias], backend=("bias_gelu", name))
+        for label, name in backends("bias_gelu", where).items()
     }
     ops |= {
         "torch eager": Op(lambda: eager(x, bias), [x, bias], note="also litgpt's"),

@@ -39,7 +39,7 @@ def test_one_process(dtype: str, full: bool, results: Results) -> None:
         {name: Contender(step, flops=flops) for name, step in running.items()},
         config={"rows": rows, "tokens a row": config.max_position_embeddings, "FLOPs": flops},
         repeats=9 if full else 1,
-        budget=20,
+        budget=12,
     )
     results.add(with_rates(subject, tokens))
 
@@ -50,7 +50,7 @@ def test_two_processes(dtype: str, full: bool, results: Results) -> None:
     """On a CPU the two share the cores; on a machine with two GPUs each has its own."""
     preset = PRESET if full else f"small {PRESET}"
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "benchmarks.zero2", preset, dtype, "7" if full else "1"]
+    command = [*torchrun, "-m", "benchmarks.zero2", preset, dtype, "5" if full else "1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))

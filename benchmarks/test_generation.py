@@ -9,6 +9,7 @@ from transformers import PhiConfig as HuggingFaceConfig
 from transformers import PhiForCausalLM
 
 from benchmarks.harness import Results, compare
+from benchmarks.timing import device
 from phi_fast import Phi, PhiConfig
 from phi_fast.conversion.hf_config import phi_config
 from phi_fast.generation import generate
@@ -20,10 +21,11 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 64
 
 def contenders(config: PhiConfig, batch: int) -> dict[str, Callable[[], object] | str]:
     torch.manual_seed(0)
-    model = Phi(config).eval()
-    theirs = PhiForCausalLM(HuggingFaceConfig(**phi_config(config, torch.float32))).eval()
+    where = device()
+    model = Phi(config).eval().to(where)
+    theirs = PhiForCausalLM(HuggingFaceConfig(**phi_config(config, torch.float32))).eval().to(where)
     theirs.load_state_dict(to_split(model.state_dict()))
-    ids = torch.randint(1, config.vocab_size, (batch, PROMPT_TOKENS))
+    ids = torch.randint(1, config.vocab_size, (batch, PROMPT_TOKENS), device=where)
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
 
     def ours() -> list[list[int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.harness import Contender, Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
-from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
+from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
 from benchmarks.timing import device
 from phi_fast.kernels import backend, layer_norm
 
@@ -68,14 +68,13 @@ def test_layer_norm(dtype: str, full: bool, results: Results) -> None:
     def through(name: str) -> Op:
         return Op(lambda: layer_norm(*inputs, EPS), inputs, backend=("layer_norm", name))
 
-    own = [name for name in backends("layer_norm", where) if name != "apex"]
-    ops: dict[str, Op | str] = {f"phi_fast {name}": through(name) for name in own}
+    ops: dict[str, Op | str] = {label: through(name) for label, name in backends("layer_norm", where).items()}
     ops |= {
         "torch eager": Op(lambda: eager(*inputs), inputs, note="also transformers' and litgpt's"),
         "torch.compile": Op(lambda: fast(*inputs), inputs) if fast else NOT_COMPILED,
         "Liger-Kernel": peer("liger_kernel", lambda: Op(lambda: liger(*inputs), inputs)),
         "flash-attn": peer("flash_attn", lambda: Op(lambda: flash_attn(*inputs), inputs)),
-        "NVIDIA apex": peer("amp_C", lambda: through("apex")),
+        "NVIDIA apex": absent("amp_C") or "the row through phi_fast",
     }
     size = x.numel() * x.element_size()
     measure(

@@ -62,7 +62,9 @@ def ours(name: str) -> Loss:
 
 
 def contenders(full: bool, where: torch.device) -> dict[str, Loss | str]:
-    found: dict[str, Loss | str] = {f"phi_fast {name}": ours(name) for name in backends("linear_cross_entropy", where)}
+    found: dict[str, Loss | str] = {
+        label: ours(name) for label, name in backends("linear_cross_entropy", where).items()
+    }
     return found | {
         "torch eager": eager,
         "torch linear_cross_entropy": torch_fused,
@@ -98,7 +100,7 @@ def test_linear_cross_entropy(dtype: str, full: bool, results: Results) -> None:
         running | bounds(cost, inputs[0].detach(), full),
         config={"rows": rows, "width": d, "vocabulary": vocab, "FLOPs": cost.flops},
         repeats=5 if full else 1,
-        budget=30,
+        budget=12,
     )
     results.add(subject)
 
@@ -131,6 +133,6 @@ def test_cross_entropy_of_a_chunk(dtype: str, full: bool, results: Results) -> N
         running | bounds(cost, logits, full),
         config={"rows": rows, "vocabulary": vocab, "bytes": cost.moved},
         repeats=11 if full else 1,
-        budget=6,
+        budget=4,
     )
     results.add(subject)

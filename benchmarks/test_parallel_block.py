@@ -125,6 +125,6 @@ def test_parallel_block(dtype: str, full: bool, results: Results) -> None:
         config={"batch": rows, "sequence": length, "width": d},
         full=full,
         repeats=9,
-        budget=10,
+        budget=8,
         more=alone(config, x, costs),
     )

@@ -84,7 +84,7 @@ def test_rotary(dtype: str, full: bool, results: Results) -> None:
         return Op(lambda: function(x, *tables), [x])
 
     fast = compiled(eager, full)
-    ops: dict[str, Op | str] = {f"phi_fast {name}": ours(x, cos, sin, name) for name in backends("rotary", where)}
+    ops: dict[str, Op | str] = {label: ours(x, cos, sin, name) for label, name in backends("rotary", where).items()}
     ops |= {
         "torch eager": of(eager, narrow),
         "torch.compile": of(fast, narrow) if fast else NOT_COMPILED,

@@ -292,9 +292,10 @@ def test_peers_that_are_not_there_say_how_to_get_them(monkeypatch: pytest.Monkey
 
 def test_back_ends_on_a_cpu_are_those_that_run_there() -> None:
     cpu = torch.device("cpu")
-    assert peers.backends("rotary", cpu) == ["cpp"]
-    assert "sdpa" in peers.backends("attention", cpu)
-    assert not {"triton", "reference", "flash-attn", "apex"} & {*peers.backends("attention", cpu)}
+    assert peers.backends("rotary", cpu) == {"phi_fast cpp": "cpp"}
+    attention = peers.backends("attention", cpu)
+    assert attention["sdpa through phi_fast"] == "sdpa"
+    assert not {"triton", "reference", "flash-attn", "apex"} & {*attention.values()}
 
 
 def test_contenders_that_disagree_are_refused() -> None:
