@@ -49,7 +49,7 @@ class Device:
         return max(computing, bytes_moved / (self.bandwidth.value * self.efficiency["memory"].value))
 
 
-LAUNCH = Figure(4e-6, "s", f"{ASSUMPTION}: the least a kernel takes, launch included (2 to 5 µs are usual on CUDA)")
+LAUNCH = Figure(1e-5, "s", f"{ASSUMPTION}: the least a kernel takes from eager PyTorch; DeepSpeed's Python not counted")
 LINK_EFFICIENCY = Figure(0.8, "", f"{ASSUMPTION}: NCCL's bus bandwidth over the link's, large messages")
 HOP = Figure(2e-6, "s", f"{ASSUMPTION}: a step of a collective inside a node")
 NETWORK_HOP = Figure(10e-6, "s", f"{ASSUMPTION}: a step of a collective between nodes")

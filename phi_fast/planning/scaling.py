@@ -67,7 +67,7 @@ def _stops(job: Job, plans: list[Plan], efficiency: list[float]) -> str:
     shares = ", ".join(f"{name} {100 * s / last.step_seconds:.0f}%" for name, s in costs.items())
     why = (
         f"a rank has {rows} row{'s' if rows > 1 else ''} a step left to compute, while each step still sends "
-        f"{(last.communication.gradient_bytes + last.communication.gather_bytes) / 1e9:.1f} GB a rank whatever their "
+        f"{(last.communication.gradient_bytes + last.communication.gather_bytes) / 1e9:.2g} GB a rank whatever their "
         f"number, and the all-gather's ring adds a hop ({1e6 * NETWORK_HOP.value:.0f} µs between nodes) a rank; "
         f"of the step: {shares}"
     )
