@@ -132,6 +132,8 @@ def test_restore_leaves_the_instance_as_it_was(name: str) -> None:
     state = {key: value.clone() for key, value in model.state_dict().items()}
 
     accelerate(model)
+    names = [(cls.__module__, cls.__qualname__) for cls in classes]  # PEFT and save_pretrained write them down
+    assert [(type(module).__module__, type(module).__qualname__) for module in model.modules()] == names
     assert list(model.state_dict()) == list(state)
     assert model.config.to_dict() == config
     model(input_ids=ids, labels=ids)
