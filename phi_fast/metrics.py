@@ -41,6 +41,8 @@ class StepRecord:
     """Mean cross entropy over the validation rows of all corpora, by the mixture's weights; null where not measured."""
     val_losses: dict[str, float] | None = None
     """The same by corpus."""
+    tasks: dict[str, float] | None = None
+    """Accuracy by task, a fraction of 1; null where not measured (--eval-every)."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -64,17 +66,17 @@ class MetricsLog:
 
     def write(self, record: StepRecord) -> None:
         fields = asdict(record)
-        by_corpus = fields.pop("val_losses")
+        groups = {name: fields.pop(name) for name in ("val_losses", "tasks")}
         line = {key: value for key, value in fields.items() if key != "val_loss" or value is not None}
-        if by_corpus is not None:
-            line["val_losses"] = by_corpus
+        line |= {name: group for name, group in groups.items() if group is not None}
         self._file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
         self._file.flush()
         for key, value in fields.items():
             if value is not None and key not in ("step", "tokens"):
                 self._board.add_scalar(key, float(value), record.step)
-        for corpus, value in (by_corpus or {}).items():
-            self._board.add_scalar(f"val_loss/{corpus}", value, record.step)
+        for name, prefix in (("val_losses", "val_loss"), ("tasks", "tasks")):
+            for member, value in (groups[name] or {}).items():
+                self._board.add_scalar(f"{prefix}/{member}", value, record.step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         self._board.add_text(tag, text, step)
@@ -137,16 +139,12 @@ class Display:
 
     def step(self, record: StepRecord, seconds_left: float) -> None:
         status = _status(record)
+        measured = record.val_loss is not None or record.tasks is not None
         if self._progress:
             self._progress.update(self._task, completed=record.step, status=status)
-            if record.val_loss is None:
+            if not measured:
                 return
-        if (
-            record.step % self._every == 0
-            or record.val_loss is not None
-            or record.step in (1, self._steps)
-            or record.skipped
-        ):
+        if record.step % self._every == 0 or measured or record.step in (1, self._steps) or record.skipped:
             eta = "" if self._progress else f" | eta {_duration(seconds_left)}"
             self.line(f"step {record.step:>{self._width}}/{self._steps} | {status}{eta}")
 
@@ -158,6 +156,7 @@ def _status(record: StepRecord) -> str:
     parts = [f"loss {record.loss:.4f}"]
     if record.val_loss is not None:
         parts.append(f"val {record.val_loss:.4f}")
+    parts += [f"{task} {100 * score:.1f}%" for task, score in (record.tasks or {}).items()]
     parts.append(f"lr {record.lr:.2e}")
     parts.append("overflow, skipped" if record.grad_norm is None else f"norm {record.grad_norm:.3f}")
     if record.skipped and record.grad_norm is not None:

@@ -52,15 +52,21 @@ class Options(Recipe):
     """Steps between validation losses, which are also taken before the first and after the last; 0: never."""
     val_rows: int = 32
     """Validation rows a corpus, from the start of its validation split."""
+    eval_every: int = 0
+    """Steps between scores on --eval-tasks, also taken after the last; 0: never. Other ranks wait for rank 0, no longer
+    than --rank-timeout."""
+    eval_tasks: tuple[str, ...] = ("arc_easy", "piqa", "winogrande")
+    """Multiple-choice tasks of the report (docs/evaluation.md)."""
+    eval_data: Path | None = None
+    """Folder with TASK.jsonl files of questions. Default: the hub's data sets."""
+    eval_limit: int = 100
+    """First questions of each task."""
     save_every: int = 0
     """Steps between checkpoints; one is always saved at the end and at a stop."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints of steps that this divides are kept for good; 0: none."""
-    skip_spikes: float | None = None
-    """Leave out the update of a step whose loss lies more than this many standard deviations above the running mean (of
-    the last 64 steps or so). Default: leave out none."""
     log_every: int = 10
     """Steps between printed lines where the output is not a terminal; metrics.jsonl has every step."""
     sample_tokens: int = 120
@@ -73,10 +79,11 @@ class Options(Recipe):
     def check(self) -> None:
         """As Recipe's, and for what concerns the machine."""
         super().check()
-        for name in ("rank_timeout", "skip_spikes"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0")
-        for name in ("save_every", "keep_last", "keep_every"):
+        if not self.rank_timeout > 0:
+            raise UsageError(f"rank_timeout={self.rank_timeout}: must be greater than 0")
+        if self.eval_limit < 1:
+            raise UsageError(f"eval_limit={self.eval_limit}: must be at least 1")
+        for name in ("eval_every", "save_every", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         if self.skip_spikes and self.zero_step == "deepspeed":

@@ -85,6 +85,9 @@ class Recipe:
     """Overflows tolerated before the fp16 loss scale halves. NOT STATED by the report; DeepSpeed's default."""
     min_loss_scale: float = 1.0
     """The fp16 loss scale does not fall below this. NOT STATED by the report; DeepSpeed's default."""
+    skip_spikes: float | None = None
+    """Leave out the update of a step whose loss lies more than this many standard deviations above the running mean (of
+    the last 64 steps or so). None leaves out none, as the report."""
     seed: int = 1337
     """Seed of the initialisation and of the data order. NOT STATED by the report."""
 
@@ -127,6 +130,8 @@ class Recipe:
         for name in ("learning_rate", "eps"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0")
+        if self.skip_spikes is not None and not self.skip_spikes > 0:
+            raise UsageError(f"skip_spikes={self.skip_spikes}: must be greater than 0")
         for name in ("weight_decay", "gradient_clipping", "warmup_steps", "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")

@@ -27,6 +27,7 @@ from .data.vocabulary import TokenizerError, end_of_text
 from .diagnosis import Diverged, explain, find_overflow
 from .distributed import LostRank, World, join, leave, lost_rank
 from .errors import UsageError
+from .evaluation.during_training import TasksDuringTraining
 from .generation import complete
 from .kernels import BackendUnavailable, in_use, use
 from .kernels.backend import OPS, implementation
@@ -79,10 +80,10 @@ def train(options: Options, signals: Signals, console: Console) -> int:
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         fused=options.zero_step == "fused",
-        skip_spikes=options.skip_spikes,
     )
     loader = corpora.loader(micro_batch_size)
     done = run.restore(zero, loader, console)
+    tasks = TasksDuringTraining(options, corpora.tokenizer, world) if options.eval_every else None
     run.create(corpora.tokenizer)
     header(console, options, world, run, corpora, precision, micro_batch_size, accumulation, done)
     log = MetricsLog(run.directory, done) if world.is_main else None
@@ -120,6 +121,9 @@ def train(options: Options, signals: Signals, console: Console) -> int:
             val_losses = None
             if options.val_every and (done % options.val_every == 0 or done == steps):
                 val_losses = validate(model, corpora, options.val_rows, micro_batch_size, signals)
+            scores = None
+            if tasks and (done % options.eval_every == 0 or done == steps):
+                scores = tasks(as_phi(model, options))
             tokens_per_s = options.tokens_per_step / seconds
             record = StepRecord(
                 step=done,
@@ -134,6 +138,7 @@ def train(options: Options, signals: Signals, console: Console) -> int:
                 mfu=None if peak is None else tokens_per_s * flops_per_token / (peak * world.size),
                 val_loss=corpora.weighted(val_losses) if val_losses else None,
                 val_losses=val_losses or None,
+                tasks=scores,
             )
             if log:
                 log.write(record)
@@ -198,15 +203,20 @@ def build_model(options: Options, world: World, precision: Precision) -> nn.Modu
 
 def sample(model: nn.Module, corpora: Corpora, options: Options) -> str:
     """Text that goes on from --sample-prompt, the same for the same seed."""
-    if not isinstance(model, Phi):
-        merged = to_merged(model.state_dict())
-        model = Phi(options.model).to(next(model.parameters()))
-        model.load_state_dict(merged)
     room = options.model.max_position_embeddings - len(corpora.tokenizer.encode(options.sample_prompt).ids)
     sampling = Sampling(max_new_tokens=min(options.sample_tokens, room), temperature=0.8, seed=options.seed)
     end = end_of_text(corpora.tokenizer)
-    [completion] = complete(model, corpora.tokenizer, [options.sample_prompt], sampling, end=end)
+    [completion] = complete(as_phi(model, options), corpora.tokenizer, [options.sample_prompt], sampling, end=end)
     return options.sample_prompt + completion.text
+
+
+def as_phi(model: nn.Module, options: Options) -> Phi:
+    """The model itself, or a copy of the reference's weights."""
+    if isinstance(model, Phi):
+        return model
+    phi = Phi(options.model).to(next(model.parameters()))
+    phi.load_state_dict(to_merged(model.state_dict()))
+    return phi
 
 
 def header(

@@ -81,7 +81,6 @@ class Zero2:
         micro_batch_size: int,
         accumulation: int,
         fused: bool = True,
-        skip_spikes: float | None = None,
     ) -> None:
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
@@ -99,7 +98,7 @@ class Zero2:
             )
         self.fused: FusedStep | None = None
         if fused:
-            spikes = SpikeFilter(skip_spikes, world.device) if skip_spikes else None
+            spikes = SpikeFilter(recipe.skip_spikes, world.device) if recipe.skip_spikes else None
             self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, spikes)
             self.zero.step = self.fused
 

@@ -1,0 +1,55 @@
+"""A few of the report's tasks every so many steps of a run: `--eval-every`."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from ..distributed import World
+from ..errors import UsageError
+from ..model import Phi
+from ..options import Options
+from . import harness
+from .local_data import find_file, read_rows
+
+
+class TasksDuringTraining:
+    """Scores the model that is being trained on --eval-tasks; rank 0 works, the others wait for its scores.
+
+    Nothing of the run changes: no random state is drawn from, and the weights are read as they are.
+    """
+
+    def __init__(self, options: Options, tokenizer: Tokenizer, world: World) -> None:
+        """Raises UsageError where a task is unknown or has no questions, or lm-eval is absent: before any step."""
+        unknown = [task for task in options.eval_tasks if task not in harness.TASKS]
+        if unknown:
+            raise UsageError(f"--eval-tasks {' '.join(unknown)}: expected some of {', '.join(harness.TASKS)}")
+        if options.eval_data is not None:
+            for task in options.eval_tasks:
+                path = find_file(options.eval_data, task)
+                if path is None:
+                    raise UsageError(f"--eval-data {options.eval_data} has no {task}.jsonl")
+                read_rows(path, task)
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise UsageError(f"--eval-every needs lm-eval: pip install 'phi-fast[eval]' ({error})") from error
+        self.options, self.tokenizer, self.world = options, tokenizer, world
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+    def __call__(self, model: Phi) -> dict[str, float]:
+        """Accuracy by task, on the first --eval-limit questions of each; the same on every rank."""
+        scores: dict[str, float] = {}
+        if self.world.is_main:
+            from .lm import PhiFastLM
+
+            model.eval()
+            lm = PhiFastLM(model=model, hf_tokenizer=self.tokenizer, console=Console(quiet=True))
+            for task in self.options.eval_tasks:
+                scores[task] = harness.run(task, lm, self.options.eval_data, self.options.eval_limit).score
+            model.train()
+        return self.world.broadcast(scores)
