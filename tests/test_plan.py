@@ -63,7 +63,9 @@ def test_activations_are_what_autograd_keeps(recompute: Recompute, dtype: torch.
     assert activations(case).total == pytest.approx(kept, rel=0.01)  # the issue asks for 10%
 
 
-@pytest.mark.parametrize(("recompute", "precision", "rows"), [("norm_gelu", "fp32", 4), ("all", "bf16", 2)])
+@pytest.mark.parametrize(
+    ("recompute", "precision", "rows"), [("norm_gelu", "fp32", 4), ("all", "bf16", 2), ("none", "bf16", 1)]
+)
 def test_the_peak_is_what_a_step_of_the_trainer_allocates(
     recompute: Recompute, precision: Precision, rows: int
 ) -> None:

@@ -97,11 +97,13 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory
     bucket = bucket_elements(config) * e
     buffers = 2 * bucket if gpu else bucket  # overlap_comm has two
     filled = min(1.0, bucket / weights)  # share of the backward when the first is full and its copy is made
+    # fp32 gradients stay where they are in the bucket; those of 16 bits are added up in a tensor of their own.
+    apart = gradients * (accumulating or e == 2)
     moments = {
         "end of the forward": kept.total + chunk + gradients * accumulating,
         "backward of the loss": kept.total + (tokens + vocabulary) * d * e + gradients * accumulating,
         "backward of the last block": kept.blocks + kept.final_norm + working + buffers + gradients * accumulating,
-        "first reduction": kept.blocks * (1 - filled) + working + buffers + bucket + gradients,
+        "first reduction": kept.blocks * (1 - filled) + working + buffers + bucket + apart,
     }
     held = weights + optimizer + max(moments.values())
     context = CONTEXT.value if gpu else 0.0
