@@ -23,8 +23,10 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
 TITLE = "# Benchmarks\n\nWritten by `python -m benchmarks.report` from `benchmarks/results/`; do not edit."
 HOW = """Times are medians of repeats taken in turn. Spread: interquartile range ÷ median. × phi_fast: the time as a
-multiple of the first phi_fast row's, repeat by repeat. Of bound: the least time that the copy and the matrix product of
-the same rounds allow for the bytes and FLOPs that the operation needs ÷ the median. A row that did not run says why."""
+multiple of the first phi_fast row's, repeat by repeat. Of bound: the least time that the copy and the matrix product
+of the same rounds allow for the bytes and FLOPs that the operation needs ÷ the median. Half of what a copy moves is
+writes, and a processor reads what it is about to write: an operation that writes less can pass 100%. A row that did not
+run says why."""
 
 
 @dataclass(frozen=True)

@@ -59,25 +59,24 @@ def stock_step(
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
     batch: Batch,
     dtype: torch.dtype,
-    compile: Callable[[nn.Module], nn.Module] = lambda model: model,
-) -> Step:
+    compile: Callable[[nn.Module], nn.Module | None] = lambda model: model,
+) -> Step | str:
     """A peer's model under torch's fused AdamW, which keeps its state in the weights' dtype."""
     model = model.to(batch[0].device, dtype)
     run = compile(model)
+    if run is None:
+        return NOT_COMPILED
     optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE), lr=1e-4, fused=True)
     return bare_step(model, optimizer, lambda: loss(run, *batch))
 
 
-def transformers_eager(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step:
+def transformers_eager(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step | str:
     return stock_step(models.hugging_face(config), models.loss_of_hugging_face, batch, dtype)
 
 
 def transformers_compiled(config: PhiConfig, batch: Batch, dtype: torch.dtype, full: bool) -> Step | str:
-    if not full:
-        return NOT_COMPILED
-    return stock_step(
-        models.hugging_face(config), models.loss_of_hugging_face, batch, dtype, lambda m: compiled(m, full) or m
-    )
+    model = models.hugging_face(config)
+    return stock_step(model, models.loss_of_hugging_face, batch, dtype, lambda model: compiled(model, full))
 
 
 def litgpt(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step | str:
