@@ -24,17 +24,21 @@ def swap(module: nn.Module, build: Builder) -> None:
     module.__class__ = _subclass(type(module), build)
 
 
-def swap_back(module: nn.Module) -> None:
-    """Undo `swap`; nothing for a module that was not swapped. Raises ValueError where something else has changed the
-    class since."""
-    cls = type(module)
-    if _BASE in vars(cls):
-        module.__class__ = vars(cls)[_BASE]
-    elif hasattr(cls, _BASE):
-        raise ValueError(
-            f"{cls.__module__}.{cls.__qualname__} was made from an accelerated module's class, by FSDP2 for one; "
-            "restore the model before it is wrapped"
-        )
+def swap_back(model: nn.Module) -> None:
+    """Undo every `swap` in `model`. Raises ValueError, and changes nothing, where something else has changed the class
+    of a swapped module since."""
+    classes = {}
+    for module in model.modules():
+        cls = type(module)
+        if _BASE in vars(cls):
+            classes[module] = vars(cls)[_BASE]
+        elif hasattr(cls, _BASE):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__qualname__} was made from an accelerated module's class, by FSDP2 for one; "
+                "restore the model before it is wrapped"
+            )
+    for module, cls in classes.items():
+        module.__class__ = cls
 
 
 def swapped(module: nn.Module) -> bool:
@@ -59,14 +63,18 @@ _subclasses: dict[tuple[type[nn.Module], Builder], type[nn.Module]] = {}
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """True where somebody looks at one of these modules' calls (transformers' own capture of attentions, ZeRO-3, a
-    user): its `__call__` must run then."""
+    """True where somebody looks at one of these modules' calls (transformers' own capture of attentions, ZeRO-3,
+    accelerate's device_map, a user): its `__call__` must run then."""
     return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
         for module in modules
     )
 
 
 def plain(module: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
     """True where calling `module` does what `cls` does on its weights and nothing else: no LoRA, no hook."""
-    return original(module) is cls and "forward" not in vars(module) and not hooked(module)
+    return original(module) is cls and not hooked(module)

@@ -59,8 +59,7 @@ def restore(model: nn.Module) -> None:
     model = _unwrapped(model)
     if not any(swapped(module) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is not accelerated; there is nothing to restore")
-    for module in model.modules():
-        swap_back(module)
+    swap_back(model)
     config = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None) or ""
     if config is not None and implementation.startswith(attention.PREFIX):

@@ -121,6 +121,26 @@ def test_what_does_not_fit_is_left_by_name() -> None:
     assert model.config._attn_implementation == "flex_attention"
 
 
+def test_what_others_have_wrapped_is_left_by_name() -> None:
+    model = build("llama", is_causal=False)
+    assert {"LlamaAttention"} <= {entry.module for entry in accelerate(model).left if "is_causal" in entry.note}
+
+    model = build("phi")  # as accelerate's device_map does
+    attention_module = model.model.layers[0].self_attn
+    theirs, called = attention_module.forward, []
+    attention_module.forward = lambda *a, **k: called.append(1) or theirs(*a, **k)
+    left = {entry.module: entry for entry in accelerate(model).left}
+    assert left["PhiAttention"].count == 1 and "replaced on the instance" in left["PhiAttention"].note
+    model(input_ids=tokens(), labels=tokens())
+    assert called == [1]
+
+    norm = model.model.final_layernorm  # as FSDP2 does
+    norm.__class__ = type("FSDPLayerNorm", (type(norm),), {})
+    with pytest.raises(ValueError, match="FSDPLayerNorm was made from an accelerated module's class"):
+        restore(model)
+    assert model(input_ids=tokens(), labels=tokens()).logits is None  # nothing was restored by halves
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_restore_leaves_the_instance_as_it_was(name: str) -> None:
     model = build(name).eval()
