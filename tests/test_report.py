@@ -23,7 +23,7 @@ from phi_fast.reporting.read import RunData, read_runs
 from phi_fast.run import _plain
 
 HOSTILE = "</pre><script>document.title = 'taken'</script>\"'&"
-METRICS = ["loss", "val_loss", "grad_norm", "loss_scale", "tokens_per_s", "lr"]
+METRICS = ["loss", "val_loss", "grad_norm", "loss_scale", "tokens_per_s", "lr", "tasks"]
 
 
 def write_run(path: Path, steps: int = 12, sample: str = "The module", **options: Any) -> Path:
@@ -47,6 +47,7 @@ def write_run(path: Path, steps: int = 12, sample: str = "The module", **options
             mfu=None,
             val_loss=8.0 / step if validated else None,
             val_losses={"docs": 7.0 / step, "code": 9.0 / step} if validated else None,
+            tasks={"piqa": 0.5 + step / 100} if validated else None,
         )
         log.write(record)
     log.text("sample", sample, steps)
@@ -104,6 +105,7 @@ def check_curves(found: Page) -> None:
     assert values[3] == 5.0
     assert found.curves["val_loss", "b"] == ([4, 8, 12], [8.0 / step for step in (4, 8, 12)])
     assert found.curves["val_loss", "b: code"] == ([4, 8, 12], [9.0 / step for step in (4, 8, 12)])
+    assert found.curves["tasks", "b: piqa"] == ([4, 8, 12], [0.54, 0.58, 0.62])
     assert found.curves["loss_scale", "b"][1] == [65536.0] * 12
 
 

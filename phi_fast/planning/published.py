@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..recipes import RECIPES
 from .devices import DEVICES
@@ -66,5 +66,5 @@ def compare() -> list[Comparison]:
         device = DEVICES[entry.device]
         ours = plan(Job(recipe, device, entry.devices))
         mfu = entry.mfu if entry.mfu is not None else entry.tokens_per_second * flops / device.flops.value
-        rows.append(Comparison(replace(entry), ours, mfu))
+        rows.append(Comparison(entry, ours, mfu))
     return rows

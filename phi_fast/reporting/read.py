@@ -36,13 +36,12 @@ class RunData:
             if outer in record:
                 value = (record[outer] or {}).get(inner) if inner else record[outer]
                 steps.append(record["step"])
-                values.append(None if value is None else float(value))
+                values.append(None if value is None or not math.isfinite(value) else float(value))
         return steps, values
 
-    @property
-    def corpora(self) -> list[str]:
-        """Whose validation losses were measured."""
-        return list(dict.fromkeys(name for record in self.records for name in record.get("val_losses") or {}))
+    def members(self, field: str) -> list[str]:
+        """Names in a field that is an object: the corpora of "val_losses", the tasks of "tasks"."""
+        return list(dict.fromkeys(name for record in self.records for name in record.get(field) or {}))
 
     @property
     def mixture(self) -> dict[str, int]:

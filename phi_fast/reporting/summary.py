@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
 from .curves import Series
 from .read import RunData
@@ -21,11 +20,11 @@ class Chart:
 
 
 def charts(runs: list[RunData]) -> list[Chart]:
-    """Loss, validation, gradient norm, loss scale, throughput: a curve a run; validation also by corpus."""
+    """Loss, validation, gradient norm, loss scale, throughput: a curve a run; validation also by corpus. Accuracies where
+    a run measured them."""
     validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
-    for i, run in enumerate(runs):
-        named = enumerate(run.corpora, 1)
-        validation += [Series(f"{run.name}: {corpus}", i, run.curve(f"val_losses.{corpus}"), n) for n, corpus in named]
+    validation += _members(runs, "val_losses")
+    tasks = _members(runs, "tasks")
     return [
         Chart("Loss, nats a token", "loss", _all(runs, "loss")),
         Chart("Validation loss, nats a token", "val_loss", validation),
@@ -33,6 +32,7 @@ def charts(runs: list[RunData]) -> list[Chart]:
         Chart("Loss scale", "loss_scale", _all(runs, "loss_scale"), log=True),
         Chart("Throughput, tokens/s", "tokens_per_s", _all(runs, "tokens_per_s")),
         Chart("Learning rate", "lr", _all(runs, "lr")),
+        *([Chart("Accuracy by task (--eval-every)", "tasks", tasks)] if tasks else []),
     ]
 
 
@@ -59,7 +59,7 @@ def figures(run: RunData) -> dict[str, str]:
 def differences(runs: list[RunData]) -> dict[str, list[str]]:
     """Fields of config.json in which the runs differ: field -> value of each; "–" where a run has none."""
     fields = dict.fromkeys(key for run in runs for key in run.config)
-    rows = {key: [_value(run.config.get(key, "–")) for run in runs] for key in fields}
+    rows = {key: [str(run.config.get(key, "–")) for run in runs] for key in fields}
     return {key: values for key, values in rows.items() if len(set(values)) > 1 and key != "run_dir"}
 
 
@@ -67,8 +67,12 @@ def _all(runs: list[RunData], field: str) -> list[Series]:
     return [Series(run.name, i, run.curve(field)) for i, run in enumerate(runs)]
 
 
-def _value(value: Any) -> str:
-    return str(value)
+def _members(runs: list[RunData], field: str) -> list[Series]:
+    return [
+        Series(f"{run.name}: {name}", i, run.curve(f"{field}.{name}"), style)
+        for i, run in enumerate(runs)
+        for style, name in enumerate(run.members(field), 1)
+    ]
 
 
 def _loss(value: float | None) -> str:
