@@ -19,7 +19,9 @@ def draw(runs: list[RunData], path: Path) -> None:
     figure = Figure(figsize=(15, 8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(2, 4).flat)
-    for axis, one in zip(axes, charts(runs), strict=False):
+    shown = charts(runs)
+    last = axes[len(shown)]
+    for axis, one in zip(axes, shown, strict=False):
         for series in one.series:
             steps, values = series.curve
             if any(value is not None for value in values):
@@ -39,10 +41,10 @@ def draw(runs: list[RunData], path: Path) -> None:
             labels.append(f"{run.name}: {one_draw.corpus}")
             intended.append(100 * one_draw.intended)
             drawn.append(100 * one_draw.share)
-    axes[7].barh(labels, drawn, color="C0", label="drawn")
-    axes[7].plot(intended, labels, "k|", ms=14, label="intended")
-    axes[7].set_title("Mixture, % of rows", fontsize=10)
-    axes[7].legend(fontsize=7)
-    for axis in axes[len(charts(runs)) : 7]:
+    last.barh(labels, drawn, color="C0", label="drawn")
+    last.plot(intended, labels, "k|", ms=14, label="intended")
+    last.set_title("Mixture, % of rows", fontsize=10)
+    last.legend(fontsize=7)
+    for axis in axes[len(shown) + 1 :]:
         axis.axis("off")
     figure.savefig(path)

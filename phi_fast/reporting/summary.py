@@ -20,8 +20,8 @@ class Chart:
 
 
 def charts(runs: list[RunData]) -> list[Chart]:
-    """Loss, validation, gradient norm, loss scale, throughput: a curve a run; validation also by corpus. Accuracies where
-    a run measured them."""
+    """Loss, validation (also by corpus), gradient norm, loss scale, throughput, learning rate: a curve a run; and
+    accuracies by task where a run measured them."""
     validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
     validation += _members(runs, "val_losses")
     tasks = _members(runs, "tasks")
