@@ -137,6 +137,7 @@ def _make(words: tuple[str, ...]) -> tuple[str, list[str]] | None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_command_parses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module exists, and its own parser takes the options; it stops there."""
     found = module_and_options(command.words)
