@@ -59,7 +59,7 @@ def parallel_block(
     has no effect inside.
 
     recompute: what is kept for backward, in numbers a token (beside O(heads) statistics): "none" keeps x, h, [q|k|v|u]
-    and [o|g], 5d + 5d + 2m; "norm_gelu" x, [q|k|v|u] and o, 5d + m; "all" x alone, d, and runs the block's forward
+    and [o|g], 6d + 2m; "norm_gelu" x, [q|k|v|u] and o, 5d + m; "all" x alone, d, and runs the block's forward
     again but for its last product.
 
     The backward is deterministic where the matrix products are. Parameters that need no gradient cost no product.
@@ -268,7 +268,8 @@ class _ParallelBlock(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        kept = ctx.saved_tensors  # once: under activation checkpointing a second look finds nothing
+        inputs, saved = kept[:8], kept[8:]
         with torch.autocast(dout.device.type, enabled=False):
             return None, *_backward(dout, saved, inputs, ctx.options, ctx.needs_input_grad[1:9]), None, None
 
@@ -339,7 +340,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _op_backward(ctx, grads):
-    inputs, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    kept = ctx.saved_tensors
+    inputs, saved = kept[:8], kept[8:]
     wanted = list(ctx.needs_input_grad[:8])
     found = iter(_backward_op(grads[0], list(saved), list(inputs), *ctx.options, wanted))
     return *(next(found) if want else None for want in wanted), None, None, None, None, None, None
