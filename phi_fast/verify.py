@@ -132,9 +132,7 @@ def _backends(case: Case, options: Options, device: torch.device) -> list[str]:
     ours = [name for name in BACKENDS if name in options.backends]
     if case.op != "model":
         return [*ours, *(name for name in vendors if case.op in VENDORS[name])]
-    # Attention has no C++: on a CPU "auto" is the model on the C++ ops.
-    whole = ["auto" if name == "cpp" else name for name in ours if name != "cpp" or device.type == "cpu"]
-    return [*whole, *(f"{name}:{op}" for name in vendors for op in VENDORS[name] if op != "adam")]
+    return [*ours, *(f"{name}:{op}" for name in vendors for op in VENDORS[name] if op != "adam")]
 
 
 def _print(verdicts: list[Verdict], console: Console) -> None:

@@ -95,7 +95,7 @@ def test_stop_and_resume_give_what_never_stopping_gives(stdlib: Path, tmp_path: 
 
 def test_the_plain_loop_gives_the_same_losses(stdlib: Path, tmp_path: Path) -> None:
     """The reference model, torch's AdamW and a for loop against the trainer with everything on: 50 steps."""
-    words = arguments(stdlib, tmp_path / "run", 50)
+    words = arguments(stdlib, tmp_path / "run", 50, precision="fp32")
     options = parse(words)
     expected = plain_losses(options, start_weights(options))
     assert main(words) == 0
@@ -130,7 +130,7 @@ def plain_losses(options: Options, state: dict[str, torch.Tensor]) -> list[float
 
 def test_accumulation_gives_the_same_losses(stdlib: Path, tmp_path: Path) -> None:
     for steps in (1, 4):
-        words = arguments(stdlib, tmp_path / str(steps), 8, gradient_accumulation_steps=steps)
+        words = arguments(stdlib, tmp_path / str(steps), 8, precision="fp32", gradient_accumulation_steps=steps)
         assert main(words) == 0
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), abs=1e-4)
 
@@ -146,13 +146,13 @@ def test_low_precision_follows_fp32(stdlib: Path, tmp_path: Path, precision: str
 
 def test_two_ranks_give_one_ranks_losses(stdlib: Path, tmp_path: Path) -> None:
     """torchrun with two ranks, stopped and gone on with by one."""
-    assert main(arguments(stdlib, tmp_path / "one", 8)) == 0
+    assert main(arguments(stdlib, tmp_path / "one", 8, precision="fp32")) == 0
     torchrun = (str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "-m", "phi_fast.train")
-    process = start(arguments(stdlib, tmp_path / "two", 8, stop_after=4), *torchrun)
+    process = start(arguments(stdlib, tmp_path / "two", 8, precision="fp32", stop_after=4), *torchrun)
     output, _ = process.communicate(timeout=120)
     assert "= 2 × 1 accumulated × 2 ranks" in output
     assert "stopped at step 4 of 8" in output
-    assert main(arguments(stdlib, tmp_path / "two", 8, resume=True)) == 0
+    assert main(arguments(stdlib, tmp_path / "two", 8, precision="fp32", resume=True)) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 

@@ -88,9 +88,12 @@ def test_what_is_held_against_a_kernel() -> None:
     assert (verdict(missing).status, verdict(missing).detail) == ("not run", "no such library")
 
 
-def test_a_back_end_that_is_not_there_is_named_and_does_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--device", "cpu", "--backends", "cpp", "--dtypes", "fp32", "--ops", "attention"]) == 0
-    assert "not run: cpp for attention. attention has no 'cpp' implementation" in capsys.readouterr().out
+def test_a_back_end_that_is_not_there_is_named_and_does_not_fail(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["--device", "cpu", "--backends", "triton", "--dtypes", "fp32", "--ops", "attention"]) == 0
+    assert "not run: triton for attention. attention: Triton needs a GPU" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -119,10 +119,11 @@ def start(words: list[str], folder: Path, *, ranks: int = 1, fault: str = "", gi
     return running
 
 
-def finish(words: list[str], folder: Path, *, ranks: int = 1, expect: int = 0, **options: Any) -> str:
-    """Run to the end and return rank 0's output; every rank's exit status must be `expect`."""
+def finish(words: list[str], folder: Path, *, ranks: int = 1, expect: int = 0, timeout: float = 120, **options: Any) -> str:
+    """Run to the end, each rank within `timeout` seconds, and return rank 0's output; every rank's exit status must be
+    `expect`."""
     started = start(words, folder, ranks=ranks, **options)
-    statuses = [trainer.wait() for trainer in started]
+    statuses = [trainer.wait(timeout) for trainer in started]
     assert statuses == [expect] * ranks, "\n".join(trainer.output for trainer in started)
     return started[0].output
 
