@@ -119,7 +119,9 @@ def start(words: list[str], folder: Path, *, ranks: int = 1, fault: str = "", gi
     return running
 
 
-def finish(words: list[str], folder: Path, *, ranks: int = 1, expect: int = 0, timeout: float = 120, **options: Any) -> str:
+def finish(
+    words: list[str], folder: Path, *, ranks: int = 1, expect: int = 0, timeout: float = 120, **options: Any
+) -> str:
     """Run to the end, each rank within `timeout` seconds, and return rank 0's output; every rank's exit status must be
     `expect`."""
     started = start(words, folder, ranks=ranks, **options)
