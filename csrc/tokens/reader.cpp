@@ -5,6 +5,30 @@
 #include <string>
 
 namespace phi_fast::tokens {
+namespace {
+
+// Returns the largest token. One loop each: compilers vectorise these to the width of the stores, and one loop of all
+// three to a fifth of it.
+template <typename Token>
+__attribute__((always_inline)) inline Token widen_row(const Token* __restrict tokens, uint64_t length,
+                                                      int64_t* __restrict input_ids, int64_t* __restrict labels) {
+  Token largest = tokens[length];
+  for (uint64_t i = 0; i < length; ++i) largest = std::max(largest, tokens[i]);
+  for (uint64_t i = 0; i < length; ++i) input_ids[i] = tokens[i];
+  for (uint64_t i = 0; i < length; ++i) labels[i] = tokens[i + 1];
+  return largest;
+}
+
+#if defined(__x86_64__)
+// The same loops with one instruction for the widening, where the plain build needs two and writes half as much.
+template <typename Token>
+__attribute__((target("avx2"))) Token widen_row_avx2(const Token* tokens, uint64_t length, int64_t* input_ids,
+                                                     int64_t* labels) {
+  return widen_row(tokens, length, input_ids, labels);
+}
+#endif
+
+}  // namespace
 
 Reader::Reader(std::vector<std::shared_ptr<TokenFile>> files, std::shared_ptr<Order> order, uint64_t id_limit,
                std::vector<int64_t> delimiters)
@@ -14,15 +38,16 @@ Reader::Reader(std::vector<std::shared_ptr<TokenFile>> files, std::shared_ptr<Or
   }
 }
 
-// One loop each: compilers vectorise these to the width of the stores, and one loop of all three to a fifth of it.
 template <typename Token>
-void Reader::widen(const Token* __restrict tokens, const Place& place, int64_t* __restrict input_ids,
-                   int64_t* __restrict labels) const {
+void Reader::widen(const Token* tokens, const Place& place, int64_t* input_ids, int64_t* labels) const {
   const uint64_t length = order_->sequence_length();
-  Token largest = tokens[length];
-  for (uint64_t i = 0; i < length; ++i) largest = std::max(largest, tokens[i]);
-  for (uint64_t i = 0; i < length; ++i) input_ids[i] = tokens[i];
-  for (uint64_t i = 0; i < length; ++i) labels[i] = tokens[i + 1];
+#if defined(__x86_64__)
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  const Token largest =
+      avx2 ? widen_row_avx2(tokens, length, input_ids, labels) : widen_row(tokens, length, input_ids, labels);
+#else
+  const Token largest = widen_row(tokens, length, input_ids, labels);
+#endif
   if (largest < id_limit_) return;
   const uint64_t at = std::max_element(tokens, tokens + length + 1) - tokens;
   throw std::invalid_argument(files_[place.corpus]->path() + ": token " + std::to_string(place.token + at) + " is id " +

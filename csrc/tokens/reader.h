@@ -35,8 +35,7 @@ class Reader {
 
  private:
   template <typename Token>
-  void widen(const Token* __restrict tokens, const Place& place, int64_t* __restrict input_ids,
-             int64_t* __restrict labels) const;
+  void widen(const Token* tokens, const Place& place, int64_t* input_ids, int64_t* labels) const;
   void isolate(Batch& batch) const;
 
   std::vector<std::shared_ptr<TokenFile>> files_;
