@@ -125,6 +125,12 @@ def test_draws_follow_the_probabilities():
     assert ((counts[:3] / 4000 - expected).abs() < 4 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
+def test_the_same_prompt_twice_is_continued_in_two_ways(model, tokenizer):
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
+    first, second = complete(model, tokenizer, ["once", "once"], sampling)
+    assert first.tokens != second.tokens
+
+
 def test_seeds_repeat_and_batching_changes_nothing(model, tokenizer):
     texts = ["once", "def f(x):", "a b c d e f g", "x", "the end of"]
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3)
