@@ -62,6 +62,7 @@ def test_what_is_not_understood_exits_with_status_2(arguments: list[str], capsys
     [
         ({"sequence_length": 257}, r"sequence_length=257 is longer than the model's context of 256 tokens"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be greater than 0"),
+        ({"skip_spikes": 0.0}, r"skip_spikes=0\.0: must be greater than 0"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\)"),
         ({"mixture": {"docs": 0}}, r"mixture=\{'docs': 0\}"),
         ({"initial_loss_scale": 1000.0}, r"initial_loss_scale=1000\.0: must be a power of two"),
