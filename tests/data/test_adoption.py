@@ -96,7 +96,7 @@ def test_every_format(tmp_path: Path, tokenizer_path: Path, encoded: list[list[i
     write(source, encoded)
     before = source.read_bytes()
     width = ["--dtype", dtype] if write is write_raw else []
-    out = tmp_path / "out"
+    out = tmp_path / "new" / "out"
     assert main(["--adopt", str(source), "--tokenizer", str(tokenizer_path), "--out", str(out), *width]) == 0
 
     manifest = Manifest.read(out)
@@ -110,7 +110,8 @@ def test_every_format(tmp_path: Path, tokenizer_path: Path, encoded: list[list[i
     assert split.max_id == max(map(max, encoded))
     tokens = np.fromfile(out / split.file, manifest.numpy_dtype, offset=split.offset)
     assert tokens.tolist() == (closed if side == "after" else opened)(encoded)
-    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "new"}
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_two_files_are_two_splits(tmp_path: Path, tokenizer_path: Path, encoded: list[list[int]]) -> None:

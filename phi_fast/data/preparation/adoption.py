@@ -42,6 +42,7 @@ def adopt(files: list[Path], out: Path, settings: Settings, console: Console) ->
         raise PrepareError(f"{files[0]} and {files[1]} are of different dtypes: adopt each as a corpus of its own")
     encoder, encoding, manifest = plan_encoding(replace(settings, dtype=None))
     manifest = replace(manifest, dtype=layouts[0].dtype)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     try:
         splits, delimiters = {}, set()
