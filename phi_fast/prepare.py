@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: Options, console: Console) -> None:
     """Do what the options say. Raises PrepareError for options that do not go together."""
+    if options.samples < 0:
+        raise PrepareError(f"--samples {options.samples}: expected 0 or more")
     if options.inspect is not None:
         for line in inspect(options.inspect, options.samples):
             print(line)

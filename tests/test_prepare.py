@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from phi_fast.data import stdlib_corpus, vocabulary
 from phi_fast.data.manifest import Manifest
 from phi_fast.data.preparation import merge, pipeline, tasks, units
-from phi_fast.data.preparation.inputs import PrepareError
+from phi_fast.data.preparation.inputs import PrepareError, find_inputs
 from phi_fast.data.preparation.pipeline import Settings, prepare
 from phi_fast.data.vocabulary import TokenizerError
 from phi_fast.prepare import main
@@ -143,6 +143,12 @@ def test_every_kind_of_input(tmp_path: Path, tokenizer_path: Path, write: Callab
     assert Manifest.read(tmp_path / "out") == manifest
     manifest.verify(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=INPUTS)
+def test_progress_reaches_the_end(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    inputs = find_inputs([write(tmp_path)])
+    assert sum(task.size for task in tasks.cut(inputs, 600)) == sum(entry.size for entry in inputs)
 
 
 def test_the_tokens_are_the_tokenizers(tmp_path: Path, tokenizer_path: Path) -> None:
@@ -345,6 +351,30 @@ def damage_zstandard(folder: Path) -> Path:
     return path
 
 
+def damage_parquet(folder: Path) -> Path:
+    """The footer stays whole: only reading the rows finds it."""
+    path = write_parquet(folder) / "data.parquet"
+    data = bytearray(path.read_bytes())
+    data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
+    path.write_bytes(data)
+    return path
+
+
+def damage_parquet_footer(folder: Path) -> Path:
+    path = write_parquet(folder) / "data.parquet"
+    data = bytearray(path.read_bytes())
+    data[-200:-8] = b"\xff" * 192
+    path.write_bytes(data)
+    return path
+
+
+def damage_dataset(folder: Path) -> Path:
+    path = write_dataset(folder)
+    for shard in path.glob("*.arrow"):
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    return path
+
+
 def write_bytes(name: str, data: bytes) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         (folder / name).write_bytes(data)
@@ -370,9 +400,13 @@ FAULTS = {
     "not parquet": (write_bytes("a.parquet", b"x" * 99), {}, r"a\.parquet is not Parquet"),
     "gzip cut": (damage_gzip, {}, r"data\.jsonl\.gz is damaged: Compressed file ended"),
     "zstandard cut": (damage_zstandard, {}, r"data\.json\.zst is damaged: Truncated"),
+    "parquet damaged": (damage_parquet, {}, r"(?s)data\.parquet is damaged: .*\w\. Get the file again"),
+    "parquet footer damaged": (damage_parquet_footer, {}, r"data\.parquet is not Parquet: "),
+    "dataset cut": (damage_dataset, {}, r"saved cannot be read as a dataset: .*Get it again"),
     "not gzip": (write_bytes("a.txt.gz", b"x" * 99), {}, r"a\.txt\.gz is damaged: Not a gzipped file"),
     "not UTF-8": (write_bytes("a.txt", b"\xff\xfe"), {}, r"a\.txt: 'utf-8' codec.*--skip-malformed"),
     "not JSON": (write_bytes("a.jsonl", b'{"text": "a"}\n\n{"text": \n'), {}, r"a\.jsonl, line 3: Expecting value"),
+    "nested JSON": (write_bytes("a.jsonl", b"[" * 100_000), {}, r"line 1: maximum recursion depth.*--skip-malformed"),
     "no object": (write_bytes("a.jsonl", b'["a"]\n'), {}, r"line 1: expected a JSON object .* found list"),
     "no field": (write_bytes("a.jsonl", b'{"body": 1, "id": 2}\n'), {}, r"no field 'text' among body, id"),
     "no text": (write_bytes("a.jsonl", b'{"text": null}\n'), {}, r"'text' is NoneType, expected text"),
@@ -500,6 +534,7 @@ def test_the_command_starts_without_torch() -> None:
         (["a.txt", "--tokenizer", "phi", "--out", "o"], "tokenizer 'phi' is neither 'phi-1.5'"),
         (["a.txt", "--tokenizer", "phi-1.5", "--out", "o", "--seed", "-1"], "--seed -1: expected 0 to below 2**64"),
         (["a.txt", "--tokenizer", "phi-1.5", "--out", "o", "--workers", "0"], "--workers 0: expected at least 1"),
+        (["--inspect", "o", "--samples", "-1"], "--samples -1: expected 0 or more"),
         (["--inspect", "gone"], "gone is not a complete corpus"),
     ],
 )

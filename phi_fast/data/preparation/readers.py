@@ -10,7 +10,7 @@ from typing import Any
 
 from ..vocabulary import END_OF_TEXT
 from .inputs import Input, PrepareError
-from .tasks import Task, open_dataset
+from .tasks import Task, damaged, open_dataset
 
 _SEPARATOR = re.compile(rb"\n?" + re.escape(END_OF_TEXT.encode()) + rb"\n?")
 _ROWS = 1024
@@ -35,7 +35,7 @@ class Reader:
             try:
                 text = parse(record, self.text_field)
                 text.encode()  # JSON can escape half a surrogate pair
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:  # the last: JSON nested without end
                 if not self.skip_malformed:
                     raise PrepareError(
                         f"{place}: {error}. Correct the file, or leave out what is malformed with --skip-malformed"
@@ -54,7 +54,7 @@ def check_field(inputs: Iterable[Input], text_field: str) -> None:
 
             try:
                 names = pyarrow.parquet.read_schema(entry.path).names
-            except pyarrow.ArrowInvalid as error:
+            except (OSError, pyarrow.ArrowException) as error:
                 raise PrepareError(f"{entry.path} is not Parquet: {error}") from error
         elif entry.kind == "dataset":
             names = open_dataset(entry.path).column_names
@@ -80,6 +80,19 @@ def _lines(task: Task, text_field: str) -> Iterator[tuple[str, bytes]]:
             yield f"{task.paths[0]}, line {number}", line
 
 
+def _table(read: Callable[[Task, str], Iterator[tuple[str, object]]]) -> Callable[[Task, str], Iterator[Any]]:
+    """What a damaged table raises is told with its file's name."""
+
+    def named(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
+        try:
+            yield from read(task, text_field)
+        except Exception as error:  # whatever pyarrow and datasets make of it
+            raise damaged(task.paths[0], error) from error
+
+    return named
+
+
+@_table
 def _row_group(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet
 
@@ -91,6 +104,7 @@ def _row_group(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
             row += 1
 
 
+@_table
 def _rows(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
     dataset = open_dataset(task.paths[0]).select_columns([text_field])
     for first in range(task.first, task.last, _ROWS):

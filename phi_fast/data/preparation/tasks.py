@@ -65,10 +65,15 @@ def _whole_files(files: list[Input]) -> Task:
 
 @lru_cache(maxsize=4)
 def open_dataset(path: Path) -> Any:
-    """A dataset that Hugging Face `datasets` saved, memory-mapped."""
+    """A dataset that Hugging Face `datasets` saved, memory-mapped. Raises PrepareError for one that cannot be read."""
     import datasets
 
-    return datasets.load_from_disk(str(path))
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever json, pyarrow and datasets make of a damaged file
+        raise PrepareError(
+            f"{path} cannot be read as a dataset: {error}. Get it again, or save it with the `datasets` installed here"
+        ) from error
 
 
 def _cut_stream(entry: Input, unit_bytes: int) -> Iterator[Task]:
@@ -115,8 +120,12 @@ def _read(stream: Any, size: int, path: Path) -> bytes:
     try:
         data: bytes = stream.read(size)
     except (EOFError, OSError, zlib.error) as error:
-        raise PrepareError(f"{path} is damaged: {error}. Get the file again") from error
+        raise damaged(path, error) from error
     return data
+
+
+def damaged(path: Path, error: Exception) -> PrepareError:
+    return PrepareError(f"{path} is damaged: {str(error).strip().rstrip('.')}. Get the file again")
 
 
 def _cut_row_groups(entry: Input, unit_bytes: int) -> Iterator[Task]:
@@ -124,7 +133,8 @@ def _cut_row_groups(entry: Input, unit_bytes: int) -> Iterator[Task]:
 
     groups = pyarrow.parquet.read_metadata(entry.path).num_row_groups
     for group in range(groups):
-        yield Task("parquet", (entry.path,), entry.size // groups, first=group)
+        size = entry.size * (group + 1) // groups - entry.size * group // groups
+        yield Task("parquet", (entry.path,), size, first=group)
 
 
 def _cut_rows(entry: Input, unit_bytes: int) -> Iterator[Task]:
@@ -132,7 +142,8 @@ def _cut_rows(entry: Input, unit_bytes: int) -> Iterator[Task]:
     step = max(1, rows * unit_bytes // entry.size)
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        yield Task("dataset", (entry.path,), entry.size * (last - first) // rows, first=first, last=last)
+        size = entry.size * last // rows - entry.size * first // rows
+        yield Task("dataset", (entry.path,), size, first=first, last=last)
 
 
 _CUTTERS = {"text": _cut_stream, "lines": _cut_stream, "parquet": _cut_row_groups, "dataset": _cut_rows}
