@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,9 +38,12 @@ class PhiConfig:
                 f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} × head dim 64; "
                 f"set hidden_size={64 * self.num_attention_heads}"
             )
-        for field in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
+        for field in ("vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+        for field in ("rope_theta", "layer_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)}: must be greater than 0, and finite")
 
     @property
     def head_dim(self) -> int:

@@ -79,11 +79,13 @@ class Options(Recipe):
     def check(self) -> None:
         """As Recipe's, and for what concerns the machine."""
         super().check()
-        if not self.rank_timeout > 0:
-            raise UsageError(f"rank_timeout={self.rank_timeout}: must be greater than 0")
-        if self.eval_limit < 1:
-            raise UsageError(f"eval_limit={self.eval_limit}: must be at least 1")
-        for name in ("eval_every", "save_every", "keep_last", "keep_every"):
+        if not 0 < self.rank_timeout <= 1e9:
+            raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")
+        for name in ("val_rows", "eval_limit", "log_every", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value}: must be at least 1")
+        for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         if self.skip_spikes and self.zero_step == "deepspeed":

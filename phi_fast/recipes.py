@@ -24,6 +24,8 @@ def parse_mixture(text: str) -> dict[str, int]:
         name, equals, weight = entry.strip().partition("=")
         if not (name and equals and weight.isdecimal()):
             raise ValueError(f"mixture entry {entry!r} is not CORPUS=INTEGER, as in docs=80,code=20")
+        if name in mixture:
+            raise ValueError(f"mixture {text!r} names {name!r} twice")
         mixture[name] = int(weight)
     return mixture
 
@@ -124,12 +126,14 @@ class Recipe:
                 f"{self.model.max_position_embeddings} tokens; lower --sequence-length or raise "
                 f"--model.max-position-embeddings"
             )
-        for name in ("sequence_length", "global_batch_size", "steps"):
+        for name in ("sequence_length", "global_batch_size", "loss_scale_window", "loss_scale_hysteresis"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.steps < 1:
+            raise UsageError(f"tokens={self.tokens}: must be at least 1")
         for name in ("learning_rate", "eps"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0, and finite")
         if self.skip_spikes is not None and not self.skip_spikes > 0:
             raise UsageError(f"skip_spikes={self.skip_spikes}: must be greater than 0")
         for name in ("weight_decay", "gradient_clipping", "warmup_steps", "final_learning_rate"):
@@ -137,10 +141,23 @@ class Recipe:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         if self.initial_loss_scale < 1 or math.frexp(self.initial_loss_scale)[0] != 0.5:
             raise UsageError(f"initial_loss_scale={self.initial_loss_scale}: must be a power of two, as 65536")
+        if not 0 < self.min_loss_scale <= self.initial_loss_scale:
+            raise UsageError(
+                f"min_loss_scale={self.min_loss_scale}: must be greater than 0, and at most "
+                f"initial_loss_scale={self.initial_loss_scale}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed={self.seed}: must not be negative, and fit in 63 bits")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas={self.betas}: each must be in [0, 1)")
-        if not self.mixture or any(weight < 0 for weight in self.mixture.values()) or not sum(self.mixture.values()):
-            raise UsageError(f"mixture={self.mixture}: give at least one corpus, with a positive integer weight")
+        weights = self.mixture.values()
+        if not self.mixture or min(weights) < 1:
+            raise UsageError(f"mixture={self.mixture}: give at least one corpus, each with a positive integer weight")
+        if sum(weights) // math.gcd(*weights) > 2**20:
+            raise UsageError(
+                f"mixture={self.mixture}: the weights, divided by their greatest common divisor, add up to more than "
+                "2^20; round them"
+            )
 
 
 _PHI_1_5 = Recipe(

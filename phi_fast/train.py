@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from tokenizers import Tokenizer
 from torch import nn
 
 from .checkpoint import CheckpointError
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        options.check()
         world = join(options.device, options.rank_timeout)
         with Signals(world) as signals:
             return train(options, signals, Console(quiet=not is_main, highlight=False, soft_wrap=True))
@@ -65,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: Options, signals: Signals, console: Console) -> int:
     """One run, or the rest of one; every rank calls it. Returns 0 at the last step, INTERRUPTED at a stop."""
     world = signals.world
-    options.check()
     micro_batch_size, accumulation = plan_batch(options, world.size)
     choose_kernels(options.kernels, world)
     precision = auto_precision(world.device) if options.precision == "auto" else options.precision
@@ -81,6 +82,7 @@ def train(options: Options, signals: Signals, console: Console) -> int:
         accumulation=accumulation,
         fused=options.zero_step == "fused",
     )
+    sampling = plan_sample(options, corpora.tokenizer) if options.sample_tokens else None
     loader = corpora.loader(micro_batch_size)
     done = run.restore(zero, loader, console)
     tasks = TasksDuringTraining(options, corpora.tokenizer, world) if options.eval_every else None
@@ -147,8 +149,8 @@ def train(options: Options, signals: Signals, console: Console) -> int:
                 run.save(zero, loader, done)
         saved = run.save(zero, loader, done)
     loader.close()
-    if done == steps and options.sample_tokens and world.is_main:
-        text = sample(model, corpora, options)
+    if done == steps and sampling and world.is_main:
+        text = sample(model, corpora, options, sampling)
         console.rule("sample")
         console.print(text, markup=False)
         console.rule()
@@ -201,10 +203,19 @@ def build_model(options: Options, world: World, precision: Precision) -> nn.Modu
     return model.to(world.device, DTYPES[precision])
 
 
-def sample(model: nn.Module, corpora: Corpora, options: Options) -> str:
+def plan_sample(options: Options, tokenizer: Tokenizer) -> Sampling:
+    """How the sample at the end is drawn. Raises UsageError for a --sample-prompt that fills the model's context."""
+    prompt, context = len(tokenizer.encode(options.sample_prompt).ids), options.model.max_position_embeddings
+    if prompt >= context:
+        raise UsageError(
+            f"--sample-prompt has {prompt} tokens, and the model's context of {context} leaves none to sample: shorten "
+            "it, or give --sample-tokens 0"
+        )
+    return Sampling(max_new_tokens=min(options.sample_tokens, context - prompt), temperature=0.8, seed=options.seed)
+
+
+def sample(model: nn.Module, corpora: Corpora, options: Options, sampling: Sampling) -> str:
     """Text that goes on from --sample-prompt, the same for the same seed."""
-    room = options.model.max_position_embeddings - len(corpora.tokenizer.encode(options.sample_prompt).ids)
-    sampling = Sampling(max_new_tokens=min(options.sample_tokens, room), temperature=0.8, seed=options.seed)
     end = end_of_text(corpora.tokenizer)
     [completion] = complete(as_phi(model, options), corpora.tokenizer, [options.sample_prompt], sampling, end=end)
     return options.sample_prompt + completion.text

@@ -32,5 +32,10 @@ def test_bad_shapes_are_named() -> None:
         PhiConfig(hidden_size=2050)
     with pytest.raises(ValueError, match="vocab_size=0"):
         PhiConfig(vocab_size=0)
+    with pytest.raises(ValueError, match="num_attention_heads=0: must be at least 1"):
+        PhiConfig(hidden_size=0, num_attention_heads=0)
+    for field, value in (("rope_theta", 0.0), ("layer_norm_eps", -1.0), ("initializer_range", float("nan"))):
+        with pytest.raises(ValueError, match=f"{field}={value}: must be greater than 0"):
+            PhiConfig(**{field: value})
     with pytest.raises(ValueError, match=r"'phi-2' is not one of 'phi-1\.5'"):
         PhiConfig.preset("phi-2")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
 from phi_fast.errors import UsageError
 from phi_fast.options import parse, plan_batch
 from phi_fast.recipes import RECIPES
+from phi_fast.train import main
 
 
 @pytest.mark.parametrize("name", ["phi-1.5", "phi-1.5-web", "phi-1.5-web-only"])
@@ -48,7 +50,8 @@ def test_the_deepspeed_launchers_local_rank_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--lr", "1"], ["--recipe", "phi-2"], ["--tokens", "many"], ["--mixture", "docs"]]
+    "arguments",
+    [["--lr", "1"], ["--recipe", "phi-2"], ["--tokens", "many"], ["--mixture", "docs"], ["--mixture", "a=1,a=2"]],
 )
 def test_what_is_not_understood_exits_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -64,14 +67,38 @@ def test_what_is_not_understood_exits_with_status_2(arguments: list[str], capsys
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be greater than 0"),
         ({"skip_spikes": 0.0}, r"skip_spikes=0\.0: must be greater than 0"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\)"),
+        ({"learning_rate": math.inf}, r"learning_rate=inf: must be greater than 0, and finite"),
         ({"mixture": {"docs": 0}}, r"mixture=\{'docs': 0\}"),
+        ({"mixture": {"docs": 0, "code": 1}}, r"mixture=\{'docs': 0, 'code': 1\}: .*each with a positive"),
+        ({"mixture": {"docs": 3_000_000_000, "code": 1}}, r"mixture=.*add up to more than 2\^20; round them"),
+        ({"loss_scale_window": 0}, r"loss_scale_window=0: must be at least 1"),
+        ({"loss_scale_hysteresis": 0}, r"loss_scale_hysteresis=0: must be at least 1"),
+        ({"min_loss_scale": 0.0}, r"min_loss_scale=0\.0: must be greater than 0"),
+        ({"min_loss_scale": 2.0**17}, r"min_loss_scale=131072\.0: .* at most initial_loss_scale=65536\.0"),
+        ({"seed": -1}, r"seed=-1: must not be negative"),
+        ({"seed": 2**63}, r"seed=9223372036854775808: .*fit in 63 bits"),
         ({"initial_loss_scale": 1000.0}, r"initial_loss_scale=1000\.0: must be a power of two"),
-        ({"tokens": 0}, r"steps=0: must be at least 1"),
+        ({"tokens": -5}, r"tokens=-5: must be at least 1"),
     ],
 )
 def test_recipes_that_cannot_be_trained(changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RECIPES["tiny"].replace(**changes).check()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("rank-timeout", "nan"), ("rank-timeout", "inf"), ("val-rows", "0"), ("log-every", "0"), ("stop-after", "0")),
+        *(("val-every", "-1"), ("save-every", "-1"), ("sample-tokens", "-5")),
+    ],
+)
+def test_options_that_cannot_be_carried_out_are_refused_before_the_ranks_meet(
+    option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("phi_fast.train.join", lambda *_: pytest.fail("the ranks met"))
+    assert main([f"--{option}", value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option.replace('-', '_')}={value}")
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def test_what_a_person_sees(stdlib: Path, tmp_path: Path) -> None:
         ({"device": "cuda"}, "--device cuda: torch sees no GPU here"),
         ({"model.vocab_size": 4096}, "but the model's vocabulary has 4096 entries"),
         ({"tokenizer": "gpt-9"}, "tokenizer 'gpt-9' is neither"),
+        ({"sample_tokens": 5, "sample_prompt": "x ! " * 99}, "and the model's context of 256 leaves none to sample"),
     ],
 )
 def test_what_cannot_run_says_why_and_writes_nothing(
