@@ -106,7 +106,7 @@ def launch(
         },
         "cos": cos,
         "sin": sin,
-        "cu_seqlens": cu_seqlens,
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "documents": documents,
         "search_steps": max(documents - 1, 0).bit_length(),  # of a binary search among the documents
         "heads": heads,

@@ -175,7 +175,7 @@ def _forward_launch(
         (triton.cdiv(rows, ROWS), tiles),
         {
             "x": x,
-            "bias": bias,
+            "bias": None if bias is None else bias.contiguous(),
             "out": out,
             "rows": rows,
             "n": n,
@@ -207,7 +207,7 @@ def _backward_launch(
         {
             "dout": dout,
             "x": x,
-            "bias": bias,
+            "bias": None if bias is None else bias.contiguous(),
             "dx": dx,
             "activation": activation,
             "partial": partial,

@@ -133,8 +133,8 @@ def _cross_entropy_launch(
         (logits.shape[0],),
         {
             "logits": logits,
-            "labels": labels,
-            "bias": bias,
+            "labels": labels.contiguous(),
+            "bias": None if bias is None else bias.contiguous(),
             "losses": losses,
             "scale": scale,
             "vocab": logits.shape[1],

@@ -189,6 +189,14 @@ def test_two_backward_runs_give_the_same_bits(name: str, device: str) -> None:
     assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_documents_by_stride(name: str, device: str) -> None:
+    case = Case(torch.float32, device, sequence=70, documents=[0, 29, 70])
+    expected = run(name, case, case)
+    case.cu_seqlens = torch.stack([case.cu_seqlens, torch.full_like(case.cu_seqlens, 70)], 1)[:, 0]
+    assert all(torch.equal(x, expected[tensor]) for tensor, x in run(name, case, case).items())
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_document_is_what_it_is_alone(name: str, device: str) -> None:
     """Nothing leaks over a border, the rotation starts again, and a document is as if there were no others."""

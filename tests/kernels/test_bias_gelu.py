@@ -119,6 +119,14 @@ def test_any_leading_shape_and_none(backend, device):
         assert bias_gelu(x[:0]).shape == (0, 16)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bias_by_stride(backend, device):
+    x, bias = draw(6, 16, torch.float32, device), draw(1, 32, torch.float32, device)[0, ::2]
+    with use(backend, op="bias_gelu"):
+        actual, expected = (gradients(bias_gelu, {"x": x, "bias": b}, x) for b in (bias, bias.contiguous()))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 X, B = torch.zeros(2, 8), torch.ones(8)
 BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X, B[:7]), {}, ValueError, r"bias has shape \(7,\); expected \(8,\)"),

@@ -153,6 +153,20 @@ def test_any_leading_shape_and_none(backend, device):
         assert layer_norm(x[:0], weight, bias).shape == (0, 16)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_and_bias_by_stride(backend, dtype, device):
+    x, strided = make(3, 48, dtype, device)["x"], make(1, 96, dtype, device)["bias"][::2]
+    with use(backend, op="layer_norm"):
+        actual, expected = (
+            gradients(layer_norm, {"x": x, "weight": v, "bias": v}, x) for v in (strided, strided.contiguous())
+        )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    kernels, shifted = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm"), torch.empty_like(x)
+    kernels.forward(x, strided, strided, 1e-5, shift=strided, shifted=shifted)
+    assert torch.equal(shifted, x + strided)
+
+
 X, W = torch.zeros(2, 8), torch.ones(8)
 BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X, W[:7], W), {}, ValueError, r"weight has shape \(7,\); expected \(8,\)"),

@@ -135,7 +135,9 @@ def test_error_of_bf16_products_on_a_cpu_that_has_them(monkeypatch: pytest.Monke
 def test_strided_inputs(device: str, backend_name: str) -> None:
     inputs = make(12, 40, 77, torch.float32, device)
     inputs["hidden"], inputs["weight"] = inputs["hidden"][::2, 3:27], inputs["weight"].T[3:27].T
-    compare(inputs, make_labels(6, 77, device), 0.0, 0.0, backend_name, chunk_size=4)
+    inputs["bias"] = torch.stack([inputs["bias"], 1 + inputs["bias"]], 1)[:, 0]
+    labels = torch.stack([make_labels(6, 77, device), make_labels(6, 77, device).flip(0)], 1)[:, 0]
+    compare(inputs, labels, 0.0, 0.0, backend_name, chunk_size=4)
 
 
 def test_leading_dims_and_sum(device: str) -> None:
