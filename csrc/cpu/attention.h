@@ -38,14 +38,15 @@ inline int64_t visible_keys(const Attention& a, int64_t row, int64_t length) {
   return a.causal ? row + 1 : length;
 }
 
-/// Rows padded with zeros to whole vectors, so that products have no ragged
-/// ends.
+/// Rows and dims padded with zeros to what the products' words want.
+template <class W>
 struct Padded {
   int64_t rows, dims;
 
   Padded(const Attention& a, int64_t length)
-      : rows(round_up(length, Vec::kLanes)), dims(round_up(a.head_dim, Vec::kLanes)) {}
-  int64_t numbers() const { return rows * dims; }
+      : rows(round_up(length, W::kGrain)), dims(round_up(a.head_dim, W::kGrain)) {}
+  /// Numbers, of rows in whole blocks.
+  int64_t numbers() const { return round_up(rows, kBlock) * dims; }
 };
 
 /// Hands out pieces of a thread's scratch memory.
@@ -70,26 +71,31 @@ class Arena {
   float* next_;
 };
 
-/// Packs one head of a segment, padded with zeros. along: (rows, dims) with
-/// words along the dims; across: (rows, dims) with words across rows; either
-/// may be null. `rotate`: by the table, at the row's place in the segment.
+/// Rows first … first + count - 1 of a segment, of one head.
+struct Part {
+  Segment segment;
+  int64_t head, first, count;
+};
+
+/// Packs a part, padded with zeros to whole W::kGrain rows. along: (rows, dims)
+/// with words along the dims; across: (rows, dims) with words across rows;
+/// either may be null. `rotate`: by the table, at the row's place in the
+/// segment.
 template <class T, class W>
-void pack(const Attention& a, const Heads& x, Segment segment, int64_t head, bool rotate, typename W::Word* along,
+void pack(const Attention& a, const Heads& x, Part part, bool rotate, typename W::Word* along,
           typename W::Word* across) {
-  const Padded padded(a, segment.length);
+  const Padded<W> padded(a, part.count);
   constexpr int kRows = W::kPerWord;
   const Scratch memory(kRows * padded.dims);
   for (int64_t r = 0; r < padded.rows; r += kRows) {
     for (int i = 0; i < kRows; ++i) {
       float* const row = memory.data() + i * padded.dims;
       fill(row, padded.dims, 0.0f);
-      if (r + i >= segment.length) continue;
-      const T* from = x.row<T>(segment.batch, segment.start + r + i, head);
+      if (r + i >= part.count) continue;
+      const int64_t place = part.first + r + i;
+      const T* from = x.row<T>(part.segment.batch, part.segment.start + place, part.head);
       for_lanes(a.head_dim, [=](int64_t d, auto lanes) { store(row + d, load(from + d, lanes), lanes); });
-      if (rotate) {
-        const int64_t angles = (r + i) * a.half;
-        rotate_pairs(row, row + a.half, a.cos + angles, a.sin + angles, 1.0f, a.half);
-      }
+      if (rotate) rotate_pairs(row, row + a.half, a.cos + place * a.half, a.sin + place * a.half, 1.0f, a.half);
     }
     for (int64_t d = 0; d < padded.dims; d += Vec::kLanes) {
       Vec lanes[kRows];
@@ -100,25 +106,28 @@ void pack(const Attention& a, const Heads& x, Segment segment, int64_t head, boo
   }
 }
 
-/// As pack, with words along the dims, transposed: (dims / kPerWord, rows).
-/// `along` is filled on the way.
-template <class T, class W>
-void pack_transposed(const Attention& a, const Heads& x, Segment segment, int64_t head, bool rotate,
-                     typename W::Word* along, typename W::Word* across, typename W::Word* transposed) {
-  const Padded padded(a, segment.length);
-  pack<T, W>(a, x, segment, head, rotate, along, across);
-  transpose(along, padded.rows, padded.dims / W::kPerWord, transposed, padded.rows);
+/// Packed words to blocks: those of kBlock rows of a head, (rows, columns) or,
+/// where words run across `per` rows, (rows / per, columns), stand transposed
+/// in a piece of their own. A product's operand is then no row longer than a
+/// page: rows a power of two apart would share few lines of the first-level
+/// cache.
+template <class Word>
+void transpose_blocks(const Word* from, int64_t rows, int64_t per, int64_t columns, Word* to) {
+  for (int64_t row = 0; row < rows; row += kBlock) {
+    const int64_t at = row / per * columns;
+    transpose(from + at, kBlock / per, columns, to + at);
+  }
 }
 
-/// Writes a head of a segment from fp32 rows of `width`, times `factor`;
-/// `rotate`: by the inverse of what pack did.
+/// Writes a part from fp32 rows of `width`, times `factor`; `rotate`: by the
+/// inverse of what pack did.
 template <class T>
-void unpack(const Attention& a, float* rows, int64_t width, const Heads& x, Segment segment, int64_t head, float factor,
-            bool rotate) {
-  for (int64_t r = 0; r < segment.length; ++r) {
+void unpack(const Attention& a, float* rows, int64_t width, const Heads& x, Part part, float factor, bool rotate) {
+  for (int64_t r = 0; r < part.count; ++r) {
     float* const row = rows + r * width;
-    if (rotate) rotate_pairs(row, row + a.half, a.cos + r * a.half, a.sin + r * a.half, -1.0f, a.half);
-    T* const to = x.row<T>(segment.batch, segment.start + r, head);
+    const int64_t place = part.first + r;
+    if (rotate) rotate_pairs(row, row + a.half, a.cos + place * a.half, a.sin + place * a.half, -1.0f, a.half);
+    T* const to = x.row<T>(part.segment.batch, part.segment.start + place, part.head);
     for_lanes(a.head_dim, [=](int64_t i, auto lanes) { store(to + i, load(row + i, lanes) * Vec(factor), lanes); });
   }
 }

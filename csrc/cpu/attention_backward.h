@@ -13,18 +13,23 @@ class BackwardWorker {
   static constexpr int kPer = W::kPerWord;
 
  public:
+  using Session = typename W::Session;
+
   static int64_t scratch(const Attention& a, int64_t longest) {
-    const int64_t n = Padded(a, longest).numbers(), rows = Padded(a, longest).rows, square = kBlock * kBlock;
-    return Arena::need(n, n, n, n, n, n, n, n, n, n, n, rows, rows, square, square, square, square, square);
+    const Padded<W> all(a, longest);
+    const int64_t n = all.numbers(), rows = all.rows, square = kBlock * kBlock;
+    return Arena::need(n, n, n, n, n, n, n, n, n, n, n, n, kBlock * all.dims, rows, rows, square, square, square,
+                       square, square);
   }
 
   BackwardWorker(const Attention& a, float* memory, int64_t longest) : a_(a) {
     Arena arena(memory);
-    const Padded all(a, longest);
-    Word** const packed[] = {&along_,   &keys_,           &keys_across_, &values_,
-                             &queries_, &queries_across_, &douts_,       &douts_across_};
+    const Padded<W> all(a, longest);
+    Word** const packed[] = {&along_,   &across_,         &keys_,  &keys_across_, &values_,
+                             &queries_, &queries_turned_, &douts_, &douts_turned_};
     for (Word** const place : packed) *place = arena.take<Word>(all.numbers());
     for (float** const place : {&dq_, &dk_, &dv_}) *place = arena.take(all.numbers());
+    turned_ = arena.take(kBlock * all.dims);
     for (float** const place : {&lse_, &delta_}) *place = arena.take(all.rows);
     for (float** const place : {&scores_, &dweights_}) *place = arena.take(kBlock * kBlock);
     for (Word** const place : {&weights_across_, &dscores_, &dscores_across_}) {
@@ -34,29 +39,44 @@ class BackwardWorker {
 
   void run(Segment segment, int64_t key_head) {
     if (segment.length == 0) return;
-    const Padded padded(a_, segment.length);
+    const Padded<W> padded(a_, segment.length);
+    const int64_t words = padded.dims / kPer, group = a_.heads / a_.key_heads;
     const bool rotate = a_.cos != nullptr;
-    pack_transposed<T, W>(a_, a_.k, segment, key_head, rotate, along_, keys_across_, keys_);
-    pack_transposed<T, W>(a_, a_.v, segment, key_head, false, along_, nullptr, values_);
+    const Part keys{segment, key_head, 0, segment.length};
+    pack<T, W>(a_, a_.k, keys, rotate, along_, keys_across_);
+    transpose_blocks(along_, padded.rows, 1, words, keys_);
+    pack<T, W>(a_, a_.v, keys, false, along_, nullptr);
+    transpose_blocks(along_, padded.rows, 1, words, values_);
     fill(dk_, padded.numbers(), 0.0f);
     fill(dv_, padded.numbers(), 0.0f);
-    const int64_t group = a_.heads / a_.key_heads;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-      pack<T, W>(a_, a_.q, segment, head, rotate, queries_, queries_across_);
-      pack<T, W>(a_, a_.dout, segment, head, false, douts_, douts_across_);
+      const Part queries{segment, head, 0, segment.length};
+      pack<T, W>(a_, a_.q, queries, rotate, queries_, across_);
+      transpose_blocks(across_, padded.rows, kPer, padded.dims, queries_turned_);
+      pack<T, W>(a_, a_.dout, queries, false, douts_, across_);
+      transpose_blocks(across_, padded.rows, kPer, padded.dims, douts_turned_);
       row_statistics(segment, head, padded.rows);
       fill(dq_, padded.numbers(), 0.0f);
       for (int64_t key = 0; key < segment.length; key += kBlock) {
         const int64_t first = a_.causal ? key : 0;
         for (int64_t row = first; row < segment.length; row += kBlock) block(segment.length, padded, row, key);
       }
-      unpack<T>(a_, dq_, padded.dims, a_.dq, segment, head, a_.scale, rotate);
+      unpack<T>(a_, dq_, padded.dims, a_.dq, queries, a_.scale, rotate);
     }
-    unpack<T>(a_, dk_, padded.dims, a_.dk, segment, key_head, a_.scale, rotate);
-    unpack<T>(a_, dv_, padded.dims, a_.dv, segment, key_head, 1.0f, false);
+    for (int64_t key = 0; key < segment.length; key += kBlock) {
+      const Part part{segment, key_head, key, smaller(kBlock, segment.length - key)};
+      unpack_turned(dk_, part, padded.dims, a_.dk, a_.scale, rotate);
+      unpack_turned(dv_, part, padded.dims, a_.dv, 1.0f, false);
+    }
   }
 
  private:
+  /// Writes a block of a gradient that stands (dims, kBlock).
+  void unpack_turned(const float* gradient, Part part, int64_t dims, const Heads& to, float factor, bool rotate) {
+    transpose(gradient + part.first * dims, dims, kBlock, turned_);
+    unpack<T>(a_, turned_, dims, to, part, factor, rotate);
+  }
+
   /// lse, and dout · out: what the softmax's gradient takes off.
   void row_statistics(Segment segment, int64_t head, int64_t padded_rows) {
     const float* lse = a_.lse + (segment.batch * a_.heads + head) * a_.sequence + segment.start;
@@ -73,20 +93,22 @@ class BackwardWorker {
     }
   }
 
-  /// What kBlock rows from `row` on and kBlock keys from `key` on add.
-  void block(int64_t length, Padded padded, int64_t row, int64_t key) {
+  /// What kBlock rows from `row` on and kBlock keys from `key` on add. dk and dv
+  /// are summed transposed: the products then take both operands as they lie.
+  void block(int64_t length, Padded<W> padded, int64_t row, int64_t key) {
     const int64_t rows = smaller(kBlock, padded.rows - row), columns = smaller(kBlock, padded.rows - key);
-    const int64_t dims = padded.dims, words = dims / kPer;
-    multiply<W, false>(rows, columns, words, queries_ + row * words, words, 1, keys_ + key, padded.rows, scores_,
+    const int64_t dims = padded.dims, words = dims / kPer, turned = row * dims / kPer;
+    constexpr int64_t kWords = kBlock / kPer;
+    multiply<W, false>(rows, columns, words, queries_ + row * words, words, keys_ + key * words, kBlock, scores_,
                        kBlock);
-    multiply<W, false>(rows, columns, words, douts_ + row * words, words, 1, values_ + key, padded.rows, dweights_,
+    multiply<W, false>(rows, columns, words, douts_ + row * words, words, values_ + key * words, kBlock, dweights_,
                        kBlock);
     for (int64_t r = 0; r < rows; r += kPer) softmax_gradient(length, row, key, r, columns);
-    multiply<W, true>(columns, dims, rows / kPer, weights_across_, 1, kBlock, douts_across_ + row / kPer * dims, dims,
-                      dv_ + key * dims, dims);
-    multiply<W, true>(columns, dims, rows / kPer, dscores_across_, 1, kBlock, queries_across_ + row / kPer * dims, dims,
-                      dk_ + key * dims, dims);
-    multiply<W, true>(rows, dims, columns / kPer, dscores_, kBlock / kPer, 1, keys_across_ + key / kPer * dims, dims,
+    multiply<W, true>(dims, columns, rows / kPer, douts_turned_ + turned, kWords, weights_across_, kBlock,
+                      dv_ + key * dims, kBlock);
+    multiply<W, true>(dims, columns, rows / kPer, queries_turned_ + turned, kWords, dscores_across_, kBlock,
+                      dk_ + key * dims, kBlock);
+    multiply<W, true>(rows, dims, columns / kPer, dscores_, kWords, keys_across_ + key / kPer * dims, dims,
                       dq_ + row * dims, dims);
   }
 
@@ -118,9 +140,9 @@ class BackwardWorker {
   }
 
   const Attention& a_;
-  Word *along_, *keys_, *keys_across_, *values_, *queries_, *queries_across_, *douts_, *douts_across_;
+  Word *along_, *across_, *keys_, *keys_across_, *values_, *queries_, *queries_turned_, *douts_, *douts_turned_;
   Word *weights_across_, *dscores_, *dscores_across_;
-  float *dq_, *dk_, *dv_, *lse_, *delta_, *scores_, *dweights_;
+  float *dq_, *dk_, *dv_, *turned_, *lse_, *delta_, *scores_, *dweights_;
 };
 
 inline void attention_backward(const Attention& a) {
@@ -132,6 +154,7 @@ inline void attention_backward(const Attention& a) {
     const int64_t each = Worker::scratch(a, longest);
     const Scratch memory(each * threads);
     parallel_items(heads, threads, [&](int64_t item, int thread) {
+      [[maybe_unused]] const typename Worker::Session session;
       Worker worker(a, memory.data() + thread * each, longest);
       worker.run(segment_of(a, item / a.key_heads), item % a.key_heads);
     });

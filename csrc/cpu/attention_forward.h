@@ -15,15 +15,17 @@ class ForwardWorker {
   static constexpr int64_t kPer = W::kPerWord;
 
  public:
+  using Session = typename W::Session;
+
   static int64_t scratch(const Attention& a, int64_t longest) {
-    const Padded all(a, longest), block(a, kBlock);
+    const Padded<W> all(a, longest), block(a, kBlock);
     return Arena::need(all.numbers(), all.numbers(), all.numbers(), block.numbers(), kBlock * kBlock, kBlock * kBlock,
                        block.numbers(), kBlock, kBlock);
   }
 
   ForwardWorker(const Attention& a, float* memory, int64_t longest) : a_(a) {
     Arena arena(memory);
-    const Padded all(a, longest), block(a, kBlock);
+    const Padded<W> all(a, longest), block(a, kBlock);
     keys_along_ = arena.take<Word>(all.numbers());
     keys_ = arena.take<Word>(all.numbers());
     values_ = arena.take<Word>(all.numbers());
@@ -39,49 +41,44 @@ class ForwardWorker {
   /// this key head.
   void run(Segment segment, int64_t key_head, int64_t first, int64_t step) {
     if (segment.length == 0) return;
-    const bool rotate = a_.cos != nullptr;
-    pack_transposed<T, W>(a_, a_.k, segment, key_head, rotate, keys_along_, nullptr, keys_);
-    pack<T, W>(a_, a_.v, segment, key_head, false, nullptr, values_);
+    const Padded<W> padded(a_, segment.length);
+    const Part keys{segment, key_head, 0, segment.length};
+    pack<T, W>(a_, a_.k, keys, a_.cos != nullptr, keys_along_, nullptr);
+    transpose_blocks(keys_along_, padded.rows, 1, padded.dims / kPer, keys_);
+    pack<T, W>(a_, a_.v, keys, false, nullptr, values_);
     const int64_t group = a_.heads / a_.key_heads;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       for (int64_t start = first * kBlock; start < segment.length; start += step * kBlock) {
-        query_block(segment, head, start);
+        query_block({segment, head, start, smaller(kBlock, segment.length - start)}, padded);
       }
     }
   }
 
  private:
-  void query_block(Segment segment, int64_t head, int64_t start) {
-    const Padded padded(a_, segment.length);
-    const int64_t rows = smaller(kBlock, padded.rows - start), real = smaller(kBlock, segment.length - start);
-    pack_block(segment, head, start, real);
+  void query_block(Part part, Padded<W> padded) {
+    const Segment segment = part.segment;
+    const int64_t rows = smaller(kBlock, padded.rows - part.first), words = padded.dims / kPer;
+    pack<T, W>(a_, a_.q, part, a_.cos != nullptr, queries_, nullptr);
     fill(out_, rows * padded.dims, 0.0f);
     // The least finite number: a row of scores -inf leaves it, and is then seen by what it sums to.
     fill(max_, kBlock, std::numeric_limits<float>::lowest());
     fill(sum_, kBlock, 0.0f);
-    const int64_t seen = visible_keys(a_, start + real - 1, segment.length);
+    const int64_t seen = visible_keys(a_, part.first + part.count - 1, segment.length);
     for (int64_t key = 0; key < seen; key += kBlock) {
       const int64_t columns = smaller(kBlock, padded.rows - key);
-      multiply<W, false>(rows, columns, padded.dims / kPer, queries_, padded.dims / kPer, 1, keys_ + key, padded.rows,
-                         scores_, kBlock);
+      multiply<W, false>(rows, columns, words, queries_, words, keys_ + key * words, kBlock, scores_, kBlock);
       for (int64_t r = 0; r < rows; ++r) {
-        softmax_row(r, visible_keys(a_, start + r, segment.length) - key, columns, padded.dims);
+        softmax_row(r, visible_keys(a_, part.first + r, segment.length) - key, columns, padded.dims);
       }
-      multiply<W, true>(rows, padded.dims, columns / kPer, weights_, kBlock / kPer, 1,
-                        values_ + key / kPer * padded.dims, padded.dims, out_, padded.dims);
+      multiply<W, true>(rows, padded.dims, columns / kPer, weights_, kBlock / kPer, values_ + key / kPer * padded.dims,
+                        padded.dims, out_, padded.dims);
     }
-    float* const lse = a_.lse + (segment.batch * a_.heads + head) * a_.sequence + segment.start + start;
-    for (int64_t r = 0; r < real; ++r) {
+    float* const lse = a_.lse + (segment.batch * a_.heads + part.head) * a_.sequence + segment.start + part.first;
+    for (int64_t r = 0; r < part.count; ++r) {
       lse[r] = max_[r] * a_.scale + std::log(sum_[r]);
-      const Segment row{segment.batch, segment.start + start + r, 1};
-      unpack<T>(a_, out_ + r * padded.dims, padded.dims, a_.out, row, head, 1 / sum_[r], false);
+      const Part row{segment, part.head, part.first + r, 1};
+      unpack<T>(a_, out_ + r * padded.dims, padded.dims, a_.out, row, 1 / sum_[r], false);
     }
-  }
-
-  void pack_block(Segment segment, int64_t head, int64_t start, int64_t real) {
-    Attention block = a_;
-    if (block.cos) block.cos += start * a_.half, block.sin += start * a_.half;
-    pack<T, W>(block, a_.q, {segment.batch, segment.start + start, real}, head, a_.cos != nullptr, queries_, nullptr);
   }
 
   /// The row's running maximum and sum, its output scaled to them, and the
@@ -127,6 +124,7 @@ inline void attention_forward(const Attention& a) {
     const int64_t each = Worker::scratch(a, longest);
     const Scratch memory(each * threads);
     parallel_items(heads * cuts, threads, [&](int64_t item, int thread) {
+      [[maybe_unused]] const typename Worker::Session session;
       Worker worker(a, memory.data() + thread * each, longest);
       worker.run(segment_of(a, item / cuts / a.key_heads), item / cuts % a.key_heads, item % cuts, cuts);
     });

@@ -1,11 +1,33 @@
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
 namespace phi_fast::cpu {
 namespace {
+
+/// Tiles with bf16 products, which the system must grant the process: their
+/// 8 KB join what it saves of a thread.
+bool amx() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h's ARCH_REQ_XCOMP_PERM
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kTile)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 struct Candidate {
   const Kernels* kernels;
@@ -20,7 +42,9 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  all.push_back({&avx512_bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")});
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  all.push_back({&amx::kernels, bf16 && amx()});
+  all.push_back({&avx512_bf16::kernels, bf16});
   all.push_back({&avx512::kernels, avx512});
   all.push_back({&avx2::kernels, avx2});
 #endif

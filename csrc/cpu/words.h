@@ -10,6 +10,10 @@ struct FloatWords {
   using Word = float;
   using Lanes = Vec;
   static constexpr int kPerWord = 1;
+  /// Numbers that operands are padded to a multiple of, along every dimension.
+  static constexpr int kGrain = Vec::kLanes;
+  /// What a thread holds while it multiplies.
+  struct Session {};
 
   PHI_INLINE static Lanes words(const Word* from) { return load(from); }
   PHI_INLINE static Lanes everywhere(Word word) { return Vec(word); }
@@ -26,6 +30,8 @@ struct BFloat16Words {
   using Word = uint32_t;
   using Lanes = __m512bh;
   static constexpr int kPerWord = 2;
+  static constexpr int kGrain = Vec::kLanes;
+  struct Session {};
 
   PHI_INLINE static Lanes words(const Word* from) { return (__m512bh)_mm512_loadu_si512(from); }
   PHI_INLINE static Lanes everywhere(Word word) { return (__m512bh)_mm512_set1_epi32(int(word)); }
@@ -40,12 +46,25 @@ struct BFloat16Words {
 };
 #endif
 
+#if defined(PHI_AMX)
+/// The same words, multiplied 16 × 16 × 16 an instruction.
+struct TileWords : BFloat16Words {
+  static constexpr int kGrain = 2 * Vec::kLanes;
+  using Session = Tiles;
+};
+#endif
+
 /// The words for products of T: bf16 where there are instructions for it.
 template <class T>
 struct WordsOf {
   using Type = FloatWords;
 };
-#if defined(PHI_AVX512_BF16)
+#if defined(PHI_AMX)
+template <>
+struct WordsOf<BFloat16> {
+  using Type = TileWords;
+};
+#elif defined(PHI_AVX512_BF16)
 template <>
 struct WordsOf<BFloat16> {
   using Type = BFloat16Words;
@@ -60,8 +79,8 @@ PHI_INLINE int64_t round_up(int64_t count, int64_t multiple) { return (count + m
 
 /// kTileRows × kVecs vectors of C = A · B, or C += A · B.
 template <class W, int kVecs, bool kAdd>
-PHI_INLINE void multiply_tile(int64_t k, const typename W::Word* a, int64_t a_row, int64_t a_step,
-                              const typename W::Word* b, int64_t b_row, float* c, int64_t c_row) {
+PHI_INLINE void multiply_tile(int64_t k, const typename W::Word* a, int64_t a_row, const typename W::Word* b,
+                              int64_t b_row, float* c, int64_t c_row) {
   Vec sums[kTileRows][kVecs];
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kVecs; ++v) sums[r][v] = Vec(0.0f);
@@ -70,7 +89,7 @@ PHI_INLINE void multiply_tile(int64_t k, const typename W::Word* a, int64_t a_ro
     typename W::Lanes right[kVecs];
     for (int v = 0; v < kVecs; ++v) right[v] = W::words(b + i * b_row + v * Vec::kLanes);
     for (int r = 0; r < kTileRows; ++r) {
-      const typename W::Lanes left = W::everywhere(a[r * a_row + i * a_step]);
+      const typename W::Lanes left = W::everywhere(a[r * a_row + i]);
       for (int v = 0; v < kVecs; ++v) sums[r][v] = W::dot(left, right[v], sums[r][v]);
     }
   }
@@ -83,33 +102,44 @@ PHI_INLINE void multiply_tile(int64_t k, const typename W::Word* a, int64_t a_ro
   }
 }
 
-/// C (m, n) = A (m, k) · B (k, n), or C += A · B, k in words. A(i, j) is at
-/// a[i · a_row + j · a_step]; m is a multiple of kTileRows, n of Vec::kLanes.
+/// C (m, n) = A (m, k) · B (k, n), or C += A · B, k in words; m and n are
+/// multiples of W::kGrain, k of W::kGrain / W::kPerWord.
 template <class W, bool kAdd>
-void multiply(int64_t m, int64_t n, int64_t k, const typename W::Word* a, int64_t a_row, int64_t a_step,
-              const typename W::Word* b, int64_t b_row, float* c, int64_t c_row) {
+void multiply(int64_t m, int64_t n, int64_t k, const typename W::Word* a, int64_t a_row, const typename W::Word* b,
+              int64_t b_row, float* c, int64_t c_row) {
+#if defined(PHI_AMX)
+  if constexpr (std::is_same_v<W, TileWords>) return multiply_by_tiles<kAdd>(m, n, k, a, a_row, b, b_row, c, c_row);
+#endif
   constexpr int64_t kWide = kTileVecs * Vec::kLanes;
   int64_t j = 0;
   for (; j + kWide <= n; j += kWide) {
     for (int64_t i = 0; i < m; i += kTileRows) {
-      multiply_tile<W, kTileVecs, kAdd>(k, a + i * a_row, a_row, a_step, b + j, b_row, c + i * c_row + j, c_row);
+      multiply_tile<W, kTileVecs, kAdd>(k, a + i * a_row, a_row, b + j, b_row, c + i * c_row + j, c_row);
     }
   }
   for (; j < n; j += Vec::kLanes) {
     for (int64_t i = 0; i < m; i += kTileRows) {
-      multiply_tile<W, 1, kAdd>(k, a + i * a_row, a_row, a_step, b + j, b_row, c + i * c_row + j, c_row);
+      multiply_tile<W, 1, kAdd>(k, a + i * a_row, a_row, b + j, b_row, c + i * c_row + j, c_row);
     }
   }
 }
 
 /// to[j][i] = from[i][j].
 template <class Word>
-void transpose(const Word* from, int64_t rows, int64_t columns, Word* to, int64_t to_row) {
+void transpose(const Word* from, int64_t rows, int64_t columns, Word* to) {
   constexpr int64_t kSquare = 16;
-  for (int64_t i = 0; i < rows; i += kSquare) {
+  int64_t i = 0;
+#if defined(PHI_TRANSPOSE_SQUARE)
+  for (; columns % kSquare == 0 && i + kSquare <= rows; i += kSquare) {
+    for (int64_t j = 0; j < columns; j += kSquare) {
+      transpose_square(from + i * columns + j, columns, to + j * rows + i, rows);
+    }
+  }
+#endif
+  for (; i < rows; i += kSquare) {
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t end = smaller(i + kSquare, rows);
-      for (int64_t r = i; r < end; ++r) to[j * to_row + r] = from[r * columns + j];
+      for (int64_t r = i; r < end; ++r) to[j * rows + r] = from[r * columns + j];
     }
   }
 }

@@ -31,7 +31,7 @@ def test_unknown_name_is_refused() -> None:
     assert "PHI_FAST_ISA=sse9: expected one of" in result.stderr and "portable" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16", "amx"])
 def test_missing_instructions_are_refused(name: str) -> None:
     if name in _C.cpu.supported_isas():
         pytest.skip(f"this processor has {name}")

@@ -1,0 +1,38 @@
+// The kernels for amx-tile,amx-bf16 and all of avx512bf16's, whatever the rest
+// of the build is for.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                 \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+// GCC 12 takes the "undefined" operands inside its own AVX-512 intrinsics for a
+// mistake.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define PHI_ISA amx
+#define PHI_AVX512_BF16
+#define PHI_AMX
+#include "cpu/simd_amx.h"
+// The table needs the Vec above.
+#include "cpu/table.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
