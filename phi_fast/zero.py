@@ -170,18 +170,19 @@ class Zero2:
                 slot["step"] = torch.tensor(float(state["updates"]), device=master.device)
                 for name in ("exp_avg", "exp_avg_sq"):
                     slot[name] = partitions[f"{name}.{group}"].to(master.device)
-        for name, value in state["loss_scaler"].items():
-            setattr(self.zero.loss_scaler, name, value)
+        if self.dynamic:
+            for name, value in state["loss_scaler"].items():
+                setattr(self.zero.loss_scaler, name, value)
         if self.fused and self.fused.spikes and "spikes" in state:
             self.fused.spikes.load_state_dict(state["spikes"])
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the number of updates, the loss scaler's state (scale, hysteresis, window position), and the
-        averages that spikes are told by."""
+        """JSON-able: the number of updates, in fp16 the loss scaler's state (scale, hysteresis, window position), and
+        the averages that spikes are told by."""
         master = self.zero.single_partition_of_fp32_groups[0]
         state = self.zero.optimizer.state[master]
-        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        scaler = {name: getattr(self.zero.loss_scaler, name) for name in names if hasattr(self.zero.loss_scaler, name)}
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if self.dynamic else ()
+        scaler = {name: getattr(self.zero.loss_scaler, name) for name in names}
         spikes = {"spikes": self.fused.spikes.state_dict()} if self.fused and self.fused.spikes else {}
         return {"updates": int(state["step"]) if "step" in state else 0, "loss_scaler": scaler, **spikes}
 

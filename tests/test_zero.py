@@ -12,7 +12,7 @@ from phi_fast import PhiConfig
 from phi_fast.distributed import World, join
 from phi_fast.recipes import RECIPES, Recipe
 from phi_fast.reference import Output, ReferencePhi
-from phi_fast.zero import FusedStep, Zero2, parameter_groups
+from phi_fast.zero import DTYPES, FusedStep, Zero2, parameter_groups
 
 RECIPE = RECIPES["tiny"].replace(
     model=PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1),
@@ -118,6 +118,35 @@ def test_overflow_skips_that_step_and_nothing_else(world: World) -> None:
         assert unchanged == same_weights == (step in poisoned)
     assert zero.state_dict()["updates"] == 4
     assert zero.loss_scale == 2.0**9  # the first overflow is tolerated by the hysteresis of 2
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("fp16", "fp32"), ("bf16", "fp16")])
+def test_a_run_that_goes_on_in_another_precision_keeps_no_scale(world: World, before: str, after: str) -> None:
+    """As the diagnosis of an overflow advises, and back."""
+    saved, resumed = (zero2(model().to(DTYPES[name]), RECIPE, world, precision=name) for name in (before, after))
+    saved.backward(saved.loss(*batches(1)[0]))
+    saved.step(1e-3, last_micro_batch=True)
+    resumed.load(dict(saved.model.named_parameters()), saved.partitions(), saved.state_dict())
+    assert float(resumed.zero.loss_scale) == (RECIPE.initial_loss_scale if after == "fp16" else 1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_gradients_are_added_up_in_fp32(world: World, precision: str) -> None:
+    """In fp16 and bf16, 1 + 2^-11 is 1: the second micro-batch would be lost."""
+    slopes = (1.0, 2.0**-11)
+    zero = zero2(
+        Constant(0),
+        RECIPE.replace(gradient_clipping=0.0, betas=(0.0, 0.98), initial_loss_scale=1.0),
+        world,
+        precision=precision,
+        accumulation=2,
+    )
+    zero.model.to(DTYPES[precision])
+    for micro_step, slope in enumerate(slopes):
+        zero.model.slope = slope
+        zero.backward(zero.loss(*batches(1)[0]))
+        zero.step(1e-3, last_micro_batch=micro_step == 1)
+    assert zero.partitions()["exp_avg.0"].unique().tolist() == [sum(slopes) / 2]
 
 
 def test_accumulation_gives_the_whole_batchs_step(world: World) -> None:
