@@ -178,10 +178,10 @@ def load_partitions(path: Path, sizes: dict[str, tuple[int, int]], world: World)
     """This rank's part of each flat optimizer tensor, whatever number of ranks wrote them.
 
     sizes: name -> (elements of this rank's partition now, elements of the whole without the tail's padding).
-    Raises CheckpointError where the whole on disk is shorter than the model's.
+    Raises CheckpointError where a file is not plain tensors, or the whole on disk is shorter than the model's.
     """
     writers = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["world_size"]
-    shards = [safe_open(path / f"rank-{rank}-of-{writers}.safetensors", "pt") for rank in range(writers)]
+    shards = [_open(path / f"rank-{rank}-of-{writers}.safetensors") for rank in range(writers)]
     parts = {}
     for name, (length, whole) in sizes.items():
         pieces = [shard.get_slice(name) for shard in shards]
@@ -196,6 +196,13 @@ def load_partitions(path: Path, sizes: dict[str, tuple[int, int]], world: World)
                 part[low - begin : high - begin] = piece[low - rank * stride : high - rank * stride]
         parts[name] = part
     return parts
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
 
 
 def restore_random_states(path: Path, world: World) -> None:

@@ -225,18 +225,21 @@ def swap(a: Path, b: Path) -> None:
     b.write_bytes(content)
 
 
-def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "rank-0-of-1.safetensors"])
+def test_a_pickle_is_not_loaded(tmp_path: Path, name: str) -> None:
     """Even where someone made the manifest fit it."""
     save(tmp_path, 1)
-    file = tmp_path / "step-1" / "model.safetensors"
+    file = tmp_path / "step-1" / name
     torch.save({"weight": torch.zeros(3, 5)}, file)
     entry = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     manifest = json.loads((tmp_path / "step-1" / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = entry
+    manifest["files"][name] = entry
     (tmp_path / "step-1" / "manifest.json").write_text(json.dumps(manifest))
     path, _ = checkpoint.newest(tmp_path, ALONE)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+    assert path is not None
+    with pytest.raises(CheckpointError, match=rf"{name} is not a safetensors file"):
         checkpoint.load_model(path)
+        checkpoint.load_partitions(path, {"master.0": (10, 10)}, ALONE)
 
 
 def test_a_manifest_of_another_format_is_passed_over(tmp_path: Path) -> None:
