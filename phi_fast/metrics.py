@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,8 @@ from types import TracebackType
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .errors import writing
 
 PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense 16-bit tensor-core FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
@@ -54,17 +57,28 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard in a run directory; only rank 0 has one."""
+    """Appends to `metrics.jsonl` and TensorBoard in a run directory; only rank 0 has one.
+
+    Raises UsageError where they cannot be written.
+    """
 
     def __init__(self, run: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run / "metrics.jsonl"
-        _drop_after(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+        with self._writing():
+            _drop_after(self._path, resume_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._path, "make room, and go on from the newest checkpoint with --resume")
 
     def write(self, record: StepRecord) -> None:
+        with self._writing():
+            self._write(record)
+
+    def _write(self, record: StepRecord) -> None:
         fields = asdict(record)
         groups = {name: fields.pop(name) for name in ("val_losses", "tasks")}
         line = {key: value for key, value in fields.items() if key != "val_loss" or value is not None}

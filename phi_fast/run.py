@@ -23,7 +23,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
 from .data import TokenLoader
 from .distributed import World
-from .errors import UsageError
+from .errors import UsageError, writing
 from .options import Options
 from .zero import Zero2
 
@@ -63,9 +63,10 @@ class Run:
             for line in skipped:
                 console.print(line, style="yellow")
             if source is None and (options.resume or skipped):
+                flag = "--resume" if options.resume else "--elastic"
                 raise UsageError(
-                    f"--resume: {choice / 'checkpoints'} has no complete checkpoint; start without --resume, in "
-                    "another --run-dir"
+                    f"{flag}: {choice / 'checkpoints'} has no complete checkpoint; start without {flag}, in another "
+                    "--run-dir"
                 )
         run = Run(choice, options, world, source)
         if source is not None:
@@ -87,11 +88,18 @@ class Run:
 
     def create(self, tokenizer: Tokenizer) -> None:
         """Make the directory, with the options and the tokenizer in it: once nothing but training can go wrong."""
-        if self.world.is_main:
+        if not self.world.is_main:
+            return
+        files = {
+            "config.json": json.dumps(_plain(asdict(self.options)), indent=1),
+            "tokenizer.json": tokenizer.to_str(True),
+        }
+        with writing(self.directory, "make room or give the right to, or name another --run-dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(_plain(asdict(self.options)), indent=1)
-            (self.directory / "config.json").write_text(text, encoding="utf-8")
-            tokenizer.save(str(self.directory / "tokenizer.json"))
+            for name, text in files.items():
+                aside = self.directory / f".{name}.partial"  # so that a resume cannot leave half of what was whole
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(self.directory / name)
 
     def save(self, zero: Zero2, loader: TokenLoader, step: int) -> Path:
         """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`."""

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from phi_fast.errors import UsageError
 from phi_fast.metrics import Display, MetricsLog, StepRecord, peak_flops
 
 RECORD = StepRecord(
@@ -57,6 +58,13 @@ def test_nan_is_written_as_null(tmp_path: Path) -> None:
     assert line["loss"] is None
     assert line["grad_norm"] is None
     assert line["skipped"] is True
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log._file = Path("/dev/full").open("w")  # noqa: SIM115
+    with pytest.raises(UsageError, match=r"metrics\.jsonl cannot be written \(No space left on device\): make room"):
+        log.write(at(1))
 
 
 def test_tensorboard_has_every_figure(tmp_path: Path) -> None:

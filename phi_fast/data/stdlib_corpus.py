@@ -72,9 +72,15 @@ def _build_aside(directory: Path, report: Callable[[str], None]) -> None:
     aside = directory.with_name(f".{directory.name}.partial")
     if aside.exists():  # of a build that was killed: nobody else holds the lock
         shutil.rmtree(aside)
-    aside.mkdir()
-    _build(aside, report)
-    aside.rename(directory)
+    try:
+        aside.mkdir()
+        _build(aside, report)
+        aside.rename(directory)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk wants the room back
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror} for the standard-library corpus", str(directory)) from error
     sync_directory(directory.parent)
 
 

@@ -126,6 +126,17 @@ def test_a_killed_build_is_not_a_corpus(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / ".corpus.partial").exists()
 
 
+def test_a_full_disk_is_named_and_gets_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stdlib_corpus, "read_sources", lambda: {"a": '"""A module."""\n' * 99})
+    monkeypatch.setattr(stdlib_corpus, "merge", full)
+    with pytest.raises(OSError, match=rf"No space left on device for the standard.*'{tmp_path / 'corpus'}'"):
+        stdlib_corpus.prepare(tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == [".corpus.lock"]
+
+
 def test_a_damaged_corpus_is_named(tmp_path: Path) -> None:
     directory = tmp_path / "corpus"
     (directory / "docs").mkdir(parents=True)
