@@ -98,7 +98,7 @@ def lost_rank(error: Exception) -> LostRank | None:
     """What a failed collective means, if `error` comes from one."""
     if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
-    reason = str(error).splitlines()[0].rpartition("] ")[2]
+    reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
     return LostRank(
         f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} lost the others ({reason}): a process died, or "
         "hung longer than --rank-timeout; its own output, or the kernel's log, tells why. Start all ranks again with "
@@ -115,7 +115,7 @@ def leave() -> None:
 def deepspeed(kind: str) -> ModuleType:
     """DeepSpeed, imported quietly for "cuda" or "cpu"."""
     os.environ.setdefault("DS_ACCELERATOR", kind)
-    warnings.filterwarnings("ignore", module=r"deepspeed(\..*)?|torch\.jit(\..*)?")
+    warnings.filterwarnings("ignore", module=r"deepspeed(\..*)?|torch\.(jit|distributed)(\..*)?")
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)

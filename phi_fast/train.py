@@ -47,9 +47,11 @@ INTERRUPTED = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train by the command line; returns the exit status: 0 done, INTERRUPTED saved, 2 an error that was explained."""
+    """Train by the command line; returns the exit status: 0 done, INTERRUPTED saved, 2 an error that was explained,
+    130 a second Ctrl-C."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    is_main = rank == "0"
     try:
         options.check()
         world = join(options.device, options.rank_timeout)
@@ -59,9 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error = lost_rank(raised) or raised
         if not expected(error):
             raise
-        if is_main or isinstance(error, LostRank):
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        # Those that every rank raises alike are told by one; what is wrong on one machine by its ranks.
+        if is_main or not isinstance(error, UsageError | CheckpointError | Diverged):
+            where = "" if is_main or isinstance(error, LostRank) else f" on rank {rank}"
+            tell(f"error{where}: {error}")
         return INTERRUPTED if isinstance(error, LostRank) else 2
+    except KeyboardInterrupt:
+        if is_main:
+            tell("ended at once: what was not saved is lost; --resume goes on from the newest checkpoint")
+        return 130
+
+
+def tell(text: str) -> None:
+    """Why a run ends early, where errors belong."""
+    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
 
 
 def train(options: Options, signals: Signals, console: Console) -> int:

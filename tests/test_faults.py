@@ -191,6 +191,14 @@ def test_a_lost_rank_ends_the_run(data: Path, tmp_path: Path, fault: str) -> Non
     assert 4 in complete_steps(tmp_path / "run")
 
 
+def test_what_is_wrong_on_one_machine_is_told_by_its_rank(data: Path, tmp_path: Path) -> None:
+    words = arguments(data, tmp_path / "run", 4, rank_timeout=8)
+    first, second = start(words, tmp_path / "output", ranks=2, fault="no_corpora", given=[0, 1])
+    assert (second.wait(), first.wait()) == (2, INTERRUPTED)
+    assert second.output.startswith("error on rank 1: corpus 'docs' is not at ")
+    assert "error: rank 0 of 2 lost the others (" in first.output
+
+
 def test_a_full_disk_costs_no_checkpoint(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = arguments(data, run, 20, save_every=2)
@@ -204,6 +212,10 @@ def test_a_full_disk_costs_no_checkpoint(data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert {path.name: path.read_bytes() for path in latest(run).iterdir()} == kept
     assert complete_steps(run) == [2]
+    config = (run / "config.json").read_bytes()
+    output = finish([*words, "--resume"], tmp_path / "output", expect=2, fault="full_disk", given=[700])
+    assert f"error: {run} cannot be written (File too large): make room" in output
+    assert (run / "config.json").read_bytes() == config
     expect_resume(finish([*words, "--resume"], tmp_path / "output"), [2])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 
@@ -21,6 +22,7 @@ from phi_fast.layouts import to_split
 from phi_fast.model import Phi
 from phi_fast.options import Options, parse
 from phi_fast.reference import ReferencePhi
+from phi_fast.signals import Signals
 from phi_fast.train import INTERRUPTED, main
 from phi_fast.zero import parameter_groups
 
@@ -152,6 +154,7 @@ def test_two_ranks_give_one_ranks_losses(stdlib: Path, tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert "= 2 × 1 accumulated × 2 ranks" in output
     assert "stopped at step 4 of 8" in output
+    assert "Warning" not in output
     assert main(arguments(stdlib, tmp_path / "two", 8, precision="fp32", resume=True)) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
@@ -178,6 +181,18 @@ def test_a_signal_saves_and_says_how_to_go_on(stdlib: Path, tmp_path: Path, numb
     done = len(losses(run))
     assert f"stopped at step {done} of 100000; to go on, give the same options and --run-dir {run} --resume" in output
     assert (run / "checkpoints" / "latest").read_text() == f"step-{done}"
+
+
+def test_the_second_ctrl_c_ends_it_now(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(options: Options, signals: Signals, console: Console) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.stop_received
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr("phi_fast.train.train", interrupted)
+    assert main([]) == 130
+    assert capsys.readouterr().err.startswith("ended at once: what was not saved is lost; --resume goes on")
 
 
 def test_what_a_person_sees(stdlib: Path, tmp_path: Path) -> None:
@@ -207,6 +222,7 @@ def test_what_a_person_sees(stdlib: Path, tmp_path: Path) -> None:
         ({"device": "cuda"}, "--device cuda: torch sees no GPU here"),
         ({"model.vocab_size": 4096}, "but the model's vocabulary has 4096 entries"),
         ({"tokenizer": "gpt-9"}, "tokenizer 'gpt-9' is neither"),
+        ({"run_dir": "/proc/nobody/run"}, "/proc/nobody/run cannot be written (No such file or directory): make room"),
         ({"sample_tokens": 5, "sample_prompt": "x ! " * 99}, "and the model's context of 256 leaves none to sample"),
     ],
 )
