@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from trainer_processes import arguments, finish, latest, losses, make_corpora, u
 
 pytestmark = pytest.mark.slow
 HOSTS = {"phi-host0": "10.77.0.1", "phi-host1": "10.77.0.2"}
+ROOT = Path(__file__).parents[1]
 CABLE = {"phi-host0": "phi-veth0", "phi-host1": "phi-veth1"}
 
 
@@ -45,30 +46,47 @@ def hosts() -> Iterator[None]:
         ip("netns", "delete", host)
 
 
-def launch(host: str, words: list[str], output: Path) -> subprocess.Popen[bytes]:
-    """torchrun on a host, by the command that docs/at-scale.md gives."""
+def torchrun(host: str, folder: Path) -> list[str]:
+    """On each host, the command that docs/at-scale.md gives."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{HOSTS['phi-host0']}:29500", "--rdzv_id", "test"]
     # The namespaces share a host name, which resolves to neither: who keeps the store and where a host is, is told.
     local = ["--local_addr", HOSTS[host], "--rdzv_conf", f"is_host={int(host == 'phi-host0')}"]
+    return [*launcher, *rendezvous, *local, "-m", "phi_fast.train"]
+
+
+def deepspeed(host: str, folder: Path) -> list[str]:
+    """With a hostfile and without ssh: what pdsh would start on each host."""
+    hostfile = folder / "hosts.txt"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in HOSTS))
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
+    place = ["--node_rank", str(list(HOSTS).index(host)), "--master_addr", HOSTS["phi-host0"]]
+    return [*launcher, *place, "--module", "phi_fast.train"]
+
+
+Launcher = Callable[[str, Path], list[str]]
+
+
+def launch(launcher: Launcher, host: str, words: list[str], output: Path) -> subprocess.Popen[bytes]:
     with output.open("wb") as file:
         return subprocess.Popen(
-            ["ip", "netns", "exec", host, *launcher, *rendezvous, *local, "-m", "phi_fast.train", *words],
+            ["ip", "netns", "exec", host, *launcher(host, output.parent), *words],
             stdout=file,
             stderr=file,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": CABLE[host]},
         )
 
 
-def run(words: list[str], folder: Path) -> tuple[list[subprocess.Popen[bytes]], list[Path]]:
+def run(launcher: Launcher, words: list[str], folder: Path) -> tuple[list[subprocess.Popen[bytes]], list[Path]]:
     outputs = [folder / f"{host}.txt" for host in HOSTS]
-    return [launch(host, words, output) for host, output in zip(HOSTS, outputs, strict=True)], outputs
+    return [launch(launcher, host, words, output) for host, output in zip(HOSTS, outputs, strict=True)], outputs
 
 
-def test_two_hosts_train_as_one(hosts: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
+def test_two_hosts_train_as_one(hosts: None, tmp_path: Path, launcher: Launcher) -> None:
     data = make_corpora(tmp_path / "tiny")
     finish(arguments(data, tmp_path / "one", 12), tmp_path / "output", ranks=2)
-    processes, outputs = run(arguments(data, tmp_path / "two", 12), tmp_path)
+    processes, outputs = run(launcher, arguments(data, tmp_path / "two", 12), tmp_path)
     for process, output in zip(processes, outputs, strict=True):
         assert process.wait(timeout=120) == 0, output.read_text()
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
@@ -77,7 +95,7 @@ def test_two_hosts_train_as_one(hosts: None, tmp_path: Path) -> None:
 def test_a_cut_cable_ends_both_and_the_run_goes_on_from_its_checkpoint(hosts: None, tmp_path: Path) -> None:
     data = make_corpora(tmp_path / "tiny")
     words = arguments(data, tmp_path / "run", 3000, save_every=20, rank_timeout=5, elastic=True)
-    processes, outputs = run(words, tmp_path)
+    processes, outputs = run(torchrun, words, tmp_path)
     try:
         until(lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), timeout=120)
         ip("-n", "phi-host1", "link", "set", CABLE["phi-host1"], "down")
@@ -94,3 +112,45 @@ def test_a_cut_cable_ends_both_and_the_run_goes_on_from_its_checkpoint(hosts: No
     output = finish(short, tmp_path / "output", ranks=2, expect=75)
     assert f"resumed from {tmp_path / 'run' / 'checkpoints'}" in output
     assert latest(tmp_path / "run").name == f"step-{step + 3}"
+
+
+SRUN = """#!/bin/bash
+# srun of two tasks: options are dropped, the highest exit status is returned.
+while [[ $1 == --* ]]; do shift; done
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & started+=($!); done
+status=0
+for process in "${started[@]}"; do wait $process || { code=$?; (( code > status )) && status=$code; }; done
+exit $status
+"""
+SCONTROL = """#!/bin/bash
+[[ $1 == show ]] && echo 127.0.0.1 || echo "$@" >> $REQUEUED
+"""
+
+
+def test_the_slurm_script_starts_each_rank_and_queues_a_stopped_run_again(tmp_path: Path) -> None:
+    """docs/slurm.sh as it stands, between a stand-in for srun and one for scontrol."""
+    data, run = make_corpora(tmp_path / "tiny"), tmp_path / "run"
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    words = ["bash", str(ROOT / "docs" / "slurm.sh"), *arguments(data, run, 8, mixture="docs=80,code=20")]
+    requeued = tmp_path / "requeued"
+    environment = {
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "host[0-0]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "DATA": str(data),
+        "RUN_DIR": str(run),
+        "REQUEUED": str(requeued),
+    }
+    for more, status in ((["--stop-after", "3"], 75), ([], 0)):
+        done = subprocess.run([*words, *more], env={**os.environ, **environment}, capture_output=True, text=True)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert requeued.read_text() == f"requeue {os.getpid()}\n"
+    assert "2 × 1 accumulated × 2 ranks" in done.stdout
+    assert f"resumed from {run / 'checkpoints' / 'step-3'}" in done.stdout
+    assert len(losses(run)) == 8
