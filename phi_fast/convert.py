@@ -6,6 +6,7 @@ layout (safetensors, sharded or not; .bin for the older ones), or a name on the 
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -55,6 +56,8 @@ def convert(options: ConvertOptions, progress: Callable[[int, int], None] | None
     """
     if options.out.exists() and not options.overwrite:
         raise ConversionError(f"{options.out} exists; name another folder, or add --overwrite to replace it")
+    if not 0 < options.max_shard_gb < math.inf:
+        raise ConversionError(f"--max-shard-gb {options.max_shard_gb}: expected a size above 0")
     source = Source.open(options.source)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=options.out.parent, prefix=f".{options.out.name}."))

@@ -167,7 +167,9 @@ def make_run(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     (checkpoint / "state.json").write_text(json.dumps({"step": 7, "options": options}))
     (folder / "config.json").write_text(json.dumps(options))
     (folder / "checkpoints" / "latest").write_text("step-7")
-    (folder / "metrics.jsonl").write_text('{"step": 6, "loss": 3.5, "val_loss": 3.25}\n{"step": 7, "loss": 3.0}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 6, "loss": 3.5, "val_loss": 3.25}\n{"step": 7, "loss": 3.0}\n{"step"'
+    )
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
 
@@ -231,6 +233,77 @@ def test_every_wrong_key_is_in_one_error(tmp_path):
     ):
         assert line in str(error.value), line
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def save_torch(value):
+    def save(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(value, folder / "pytorch_model.bin")
+
+    return save
+
+
+def cut(name, length):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+DAMAGES = {
+    "weights cut short": (
+        cut("model.safetensors", 5000),
+        r"model\.safetensors is damaged or cut short: .*Get it again",
+    ),
+    "weights empty": (cut("model.safetensors", 0), r"model\.safetensors is damaged or cut short"),
+    "a pickle of more": (save_torch({"a": CONFIG}), r"pytorch_model\.bin is damaged, or holds more than tensors"),
+    "a list": (save_torch([1]), r"pytorch_model\.bin holds something else than named tensors"),
+    "a nested dictionary": (save_torch({"model": {}}), r"pytorch_model\.bin holds something else than named tensors"),
+    "no JSON": (cut("config.json", 30), r"config\.json is not JSON: .*Get it again"),
+    "another JSON": (write("config.json", "[]"), r"config\.json holds a JSON list, expected an object"),
+    "an index of nothing": (write("model.safetensors.index.json", "{}"), r"index\.json has no weight_map"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(tmp_path, damage):
+    spoil, message = DAMAGES[damage]
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    spoil(source)
+    with pytest.raises(ConversionError, match=message):
+        convert(ConvertOptions(str(source), tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_torch_file_cut_short_is_named(tmp_path):
+    source = make_source(tmp_path / "source", "hf", random_weights(), torch_file=True)
+    cut("pytorch_model.bin", 5000)(source)
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin is damaged"):
+        Source.open(source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "128", "num_attention_heads": 0}, r"hidden_size is '128', num_attention_heads is 0; expected"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope type is linear, expected default"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is linear"),
+    ],
+)
+def test_a_configuration_that_cannot_be(tmp_path, changes, message):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConversionError, match=message):
+        Source.open(source)
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan")])
+def test_shards_have_a_size(tmp_path, size):
+    source = make_source(tmp_path / "source", "hf", random_weights())
+    with pytest.raises(ConversionError, match=r"--max-shard-gb .*: expected a size above 0"):
+        convert(ConvertOptions(str(source), tmp_path / "out", max_shard_gb=size))
 
 
 def test_configurations_of_other_models_are_refused_with_all_reasons(tmp_path):

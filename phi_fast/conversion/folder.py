@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer
 from ..config import PhiConfig
 from ..data import vocabulary
 from ..evaluation import paper
-from .hf_config import ConversionError, old_config, phi_config
+from .hf_config import ConversionError, old_config, phi_config, read_json
 from .source import Source
 
 TOKENIZER_FILES = (
@@ -119,9 +121,10 @@ def write_model_card(folder: Path, source: Source, to: str) -> None:
 
 
 def _recipe(source: Source) -> list[str]:
-    options = _json(source.run / "config.json") if source.run else None
-    if not options:
+    path = source.run / "config.json" if source.run else None
+    if path is None or not path.exists():
         return ["## Training", "", "Converted from published weights; how they were trained is not recorded here.", ""]
+    options = read_json(path)
     rows = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name != "model" and value is not None]
     return ["## Training recipe", "", "| option | value |", "|---|---|", *rows, ""]
 
@@ -130,7 +133,7 @@ def _training_results(source: Source) -> list[str]:
     path = source.run / "metrics.jsonl" if source.run else None
     if path is None or not path.exists():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    records = list(_records(path))
     rows = []
     for name in ("step", "tokens", "loss", "val_loss"):
         value = next((record[name] for record in reversed(records) if record.get(name) is not None), None)
@@ -138,9 +141,15 @@ def _training_results(source: Source) -> list[str]:
     return ["## At the end of training", "", "| | |", "|---|---|", *rows, ""]
 
 
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the line that was being written when the run was killed
+            yield json.loads(line)
+
+
 def _evaluation(source: Source) -> list[str]:
     where = [folder / "evaluation" / "results.json" for folder in (source.folder, source.run) if folder]
-    results = next((_json(path) for path in where if path.exists()), None)
+    results = next((read_json(path) for path in where if path.exists()), None)
     if results is None:
         return ["## Evaluation", "", "Not measured.", ""]
     rows = []
@@ -154,10 +163,6 @@ def _evaluation(source: Source) -> list[str]:
 def _cell(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, dict | list) else str(value)
     return text.replace("|", "\\|")
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

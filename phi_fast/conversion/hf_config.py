@@ -31,14 +31,28 @@ _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 _OPTIONAL = ("layer_norm_eps", "initializer_range")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises ConversionError naming the file where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not JSON: {error}. Get it again") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path} holds a JSON {type(value).__name__}, expected an object. Get it again")
+    return value
+
+
 def read_config(path: Path) -> PhiConfig:
     """A config.json of any of the three layouts. Raises ConversionError listing all that this model cannot express."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
     values = {_OLD_NAMES.get(name, name): value for name, value in raw.items() if value is not None}
     absent = [name for name in _SHAPE if name not in values]
     if absent:
         raise ConversionError(f"{path} does not give {', '.join(absent)}: is it a phi model's?")
-    rope = values.get("rope_parameters", {})
+    wrong = [f"{name} is {values[name]!r}" for name in _SHAPE if not _is_count(values[name])]
+    if wrong:
+        raise ConversionError(f"{path}: {', '.join(wrong)}; expected whole numbers of at least 1")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5's, and 4's
     problems = _unsupported(values, rope)
     if problems:
         raise ConversionError(f"{path} describes a model other than phi_fast's phi:\n  " + "\n  ".join(problems))
@@ -47,6 +61,10 @@ def read_config(path: Path) -> PhiConfig:
     tokens = {name: values[name] for name in ("bos_token_id", "eos_token_id") if isinstance(values.get(name), int)}
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     return PhiConfig(**fields, **tokens, rope_theta=float(theta))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _unsupported(values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
@@ -62,7 +80,7 @@ def _unsupported(values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
         "hidden_act": (values.get("hidden_act", "gelu_new"), "gelu_new"),
         "qk_layernorm": (values.get("qk_layernorm", False), False),
         "tie_word_embeddings": (values.get("tie_word_embeddings", False), False),
-        "rope type": (rope.get("rope_type", "default"), "default"),
+        "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
     return [f"{name} is {found}, expected {wanted}" for name, (found, wanted) in expected.items() if found != wanted]
 

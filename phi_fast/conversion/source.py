@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import PhiConfig
 from . import layout
-from .hf_config import ConversionError, read_config
+from .hf_config import ConversionError, read_config, read_json
 
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt"]
 
@@ -35,8 +35,11 @@ class SafetensorsFile:
         self.path = path
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        with safe_open(self.path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        try:
+            with safe_open(self.path, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ConversionError(f"{self.path} is damaged or cut short: {error}. Get it again") from error
 
     def dtype(self, name: str) -> torch.dtype:
         with safe_open(self.path, "pt") as file:
@@ -54,7 +57,15 @@ class TorchFile:
     """A .bin file as the older layouts were published: memory-mapped, and nothing but tensors is unpickled."""
 
     def __init__(self, path: Path) -> None:
-        self.tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            self.tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ConversionError(
+                f"{path} is damaged, or holds more than tensors, which is never unpickled ({type(error).__name__}): "
+                "get it again, or the model's safetensors"
+            ) from error
+        if not isinstance(self.tensors, dict) or not all(isinstance(value, Tensor) for value in self.tensors.values()):
+            raise ConversionError(f"{path} holds something else than named tensors, a state dict: save that alone")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -150,7 +161,10 @@ def _weight_files(folder: Path) -> list[TensorFile]:
     for stem, suffix, kind in (("model", "safetensors", SafetensorsFile), ("pytorch_model", "bin", TorchFile)):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ConversionError(f"{index} has no weight_map, which says where each tensor is; download it again")
+            names = sorted(set(weight_map.values()))
             absent = [name for name in names if not (folder / name).exists()]
             if absent:
                 raise ConversionError(
@@ -177,11 +191,11 @@ def _latest(run: Path) -> Path:
 def _find_config(folder: Path, run: Path | None) -> PhiConfig:
     """Of a Hugging Face folder, or of the run's options (config.json there, state.json in a checkpoint)."""
     if (folder / "state.json").exists():
-        return _run_config(json.loads((folder / "state.json").read_text(encoding="utf-8"))["options"], folder)
+        return _run_config(read_json(folder / "state.json").get("options", {}), folder)
     if (folder / "config.json").exists():
         return read_config(folder / "config.json")
     if run is not None and (run / "config.json").exists():
-        return _run_config(json.loads((run / "config.json").read_text(encoding="utf-8")), run)
+        return _run_config(read_json(run / "config.json"), run)
     raise ConversionError(f"{folder} has no config.json, so the model's shape is not known")
 
 
