@@ -28,7 +28,8 @@ class GenerateOptions:
     model: str
     """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
     prompt: tuple[str, ...] = ()
-    """Text to continue; several are a batch. Default: standard input, or a chat where that is a terminal."""
+    """Text to continue; several are a batch. Default: standard input, or a chat where that is a terminal. Of a prompt
+    that leaves no room in the model's context its end is read."""
     file: Path | None = None
     """Prompts to continue, one a line, or with .jsonl one object with a "prompt" a line."""
     out: Path | None = None
@@ -57,6 +58,7 @@ def main() -> int:
     options = tyro.cli(GenerateOptions, prog="python -m phi_fast.generate", config=(tyro.conf.AvoidSubcommands,))
     console = Console(stderr=True)
     try:
+        check(options)
         model, tokenizer = load(options.model, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer)
         return run(options, model, tokenizer, console)
     except (UsageError, ValueError, OSError) as error:
@@ -66,19 +68,31 @@ def main() -> int:
         return 130
 
 
+def check(options: GenerateOptions) -> None:
+    """Raises UsageError for options that do not go together, OSError where the results could not be written."""
+    if (options.file is not None) + bool(options.prompt) + options.chat > 1:
+        raise UsageError("--prompt, --file and --chat exclude each other: name one")
+    if options.out is not None:
+        if options.file is None:
+            raise UsageError("--out is where the results of --file go: name that, or leave --out")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("a").close()
+
+
 def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console) -> int:
     """The command, with the model loaded."""
     start = time.perf_counter()
+    talk = options.chat or (sys.stdin.isatty() and not options.file and not options.prompt)
     if options.file:
         results = from_file(options, model, tokenizer, console)
     elif options.prompt:
         results = from_prompts(options, model, tokenizer, sys.stdout)
-    elif options.chat or sys.stdin.isatty():
+    elif talk:
         results = chat(options, model, tokenizer, sys.stdin, sys.stdout)
     else:
         results = from_prompts(replace(options, prompt=(sys.stdin.read(),)), model, tokenizer, sys.stdout)
     tokens, seconds = sum(len(result.tokens) for result in results), time.perf_counter() - start
-    if not options.quiet and not options.chat:
+    if not options.quiet and not talk:  # the time of a chat is the user's
         console.print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", highlight=False)
     return 0
 
@@ -125,15 +139,20 @@ def from_file(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, consol
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file. Raises UsageError naming the line that has none."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")  # a prompt may hold the other breaks that splitlines knows
     if path.suffix != ".jsonl":
         return [line for line in lines if line]
     prompts = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            prompts.append(json.loads(line)["prompt"])
+            prompt = json.loads(line)["prompt"]
+            if not isinstance(prompt, str):
+                raise TypeError(f"it is {type(prompt).__name__}, expected text")
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f'{path}:{number} is no JSON object with a "prompt": {error}') from error
+        prompts.append(prompt)
     return prompts
 
 

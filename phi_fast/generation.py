@@ -157,6 +157,8 @@ def complete(
     on_text(i, text) gets each prompt's text as it comes, on_done(i, completion) each result as its batch ends. A prompt
     that leaves no room is cut on its left to the context less max_new_tokens (at least half of the context).
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
     context = model.config.max_position_embeddings
     keep = max(context - sampling.max_new_tokens, context // 2)
     end = model.config.eos_token_id if end is None else end

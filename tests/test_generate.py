@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -233,6 +234,9 @@ def test_prompt_files(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"text": "c"}\n')
     with pytest.raises(ValueError, match=r"p.jsonl:2 is no JSON object"):
         read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n\n{"prompt": 3}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"p.jsonl:3 .* it is int, expected text"):
+        read_prompts(tmp_path / "p.jsonl")
 
 
 def test_the_command_on_a_pipe(folder, model, tokenizer):
@@ -245,14 +249,50 @@ def test_the_command_on_a_pipe(folder, model, tokenizer):
 
 def test_the_command_on_a_file(folder, tmp_path, model, tokenizer, monkeypatch, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two and"}\n')
-    files = ["--file", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    files = ["--file", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "new" / "out.jsonl")]
     monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), "--max-new-tokens", "6", *files])
     assert main() == 0
     assert "tokens/s" in capsys.readouterr().err
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     expected = complete(model, tokenizer, ["one", "two and"], Sampling(max_new_tokens=6))
     assert [row["completion"] for row in rows] == [completion.text for completion in expected]
     assert [row["tokens"] for row in rows] == [6, 6]
+
+
+def test_a_chat_on_a_terminal(folder):
+    """Nothing is named and standard input is a terminal: it talks, and does not count the user's time as its own."""
+    command = [sys.executable, "-m", "phi_fast.generate", "--model", str(folder), "--max-new-tokens", "3"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        os.close(theirs)
+        os.write(ours, b"hi\n\n")
+        out, errors = process.communicate(timeout=120)
+    os.close(ours)
+    assert process.returncode == 0
+    assert out.startswith("Alice: Bob:") and out.endswith("\nAlice: ")
+    assert "tokens/s" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a", "--file", "p.txt"], "--prompt, --file and --chat exclude each other"),
+        (["--prompt", "a", "--chat"], "--prompt, --file and --chat exclude each other"),
+        (["--prompt", "a", "--out", "o.jsonl"], "--out is where the results of --file go"),
+        (["--file", "p.txt", "--out", "."], "Is a directory"),
+        (["--prompt", "a", "b", "--batch-size", "0"], "batch_size=0: expected at least 1"),
+        (["--prompt", "a", "--device", "quantum"], "device 'quantum' cannot be used"),
+        (["--prompt", "a", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--prompt", "a", "--dtype", "int8"], "dtype 'int8': expected auto, fp32, fp16, bf16"),
+    ],
+)
+def test_options_that_cannot_be(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\n")
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), *arguments])
+    assert main() == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
 
 
 def test_an_error_is_a_line(tmp_path, monkeypatch, capsys):

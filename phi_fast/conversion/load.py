@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from ..errors import UsageError
 from ..model import Phi
 from . import layout
 from .folder import find_tokenizer
@@ -16,16 +17,25 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """ "auto": CUDA where torch sees a GPU, else the CPU; any other name is torch's."""
+    """ "auto": CUDA where torch sees a GPU, else the CPU; any other name is torch's. Raises UsageError for one that is
+    not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used: {reason}; expected auto, cpu, cuda or cuda:N") from error
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto": fp16 on CUDA, fp32 on a CPU (16-bit products are emulated on most)."""
+    """ "auto": fp16 on CUDA, fp32 on a CPU (16-bit products are emulated on most). Raises UsageError."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
