@@ -9,7 +9,6 @@ turns the keys again. Which is faster on a GPU was not measured.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -44,8 +43,7 @@ def forward(
     lse = q.new_empty((batch, heads, sequence), dtype=torch.float32)
     options: dict[str, Any] = {"scale": scale, "causal": causal, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
     if q.numel():
-        with _on(q.device):
-            launch("forward", architecture(q.device), q=q, k=k, v=v, out=out, lse=lse, **options)()
+        launch("forward", architecture(q.device), q=q, k=k, v=v, out=out, lse=lse, **options)()
     return out, lse
 
 
@@ -73,9 +71,8 @@ def backward(
     options: dict[str, Any] = {"scale": scale, "causal": causal, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
     if q.numel():
         target = architecture(q.device)
-        with _on(q.device):
-            launch("dq", target, **read, out=out, dq=dq, **options)()  # writes delta, which dkv reads
-            launch("dkv", target, **read, dk=dk, dv=dv, **options)()
+        launch("dq", target, **read, out=out, dq=dq, **options)()  # writes delta, which dkv reads
+        launch("dkv", target, **read, dk=dk, dv=dv, **options)()
 
 
 def launch(
@@ -217,8 +214,3 @@ def _check(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
         )
     if not (cos.is_contiguous() and sin.is_contiguous()):
         raise ValueError(f"cos and sin have strides {cos.stride()} and {sin.stride()}; expected contiguous tables")
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current GPU: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -6,6 +6,7 @@ compiles it for GPUs that are not there: what it reports is what runs.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,11 @@ class Launch:
     num_stages: int = 1
 
     def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        """On the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
     def signature(self) -> dict[str, str]:
         """Argument -> Triton's type, in the kernel's order, as `triton.compiler.ASTSource` wants it."""
