@@ -165,9 +165,17 @@ def _split(lists: Sequence[Sequence[Tensor]]) -> tuple[list[list[int]], list[lis
 
 @lru_cache(maxsize=64)
 def _upload(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 values on the device, without waiting for it."""
+    """int64 values on the device, without waiting for it. Raises RuntimeError while a CUDA graph is captured: each
+    replay would copy them anew, from host memory that has other uses by then."""
     table = torch.tensor(values, dtype=torch.int64)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    if device.type != "cuda":
+        return table
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "adam: the capture steps tensors at other addresses than the steps before it; take a step first, and keep "
+            "the gradients where they are: zero_grad(set_to_none=False)"
+        )
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)

@@ -312,6 +312,14 @@ def test_cuda_graph_replays_the_step() -> None:
     assert mine.state[ours[0]]["step"] == 3
 
 
+def test_a_capture_of_tensors_that_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would copy the table of addresses at each replay, from pinned memory that others use by then."""
+    upload = pytest.importorskip("phi_fast.kernels.triton.adam")._upload
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"take a step first.*zero_grad\(set_to_none=False\)"):
+        upload((1, 2, 3), torch.device("cuda", 0))
+
+
 def test_operator_and_compile(device: str) -> None:
     def fresh() -> tuple:
         shapes = [(33,), (8, 8)]
