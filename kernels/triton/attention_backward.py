@@ -58,7 +58,7 @@ def dq_kernel(
 ):  # fmt: skip
     """One program: dq of M rows of one query head, and their delta. Grid (batch * heads, row blocks)."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)  # heads may lie a long sequence apart
     block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # longest programs first
     rows = block_start + tl.arange(0, M)
     inside = (rows < sequence)[:, None]
@@ -136,10 +136,10 @@ def _add_dkv(
         member = i // steps if GROUP > 1 else 0
         m = start + (i - member * steps) * M
         rows = m + tl.arange(0, M)
-        m_long = tl.cast(m, tl.int64)
+        m_long, h_long = tl.cast(m, tl.int64), tl.cast(member, tl.int64)
         inside = rows < sequence
-        q = tl.load(q_tile + m_long * stride_q_s + member * stride_q_h, mask=inside[:, None], other=0.0)  # (M, D)
-        dout = tl.load(dout_tile + m_long * stride_dout_s + member * stride_dout_h, mask=inside[:, None], other=0.0)
+        q = tl.load(q_tile + m_long * stride_q_s + h_long * stride_q_h, mask=inside[:, None], other=0.0)  # (M, D)
+        dout = tl.load(dout_tile + m_long * stride_dout_s + h_long * stride_dout_h, mask=inside[:, None], other=0.0)
         # Rows past the end give nothing: exp2(0 - inf) = 0.
         lse = tl.load(lse_row + member * sequence + rows, mask=inside, other=float("inf")) / scale
         delta = tl.load(delta_row + member * sequence + rows, mask=inside, other=0.0)
@@ -174,7 +174,7 @@ def dkv_kernel(
 ):  # fmt: skip
     """One program: dk and dv of N keys of one key head, over GROUP query heads. Grid (batch * key_heads, blocks)."""
     batch = (tl.program_id(0) // key_heads).to(tl.int64)
-    key_head = tl.program_id(0) % key_heads
+    key_head = (tl.program_id(0) % key_heads).to(tl.int64)
     block_start = tl.program_id(1) * N
     columns = block_start + tl.arange(0, N)
     inside = (columns < sequence)[:, None]

@@ -130,7 +130,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One program: M rows of one query head against all keys they see. Grid (batch * heads, row blocks)."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)  # heads may lie a long sequence apart
     # The last rows see the most keys: they start first, so that no long program is left for the end.
     block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     rows = block_start + tl.arange(0, M)

@@ -49,6 +49,13 @@ def _cross_entropy(
                 tl.store(logits + start + columns, zeros, mask=start + columns < vocab)
         return
 
+    valid = (label >= 0) & (label < vocab)
+    y = tl.where(valid, label, 0)
+    # Read before the sums below: past their barrier other warps write gradients over the row.
+    target = tl.load(logits + y).to(tl.float32)
+    if bias is not None:
+        target += tl.load(bias + y).to(tl.float32)
+
     # Online logsumexp (Milakov and Gimelshein, arXiv 1805.02867), a running maximum and sum in every lane, which meet
     # once, after the loop. The maximum starts finite, so that a lane of -inf adds exp(-inf) = 0 and no NaN.
     lane_max = tl.full([BLOCK], -3.4e38, dtype=tl.float32)
@@ -69,11 +76,6 @@ def _cross_entropy(
     total = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
     lse = row_max + tl.log(total)
 
-    valid = (label >= 0) & (label < vocab)
-    y = tl.where(valid, label, 0)
-    target = tl.load(logits + y).to(tl.float32)
-    if bias is not None:
-        target += tl.load(bias + y).to(tl.float32)
     # The maximum is taken off before anything is added: logits of hundreds would cost the small terms their digits.
     loss = tl.log(total) - (1 - label_smoothing) * (target - row_max) + z_loss * lse * lse
     if SMOOTH:

@@ -40,7 +40,7 @@ def _rotate(
 ):
     token = tl.program_id(0)
     batch, row = token // sequence, token % sequence
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)  # heads may lie a long sequence apart
     pair = tl.arange(0, PAIRS)
     if positions is None:
         position = offset + row

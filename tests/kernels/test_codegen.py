@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,51 @@ def test_forward_attention_on_hopper(tmp_path: Path) -> None:
     wide = [access for access in plain["accesses"] if access["bytes_each"] >= 16]
     assert len(wide) >= 4, "q, k, v and out"
     assert all(access["bits"] == [128] for access in wide)
+
+
+PRINT_CODE = """
+import json, sys
+import triton
+from triton.compiler import ASTSource
+from phi_fast.kernels import codegen
+from phi_fast.kernels.triton.compiled import ARCHITECTURES
+import torch
+found = {}
+for specimen in codegen.specimens("sm_90", torch.float16):
+    launch, key = specimen.launch, f"{specimen.name} {specimen.note}"
+    if key.startswith(tuple(sys.argv[1:])):
+        source = ASTSource(launch.kernel, launch.signature(), launch.constexprs(), launch.attributes())
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        found[key] = triton.compile(source, target=ARCHITECTURES["sm_90"].target, options=options).asm
+print(json.dumps({key: {kind: asm[kind] for kind in ("ttir", "ptx")} for key, asm in found.items()}))
+"""
+
+
+def code(*specimens: str) -> dict[str, dict[str, str]]:
+    """Specimen whose name begins with one of these -> its code for sm_90, "ttir" and "ptx"."""
+    command = [sys.executable, "-c", PRINT_CODE, *specimens]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+
+
+def test_the_target_is_read_before_any_warp_writes_gradients_over_it() -> None:
+    """Warps meet only at the sums: what one reads of the row after them, another may have overwritten."""
+    [found] = code("linear_cross_entropy.loss_and_gradient").values()
+    accesses = re.findall(r"bar\.sync|ld\.global\S*\.b16|st\.global\S*\.v4", found["ptx"])
+    target, barrier = (max(i for i, x in enumerate(accesses) if kind in x) for kind in (".b16", "bar.sync"))
+    assert target < barrier < len(accesses) - 1, accesses
+
+
+def test_offsets_of_heads_are_64_bits_wide() -> None:
+    """transformers' heads lie a whole sequence apart: 64 heads of 128 dims and 262,144 tokens reach 2**31 elements."""
+    shape = "(2, 2048, 16, 128) float16, head_dim 128, 4 queries a key"
+    names = [f"attention.{name} {shape}" for name in ("forward", "dq", "dkv")]
+    found = code(*names, "rotary.forward")
+    assert len(found) == 4
+    for name, asm in found.items():
+        body = re.split(r"tt\.func public .*\n", asm["ttir"])[1]
+        uses = re.findall(r"^.*%(?:stride_\w+_h|head_stride)\b.*$", body, re.MULTILINE)
+        assert uses and all("arith.extsi" in use for use in uses), (name, uses)
 
 
 @pytest.mark.parametrize(
