@@ -16,8 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .. import backend
 from ..attention import attention
 from ..rotary import apply_rotary_
+from ..triton.attention_tiles import HEAD_DIMS
 from .modules import Builder, Forward, hooked, original
 
 PREFIX = "phi_fast_"
@@ -26,7 +28,8 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 
 RULES = (
     "attention: where there is a mask (padding, packed or sliding window), where queries and keys differ in number "
-    "(a step with a KV cache), with attention dropout, or where attentions are asked for",
+    "(a step with a KV cache), with attention dropout, where attentions are asked for, or in Triton with a head_dim "
+    "other than 64 and 128",
 )
 
 
@@ -64,6 +67,12 @@ def _causal(query: Tensor) -> Tensor:
     return lowest.triu(1)[None, None]
 
 
+def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
+    """The attention in use takes heads of that size, and turns so many of their dims itself. Triton's is written for
+    `HEAD_DIMS` and a rotary_dim that divides them; the others take any."""
+    return backend.name("attention", device) != "triton" or (head_dim in HEAD_DIMS and head_dim % rotary_dim == 0)
+
+
 def _fits(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
@@ -72,6 +81,7 @@ def _fits(
         mask is None
         and query.shape[2] == key.shape[2]
         and key.shape == value.shape
+        and heads_fit(query.device, query.shape[-1])
         and not kwargs.get("dropout")
         and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
         and kwargs.get("is_causal", getattr(module, "is_causal", True)) in (True, None)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .. import backend
 from ..parallel_block import _backward, _forward, _Options, parallel_block
 from . import layers
-from .attention import half, table
+from .attention import half, heads_fit, table
 from .modules import Forward, hooked, plain
 
 RULES = (
     "parallel_block: with a mask or a KV cache, positions that differ by row, dropout, autocast, LoRA or hooks "
-    "inside the layer: then its LayerNorm, MLP and attention run on their own ops",
+    "inside the layer, or in Triton with a head_dim other than 64 and 128 or a rotary_dim that does not divide it: "
+    "then its LayerNorm, MLP and attention run on their own ops",
 )
 
 _INWARD, _INWARD_BIAS, _OUTWARD = slice(3, 7), slice(7, 11), slice(11, 13)
@@ -125,6 +126,7 @@ def _fits(
         and kwargs.get("past_key_values") is None
         and position_embeddings is not None
         and position_embeddings[0].shape[0] == 1
+        and heads_fit(x.device, attention.head_dim, position_embeddings[0].shape[-1])
         and not kwargs.get("output_attentions")
         and kwargs.get("is_causal") in (None, True)
         and not (self.training and (self.resid_dropout.p or attention.attention_dropout))

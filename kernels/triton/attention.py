@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
-from .attention_tiles import architecture, tile
+from .attention_tiles import HEAD_DIMS, architecture, tile
 from .common import Launch, Specimen
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
@@ -200,7 +200,7 @@ def _check(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
         raise TypeError(
             f"attention in Triton takes float16, bfloat16 or float32, not {q.dtype}; use('reference', op='attention')"
         )
-    if head_dim not in (64, 128):
+    if head_dim not in HEAD_DIMS:
         raise ValueError(
             f"attention in Triton takes head_dim 64 or 128, not {head_dim}; use('sdpa' or 'reference', op='attention')"
         )

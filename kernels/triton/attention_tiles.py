@@ -20,6 +20,9 @@ import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
+HEAD_DIMS = (64, 128)
+"""The head dims that the kernels are written for."""
+
 
 class Tile(NamedTuple):
     """Rows of q (m) and of k (n) a step, and how many warps and pipeline stages run them."""

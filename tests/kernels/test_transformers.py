@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from numerics import errors
 from torch import Tensor, nn
 from transformers_models import FAMILIES, MODELS, build, exact_gradients, gradients, padded, pooled, tokens
 
-from phi_fast.kernels import accelerate, attention, restore
+from phi_fast.kernels import accelerate, attention, restore, use
 from phi_fast.kernels.transformers import attention as replaced_attention
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -199,6 +200,37 @@ def test_attention_is_ours_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(seen) == 2  # the prompt
     model(input_ids=tokens(2, 3), past_key_values=past)
     assert len(seen) == 2  # three more tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "changes"),
+    [
+        *((name, 64, {}) for name in FAMILIES),
+        ("phi", 64, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+        *((name, 80, {}) for name in FAMILIES),  # Phi-2's, Pythia-2.8B's
+        ("llama, eager", 80, {}),
+    ],
+)
+def test_triton_takes_the_heads_that_it_has(
+    name: str, head_dim: int, changes: dict, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """As on a GPU: the other ops run all the same, and attention with heads of another size is the model's own."""
+    triton_attention = importlib.import_module("phi_fast.kernels.triton.attention")
+    forward, calls = triton_attention.forward, []
+    monkeypatch.setattr(triton_attention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_hidden_layers": 1}
+    if name == "gpt-j":
+        sizes |= {"n_embd": 2 * head_dim, "n_head": 2, "n_layer": 1}
+    plain = build(name, **sizes, **changes).to(device)
+    accelerated = copy.deepcopy(plain)
+    accelerate(accelerated)
+    batch = {key: x.to(device) for key, x in unpadded(1, 1, 7).items()}
+    theirs = gradients(plain, batch)
+    with use("triton"):
+        ours = gradients(accelerated, batch)
+    assert len(calls) == (head_dim == 64)
+    for what in theirs:
+        torch.testing.assert_close(ours[what], theirs[what], rtol=1e-3, atol=1e-5)
 
 
 def test_dropout_takes_the_models_own_path() -> None:
