@@ -72,11 +72,17 @@ def grad_norm_squared(grads: Tensor | Sequence[Tensor]) -> Tensor:
     """Sum of squares of every element of one gradient or many: an fp32 scalar tensor on their device.
 
     grads: contiguous, fp32, fp16 or bf16. Not finite where any element is not finite: it is the overflow check too.
-    Deterministic. Sum it over ranks before the root where gradients are sharded.
+    Deterministic. Sum it over ranks before the root where gradients are sharded. Raises ValueError for other grads.
     """
     grads = [grads] if isinstance(grads, Tensor) else list(grads)
     if not grads:
         raise ValueError("grads is empty: the norm of no gradient has no device")
+    for i, grad in enumerate(grads):
+        if grad.dtype not in PARAM_DTYPES or not grad.is_contiguous() or grad.device != grads[0].device:
+            raise ValueError(
+                f"grads[{i}] is {grad.dtype} with strides {grad.stride()} on {grad.device}: expected contiguous, on "
+                f"{grads[0].device}, and one of {', '.join(map(str, PARAM_DTYPES))}"
+            )
     return backend.implementation("adam", grads[0].device).grad_norm_squared(grads)
 
 

@@ -168,7 +168,7 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
+        if x.dim() != 4 or x.shape[3] == 0:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (batch, sequence, heads, head_dim)")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} is {x.dtype}; expected float16, bfloat16, float32 or float64")

@@ -100,6 +100,8 @@ def _check(x: Tensor, bias: Tensor | None, approximate: str) -> None:
         raise ValueError(f"approximate={approximate!r}; expected 'tanh' or 'none'")
     if x.dim() < 1:
         raise ValueError("x is a scalar; expected (..., n)")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., n) with n of at least 1")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x is {x.dtype}; expected float16, bfloat16, float32 or float64")
     if bias is None:

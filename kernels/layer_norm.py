@@ -152,6 +152,8 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     if x.dim() < 1:
         raise ValueError("x is a scalar; expected (..., d)")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., d) with d of at least 1")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x is {x.dtype}; expected float16, bfloat16, float32 or float64")
     for name, vector in (("weight", weight), ("bias", bias)):

@@ -189,5 +189,7 @@ def _check(name: str, x: Tensor, cos: Tensor) -> None:
         raise TypeError(f"{name} is {x.dtype}; expected float16, bfloat16, float32 or float64")
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         raise ValueError(f"{name}'s last stride is {x.stride(-1)}; expected 1, rotate before transposing")
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{name}'s strides are {x.stride()}: a row that stands for several would turn more than once")
     if 2 * cos.shape[1] > x.shape[3]:
         raise ValueError(f"cos and sin rotate {2 * cos.shape[1]} dims and {name}'s head_dim is {x.shape[3]}")

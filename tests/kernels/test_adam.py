@@ -389,5 +389,11 @@ def test_bad_tensors_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             adam_step_(*lists, **options)
-    with pytest.raises(ValueError, match="grads is empty"):
-        grad_norm_squared([])
+    for grads, message in (
+        ([], "grads is empty"),
+        ([*good, torch.zeros(6)[::2]], r"grads\[1\] is torch.float32 with strides \(2,\) on cpu: expected contiguous"),
+        (torch.zeros(3).double(), r"grads\[0\] is torch.float64 .* one of torch.float32, torch.float16"),
+        ([*good, torch.zeros(3, device="meta")], r"grads\[1\] .* on meta: expected contiguous, on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grad_norm_squared(grads)

@@ -237,6 +237,7 @@ TABLE = torch.zeros(8, 16)
     ("arguments", "error", "message"),
     [
         (ok(q=ZEROS[0]), ValueError, r"q has shape \(8, 2, 64\); expected \(batch, sequence, heads, head_dim\)"),
+        (dict.fromkeys("qkv", ZEROS[..., :0]), ValueError, r"q has shape \(1, 8, 2, 0\); expected \(batch"),
         (ok(k=ZEROS.int(), v=ZEROS.int()), TypeError, "k is torch.int32"),
         (ok(v=ZEROS.half()), TypeError, "v is torch.float16 and q is torch.float32"),
         (ok(k=ZEROS.to("meta")), ValueError, "k is on meta and q is on cpu"),

@@ -135,6 +135,7 @@ BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X, B.to("meta")), {}, ValueError, "bias is on meta and x is on cpu"),
     ((X,), {"approximate": "erf"}, ValueError, "approximate='erf'; expected 'tanh' or 'none'"),
     ((torch.zeros(()),), {}, ValueError, "x is a scalar"),
+    ((X[:, :0], B[:0]), {}, ValueError, r"x has shape \(2, 0\); expected \(..., n\) with n of at least 1"),
 ]
 
 

@@ -176,6 +176,7 @@ BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X, W.to("meta"), W), {}, ValueError, "weight is on meta and x is on cpu"),
     ((X, W, W), {"residual": X[:1]}, ValueError, r"residual has shape \(1, 8\) and x \(2, 8\)"),
     ((torch.zeros(()), W, W), {}, ValueError, "x is a scalar"),
+    ((X[:, :0], W[:0], W[:0]), {}, ValueError, r"x has shape \(2, 0\); expected \(..., d\) with d of at least 1"),
 ]
 
 

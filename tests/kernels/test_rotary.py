@@ -161,6 +161,8 @@ BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X.int(), None, *TABLE), {}, TypeError, "q is torch.int32"),
     ((X, X[:1], *TABLE), {}, ValueError, "expected one batch, sequence and device"),
     ((X.transpose(2, 3), None, *TABLE), {}, ValueError, "q's last stride is 16; expected 1"),
+    ((X, X[:, :, :1].expand(X.shape), *TABLE), {}, ValueError, r"k's strides are \(192, 64, 0, 1\)"),
+    ((X[:1].expand(X.shape), None, *TABLE), {}, ValueError, "q's strides are .* would turn more than once"),
     ((X, None, *rotary_table(8, 32)), {}, ValueError, "rotate 32 dims and q's head_dim is 16"),
     ((X, None, TABLE[0], TABLE[1][:2]), {}, ValueError, r"sin has shape \(2, 4\)"),
     ((X, None, TABLE[0].half(), TABLE[1]), {}, TypeError, "cos is torch.float16; expected float32"),
