@@ -106,5 +106,16 @@ def test_a_bar_on_a_terminal() -> None:
     assert output.count("step  20/100 |") == 0  # in the bar, not as a line
 
 
-def test_mfu_needs_a_known_peak() -> None:
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("Other", None),
+    ],
+)
+def test_mfu_needs_a_known_peak(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(torch.device("cpu")) is None

@@ -49,7 +49,11 @@ def arguments(data: Path, run: Path, steps: int, **changes: Any) -> list[str]:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return column(run, "loss")
+
+
+def column(run: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -91,6 +95,9 @@ def test_stop_and_resume_give_what_never_stopping_gives(stdlib: Path, tmp_path: 
     assert main(arguments(stdlib, tmp_path / "parts", 10, stop_after=4, resume=True, **common)) == INTERRUPTED
     assert main(arguments(stdlib, tmp_path / "parts", 10, resume=True, **common)) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    scales = column(tmp_path / "whole", "loss_scale")
+    assert column(tmp_path / "parts", "loss_scale") == scales
+    assert scales[0] == scales[-1] / 4 or precision == "fp32"  # it grew, twice
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
@@ -150,8 +157,10 @@ def test_two_ranks_give_one_ranks_losses(stdlib: Path, tmp_path: Path) -> None:
     """torchrun with two ranks, stopped and gone on with by one."""
     assert main(arguments(stdlib, tmp_path / "one", 8, precision="fp32")) == 0
     torchrun = (str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "-m", "phi_fast.train")
-    process = start(arguments(stdlib, tmp_path / "two", 8, precision="fp32", stop_after=4), *torchrun)
+    words = arguments(stdlib, tmp_path / "two", 8, precision="fp32", stop_after=4)
+    process = start(words, *torchrun, TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
     output, _ = process.communicate(timeout=120)
+    assert not (tmp_path / "compiled").exists()  # no first start waits for a compiler
     assert "= 2 × 1 accumulated × 2 ranks" in output
     assert "stopped at step 4 of 8" in output
     assert "Warning" not in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -118,6 +119,50 @@ def test_overflow_skips_that_step_and_nothing_else(world: World) -> None:
         assert unchanged == same_weights == (step in poisoned)
     assert zero.state_dict()["updates"] == 4
     assert zero.loss_scale == 2.0**9  # the first overflow is tolerated by the hysteresis of 2
+
+
+def test_the_scales_state_survives_a_resume(world: World) -> None:
+    """Scale, hysteresis and window, taken after one overflow that was tolerated and one step of the window."""
+
+    def take(zero: Zero2, steps: range) -> list[tuple[float, bool]]:
+        seen = []
+        for step in steps:
+            loss = zero.loss(*data[step])
+            zero.backward(loss * float("inf") if step in (1, 4) else loss)
+            outcome = zero.step(1e-3, last_micro_batch=True)
+            assert outcome is not None
+            seen.append((outcome.loss_scale, outcome.skipped))
+        return seen
+
+    data = batches(12)
+    whole, parts, resumed = (zero2(model().half(), RECIPE, world, precision="fp16") for _ in range(3))
+    expected = take(whole, range(12))
+    assert expected[5][0] == 2.0**9 < expected[-1][0]  # the second overflow halved it, then it grew again
+    first = take(parts, range(3))
+    resumed.load(dict(parts.model.named_parameters()), parts.partitions(), json.loads(json.dumps(parts.state_dict())))
+    assert first + take(resumed, range(3, 12)) == expected
+
+
+def test_nothing_waits_for_the_device_before_the_update(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has nothing to wait for; on a GPU, the host waits where it asks for a tensor's value."""
+    zero = zero2(model().half(), RECIPE.replace(skip_spikes=6.0), world, precision="fp16")
+    asked: list[str] = []
+    before_the_update: list[str] = []
+
+    def count(name: str) -> None:
+        method = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda tensor, *given: asked.append(name) or method(tensor, *given))
+
+    update = FusedStep._update
+    monkeypatch.setattr(
+        FusedStep, "_update", lambda *given: (before_the_update.extend(asked), update(*given), asked.clear())
+    )
+    zero.backward(zero.loss(*batches(1)[0]))
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        count(name)
+    zero.step(1e-3, last_micro_batch=True)
+    assert before_the_update == []
+    assert asked == ["tolist"]
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("fp16", "fp32"), ("bf16", "fp16")])
