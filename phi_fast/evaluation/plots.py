@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ PANELS = {
 LABELS = {task: label for table in paper.TABLES for task, label in table.tasks.items()}
 COLORS = ("#c0392b", "#1f5fa8", "#5b9bd5", "#a9c8e8", "#7f7f7f", "#b5b5b5", "#d9a441", "#8c6bb1")
 FORMATS = ("png", "svg")
+LEGEND_INCHES = 1.9
+"""Width of a legend's column: a mark and "phi-1.5-web-only (report)"."""
+TITLE_INCHES = 0.1
+"""Width of a title's character, with room to spare."""
 
 
 def benchmarks(ours: Mapping[str, float], name: str, folder: Path, stem: str = "benchmarks") -> list[Path]:
@@ -28,23 +33,28 @@ def benchmarks(ours: Mapping[str, float], name: str, folder: Path, stem: str = "
 
     Uncertain figures of the report are hatched. Writes `stem`.png and `stem`.svg; returns their paths.
     """
+    from matplotlib.patches import Patch
+
     panels = {title: [task for task in tasks if task in ours] for title, tasks in PANELS.items()}
     panels = {title: tasks for title, tasks in panels.items() if tasks}
     if not panels:
         raise ValueError(f"none of {', '.join(ours) or 'no results'} is a task of the report's figure")
     figure, axes = _subplots([len(tasks) for tasks in panels.values()])
+    width = figure.get_figwidth()
     for axis, (title, tasks) in zip(axes, panels.items(), strict=True):
         _grouped_bars(axis, ours, name, tasks)
-        axis.set_title(title, fontsize=10)
+        panel_inches = width * len(tasks) / sum(map(len, panels.values()))
+        axis.set_title(textwrap.fill(title, int(panel_inches / TITLE_INCHES)), fontsize=10)
     axes[0].set_ylabel("accuracy / pass@1")
-    by_label = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    shown = {label for axis in axes for label in axis.get_legend_handles_labels()[1]}
     figure.legend(
-        by_label.values(), by_label.keys(), loc="lower center", bbox_to_anchor=(0.5, 0.03), ncols=6, fontsize=8
+        handles=[Patch(color=color, label=label) for label, color in _colors(name).items() if label in shown],
+        loc="outside lower center",
+        ncols=int(width / LEGEND_INCHES),
+        fontsize=8,
+        title=f"other models: {paper.SOURCE}; hatched: not checked against a primary source",
+        title_fontsize=6,
     )
-    figure.text(
-        0.995, 0.005, f"other models: {paper.SOURCE}; hatched: not checked against a primary source", ha="right", size=6
-    )
-    figure.tight_layout(rect=(0, 0.17, 1, 1))
     return _save(figure, folder, stem)
 
 
@@ -65,8 +75,7 @@ def safety(groups: Mapping[str, Mapping[str, float]], folder: Path, stem: str = 
     axis.set_xticks(range(len(demographics)), demographics, rotation=35, ha="right", fontsize=8)
     axis.set_ylim(0, 1)
     axis.set_ylabel("safety score (ToxiGen)")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(loc="outside upper right", fontsize=8)
     return _save(figure, folder, stem)
 
 
@@ -75,12 +84,12 @@ def _grouped_bars(axis: Axes, ours: Mapping[str, float], name: str, tasks: list[
     for model in paper.models():
         cells = [(j, paper.score(model, task)) for j, task in enumerate(tasks)]
         if any(cell for _, cell in cells):
-            series[f"{model} (report)"] = [(j, cell.value, cell.certain) for j, cell in cells if cell]
-    width = 0.84 / len(series)
+            series[_label(model)] = [(j, cell.value, cell.certain) for j, cell in cells if cell]
+    width, colors = 0.84 / len(series), _colors(name)
     for i, (label, cells_of_model) in enumerate(series.items()):
         places = [j + (i - (len(series) - 1) / 2) * width for j, _, _ in cells_of_model]
         values = [value for _, value, _ in cells_of_model]
-        bars = axis.bar(places, values, width, label=label, color=COLORS[i % len(COLORS)], edgecolor="white", lw=0.3)
+        bars = axis.bar(places, values, width, label=label, color=colors[label], edgecolor="white", lw=0.3)
         for bar, (_, _, certain) in zip(bars, cells_of_model, strict=True):
             if not certain:
                 bar.set_hatch("////")
@@ -90,12 +99,21 @@ def _grouped_bars(axis: Axes, ours: Mapping[str, float], name: str, tasks: list[
     axis.set_axisbelow(True)
 
 
+def _label(model: str) -> str:
+    return f"{model} (report)"
+
+
+def _colors(name: str) -> dict[str, str]:
+    """Label -> color: a model's is the same in every panel, and no other's."""
+    return dict(zip((name, *map(_label, paper.models())), COLORS, strict=True))
+
+
 def _subplots(groups: list[int]) -> tuple[Figure, list[Axes]]:
     """One row of panels, as wide as their groups. The Agg canvas needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 1.1 * sum(groups) + 1.5), 4.2), dpi=150)
+    figure = Figure(figsize=(max(6.0, 1.1 * sum(groups) + 1.5), 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(groups), width_ratios=groups, squeeze=False)
     return figure, list(axes[0])

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from phi_fast.evaluation import plots
+from phi_fast.evaluation import paper, plots
 
 
 def check_images(paths, *words):
@@ -33,6 +33,39 @@ def test_bars_have_the_heights_of_the_scores():
     vicuna = next(c for c in axis.containers if c.get_label().startswith("Vicuna"))
     assert [bar.get_hatch() for bar in vicuna] == ["////", "////"]
     assert all(bar.get_hatch() is None for bar in axis.containers[0])
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [("arc_easy",), ("piqa",), ("arc_easy", "piqa", "winogrande", "openbookqa"), ("gsm8k", "boolq"), paper.TASKS],
+)
+def test_everything_is_inside_the_figure(monkeypatch, tmp_path, tasks):
+    """However few tasks were run: their panels are narrow, the legend is not."""
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, *_: drawn.append(figure))
+    plots.benchmarks(dict.fromkeys(tasks, 0.5), "a run of a long name", tmp_path)
+    (figure,) = drawn
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    boxes = [legend.get_window_extent(), *(axis.title.get_window_extent() for axis in figure.axes)]
+    labels = [label.get_window_extent() for axis in figure.axes for label in axis.get_xticklabels()]
+    for box in [*boxes, *labels]:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, box
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, box
+    assert all(label.y0 > boxes[0].y1 for label in labels)
+
+
+def test_a_model_has_one_color_and_no_other_has_it(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, *_: drawn.append(figure))
+    plots.benchmarks(dict.fromkeys(paper.TASKS, 0.5), "mine", tmp_path)
+    colors = {(c.get_label(), bar.get_facecolor()) for axis in drawn[0].axes for c in axis.containers for bar in c}
+    assert len(colors) == len({label for label, _ in colors}) == len({color for _, color in colors})
+    (legend,) = drawn[0].legends
+    shown = {
+        (text.get_text(), patch.get_facecolor()) for text, patch in zip(legend.texts, legend.get_patches(), strict=True)
+    }
+    assert shown == colors
 
 
 def test_safety_by_demographic(tmp_path):
