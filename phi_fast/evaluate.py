@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.table import Table
 from .conversion.folder import find_tokenizer
 from .conversion.source import Source
 from .data import vocabulary
+from .data.vocabulary import TokenizerError
 from .errors import UsageError
 from .evaluation import generative, harness, paper, plots, results
 from .evaluation.local_data import find_file, read_rows
@@ -70,7 +70,7 @@ def main() -> int:
     console = Console(stderr=True)
     try:
         evaluate(options, console)
-    except (UsageError, SandboxError, OSError) as error:
+    except (UsageError, SandboxError, TokenizerError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
@@ -92,7 +92,6 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
     if any(task in generative.CODE_TASKS for task in tasks):
         check_isolation(options.isolation)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars would cross ours
     try:
         from .evaluation.lm import PhiFastLM
     except ImportError as error:
@@ -128,6 +127,10 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
 
 def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
     """The tasks to run, and those of a suite that cannot be, with the reason. A task that is named must be possible."""
+    for name, least in (("limit", 1), ("mmlu_shots", 0), ("batch_tokens", 1), ("generate_batch", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
     named = [task for task in options.tasks if task not in SUITES]
     unknown = [task for task in named if task not in SUITES["paper"]]
     if unknown:
@@ -143,8 +146,13 @@ def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
         reason = None
         if task in generative.CODE_TASKS and not options.allow_code_execution:
             reason = "it runs programs that the model writes; add --allow-code-execution to run them in a sandbox"
-        elif options.data is not None and find_file(options.data, task) is None:
-            reason = f"{options.data} has no {task}.jsonl"
+        elif options.data is not None:
+            path = find_file(options.data, task)
+            if path is None:
+                reason = f"{options.data} has no {task}.jsonl"
+            else:  # read once before the first question is asked: a wrong line ends it here
+                rows = read_rows(path, task)
+                reason = harness.missing_examples(rows, options.mmlu_shots) if task == "mmlu" else None
         if reason and task in named:
             raise UsageError(f"{task}: {reason}")
         if reason:

@@ -155,7 +155,8 @@ def _evaluation(source: Source) -> list[str]:
     rows = []
     for task, result in results["tasks"].items():
         reported = paper.score("phi-1.5", task)
-        rows.append(f"| {task} | {result['score']:.3f} | {result['questions']} | {reported or '–'} |")
+        score = "–" if result["score"] is None else f"{result['score']:.3f}"
+        rows.append(f"| {task} | {score} | {result['questions']} | {reported or '–'} |")
     header = ["| task | score | questions | phi-1.5 (report) |", "|---|---|---|---|"]
     return ["## Evaluation", "", *header, *rows, ""]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 from rich.console import Console
 from tokenizers import Tokenizer
@@ -39,7 +38,6 @@ class TasksDuringTraining:
             raise UsageError(f"--eval-every needs lm-eval: pip install 'phi-fast[eval]' ({error})") from error
         self.options, self.tokenizer, self.world = options, tokenizer, world
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        os.environ.setdefault("TQDM_DISABLE", "1")
 
     def __call__(self, model: Phi) -> dict[str, float]:
         """Accuracy by task, on the first --eval-limit questions of each; the same on every rank."""

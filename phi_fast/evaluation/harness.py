@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ def run(task: str, lm: Any, data: Path | None, limit: int | None, *, mmlu_shots:
                 f"{data} has no {task}.jsonl; give it one, leave {task} out, or use the hub's without --data"
             )
         specs = [local_group(task, read_rows(path, task), shots, notes)]
+    import lm_eval.api.task
     from lm_eval.evaluator import evaluate
+    from tqdm import tqdm
 
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # its bars would cross ours
     loaded = _load(specs, local=data is not None)
     for definition in loaded["tasks"].values():
         definition.set_config(key="num_fewshot", value=shots)
@@ -88,18 +92,27 @@ def _local_tasks(task: str, rows: list[Row], shots: int, notes: list[str]) -> li
 _ONE_SPLIT = {"training_split": None, "validation_split": None, "test_split": "test", "fewshot_split": None}
 
 
+def missing_examples(rows: list[Row], shots: int) -> str | None:
+    """Why MMLU's questions cannot be asked with `shots` examples, or None where they can."""
+    examples = Counter(row["subject"] for row in rows if row["split"] == "dev")
+    for subject in sorted({row["subject"] for row in rows}):
+        if examples[subject] < shots:
+            return (
+                f'mmlu is {shots}-shot, but subject {subject!r} has {examples[subject]} rows with "split": "dev"; add '
+                "them, or ask for fewer with --mmlu-shots"
+            )
+    return None
+
+
 def _mmlu(rows: list[Row], shots: int, notes: list[str]) -> list[dict[str, Any]]:
     """A task a subject, each with its own examples: the first `shots` of its rows with "split": "dev"."""
+    if missing := missing_examples(rows, shots):
+        raise UsageError(missing)
     specs = []
     for subject in sorted({row["subject"] for row in rows}):
         of_subject = [row for row in rows if row["subject"] == subject]
         dev = [row for row in of_subject if row["split"] == "dev"]
         test = [row for row in of_subject if row["split"] != "dev"]
-        if len(dev) < shots:
-            raise UsageError(
-                f'mmlu is {shots}-shot, but subject {subject!r} has {len(dev)} rows with "split": "dev"; add them, or '
-                "ask for fewer with --mmlu-shots"
-            )
         if test:
             documents = _documents({"test": test, "dev": dev} if dev else {"test": test})
             specs.append(

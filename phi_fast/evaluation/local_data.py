@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def read_rows(path: Path, task: str) -> list[Row]:
     """Every question of a file, with the fields of the hub's data set. Raises UsageError naming the line at fault."""
     convert = CONVERTERS.get(task, dict)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -48,29 +48,51 @@ def read_rows(path: Path, task: str) -> list[Row]:
     return rows
 
 
+def _of_hub(row: Row, *fields: str) -> Row:
+    """A row that has the hub's fields. Raises KeyError for one that it lacks."""
+    for field in fields:
+        row[field]
+    return row
+
+
+def _one_of(answer: Any, choices: Iterable[Any]) -> Any:
+    """The answer. Raises ValueError where it is none of the choices."""
+    choices = list(choices)
+    if answer not in choices:
+        raise ValueError(f"the answer is {answer!r}, expected one of {', '.join(map(repr, choices))}")
+    return answer
+
+
 def _lettered(row: Row, question_field: str, question: str) -> Row:
     labels = list(LETTERS[: len(row["choices"])])
     return {
         question_field: question,
         "choices": {"text": row["choices"], "label": labels},
-        "answerKey": labels[row["gold"]],
+        "answerKey": labels[_one_of(row["gold"], range(len(labels)))],
     }
+
+
+def _of_letters(row: Row, question_field: str) -> Row:
+    _of_hub(row, question_field)
+    _one_of(row["answerKey"], row["choices"]["label"])
+    return row
 
 
 def _arc(row: Row) -> Row:
     if "query" not in row:
-        return row
+        return _of_letters(row, "question")
     return _lettered(row, "question", row["query"].removeprefix("Question: "))
 
 
 def _openbookqa(row: Row) -> Row:
-    return _lettered(row, "question_stem", row["query"]) if "query" in row else row
+    return _lettered(row, "question_stem", row["query"]) if "query" in row else _of_letters(row, "question_stem")
 
 
 def _boolq(row: Row) -> Row:
     """The harness puts the question mark behind the question itself."""
     if "query" not in row:
-        return row
+        _one_of(row["label"], (0, 1))
+        return _of_hub(row, "passage", "question")
     passage, separator, question = row["query"].rpartition("\nQuestion: ")
     if not separator or not passage.startswith("Passage: "):
         raise ValueError('the query is not "Passage: …\\nQuestion: …"')
@@ -78,21 +100,23 @@ def _boolq(row: Row) -> Row:
     return {
         "passage": passage.removeprefix("Passage: "),
         "question": question.strip().removesuffix("?"),
-        "label": row["gold"],
+        "label": _one_of(row["gold"], (0, 1)),
     }
 
 
 def _piqa(row: Row) -> Row:
     if "query" not in row:
-        return row
+        _one_of(row["label"], (0, 1))
+        return _of_hub(row, "goal", "sol1", "sol2")
     goal = row["query"].removeprefix("Question: ").removesuffix("\n")
-    return {"goal": goal, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": row["gold"]}
+    return {"goal": goal, "sol1": row["choices"][0], "sol2": row["choices"][1], "label": _one_of(row["gold"], (0, 1))}
 
 
 def _winogrande(row: Row) -> Row:
     """Two contexts that differ in their last words become one sentence with a blank."""
     if "context_options" not in row:
-        return row
+        _one_of(row["answer"], ("1", "2"))
+        return _of_hub(row, "sentence", "option1", "option2")
     first, second = row["context_options"]
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:
@@ -102,7 +126,7 @@ def _winogrande(row: Row) -> Row:
         "sentence": f"{first[:shared]}_ {row['continuation'].strip()}",
         "option1": first[shared:],
         "option2": second[shared:],
-        "answer": str(row["gold"] + 1),
+        "answer": str(_one_of(row["gold"], (0, 1)) + 1),
     }
 
 
@@ -115,16 +139,27 @@ def _social_iqa(row: Row) -> Row:
         answers = re.split(r"(?:^|\n)[A-H]\. ", match[3])[1:]
         if len(answers) != len(row["choices"]):
             raise ValueError(f"{len(answers)} answers in the query, {len(row['choices'])} choices")
-        return {"context": match[1], "question": match[2], "answers": answers, "label": str(row["gold"] + 1)}
+        return {
+            "context": match[1],
+            "question": match[2],
+            "answers": answers,
+            "label": _label(row["gold"] + 1, answers),
+        }
     answers = [row[f"answer{letter}"] for letter in "ABC"]
-    return {**row, "answers": answers, "label": str(row["label"])}
+    return {**_of_hub(row, "context", "question"), "answers": answers, "label": _label(row["label"], answers)}
+
+
+def _label(label: Any, answers: list[str]) -> str:
+    return str(_one_of(str(label), [str(number) for number in range(1, len(answers) + 1)]))
 
 
 def _hellaswag(row: Row) -> Row:
     """Already cleaned questions pass; the hub's own are cleaned by the harness."""
     if "query" in row:
-        return {"query": row["query"], "choices": row["choices"], "label": str(row["gold"]), "gold": row["gold"]}
-    return {**row, "label": str(row["label"])}
+        gold = _one_of(row["gold"], range(len(row["choices"])))
+        return {"query": row["query"], "choices": row["choices"], "label": str(gold), "gold": gold}
+    _one_of(str(row["label"]), [str(number) for number in range(len(row["endings"]))])
+    return {**_of_hub(row, "activity_label", "ctx_a", "ctx_b"), "label": str(row["label"])}
 
 
 def _mmlu(row: Row) -> Row:
@@ -139,11 +174,12 @@ def _mmlu(row: Row) -> Row:
         return {
             "question": question,
             "choices": choices,
-            "answer": row["gold"],
+            "answer": _one_of(row["gold"], range(4)),
             "subject": row["category"],
             "split": split,
         }
-    return {**row, "split": split}
+    _one_of(row["answer"], range(4))
+    return {**_of_hub(row, "question", "choices", "subject"), "split": split}
 
 
 def _gsm8k(row: Row) -> Row:

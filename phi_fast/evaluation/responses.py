@@ -46,7 +46,10 @@ class Responses:
 
     def _read(self, path: Path, fingerprint: str) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
-        found = json.loads(lines[0])["model"] if lines else fingerprint
+        try:
+            found = json.loads(lines[0])["model"]
+        except (IndexError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} does not begin as a file of answers: name another --out, or delete it") from error
         if found != fingerprint:
             raise UsageError(
                 f"{path} holds the answers of another model ({found}; this one is {fingerprint}); name another --out, "

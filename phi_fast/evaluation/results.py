@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.manifest import write_atomically
 from . import paper
 
 
@@ -57,11 +58,11 @@ def write(folder: Path, model: str, results: Mapping[str, TaskResult], facts: Ma
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     tasks = {}
     for task, result in results.items():
-        tasks[task] = {name: value for name, value in asdict(result).items() if name != "samples"}
+        tasks[task] = {name: _json_value(value) for name, value in asdict(result).items() if name != "samples"}
         with (folder / "samples" / f"{task}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in result.samples)
     text = json.dumps({"model": model, "tasks": tasks, "source_of_reported": paper.SOURCE, **facts}, indent=1)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / "results.json", f"{text}\n".encode())
     with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["task", "metric", "shots", "questions", "score", "stderr", *paper.models(), "notes"])
@@ -72,3 +73,8 @@ def write(folder: Path, model: str, results: Mapping[str, TaskResult], facts: Ma
                 + ["" if score is None else str(score) for score in reported]
                 + ["; ".join(result.notes)]
             )
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no NaN: null stands for what is not known."""
+    return None if value != value else value

@@ -54,7 +54,13 @@ def test_the_suite_on_local_questions(small_folder, data, tmp_path, monkeypatch,
     captured = capsys.readouterr()
     assert "humaneval is not run: it runs programs that the model writes" in captured.err
     assert "mbpp is not run" in captured.err
-    report = json.loads((out / "results.json").read_text())
+    assert "it/s" not in captured.err  # lm-eval's own bars
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    report = json.loads((out / "results.json").read_text(), parse_constant=refuse)
+    assert report["tasks"]["toxigen"]["stderr"] is None
     ran = {*module.harness.TASKS, "squad", "toxigen"}
     assert report["tasks"].keys() == ran
     assert report["not_run"].keys() == {"gsm8k", "humaneval", "mbpp"}
@@ -126,6 +132,31 @@ def test_mistakes_are_refused_before_any_work(data):
         plan(EvaluateOptions("m", ("mbpp",), data=data, allow_code_execution=True))
     with pytest.raises(UsageError, match="is no folder"):
         plan(EvaluateOptions("m", data=data / "nothing"))
+    for option, value in {"limit": 0, "mmlu_shots": -1, "batch_tokens": 0, "generate_batch": 0}.items():
+        with pytest.raises(UsageError, match=rf"--{option.replace('_', '-')} {value}: expected at least {value + 1}"):
+            plan(EvaluateOptions("m", data=data, **{option: value}))
+    with (data / "toxigen.jsonl").open("a") as file:
+        file.write('{"text": "no group"}\n')
+    with pytest.raises(UsageError, match=r"toxigen.jsonl:5 is no question of toxigen: KeyError"):
+        plan(EvaluateOptions("m", data=data))
+
+
+def test_mmlu_without_examples_is_left_out_of_a_suite_and_refused_by_name(data):
+    rows = [row for row in compact_questions()["mmlu"] if row["split"] == "test"]
+    write_jsonl(data / "mmlu.jsonl", rows)
+    tasks, left_out = plan(EvaluateOptions("m", data=data))
+    assert "mmlu" not in tasks
+    assert left_out["mmlu"].startswith("mmlu is 2-shot, but subject 'abstract_algebra' has 0 rows")
+    with pytest.raises(UsageError, match="mmlu is 2-shot"):
+        plan(EvaluateOptions("m", ("mmlu",), data=data))
+    assert plan(EvaluateOptions("m", ("mmlu",), data=data, mmlu_shots=0)) == (["mmlu"], {})
+
+
+def test_an_unknown_tokenizer_is_a_line(small_folder, data, tmp_path, monkeypatch, capsys):
+    words = ["--model", str(small_folder), "--data", str(data), "--tasks", "piqa", "--tokenizer", "nonsense"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, "--out", str(tmp_path / "out")])
+    assert module.main() == 2
+    assert "tokenizer 'nonsense' is neither" in capsys.readouterr().err
 
 
 def test_answers_of_another_model_are_refused(small_folder, data, tmp_path):

@@ -131,6 +131,47 @@ def test_a_wrong_line_is_named(tmp_path):
     )
     with pytest.raises(UsageError, match=r"boolq.jsonl:2 is no question of boolq"):
         read_rows(find_file(tmp_path, "boolq"), "boolq")
+    (tmp_path / "boolq.jsonl").write_bytes(b'\n"\xe9"\n')
+    with pytest.raises(UsageError, match=r"boolq.jsonl:2 is no question of boolq: UnicodeDecodeError"):
+        read_rows(find_file(tmp_path, "boolq"), "boolq")
+
+
+LETTERS = {"text": ["x", "y"], "label": ["A", "B"]}
+WRONG_ROWS = {
+    "arc_easy": [
+        {"choices": LETTERS, "answerKey": "A"},
+        {"question": "q", "choices": LETTERS, "answerKey": "C"},
+        {"query": "q", "choices": ["x", "y"], "gold": 2},
+    ],
+    "openbookqa": [{"question_stem": "q", "choices": LETTERS}, {"query": "q", "choices": ["x"], "gold": -1}],
+    "boolq": [{"question": "q", "label": 1}, {"passage": "p", "question": "q", "label": 2}],
+    "piqa": [{"goal": "g", "sol1": "a", "label": 0}, {"query": "q", "choices": ["a", "b"], "gold": 2}],
+    "hellaswag": [
+        {"activity_label": "a", "ctx_a": "a", "ctx_b": "b", "endings": ["x"] * 4, "label": "4"},
+        {"ctx_a": "a", "ctx_b": "b", "endings": ["x"] * 4, "label": "3"},
+        {"query": "q", "choices": ["x"] * 4, "gold": 4},
+    ],
+    "winogrande": [
+        {"sentence": "_ a", "option1": "x", "option2": "y", "answer": "3"},
+        {"sentence": "_ a", "option1": "x", "answer": "1"},
+        {"context_options": ["x a", "x b"], "continuation": "c", "gold": 2},
+    ],
+    "social_iqa": [
+        {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "4"},
+        {"question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
+    ],
+    "mmlu": [
+        {"question": "q", "choices": list("abcd"), "answer": 4, "subject": "anatomy"},
+        {"question": "q", "choices": list("abcd"), "answer": 0},
+    ],
+}
+
+
+@pytest.mark.parametrize(("task", "row"), [(task, row) for task, rows in WRONG_ROWS.items() for row in rows])
+def test_a_row_without_a_field_or_with_an_answer_that_is_none_is_named(tmp_path, task, row):
+    write_jsonl(tmp_path / f"{task}.jsonl", [row])
+    with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: (KeyError|ValueError)"):
+        read_rows(tmp_path / f"{task}.jsonl", task)
 
 
 def test_an_evaluation_goes_on_where_it_was(small_phi, byte_tokenizer, question_folder, tmp_path, monkeypatch):

@@ -74,3 +74,7 @@ def test_responses_survive_a_torn_line_and_refuse_another_model(tmp_path):
     assert "w" in Responses(path, "model A")
     with pytest.raises(ValueError, match="another model"):
         Responses(path, "model B")
+    for beginning in ("", '{"mod', "[]\n"):
+        path.write_text(beginning)
+        with pytest.raises(ValueError, match="does not begin as a file of answers"):
+            Responses(path, "model A")
