@@ -257,6 +257,8 @@ def header(
     """What is about to run, before the first step."""
     config = options.model
     used = in_use(world.device)
+    if options.implementation == "reference":
+        used = {"adam": used["adam"]}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
     batch = f"{options.global_batch_size} rows = {micro_batch_size} × {accumulation} accumulated × {world.size} ranks"

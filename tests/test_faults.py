@@ -274,6 +274,25 @@ def test_injected_overflows_skip_exactly_those_steps(data: Path, tmp_path: Path)
     assert [number for number, line in enumerate(lines, 1) if '"skipped": true' in line] == [3, 4, 8]
 
 
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = arguments(data, run, STEPS, **SAVES)
+    finish([*words, "--stop-after", "8"], tmp_path / "output", expect=INTERRUPTED)
+    damaged = run / "checkpoints" / "step-8" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    output = finish(words, tmp_path / "output")
+    assert "step-8 is passed over: model.safetensors has " in output
+    assert f"resumed from {run / 'checkpoints' / 'step-6'}\n" in output
+    assert_same(run, undisturbed)
+    for path in (run / "checkpoints").glob("step-*"):
+        (path / "state.json").unlink()
+    for flag in ("--elastic", "--resume"):
+        end = words.index("--elastic")
+        output = finish([*words[:end], flag, *words[end + 1 :]], tmp_path / "output", expect=2)
+        assert "step-12 is passed over: state.json is missing" in output
+        assert f"error: {flag}: {run / 'checkpoints'} has no complete checkpoint; start without {flag}, in " in output
+
+
 def test_a_checkpoint_of_another_run_is_refused_and_the_one_before_offered(data: Path, tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     words = arguments(data, run, 8, save_every=2)

@@ -176,6 +176,17 @@ def test_deepspeeds_launcher_starts_it(stdlib: Path, tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 2
 
 
+def test_the_reference_model_trains_and_the_header_says_what_runs(
+    stdlib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(stdlib, tmp_path / "run", 10, implementation="reference", recompute="all", sample_tokens=5)
+    assert main(words) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5
+    output = capsys.readouterr().out
+    assert " kernels  adam cpp\n" in output
+    assert "─ sample ─" in output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(stdlib: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
