@@ -17,11 +17,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam")
+OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "weight_gradient")
 """The ops that have more than one implementation."""
 
 BACKENDS = ("triton", "cpp", "reference")
-"""Back ends that cover every op. `VENDORS` lists the ones that cover a few."""
+"""Back ends of this project. `VENDORS` lists those of others."""
+
+PRODUCTS = ("weight_gradient",)
+"""Matrix products: Triton has none of its own, torch's (cuBLAS) run in their place, under the name "reference"."""
 
 VENDORS = {"sdpa": ("attention",), "flash-attn": ("attention",), "apex": ("layer_norm", "adam")}
 """Other libraries' kernels, and the ops each offers."""
@@ -64,8 +67,12 @@ def use(backend: str, op: str | None = None) -> _Choice:
         raise ValueError(
             f"backend {backend!r} offers only op={' or op='.join(map(repr, VENDORS[backend]))}, not op={op!r}"
         )
+    if backend == "triton" and op in PRODUCTS:
+        raise ValueError(f"backend 'triton' has no op={op!r}: matrix products are torch's; use('reference', op={op!r})")
     previous = {name: _chosen[name] for name in (OPS if op is None else (op,))}
     _chosen.update(dict.fromkeys(previous, backend))
+    if backend == "triton" and op is None:
+        _chosen.update(dict.fromkeys(PRODUCTS, "reference"))
     return _Choice(previous)
 
 
@@ -74,7 +81,9 @@ def name(op: str, device: torch.device | str) -> str:
     chosen = _chosen[op]
     if chosen != "auto":
         return chosen
-    return "triton" if torch.device(device).type == "cuda" else "cpp"
+    if torch.device(device).type != "cuda":
+        return "cpp"
+    return "reference" if op in PRODUCTS else "triton"
 
 
 def in_use(device: torch.device | str) -> dict[str, str]:

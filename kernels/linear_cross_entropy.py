@@ -23,6 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from . import backend
 from .reference import linear_cross_entropy as reference
+from .reference.weight_gradient import wide_product
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -140,24 +141,6 @@ def _storage_scale(dtype: torch.dtype, z_loss: float) -> float:
     return 2.0 ** (15 - math.ceil(math.log2(1 + 2 * z_loss * 65536)))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, accumulated in fp32 (fp64 for fp64) and returned so; but a CPU's bf16 product is rounded once to bf16, as
-    a Linear's gradient is."""
-    if a.is_cuda and a.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
-
-
-def _accumulate(kernel: ModuleType, total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total (m, n) fp32 += aᵀ · b, with a (k, m) and b (k, n); = where `first`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a.T, b, beta=0 if first else 1)
-        return
-    step = 8192  # rows of the product at a time: the temporary stays small beside `total`
-    for start in range(0, total.shape[0], step):
-        kernel.sum_into_(total[start : start + step], _product(a[:, start : start + step].T, b), first=first)
-
-
 @torch.no_grad()
 def _compute(
     hidden: Tensor,
@@ -177,6 +160,7 @@ def _compute(
     if hidden.device.type == "cpu":
         _check_labels(labels, weight.shape[0], ignore_index)
     kernel = backend.implementation("linear_cross_entropy", hidden.device)
+    gradient = backend.implementation("weight_gradient", hidden.device)
     dtype = _working_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
     tokens, (vocab, d) = hidden.shape[0], weight.shape
@@ -197,7 +181,10 @@ def _compute(
     chunks = max(1, math.ceil(tokens / limit))
     size = math.ceil(tokens / chunks)  # equal chunks: no small last one
     # Rows begin at multiples of 64 elements, so that a vocabulary of odd size keeps wide loads and fast products.
-    buffer = torch.empty(size, math.ceil(vocab / 64) * 64, dtype=dtype, device=hidden.device)[:, :vocab]
+    # oneDNN's AMX product reads on to there, and zero times NaN is NaN: what the memory held before must not show.
+    buffer = torch.empty(size, math.ceil(vocab / 64) * 64, dtype=dtype, device=hidden.device)
+    buffer[:, vocab:] = 0
+    buffer = buffer[:, :vocab]
     for start in range(0, tokens, size or 1):
         rows = slice(start, min(start + size, tokens))
         h = hidden[rows].to(dtype)
@@ -214,9 +201,9 @@ def _compute(
             dbias=dbias if for_bias else None,
         )
         if for_hidden:
-            dhidden[rows] = _product(logits, weight)
+            dhidden[rows] = wide_product(logits, weight)
         if for_weight:
-            _accumulate(kernel, dweight, logits, h, first=start == 0)
+            gradient.accumulate_(dweight, logits, h, first=start == 0)
 
     count = (labels != ignore_index).sum()
     loss = losses.sum() / count if mean else losses.sum()

@@ -199,7 +199,7 @@ def _backward(
     want_out, want_out_bias = wanted[5], wanted[6] or wanted[7]
     heads, d, device = _Heads(x, options.num_heads), x.shape[-1], x.device
     rows, dy = x.view(-1, d), dout.reshape(-1, d).contiguous()
-    norm, gelu = (backend.implementation(op, device) for op in ("layer_norm", "bias_gelu"))
+    norm, gelu, gradient = (backend.implementation(op, device) for op in ("layer_norm", "bias_gelu", "weight_gradient"))
     h: Tensor | None = None
     if options.recompute == "norm_gelu":
         mean, rstd, packed, o, lse = saved
@@ -242,12 +242,12 @@ def _backward(
 
     grads: list[Tensor | None] = [None] * 8
     if want_out:
-        grads[5] = torch.mm(dy.T, dmixed if again else mixed)
+        grads[5] = gradient.product(dy, dmixed if again else mixed)
     if want_out_bias:
         grads[6] = grads[7] = dy.sum(0)
     if want_in:
         h = norm.forward(rows, norm_weight, norm_bias, options.eps)[0] if h is None else h
-        grads[3] = torch.mm(dpacked.T, h)
+        grads[3] = gradient.product(dpacked, h)
     if want_in_bias:
         grads[4] = torch.cat((dpacked[:, : 3 * d].sum(0), du_sum.to(in_bias.dtype)))
     if want_x or want_norm:

@@ -13,7 +13,7 @@ _OP = "linear_cross_entropy"
 
 
 def sum_into_(total: Tensor, addend: Tensor, *, first: bool) -> None:
-    """See `reference.linear_cross_entropy.sum_into_`."""
+    """See `reference.weight_gradient.sum_into_`."""
     _scaled(addend, total, 1.0, add=not first)
 
 

@@ -10,14 +10,6 @@ import torch
 from torch import Tensor
 
 
-def sum_into_(total: Tensor, addend: Tensor, *, first: bool) -> None:
-    """total (fp32, contiguous) += addend (16 bits, contiguous), or total = addend where `first`."""
-    if first:
-        total.copy_(addend)
-    else:
-        total.add_(addend)
-
-
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x · factor in x's dtype, rounded once to `dtype`. x (contiguous) fp32 or fp64; factor a scalar of that dtype."""
     return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.linear_cross_entropy import scaled, sum_into_  # noqa: F401  (torch's own GPU kernels do them in one pass)
+from ..reference.linear_cross_entropy import scaled  # noqa: F401  (torch's own GPU kernel does it in one pass)
 from .common import Launch, Specimen
 from .rounding import narrow
 
@@ -49,13 +49,6 @@ def _cross_entropy(
                 tl.store(logits + start + columns, zeros, mask=start + columns < vocab)
         return
 
-    valid = (label >= 0) & (label < vocab)
-    y = tl.where(valid, label, 0)
-    # Read before the sums below: past their barrier other warps write gradients over the row.
-    target = tl.load(logits + y).to(tl.float32)
-    if bias is not None:
-        target += tl.load(bias + y).to(tl.float32)
-
     # Online logsumexp (Milakov and Gimelshein, arXiv 1805.02867), a running maximum and sum in every lane, which meet
     # once, after the loop. The maximum starts finite, so that a lane of -inf adds exp(-inf) = 0 and no NaN.
     lane_max = tl.full([BLOCK], -3.4e38, dtype=tl.float32)
@@ -72,6 +65,12 @@ def _cross_entropy(
         lane_max = new_max
         if SMOOTH:
             lane_total += tl.where(inside, x, 0.0)
+    valid = (label >= 0) & (label < vocab)
+    y = tl.where(valid, label, 0)
+    # Read before the sums below: past their barrier other warps write gradients over the row.
+    target = tl.load(logits + y).to(tl.float32)
+    if bias is not None:
+        target += tl.load(bias + y).to(tl.float32)
     row_max = tl.max(lane_max, axis=0)
     total = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
     lse = row_max + tl.log(total)

@@ -13,7 +13,7 @@ from phi_fast.kernels import BackendUnavailable, backend, bias_gelu, in_use, use
 
 
 def test_auto_is_a_fixed_choice_by_device():
-    assert set(in_use("cuda").values()) == {"triton"}
+    assert in_use("cuda") == {**dict.fromkeys(backend.OPS, "triton"), "weight_gradient": "reference"}
     assert set(in_use("cpu").values()) == {"cpp"}
 
 
@@ -25,6 +25,12 @@ def test_use_switches_all_or_one_and_takes_it_back():
             assert in_use("cpu") == {**dict.fromkeys(backend.OPS, "reference"), "attention": "triton"}
         assert in_use("cpu")["attention"] == "reference"
     assert in_use("cpu") == before
+
+
+def test_triton_leaves_matrix_products_to_torch():
+    with use("triton"):
+        assert in_use("cpu") == {**dict.fromkeys(backend.OPS, "triton"), "weight_gradient": "reference"}
+    assert in_use("cpu")["weight_gradient"] == "cpp"
 
 
 def test_use_without_with_holds_until_the_next():
@@ -41,6 +47,7 @@ def test_use_without_with_holds_until_the_next():
         (("cuda",), "backend 'cuda' is not one of auto, triton"),
         (("triton", "softmax"), "op 'softmax' is not one of rotary"),
         (("sdpa",), "offers only op='attention', not op=None"),
+        (("triton", "weight_gradient"), "backend 'triton' has no op='weight_gradient': matrix products are torch's"),
         (("apex", "rotary"), "offers only op='layer_norm' or op='adam', not op='rotary'"),
     ],
 )

@@ -177,7 +177,7 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like", "new_empty_strided", "empty_s
 
 
 class Ledger(TorchDispatchMode):
-    """What runs outside the kernels: matrix products, and every other aten op that writes as much as a token's worth a
+    """Matrix products, and what else runs outside the kernels: every aten op that writes as much as a token's worth a
     row. The kernels themselves are listed by name."""
 
     def __init__(self, large: int = 9 * 64) -> None:
@@ -190,7 +190,7 @@ class Ledger(TorchDispatchMode):
 
         def implementation(op, device):
             module = real(op, device)
-            names = [name for name in ("forward", "backward", "rotate_") if hasattr(module, name)]
+            names = [name for name in ("forward", "backward", "rotate_", "product") if hasattr(module, name)]
             return SimpleNamespace(**{name: self._listed(f"{op}.{name}", getattr(module, name)) for name in names})
 
         patch = pytest.MonkeyPatch()
@@ -204,7 +204,9 @@ class Ledger(TorchDispatchMode):
 
     def _listed(self, name, primitive):
         def run(*args, **kwargs):
-            self.kernels.append(name)
+            product = name == "weight_gradient.product"  # whoever multiplies
+            self.products += product
+            self.kernels.append("product" if product else name)
             self.inside = True
             try:
                 return primitive(*args, **kwargs)
