@@ -149,6 +149,23 @@ void bind_scaled(py::module_& module) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_weight_gradient(py::module_& module) {
+  module.def(
+      "has_weight_gradient", [] { return kernels().weight_gradient != nullptr; },
+      "Whether the instruction set in use has weight_gradient");
+  module.def(
+      "weight_gradient",
+      [](int64_t rows, int64_t a_columns, int64_t b_columns, Matrix a, Matrix b, int out_dtype, Matrix out, bool add,
+         int threads) {
+        if (kernels().weight_gradient == nullptr) {
+          throw std::runtime_error(std::string("weight_gradient: not with the instruction set ") + kernels().name);
+        }
+        kernels().weight_gradient(
+            {rows, a_columns, b_columns, rows_of(a), rows_of(b), DType(out_dtype), rows_of(out), add, threads});
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 using AdamAddresses = std::tuple<int64_t, Address, Address, Address, Address, Address>;
 
 void bind_adam(py::module_& module) {
@@ -197,6 +214,7 @@ void bind(py::module_& module) {
   bind_attention(module);
   bind_cross_entropy(module);
   bind_scaled(module);
+  bind_weight_gradient(module);
   bind_adam(module);
 }
 

@@ -121,6 +121,17 @@ struct CrossEntropy {
   int threads;
 };
 
+/// out (a_columns, b_columns) (+)= aᵀ · b of bf16 a (rows, a_columns) and b
+/// (rows, b_columns).
+struct WeightGradient {
+  int64_t rows, a_columns, b_columns;
+  Rows a, b;
+  DType out_dtype;
+  Rows out;
+  bool add;
+  int threads;
+};
+
 /// out (+)= x · factor, element by element.
 struct Scaled {
   DType from, to;
@@ -174,6 +185,7 @@ struct Kernels {
   void (*attention_backward)(const Attention&);
   void (*cross_entropy)(const CrossEntropy&);
   void (*scaled)(const Scaled&);
+  void (*weight_gradient)(const WeightGradient&);  // null where the processor has no tiles
   void (*adam)(const Adam&);
   double (*grad_norm_squared)(const GradNorm&);
 };

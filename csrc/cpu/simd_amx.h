@@ -63,4 +63,38 @@ PHI_INLINE void multiply_by_tiles(int64_t m, int64_t n, int64_t k, const uint32_
   __asm__ volatile("" : : : "memory");
 }
 
+/// sums (32, 32) = or += the products of `count` pairs of tiles of either
+/// operand, which stand one after the other.
+PHI_INLINE void multiply_packed(int64_t count, const uint32_t* a, const uint32_t* b, float* sums, bool add) {
+  constexpr int64_t kWords = 16 * 16, kRowBytes = 32 * sizeof(float);
+  constexpr long kTileBytes = 64;
+  __asm__ volatile("" : : : "memory");
+  if (add) {
+    _tile_loadd(0, sums, kRowBytes);
+    _tile_loadd(1, sums + 16, kRowBytes);
+    _tile_loadd(2, sums + 2 * kWords, kRowBytes);
+    _tile_loadd(3, sums + 2 * kWords + 16, kRowBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t i = 0; i < count; ++i, a += 2 * kWords, b += 2 * kWords) {
+    _tile_loadd(4, a, kTileBytes);
+    _tile_loadd(6, b, kTileBytes);
+    _tile_loadd(7, b + kWords, kTileBytes);
+    _tile_loadd(5, a + kWords, kTileBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, kRowBytes);
+  _tile_stored(1, sums + 16, kRowBytes);
+  _tile_stored(2, sums + 2 * kWords, kRowBytes);
+  _tile_stored(3, sums + 2 * kWords + 16, kRowBytes);
+  __asm__ volatile("" : : : "memory");
+}
+
 }  // namespace phi_fast::cpu::PHI_ISA

@@ -117,35 +117,42 @@ PHI_INLINE void store(T* to, Vec a, Tail lanes) {
 PHI_INLINE Vec keep(Full, Vec a) { return a; }
 PHI_INLINE Vec keep(Tail lanes, Vec a) { return _mm512_maskz_mov_ps(lanes.mask, a.v); }
 
+/// rows[j][i] = rows[i][j] of 16 × 16 words of 32 bits.
+PHI_INLINE void transpose_square(__m512i rows[16]) {
+  __m512i pairs[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  __m512i fours[16];  // 128-bit lane l of fours[4 g + c]: column 4 l + c of rows 4 g … 4 g + 3
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // lanes 0 and 2, 1 and 3 of both operands
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], kEven);
+    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], kEven);
+    const __m512i odd_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], kOdd);
+    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], kOdd);
+    rows[c] = _mm512_shuffle_i32x4(even_low, even_high, kEven);
+    rows[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, kEven);
+    rows[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, kOdd);
+    rows[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, kOdd);
+  }
+}
+
 #define PHI_TRANSPOSE_SQUARE
 /// to[j][i] = from[i][j] of 16 × 16 words of 32 bits.
 template <class Word>
 PHI_INLINE void transpose_square(const Word* from, int64_t from_row, Word* to, int64_t to_row) {
   static_assert(sizeof(Word) == 4);
-  __m512i rows[16], pairs[16];
+  __m512i rows[16];
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_row);
-  for (int i = 0; i < 16; i += 2) {
-    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  // 128-bit lane l of rows[4 g + c]: column 4 l + c of rows 4 g … 4 g + 3.
-  for (int i = 0; i < 16; i += 4) {
-    rows[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    rows[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    rows[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    rows[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-  constexpr int kEven = 0x88, kOdd = 0xdd;  // lanes 0 and 2, 1 and 3 of both operands
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even_low = _mm512_shuffle_i32x4(rows[c], rows[4 + c], kEven);
-    const __m512i even_high = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], kEven);
-    const __m512i odd_low = _mm512_shuffle_i32x4(rows[c], rows[4 + c], kOdd);
-    const __m512i odd_high = _mm512_shuffle_i32x4(rows[8 + c], rows[12 + c], kOdd);
-    _mm512_storeu_si512(to + c * to_row, _mm512_shuffle_i32x4(even_low, even_high, kEven));
-    _mm512_storeu_si512(to + (4 + c) * to_row, _mm512_shuffle_i32x4(odd_low, odd_high, kEven));
-    _mm512_storeu_si512(to + (8 + c) * to_row, _mm512_shuffle_i32x4(even_low, even_high, kOdd));
-    _mm512_storeu_si512(to + (12 + c) * to_row, _mm512_shuffle_i32x4(odd_low, odd_high, kOdd));
-  }
+  transpose_square(rows);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_row, rows[i]);
 }
 
 }  // namespace phi_fast::cpu::PHI_ISA

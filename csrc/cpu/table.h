@@ -9,6 +9,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/rotary.h"
 #include "cpu/scaled.h"
+#include "cpu/weight_gradient.h"
 
 #define PHI_STRING(x) #x
 #define PHI_NAME(x) PHI_STRING(x)
@@ -26,6 +27,11 @@ extern const Kernels kernels = {
     attention_backward,
     cross_entropy,
     scaled,
+#if defined(PHI_AMX)
+    weight_gradient,
+#else
+    nullptr,
+#endif
     adam,
     grad_norm_squared,
 };

@@ -1,0 +1,59 @@
+"""The gradient of a weight; the contract is `reference/weight_gradient.py`'s.
+
+bf16 where the processor multiplies tiles (AMX) is summed in C++, which packs both operands straight into tiles where
+oneDNN first turns one of them. Every other product is torch's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phi_fast._C import cpu
+
+from ..reference import weight_gradient as reference
+from ._tensors import code, matrix
+from .linear_cross_entropy import sum_into_
+
+_OP = "weight_gradient"
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """See `reference.weight_gradient.product`."""
+    if not _by_tiles(a, b):
+        return reference.product(a, b)
+    out = a.new_empty(a.shape[1], b.shape[1])
+    _call(a, b, out, add=False)
+    return out
+
+
+def accumulate_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """See `reference.weight_gradient.accumulate_`."""
+    if _by_tiles(a, b):
+        _call(a, b, total, add=not first)
+    else:
+        reference.accumulate_in_parts_(total, a, b, first=first, sum_into=sum_into_)
+
+
+def _by_tiles(a: Tensor, b: Tensor) -> bool:
+    return cpu.has_weight_gradient() and a.dtype == b.dtype == torch.bfloat16
+
+
+def _call(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    rows, m = a.shape
+    if b.shape[0] != rows or out.shape != (m, b.shape[1]):
+        raise ValueError(
+            f"{_OP}: a {tuple(a.shape)}, b {tuple(b.shape)} and {tuple(out.shape)}; expected (rows, m), (rows, n) and "
+            "(m, n)"
+        )
+    cpu.weight_gradient(
+        rows,
+        m,
+        b.shape[1],
+        matrix(_OP, "a", a, a),
+        matrix(_OP, "b", b, b),
+        code(_OP, out.dtype),
+        matrix(_OP, "out", out, out),
+        add,
+        torch.get_num_threads(),
+    )
