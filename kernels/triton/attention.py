@@ -123,13 +123,18 @@ def launch(
             "CAUSAL": causal,
             "VARLEN": cu_seqlens is not None,
             # fp32 products follow torch's own switch.
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if _tf32() else "ieee",
             "M": chosen.m,
             "N": chosen.n,
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
+
+
+def _tf32() -> bool:
+    matmul = torch.backends.cuda.matmul  # from torch 2.9 on the older name raises where the newer one was set
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def specimens(dtype: torch.dtype = torch.float16, *, arch: str = "sm_90", batch: int = 2) -> list[Specimen]:

@@ -210,6 +210,18 @@ def test_a_document_is_what_it_is_alone(name: str, device: str) -> None:
             torch.testing.assert_close(joined[tensor][:, rows], x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.8 has the older name")
+def test_triton_follows_torchs_switch_of_fp32_products(precision: str) -> None:
+    """By its newer name: the older one then raises."""
+    module, matmul = pytest.importorskip("phi_fast.kernels.triton.attention"), torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        assert {specimen.launch.constants["PRECISION"] for specimen in module.specimens()} == {precision}
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_opcheck(device: str) -> None:
     case = Case(torch.float32, device, sequence=9, documents=[0, 4, 9], rotary_dim=32)
     arguments = [x.requires_grad_() for x in case.inputs.values()]
