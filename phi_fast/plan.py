@@ -172,7 +172,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = parse(arguments)
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False)
     try:
         report = run(options)
         if options.json_file is not None:

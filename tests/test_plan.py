@@ -178,6 +178,8 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     document = json.loads(files["--json"].read_text())
     assert document["plans"]["norm_gelu"]["ranks"] == 64
     assert len(document["scaling"]["plans"]) == 11
+    for found in document["scaling"]["plans"]:
+        assert f" {found['tokens_per_second']:,.0f} " in text  # not broken where no terminal says how wide it is
     assert all(figure["source"] for figure in document["assumptions"].values())
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
 
