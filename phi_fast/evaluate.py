@@ -182,7 +182,7 @@ def show(done: dict[str, TaskResult], name: str, console: Console) -> None:
     models = [model for model in paper.models() if any(paper.score(model, task) for task in done)]
     table = Table(title=f"{name} beside the report ({paper.SOURCE})")
     table.add_column("task", no_wrap=True)
-    table.add_column(name, justify="right", style="bold")
+    table.add_column(name, justify="right", style="bold", no_wrap=True)
     for model in models:
         table.add_column(model, justify="right", overflow="fold")
     for task, result in done.items():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -28,6 +29,7 @@ from .responses import Responses
 from .scoring import BATCH_TOKENS, Request, log_likelihoods
 
 MAX_GEN_TOKS = 256  # lm-eval's default
+LM_EVAL_DEVICE = "cuda:0"  # its command's default, also where there is none; its own models fall back as well
 
 
 @register_model("phi_fast")
@@ -57,6 +59,10 @@ class PhiFastLM(TemplateLM):
         console: Console | None = None,
     ) -> None:
         super().__init__()
+        self.console = console or Console(stderr=True)
+        if device == LM_EVAL_DEVICE and not torch.cuda.is_available():
+            self.console.print(f"torch sees no {device}, which lm-eval asks for where --device is not given: auto")
+            device = "auto"
         if model is None or hf_tokenizer is None:
             if pretrained is None:
                 raise ValueError("phi_fast needs model_args pretrained=RUN_OR_FOLDER")
@@ -64,7 +70,6 @@ class PhiFastLM(TemplateLM):
         self.model, self.hf_tokenizer = model, hf_tokenizer
         self.batch_tokens, self.generate_batch = int(batch_tokens), int(generate_batch)
         self.responses = responses or Responses(None, "")
-        self.console = console or Console(stderr=True)
 
     @property
     def max_length(self) -> int:

@@ -6,6 +6,7 @@ for each of them, where scoring every (context, continuation) pair by itself rea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,13 +40,31 @@ def log_likelihoods(
 ) -> Iterator[tuple[int, Score]]:
     """(index into `requests`, score) as batches are done, the longest first, so that time estimates only fall.
 
-    What is longer than the model's context plus one loses tokens on its left, as in lm-eval. Raises ValueError for an
-    empty context or continuation.
+    What is longer than the model's context plus one loses tokens on its left, as in lm-eval. A continuation that alone
+    is longer, where lm-eval stops, is scored in parts. Raises ValueError for an empty context or continuation.
     """
     context_length = model.config.max_position_embeddings
-    groups = _group(requests, context_length)
-    for batch in _batches(groups, batch_tokens, context_length):
-        yield from _score(model, batch, requests)
+    parts = [(i, part) for i, request in enumerate(requests) for part in _parts(request, context_length)]
+    missing = Counter(index for index, _ in parts)
+    scores: dict[int, Score] = {}
+    pieces = [part for _, part in parts]
+    for batch in _batches(_group(pieces, context_length), batch_tokens, context_length):
+        for at, (score, greedy) in _score(model, batch, pieces):
+            index = parts[at][0]
+            before, greedy_before = scores.get(index, (0.0, True))
+            scores[index] = before + score, greedy_before and greedy
+            missing[index] -= 1
+            if not missing[index]:
+                yield index, scores.pop(index)
+
+
+def _parts(request: Request, context_length: int) -> list[Request]:
+    """The request; a continuation longer than the context in parts, each after what fits of all that is before it."""
+    tokens = request.continuation
+    if len(tokens) <= context_length:
+        return [request]
+    step = max(1, context_length // 2)  # so that at least half a context stands before every token
+    return [Request(request.context + tokens[:at], tokens[at : at + step]) for at in range(0, len(tokens), step)]
 
 
 @dataclass
@@ -61,10 +80,10 @@ class _Group:
 def _group(requests: Sequence[Request], context_length: int) -> list[_Group]:
     groups: dict[tuple[int, ...], _Group] = {}
     for index, request in enumerate(requests):
-        if not request.context or not 0 < len(request.continuation) <= context_length:
+        if not request.context or not request.continuation:
             raise ValueError(
                 f"request {index}: a context of {len(request.context)} tokens and a continuation of "
-                f"{len(request.continuation)}; expected at least 1 of each, and at most {context_length} to score"
+                f"{len(request.continuation)}; expected at least 1 of each"
             )
         room = context_length + 1 - len(request.continuation)  # the last token is predicted, never read
         context = request.context[-room:]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,30 @@ def test_it_is_registered():
     from lm_eval.api.registry import get_model
 
     assert get_model("phi_fast") is PhiFastLM
+
+
+def test_lm_evals_command(small_folder, tmp_path):
+    """With no --device, for which lm-eval asks for cuda:0 on any machine."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"q": "one", "a": ["two", "a dog"], "gold": 0}] * 3)
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    task = {
+        "task": "mini",
+        "dataset_path": "json",
+        "dataset_kwargs": files,
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "a",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "mini.yaml").write_text(json.dumps(task))
+    command = [sys.executable, "-m", "phi_fast.evaluation.lm", "--model", "phi_fast", "--tasks", "mini"]
+    command += ["--model_args", f"pretrained={small_folder}", "--include_path", str(tmp_path)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "|mini" in done.stdout
 
 
 @pytest.mark.slow

@@ -56,6 +56,16 @@ def test_greedy_continuations_are_recognised(small_phi):
     assert [scores[i][1] for i in range(3)] == [True, False, True]
 
 
+def test_a_continuation_longer_than_the_context_is_scored_in_parts(small_phi):
+    """Each token once, after at least half a context: 96 of 192."""
+    context, tokens = (1, 2, 3), tuple(i % 290 for i in range(500))
+    parts = [Request(context + tokens[:at], tokens[at : at + 96]) for at in range(0, 500, 96)]
+    expected = sum(plainly(small_phi, part)[0] for part in parts)
+    both = dict(log_likelihoods(small_phi, [Request(context, tokens), Request(context, (4, 5))], batch_tokens=400))
+    assert both[0] == (pytest.approx(expected, abs=1e-3), False)
+    assert both[1][0] == pytest.approx(plainly(small_phi, Request(context, (4, 5)))[0], abs=1e-3)
+
+
 def test_empty_requests_are_refused(small_phi):
     with pytest.raises(ValueError, match="request 1: a context of 0 tokens"):
         list(log_likelihoods(small_phi, [Request((1,), (2,)), Request((), (2,))]))
