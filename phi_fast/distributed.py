@@ -61,7 +61,7 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
     """Join the process group of the launcher, or make one of a single process.
 
     timeout: seconds that a rank waits for the others, here and in every collective after, before it fails.
-    Raises UsageError where `device` is "cuda" and no GPU is visible.
+    Raises UsageError where `device` is "cuda" and no GPU is visible, or a launcher's variables are not all there.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
@@ -69,6 +69,11 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UsageError(
+            f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: a launcher sets them all "
+            "(docs/at-scale.md); unset RANK to train in one process"
+        )
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))

@@ -262,6 +262,17 @@ def test_what_cannot_run_says_why_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_half_a_launchers_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("error: RANK=0 is set, but not MASTER_ADDR, MASTER_PORT: a launcher ")
+
+
 def test_a_run_is_not_overwritten_nor_mixed_up(
     stdlib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
