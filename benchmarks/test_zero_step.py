@@ -1,7 +1,8 @@
 """The optimizer step on one flat ZeRO partition: this project's fused step beside DeepSpeed's own.
 
-Both start from the averaged gradients that DeepSpeed left after the same backward pass, with fp16 weights, clipping and
-the overflow check on, and end with the fp16 weights written. Only `zero.step` is timed.
+Both follow the same backward pass, with fp16 weights, clipping and the overflow check on, and end with the fp16 weights
+written. Only `zero.step` is timed: DeepSpeed has by then accumulated the gradient in an fp32 partition, which on one
+rank this project leaves out, to read it as autograd made it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from phi_fast.recipes import RECIPES
 from phi_fast.reference import Output
 from phi_fast.zero import Zero2
 
-GRADIENT, STATE = 4, 4  # bytes an element: DeepSpeed accumulates in fp32 (`grad_accum_dtype`); master, m and v are fp32
+GRADIENT, STATE = 2, 4  # bytes an element: the fp16 gradient as autograd made it; master, m and v are fp32
 UPDATE_BYTES = GRADIENT + 2 * 3 * STATE + 2
 """Bytes a parameter of the update: gradient read; master, m, v read and written; the 16-bit weight written."""
 BYTES = UPDATE_BYTES + GRADIENT

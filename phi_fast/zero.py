@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-2, and the optimizer step that replaces its own.
 
-DeepSpeed partitions and communicates: every rank ends a backward pass with the averaged gradient of its flat partition.
+DeepSpeed partitions and communicates: every rank ends a backward pass with the averaged gradient of its flat partition
+(one rank alone, with the gradients as autograd made them: `local_gradients`).
 `FusedStep` owns what happens next. One pass finds the norm and any overflow; one pass unscales, clips, applies Adam
 and writes the 16-bit weights, and skips all of it by a flag on the device. DeepSpeed's own step makes a pass of each
 and waits for the host before the first. The scale that unscales is the one that scaled: DeepSpeed 0.19.8 updates the
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import World, deepspeed
-from .kernels.adam import FusedAdam, adam_flat_, grad_norm_squared, unscale_and_clip
+from .kernels.adam import FusedAdam, adam_step_, grad_norm_squared, unscale_and_clip
+from .local_gradients import LocalGradients
 from .recipes import Recipe
 from .spikes import SpikeFilter
 
@@ -32,6 +34,7 @@ INTERNALS = (
     *("_release_preflattened_grad_buffers", "flatten", "round_robin_bit16_meta", "round_robin_bit16_offsets"),
     *("loss_scaler", "_update_scale", "overflow", "_global_grad_norm", "micro_step_id"),
     *("nccl_start_alignment_factor", "allgather_bucket_size", "real_dp_process_group"),
+    *("process_gradients", "overlapping_partition_gradients_reduce_epilogue", "round_robin_bit16_groups"),
 )
 """What `FusedStep` reads and writes of DeepSpeed's ZeRO-2 optimizer: a version without one of them is refused."""
 
@@ -98,8 +101,10 @@ class Zero2:
             )
         self.fused: FusedStep | None = None
         if fused:
+            _require_internals(self.zero, world)
             spikes = SpikeFilter(recipe.skip_spikes, world.device) if recipe.skip_spikes else None
-            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, spikes)
+            local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
+            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, spikes, local)
             self.zero.step = self.fused
 
     @property
@@ -190,18 +195,18 @@ class Zero2:
 class FusedStep:
     """Replaces `DeepSpeedZeroOptimizer.step`: from averaged gradients to updated weights on every rank.
 
-    Raises RuntimeError where this DeepSpeed lacks one of `INTERNALS`.
+    local: where the gradients are on one rank; None: DeepSpeed has reduced them.
     """
 
-    def __init__(self, zero: Any, world: World, clip: float, spikes: SpikeFilter | None = None) -> None:
-        missing = [name for name in INTERNALS if not hasattr(zero, name)]
-        if missing:
-            version = deepspeed(world.device.type).__version__
-            raise RuntimeError(
-                f"DeepSpeed {version}'s ZeRO-2 optimizer has no {', '.join(missing)}; install deepspeed>=0.19.8,<0.20, "
-                f"or use --zero-step deepspeed"
-            )
-        self.zero, self.world, self.clip, self.spikes = zero, world, clip, spikes
+    def __init__(
+        self,
+        zero: Any,
+        world: World,
+        clip: float,
+        spikes: SpikeFilter | None = None,
+        local: LocalGradients | None = None,
+    ) -> None:
+        self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
         self.loss = torch.zeros((), device=world.device)
         """This rank's part of the step's mean loss; `Zero2.backward` adds each micro-batch's."""
         self.spike = False
@@ -210,8 +215,8 @@ class FusedStep:
     def __call__(self, closure: None = None) -> None:
         zero = self.zero
         zero.micro_step_id = -1
-        grads = [self._flat_gradient(group) for group in range(len(zero.bit16_groups))]
-        sums = torch.stack([grad_norm_squared(grads), self.loss])
+        grads = [self._gradients(group) for group in range(len(zero.bit16_groups))]
+        sums = torch.stack([grad_norm_squared([grad for group in grads for _, grad in group]), self.loss])
         if self.world.size > 1:
             dist.all_reduce(sums)
         self.loss = torch.zeros_like(self.loss)
@@ -229,12 +234,15 @@ class FusedStep:
         zero._global_grad_norm = float("inf") if zero.overflow else unscaled
         zero._update_scale(zero.overflow)
 
-    def _flat_gradient(self, group: int) -> Tensor:
-        """This rank's averaged gradient, (partition_size,), as DeepSpeed accumulated it: fp32 for 16-bit models."""
+    def _gradients(self, group: int) -> list[tuple[int, Tensor]]:
+        """(first element of this rank's flat partition, gradient from there on), all of them: of every parameter where
+        they are local, in one piece where DeepSpeed accumulated them, in fp32 for 16-bit models."""
+        if self.local:
+            return list(self.local.of(group))
         flat = self.zero._get_preflattened_grad_partition(group)
-        return self.zero.flatten(self.zero.averaged_gradients[group]) if flat is None else flat
+        return [(0, self.zero.flatten(self.zero.averaged_gradients[group]) if flat is None else flat)]
 
-    def _update(self, grads: list[Tensor], grad_scale: Tensor, found_inf: Tensor) -> None:
+    def _update(self, grads: list[list[tuple[int, Tensor]]], grad_scale: Tensor, found_inf: Tensor) -> None:
         zero = self.zero
         for group, options in enumerate(zero.optimizer.param_groups):
             master = zero.single_partition_of_fp32_groups[group]
@@ -243,12 +251,16 @@ class FusedStep:
             if not state:
                 state["step"] = torch.zeros((), device=master.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-            adam_flat_(
-                master.data,
-                grads[group],
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                param=weights.data,
+            flat = (weights.data, state["exp_avg"], state["exp_avg_sq"], master.data)
+            params, exp_avgs, exp_avg_sqs, masters = (
+                [x.narrow(0, at, grad.numel()) for at, grad in grads[group]] for x in flat
+            )
+            adam_step_(
+                params,
+                [grad for _, grad in grads[group]],
+                exp_avgs,
+                exp_avg_sqs,
+                masters,
                 step=state["step"],
                 lr=options["lr"],
                 betas=options["betas"],
@@ -260,6 +272,8 @@ class FusedStep:
 
     def _release_gradients(self) -> None:
         zero = self.zero
+        if self.local:
+            self.local.clear()
         zero._release_preflattened_grad_buffers()
         for group in range(len(zero.bit16_groups)):
             zero.averaged_gradients[group] = None
@@ -281,6 +295,16 @@ class FusedStep:
             dp_process_group=zero.real_dp_process_group,
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
+        )
+
+
+def _require_internals(zero: Any, world: World) -> None:
+    """Raises RuntimeError where this DeepSpeed lacks one of `INTERNALS`."""
+    missing = [name for name in INTERNALS if not hasattr(zero, name)]
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed(world.device.type).__version__}'s ZeRO-2 optimizer has no {', '.join(missing)}; "
+            "install deepspeed>=0.19.8,<0.20, or use --zero-step deepspeed"
         )
 
 

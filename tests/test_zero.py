@@ -13,7 +13,7 @@ from phi_fast import PhiConfig
 from phi_fast.distributed import World, join
 from phi_fast.recipes import RECIPES, Recipe
 from phi_fast.reference import Output, ReferencePhi
-from phi_fast.zero import DTYPES, FusedStep, Zero2, parameter_groups
+from phi_fast.zero import DTYPES, FusedStep, Zero2, _require_internals, parameter_groups
 
 RECIPE = RECIPES["tiny"].replace(
     model=PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1),
@@ -194,6 +194,35 @@ def test_gradients_are_added_up_in_fp32(world: World, precision: str) -> None:
     assert zero.partitions()["exp_avg.0"].unique().tolist() == [sum(slopes) / 2]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_one_rank_takes_gradients_as_autograd_made_them(world: World, precision: str) -> None:
+    """No bucket, no average, no fp32 partition; and no gradient is left for the next step."""
+    zero = zero2(model().to(DTYPES[precision]), RECIPE, world, precision=precision)
+    input_ids, labels = batches(1)[0]
+    loss = zero.loss(input_ids, labels)
+    expected = torch.autograd.grad(loss * zero.loss_scale, list(zero.model.parameters()), retain_graph=True)
+    zero.backward(loss)
+    assert zero.fused is not None and zero.fused.local is not None
+    taken = [gradient for group in range(2) for _, gradient in zero.fused.local.of(group)]
+    by_shape = sorted(zip(expected, zero.model.parameters(), strict=True), key=lambda pair: pair[1].dim() < 2)
+    assert all(torch.equal(gradient, own) for gradient, (own, _) in zip(taken, by_shape, strict=True))
+    assert not any(bucket.buffer for bucket in zero.zero.ipg_buckets.values())
+    zero.step(1e-3, last_micro_batch=True)
+    assert not any(bool(gradient.any()) for _, gradient in zero.fused.local.of(0))
+
+
+def test_a_parameter_that_takes_no_part_has_no_gradient(world: World) -> None:
+    class Half(Constant):
+        def __init__(self) -> None:
+            super().__init__(1.0)
+            self.idle = nn.Parameter(torch.ones(3, 5))
+
+    zero = zero2(Half(), RECIPE.replace(weight_decay=0.0), world)
+    zero.backward(zero.loss(*batches(1)[0]))
+    zero.step(1e-3, last_micro_batch=True)
+    assert bool((zero.model.idle == 1).all()) and bool((zero.model.weight != 0).all())
+
+
 def test_accumulation_gives_the_whole_batchs_step(world: World) -> None:
     whole = zero2(model(), RECIPE, world)
     parts = zero2(model(), RECIPE, world, micro_batch_size=1, accumulation=4)
@@ -213,4 +242,4 @@ def test_accumulation_gives_the_whole_batchs_step(world: World) -> None:
 
 def test_another_deepspeed_is_refused_by_name(world: World) -> None:
     with pytest.raises(RuntimeError, match=r"has no bit16_groups, .*deepspeed>=0\.19\.8,<0\.20.*--zero-step deepspeed"):
-        FusedStep(object(), world, 1.0)
+        _require_internals(object(), world)

@@ -1,0 +1,45 @@
+"""Gradients on one rank, where ZeRO has nothing to send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LocalGradients:
+    """Takes each gradient from autograd's hook, in the place of DeepSpeed's reduction.
+
+    Among several ranks that reduction averages and partitions. On one it is passes over memory that change nothing: to
+    fp32, into a bucket, ÷ 1, out of it, onto a partition filled with zeros. Here a step of one micro-batch keeps what
+    autograd made, in the model's dtype; micro-batches are summed in fp32.
+    """
+
+    def __init__(self, zero: Any, accumulation: int) -> None:
+        self._groups: list[list[nn.Parameter]] = zero.round_robin_bit16_groups
+        self._offsets: list[list[int]] = zero.round_robin_bit16_offsets
+        self._sum = accumulation > 1
+        self._taken: dict[nn.Parameter, Tensor] = {}
+        zero.process_gradients = self._take
+        zero.overlapping_partition_gradients_reduce_epilogue = lambda: None
+
+    def _take(self, parameter: nn.Parameter, group: int) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if parameter in self._taken:
+            self._taken[parameter] += gradient
+        else:
+            self._taken[parameter] = gradient.float() if self._sum else gradient.contiguous()
+
+    def of(self, group: int) -> Iterator[tuple[int, Tensor]]:
+        """(first element in the flat group, gradient) of every parameter; zeros where it took no part in the step."""
+        for parameter, offset in zip(self._groups[group], self._offsets[group], strict=True):
+            gradient = self._taken.get(parameter)
+            yield offset, torch.zeros_like(parameter) if gradient is None else gradient
+
+    def clear(self) -> None:
+        """Forget the step's gradients."""
+        self._taken.clear()
