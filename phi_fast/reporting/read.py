@@ -69,6 +69,8 @@ def _read(path: Path, name: str) -> RunData:
         fields = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{config} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{config} holds {type(fields).__name__}, not the options of a run; give one that train wrote")
     records = _records(metrics)
     if not records:
         raise UsageError(f"{metrics} has no step yet; report on {path} once the run has taken one")
@@ -77,7 +79,7 @@ def _read(path: Path, name: str) -> RunData:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """The lines; a last one that was cut short, as by a kill, is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
