@@ -116,7 +116,8 @@ def test_memory_floods(isolation):
     result = run(together, isolation, memory_mb=128, processes=8)
     assert not result.passed
     assert result.reason.endswith("MiB of memory in all its processes"), result
-    for call in ("319, b'x', 0", "29, 0, 1 << 30, 0o1600") if os.uname().machine == "x86_64" else ():
+    calls = "319, b'x', 0", "29, 0, 1 << 30, 0o1600", "240, b'x', 0o102, 0o600, 0"  # memfd_create, shmget, mq_open
+    for call in calls if os.uname().machine == "x86_64" else ():
         result = run(f"import ctypes\nassert ctypes.CDLL(None).syscall({call}) >= 0, 'denied'", isolation)
         assert "denied" in result.output, result
 

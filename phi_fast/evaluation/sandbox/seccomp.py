@@ -41,6 +41,7 @@ DENIED = {
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
+    "mq_open": (240, 180),
     # Without a pid namespace a signal could reach the user's processes, and a new session leave the group to kill.
     "kill": (62, 129),
     "tkill": (200, 130),
