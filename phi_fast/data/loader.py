@@ -90,6 +90,8 @@ class TokenLoader:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: must be in 0 ... world_size - 1 = {world_size - 1}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed={seed}: must be in 0 ... 2^64 - 1")
         self.batch, self.rank, self.world_size, self.seed = batch, rank, world_size, seed
         self.sequence_length, self.threads, self.prefetch = sequence_length, threads, prefetch
         if pin_memory and not torch.cuda.is_available():

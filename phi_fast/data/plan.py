@@ -73,6 +73,11 @@ def plan_mixture(
         schedule = mixture.schedule()
     else:
         sizes = {name: size for name, (size, _) in mixture.items()}
+        for name, (size, weight) in mixture.items():
+            if size < 1 or weight < 0:
+                raise ValueError(f"{name!r} has {size} tokens and weight {weight}: expected at least 1, and at least 0")
+        if not any(weight for _, weight in mixture.values()):
+            raise ValueError(f"the weights of {list(mixture)} are all 0; give at least one corpus a positive weight")
         schedule = [(0, [weight for _, weight in mixture.values()])]
     ends = [min(tokens, start * sequence_length) for start, _ in schedule[1:]] + [tokens]
     seen, begin = dict.fromkeys(sizes, 0.0), 0

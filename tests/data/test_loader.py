@@ -299,6 +299,8 @@ def test_python_exits_however_the_loader_was_left(mixture):
         ({"rank": 2, "world_size": 2}, "rank=2: must be in 0"),
         ({"threads": -1}, "threads=-1: must be at least 0"),
         ({"prefetch": 0}, "prefetch=0: must be at least 1"),
+        ({"seed": -1}, r"seed=-1: must be in 0 \.\.\. 2\^64 - 1"),
+        ({"seed": 2**64}, "seed=18446744073709551616: must be in 0"),
         ({"mode": "fast"}, "mode='fast': must be 'auto', 'mmap' or 'pread'"),
     ],
 )

@@ -72,6 +72,19 @@ def test_no_warning_up_to_4_epochs():
     assert len(plan_mixture({"a": (100, 1)}, 401).warnings) == 1
 
 
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"a": (0, 1)}, "'a' has 0 tokens and weight 1: expected at least 1"),
+        ({"a": (10, -1), "b": (10, 1)}, "'a' has 10 tokens and weight -1"),
+        ({"a": (10, 0), "b": (10, 0)}, r"the weights of \['a', 'b'\] are all 0; give at least one"),
+    ],
+)
+def test_plans_that_cannot_be(mixture, message):
+    with pytest.raises(ValueError, match=message):
+        plan_mixture(mixture, 100)
+
+
 def test_plan_of_stages_reads_the_corpora(tmp_path):
     paths = {name: write_corpus(tmp_path / name, draw_tokens(1000)) for name in "ab"}
     mixture = Mixture.of({"a": (paths["a"], 1), "b": (paths["b"], 1)}, stages=[(10, {"b": 1}), (500, {"a": 1})])
