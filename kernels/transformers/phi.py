@@ -34,6 +34,9 @@ def why_no_block(module: Any) -> str | None:
         return "LayerNorm between projection and rotary embedding (qk_layernorm)"
     if module.self_attn.num_key_value_groups != 1:
         return "fewer key heads than query heads"
+    config = module.self_attn.config
+    if module.self_attn.head_dim * config.num_attention_heads != config.hidden_size:
+        return f"{config.num_attention_heads} heads of {module.self_attn.head_dim} in a width of {config.hidden_size}"
     why = layers.why_no_gelu(module.mlp)
     exact = why is None and layers.approximate(module.mlp.activation_fn) != "tanh"
     return "GELU in its exact form; the block has the tanh form" if exact else why

@@ -113,6 +113,8 @@ def test_what_does_not_fit_is_left_by_name() -> None:
     left = {entry.module: entry.note for entry in accelerate(build("phi, grouped heads, q/k norm, exact GELU")).left}
     assert left.keys() == {"PhiDecoderLayer", "PhiAttention"}
     assert set(left.values()) == {"LayerNorm between projection and rotary embedding (qk_layernorm)"}
+    left = {entry.module: entry.note for entry in accelerate(build("phi, wide heads")).left}
+    assert left == {"PhiDecoderLayer": "4 heads of 32 in a width of 64"}
     left = {entry.module: entry.note for entry in accelerate(build("gpt-neox", hidden_act="relu")).left}
     assert left.keys() == {"GPTNeoXMLP"} and "ReLU" in left["GPTNeoXMLP"]
     model = build("phi")

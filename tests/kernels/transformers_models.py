@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi",
         {"num_key_value_heads": 2, "qk_layernorm": True, "hidden_act": "gelu"},
     ),
+    "phi, wide heads": ("Phi", {"head_dim": 32}),
     "gpt-neox": ("GPTNeoX", {"hidden_dropout": 0.0}),
     "gpt-neox, sequential, tanh GELU": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "gpt-j": ("GPTJ", {**_GPTJ, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
