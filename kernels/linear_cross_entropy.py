@@ -49,7 +49,8 @@ def linear_cross_entropy(
     reduction: "mean" over the positions that count (by a device scalar: no host sync), or "sum".
     loss_scale: what fp16 dlogits are multiplied by while they are stored; it is divided out again and changes no result
         but what underflows. None: the largest power of two that cannot overflow. fp32 and bf16 need none.
-    chunk_size: rows of logits held at a time. None: as many as cost the bytes of weight's fp32 gradient.
+    chunk_size: rows of logits held at a time. None: as many as cost the bytes of weight's fp32 gradient, but at least
+        256, on a CPU 1024.
     Returns the loss: an fp32 scalar (fp64 for fp64). NaN where no position counts, with zero gradients, as in torch.
 
     Deterministic: two runs agree bit for bit. Where no gradient is wanted (no_grad, or nothing requires it) none is
@@ -129,6 +130,13 @@ def _working_dtype(hidden: Tensor) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def rows_of_a_chunk(tokens: int, d: int, itemsize: int, *, on_cpu: bool, limit: int | None = None) -> int:
+    """Rows of logits held at a time, in equal chunks of at most `limit`; None: as many as cost the bytes of weight's
+    fp32 gradient, and at least 256, on a CPU 1024: its products pack their operands anew for every chunk."""
+    limit = limit or max(1024 if on_cpu else 256, 4 * d // itemsize)
+    return math.ceil(tokens / max(1, math.ceil(tokens / limit)))
+
+
 def _storage_scale(dtype: torch.dtype, z_loss: float) -> float:
     """The power of two under which dlogits are stored.
 
@@ -177,9 +185,8 @@ def _compute(
 
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    limit = chunk_size or max(256, 4 * d // dtype.itemsize)
-    chunks = max(1, math.ceil(tokens / limit))
-    size = math.ceil(tokens / chunks)  # equal chunks: no small last one
+    on_cpu = hidden.device.type == "cpu"
+    size = rows_of_a_chunk(tokens, d, dtype.itemsize, on_cpu=on_cpu, limit=chunk_size)
     # Rows begin at multiples of 64 elements, so that a vocabulary of odd size keeps wide loads and fast products.
     # oneDNN's AMX product reads on to there, and zero times NaN is NaN: what the memory held before must not show.
     buffer = torch.empty(size, math.ceil(vocab / 64) * 64, dtype=dtype, device=hidden.device)

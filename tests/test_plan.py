@@ -71,7 +71,7 @@ def test_the_peak_is_what_a_step_of_the_trainer_allocates(
 ) -> None:
     config = PhiConfig.preset("phi-tiny").replace(num_hidden_layers=2, vocab_size=2048)
     recipe = RECIPES["tiny"].replace(model=config, global_batch_size=4)
-    case = Shape(config, 256, rows, DTYPES[precision].itemsize, recompute, False)
+    case = Shape(config, 256, rows, DTYPES[precision].itemsize, recompute, False, on_cpu=True)
     model = Phi(config, recompute=recompute).to(DTYPES[precision])
     zero = Zero2(model, recipe, join("cpu"), precision=precision, micro_batch_size=rows, accumulation=4 // rows)
     step = Step(zero, 1e-3, case, 4 // rows)
@@ -91,7 +91,8 @@ def test_memory_adds_up_and_falls_with_ranks_and_recomputation() -> None:
     assert one.weights == many.weights == 2 * parameters
     assert one.optimizer == 12 * parameters
     assert many.optimizer == pytest.approx(12 * parameters / 64, rel=1e-6)
-    assert one.buckets == 3 * 500_000_000 * 2
+    assert one.buckets == 0  # DeepSpeed's reduction is left out
+    assert many.buckets == 3 * 500_000_000 * 2
     assert one.peak > one.weights + one.gradients + one.optimizer + one.activations
 
 

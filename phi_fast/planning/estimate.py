@@ -34,7 +34,15 @@ class Job:
 
     def shape(self, rows: int) -> Shape:
         recipe = self.recipe
-        return Shape(recipe.model, recipe.sequence_length, rows, self.itemsize, self.recompute, self.rotary_inside)
+        return Shape(
+            recipe.model,
+            recipe.sequence_length,
+            rows,
+            self.itemsize,
+            self.recompute,
+            self.rotary_inside,
+            on_cpu=not self.on_gpu,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +148,9 @@ def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
 def kernels(job: Job, rows: int) -> list[Kernel]:
     """Of one micro-batch of `rows` rows, and of the update."""
     config = job.recipe.model
-    reduced = gradients(config, job.itemsize, job.ranks)
-    return [*micro_batch(job.shape(rows)), *reduced, *update(config, job.itemsize, job.ranks)]
+    arguments, accumulating = (config, job.itemsize, job.ranks), _rows(job) > rows
+    reduced = gradients(*arguments, accumulating=accumulating)
+    return [*micro_batch(job.shape(rows)), *reduced, *update(*arguments, accumulating=accumulating)]
 
 
 def kernel_seconds(device: Device, kernel: Kernel, *, gpu: bool) -> float:

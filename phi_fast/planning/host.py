@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..kernels import attention, bias_gelu
+from ..kernels.backend import implementation
 from ..zero import DTYPES, Precision
 from .devices import Device, Figure, Kind
 from .work import Shape
@@ -22,7 +23,8 @@ def probe(shape: Shape, precision: Precision) -> Device:
     tokens = min(shape.tokens, 2048)
     x, packed = torch.randn(tokens, d, dtype=dtype), torch.randn(tokens, 7 * d, dtype=dtype)
     w_in = torch.randn(7 * d, d, dtype=dtype)
-    products = lambda: (x @ w_in.T, packed @ w_in, packed.T @ x)  # noqa: E731
+    gradient = implementation("weight_gradient", x.device)
+    products = lambda: (x @ w_in.T, packed @ w_in, gradient.product(packed, x))  # noqa: E731
     flops = 3 * 2 * tokens * d * 7 * d / _seconds(products)
     source = packed.clone()
     bandwidth = 2 * packed.nbytes / _seconds(lambda: source.copy_(packed))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config import PhiConfig
 from .devices import CONTEXT, FRAGMENTATION
-from .work import Shape
+from .work import Shape, gradient_itemsize
 
 BUCKET = 500_000_000
 """Elements of a DeepSpeed bucket, unless the model has fewer (`zero._config`)."""
@@ -58,12 +58,13 @@ class Memory:
     weights: float
     """In the storage dtype, whole on every rank."""
     gradients: float
-    """This rank's part, fp32 (`grad_accum_dtype`)."""
+    """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch a step in the storage dtype,
+    as autograd makes them (`local_gradients`)."""
     optimizer: float
     """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
     buckets: float
     """DeepSpeed's bucket buffers (two with overlap_comm), and the flattened copy of one while it is reduced; gone
-    outside the backward."""
+    outside the backward. None on one rank."""
     activations: float
     """Kept from the forward (`activations`)."""
     loss_chunk: float
@@ -88,23 +89,29 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory
     d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
     part = math.ceil(parameters / ranks)
     kept = activations(shape)
-    weights, gradients, optimizer = parameters * e, 4 * part, 12 * part
+    size = gradient_itemsize(e, ranks, accumulating=accumulating)
+    weights, gradients, optimizer = parameters * e, size * part, 12 * part
     chunk = shape.chunk * math.ceil(vocabulary / 64) * 64 * e
     chunk += 4 * d * max(shape.chunk, min(8192, vocabulary)) if e == 2 else 0
     again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]
     # [dO | dG], [dQ | dK | dV | dU], dh, what is computed again, and the weights' gradients.
     working = (5 + 7 + 1 + again) * d * tokens * e + 12 * d * d * e
-    bucket = bucket_elements(config) * e
+    bucket = bucket_elements(config) * e if ranks > 1 else 0
     buffers = 2 * bucket if gpu else bucket  # overlap_comm has two
-    filled = min(1.0, bucket / weights)  # share of the backward when the first is full and its copy is made
-    # fp32 gradients stay where they are in the bucket; those of 16 bits are added up in a tensor of their own.
-    apart = gradients * (accumulating or e == 2)
-    moments = {
-        "end of the forward": kept.total + chunk + gradients * accumulating,
-        "backward of the loss": kept.total + (tokens + vocabulary) * d * e + gradients * accumulating,
-        "backward of the last block": kept.blocks + kept.final_norm + working + buffers + gradients * accumulating,
-        "first reduction": kept.blocks * (1 - filled) + working + buffers + bucket + apart,
+    before = gradients * accumulating
+    head = 0 if accumulating or ranks > 1 else vocabulary * d * e  # its gradient waits for the update
+    moments: dict[str, float] = {
+        "end of the forward": kept.total + chunk + before,
+        "backward of the loss": kept.total + (tokens + vocabulary) * d * e + before,
+        "backward of the last block": kept.blocks + kept.final_norm + working + head + buffers + before,
     }
+    if ranks > 1:
+        filled = min(1.0, bucket / weights)  # share of the backward when the first is full and its copy is made
+        # fp32 gradients stay where they are in the bucket; those of 16 bits are added up in a tensor of their own.
+        apart = gradients * (accumulating or e == 2)
+        moments["first reduction"] = kept.blocks * (1 - filled) + working + buffers + bucket + apart
+    else:
+        moments["end of the backward"] = kept.blocks / config.num_hidden_layers + working + gradients
     held = weights + optimizer + max(moments.values())
     context = CONTEXT.value if gpu else 0.0
     fragmentation = FRAGMENTATION.value * held if gpu else 0.0

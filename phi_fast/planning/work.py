@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import PhiConfig
+from ..kernels.linear_cross_entropy import rows_of_a_chunk
 from .devices import Kind
 
 Recompute = Literal["none", "norm_gelu", "all"]
@@ -31,6 +32,7 @@ class Shape:
     recompute: Recompute
     rotary_inside: bool
     """Attention rotates q and k while it reads them (Triton's does)."""
+    on_cpu: bool = False
 
     @property
     def tokens(self) -> int:
@@ -39,8 +41,7 @@ class Shape:
     @property
     def chunk(self) -> int:
         """Rows of logits held at a time (`linear_cross_entropy`'s default)."""
-        limit = max(256, 4 * self.config.hidden_size // self.itemsize)
-        return math.ceil(self.tokens / max(1, math.ceil(self.tokens / limit)))
+        return rows_of_a_chunk(self.tokens, self.config.hidden_size, self.itemsize, on_cpu=self.on_cpu)
 
     @property
     def chunks(self) -> int:
@@ -71,20 +72,26 @@ def micro_batch(shape: Shape) -> list[Kernel]:
     return [*kernels, *_with("backward", layers, list(_block_backward(shape)))]
 
 
-def gradients(config: PhiConfig, itemsize: int, ranks: int) -> list[Kernel]:
+def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool) -> list[Kernel]:
     """What DeepSpeed 0.19.8 does to the gradients of a micro-batch on the device: into the bucket, divided, flattened,
-    back from the reduction, and this rank's part added up in fp32 (`stage_1_and_2.py`: average_tensor and below)."""
+    back from the reduction, and this rank's part added up in fp32 (`stage_1_and_2.py`: average_tensor and below). One
+    rank alone only adds micro-batches up (`local_gradients`)."""
     parameters = config.num_parameters()
     copies = Kernel("buckets", "gradients", "memory", 0, 8 * itemsize * parameters)
     added = Kernel("fp32 accumulation", "gradients", "memory", 0, (itemsize + 8) * parameters / ranks)
-    return [copies, added]
+    return [*([copies] if ranks > 1 else []), *([added] if ranks > 1 or accumulating else [])]
 
 
-def update(config: PhiConfig, itemsize: int, ranks: int) -> list[Kernel]:
-    """The fused step on this rank's part (`zero.FusedStep`): a norm pass over the fp32 gradient, then Adam."""
-    part = config.num_parameters() / ranks
-    adam = (4 + 3 * 8 + itemsize) * part  # gradient read; master, m, v read and written; weight written
-    return [Kernel("norm", "update", "memory", 0, 4 * part), Kernel("adam", "update", "memory", 0, adam)]
+def gradient_itemsize(itemsize: int, ranks: int, *, accumulating: bool) -> int:
+    """Bytes of an element of the gradient that the update reads: as autograd made it, or added up in fp32."""
+    return 4 if ranks > 1 or accumulating else itemsize
+
+
+def update(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool) -> list[Kernel]:
+    """The fused step on this rank's part (`zero.FusedStep`): a norm pass over the gradient, then Adam."""
+    part, gradient = config.num_parameters() / ranks, gradient_itemsize(itemsize, ranks, accumulating=accumulating)
+    adam = (gradient + 3 * 8 + itemsize) * part  # gradient read; master, m, v read and written; weight written
+    return [Kernel("norm", "update", "memory", 0, gradient * part), Kernel("adam", "update", "memory", 0, adam)]
 
 
 def model_flops(config: PhiConfig, sequence: int, tokens: int, *, causal: bool) -> float:
