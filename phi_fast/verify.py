@@ -58,7 +58,7 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
-    console = Console(highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
         report = run(options, console)
     except (UsageError, OSError) as error:
