@@ -90,11 +90,11 @@ void pack(const Attention& a, const Heads& x, Part part, bool rotate, typename W
   for (int64_t r = 0; r < padded.rows; r += kRows) {
     for (int i = 0; i < kRows; ++i) {
       float* const row = memory.data() + i * padded.dims;
-      fill(row, padded.dims, 0.0f);
-      if (r + i >= part.count) continue;
-      const int64_t place = part.first + r + i;
+      const int64_t there = r + i < part.count ? a.head_dim : 0, place = part.first + r + i;
+      fill(row + there, padded.dims - there, 0.0f);
+      if (there == 0) continue;
       const T* from = x.row<T>(part.segment.batch, part.segment.start + place, part.head);
-      for_lanes(a.head_dim, [=](int64_t d, auto lanes) { store(row + d, load(from + d, lanes), lanes); });
+      for_lanes(there, [=](int64_t d, auto lanes) { store(row + d, load(from + d, lanes), lanes); });
       if (rotate) rotate_pairs(row, row + a.half, a.cos + place * a.half, a.sin + place * a.half, 1.0f, a.half);
     }
     for (int64_t d = 0; d < padded.dims; d += Vec::kLanes) {

@@ -20,7 +20,7 @@ class ForwardWorker {
   static int64_t scratch(const Attention& a, int64_t longest) {
     const Padded<W> all(a, longest), block(a, kBlock);
     return Arena::need(all.numbers(), all.numbers(), all.numbers(), block.numbers(), kBlock * kBlock, kBlock * kBlock,
-                       block.numbers(), kBlock, kBlock);
+                       block.numbers(), kBlock, kBlock, kBlock, kBlock);
   }
 
   ForwardWorker(const Attention& a, float* memory, int64_t longest) : a_(a) {
@@ -33,8 +33,7 @@ class ForwardWorker {
     scores_ = arena.take(kBlock * kBlock);
     weights_ = arena.take<Word>(kBlock * kBlock);
     out_ = arena.take(block.numbers());
-    max_ = arena.take(kBlock);
-    sum_ = arena.take(kBlock);
+    for (float** const place : {&max_, &larger_, &shrink_, &sum_}) *place = arena.take(kBlock);
   }
 
   /// Blocks first, first + step, … of the queries of every head that shares
@@ -68,8 +67,10 @@ class ForwardWorker {
       const int64_t columns = smaller(kBlock, padded.rows - key);
       multiply<W, false>(rows, columns, words, queries_, words, keys_ + key * words, kBlock, scores_, kBlock);
       for (int64_t r = 0; r < rows; ++r) {
-        softmax_row(r, visible_keys(a_, part.first + r, segment.length) - key, columns, padded.dims);
+        find_maximum(r, visible_keys(a_, part.first + r, segment.length) - key, columns);
       }
+      shrink_to_maximum(rows, padded.dims);
+      for (int64_t r = 0; r < rows; ++r) weigh(r, columns);
       multiply<W, true>(rows, padded.dims, columns / kPer, weights_, kBlock / kPer, values_ + key / kPer * padded.dims,
                         padded.dims, out_, padded.dims);
     }
@@ -81,21 +82,34 @@ class ForwardWorker {
     }
   }
 
-  /// The row's running maximum and sum, its output scaled to them, and the
-  /// weights of this block's keys, of which the row sees the first `visible`.
-  void softmax_row(int64_t r, int64_t visible, int64_t columns, int64_t dims) {
+  /// The row's maximum with this block's keys, of which it sees the first
+  /// `visible`; the scores of the others become -inf.
+  void find_maximum(int64_t r, int64_t visible, int64_t columns) {
     float* const scores = scores_ + r * kBlock;
     for (int64_t i = visible < 0 ? 0 : visible; i < columns; ++i) scores[i] = -std::numeric_limits<float>::infinity();
     Vec top(max_[r]);
     for (int64_t i = 0; i < columns; i += Vec::kLanes) top = max(load(scores + i), top);
-    const float highest = max(top);
-    if (highest > max_[r]) {
-      const Vec shrink(std::exp((max_[r] - highest) * a_.scale));
-      float* const out = out_ + r * dims;
-      for (int64_t i = 0; i < dims; i += Vec::kLanes) store(out + i, load(out + i) * shrink);
-      sum_[r] *= std::exp((max_[r] - highest) * a_.scale);
-      max_[r] = highest;
+    larger_[r] = max(top);
+  }
+
+  /// Sums and outputs so far, scaled to the new maxima of all rows.
+  void shrink_to_maximum(int64_t rows, int64_t dims) {
+    for (int64_t r = 0; r < rows; r += Vec::kLanes) {
+      const Vec larger = load(larger_ + r), shrink = exp((load(max_ + r) - larger) * Vec(a_.scale));
+      store(sum_ + r, load(sum_ + r) * shrink);
+      store(shrink_ + r, shrink);
     }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (larger_[r] == max_[r]) continue;
+      float* const out = out_ + r * dims;
+      for (int64_t i = 0; i < dims; i += Vec::kLanes) store(out + i, load(out + i) * Vec(shrink_[r]));
+      max_[r] = larger_[r];
+    }
+  }
+
+  /// The weights of this block's keys, and what they add to the row's sum.
+  void weigh(int64_t r, int64_t columns) {
+    const float* const scores = scores_ + r * kBlock;
     const Vec largest(max_[r]), scale(a_.scale);
     Vec sum(0.0f);
     Word* const weights = weights_ + r * (kBlock / kPer);
@@ -109,7 +123,7 @@ class ForwardWorker {
 
   const Attention& a_;
   Word *keys_along_, *keys_, *values_, *queries_, *weights_;
-  float *scores_, *out_, *max_, *sum_;
+  float *scores_, *out_, *max_, *larger_, *shrink_, *sum_;
 };
 
 inline void attention_forward(const Attention& a) {
