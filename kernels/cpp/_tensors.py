@@ -42,4 +42,4 @@ def address(x: Tensor | None) -> int:
 
 
 def _rows_are_whole(x: Tensor) -> bool:
-    return x.dim() == 2 and (x.stride(1) == 1 or x.shape[1] <= 1)
+    return x.dim() == 2 and (x.stride(1) == 1 or x.shape[1] <= 1 or not x.numel())

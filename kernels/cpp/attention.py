@@ -56,6 +56,10 @@ def backward(
     _call([q, k, v, out, dout, dq, dk, dv], lse, scale, causal, cu_seqlens, cos, sin)
 
 
+def _whole(x: Tensor) -> bool:
+    return x.stride(3) == 1 or x.shape[3] <= 1 or not x.numel()
+
+
 def _call(
     tensors: list[Tensor],
     lse: Tensor,
@@ -69,7 +73,7 @@ def _call(
     batch, sequence, heads, head_dim = q.shape
     for name, x in zip(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), tensors, strict=False):
         like = k if name in ("k", "v", "dk", "dv") else q
-        if x.shape != like.shape or x.dtype != q.dtype or x.device.type != "cpu" or x.stride(3) != 1 < head_dim:
+        if x.shape != like.shape or x.dtype != q.dtype or x.device.type != "cpu" or not _whole(x):
             raise ValueError(
                 f"{_OP}: {name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}; expected "
                 f"{q.dtype} {tuple(like.shape)} with last stride 1 on the CPU"

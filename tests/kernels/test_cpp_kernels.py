@@ -375,3 +375,14 @@ def test_what_the_kernels_refuse() -> None:
         adam.step_(
             [torch.ones(4)], [torch.ones(4)], [weight], [torch.ones(4)], None, step=weight[0], decoupled=True, **ADAM
         )
+
+
+def test_no_rows_have_gradients() -> None:
+    """The gradient of a sum over nothing is expanded with strides of 0, which are those of no matrix."""
+    from phi_fast.kernels import attention, bias_gelu, layer_norm
+
+    x = torch.zeros(0, 8, requires_grad=True)
+    weight, bias = (torch.ones(8, requires_grad=True) for _ in range(2))
+    heads = torch.zeros(2, 0, 3, 64, requires_grad=True)
+    (layer_norm(x, weight, bias).sum() + bias_gelu(x, bias).sum() + attention(heads, heads, heads).sum()).backward()
+    assert x.grad is not None and x.grad.shape == x.shape and not bias.grad.any() and not weight.grad.any()
