@@ -57,7 +57,18 @@ def read(path: Path) -> dict[str, Any]:
 def machine_line(document: dict[str, Any]) -> str:
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version[0].isdigit())
-    return f"Measured on {machine['device']} ({machine.get('isa', machine['cpu_capability'])}), {versions}."
+    where = f"{machine['device']} ({machine.get('isa', machine['cpu_capability'])})"
+    return f"Measured on {_last_day(document)}, commit {_commits(document)}, on {where}, {versions}."
+
+
+def _last_day(document: dict[str, Any]) -> str:
+    return max(subject["measured"] for subject in document["subjects"])[:10]
+
+
+def _commits(document: dict[str, Any]) -> str:
+    """In the order they were measured; "+" is one with changes."""
+    in_order = sorted(document["subjects"], key=lambda subject: subject["measured"])
+    return " and ".join(dict.fromkeys(subject["commit"] for subject in in_order))
 
 
 def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs: Path) -> str:
@@ -76,11 +87,10 @@ def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs
 
 
 def newest(documents: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest file of each device that has something for the README, by name (they end in their date)."""
-    found = {}
-    for _, document in sorted(documents.items()):
-        if summary.tables(document):
-            found[document["machine"]["device"]] = document
+    """The newest file of each device that has something for the README, the newest of all first."""
+    found: dict[str, dict[str, Any]] = {}
+    for document in sorted((d for d in documents.values() if summary.tables(d)), key=_last_day, reverse=True):
+        found.setdefault(document["machine"]["device"], document)
     return list(found.values())
 
 

@@ -216,6 +216,23 @@ def test_report_writes_tables_and_plots_and_nothing_else_of_the_readme(root: Pat
     assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file()} == before
 
 
+def test_the_readme_begins_with_what_was_measured_last(root: Path) -> None:
+    results, files = root / "results", []
+    for device, day in (("first", "2026-11-24"), ("last", "2026-11-26"), ("middle", "2026-11-25")):
+        path = written(root / device, subject(f"training step, {device}, fp32", {"phi_fast": [0.1], "peer": [0.2]}))
+        document = json.loads(path.read_text())
+        document["machine"]["device"] = device
+        document["subjects"][0] |= {"measured": f"{day}T10:00:00", "commit": f"c-{device}"}
+        files.append(results / f"{device}-{day}.json")
+        results.mkdir(exist_ok=True)
+        files[-1].write_text(json.dumps(document))
+    assert report.main(["--results", str(results), "--root", str(root)]) == 0
+    readme = (root / "README.md").read_text()
+    places = [readme.index(f"step, {device}, fp32") for device in ("last", "middle", "first")]
+    assert places == sorted(places)
+    assert "Measured on 2026-11-26, commit c-last, on last (" in readme
+
+
 def test_report_reads_results_of_before_there_were_bounds(root: Path) -> None:
     results = root / "results"
     path = written(results, subject("training step, phi-tiny, fp32", {"phi_fast": [0.1], "peer": [0.2]}))
