@@ -14,9 +14,10 @@ import pytest
 from trainer_processes import arguments, finish, latest, losses, make_corpora, until
 
 pytestmark = pytest.mark.slow
-HOSTS = {"phi-host0": "10.77.0.1", "phi-host1": "10.77.0.2"}
 ROOT = Path(__file__).parents[1]
-CABLE = {"phi-host0": "phi-veth0", "phi-host1": "phi-veth1"}
+FIRST, SECOND = (f"phi-{os.getpid()}-{i}" for i in range(2))  # tests run two at a time
+HOSTS = {FIRST: "10.77.0.1", SECOND: "10.77.0.2"}
+CABLE = {host: host.replace("phi", "v") for host in HOSTS}
 
 
 def ip(*words: str, check: bool = True) -> None:
@@ -49,9 +50,9 @@ def hosts() -> Iterator[None]:
 def torchrun(host: str, folder: Path) -> list[str]:
     """On each host, the command that docs/at-scale.md gives."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{HOSTS['phi-host0']}:29500", "--rdzv_id", "test"]
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{HOSTS[FIRST]}:29500", "--rdzv_id", "test"]
     # The namespaces share a host name, which resolves to neither: who keeps the store and where a host is, is told.
-    local = ["--local_addr", HOSTS[host], "--rdzv_conf", f"is_host={int(host == 'phi-host0')}"]
+    local = ["--local_addr", HOSTS[host], "--rdzv_conf", f"is_host={int(host == FIRST)}"]
     return [*launcher, *rendezvous, *local, "-m", "phi_fast.train"]
 
 
@@ -60,7 +61,7 @@ def deepspeed(host: str, folder: Path) -> list[str]:
     hostfile = folder / "hosts.txt"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in HOSTS))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
-    place = ["--node_rank", str(list(HOSTS).index(host)), "--master_addr", HOSTS["phi-host0"]]
+    place = ["--node_rank", str(list(HOSTS).index(host)), "--master_addr", HOSTS[FIRST]]
     return [*launcher, *place, "--module", "phi_fast.train"]
 
 
@@ -98,7 +99,7 @@ def test_a_cut_cable_ends_both_and_the_run_goes_on_from_its_checkpoint(hosts: No
     processes, outputs = run(torchrun, words, tmp_path)
     try:
         until(lambda: (tmp_path / "run" / "checkpoints" / "latest").exists(), timeout=120)
-        ip("-n", "phi-host1", "link", "set", CABLE["phi-host1"], "down")
+        ip("-n", SECOND, "link", "set", CABLE[SECOND], "down")
         began = time.monotonic()
         assert processes[0].wait(timeout=120) != 0, outputs[0].read_text()
         assert time.monotonic() - began < 60
