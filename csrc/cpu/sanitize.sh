@@ -23,5 +23,6 @@ sys.modules["phi_fast._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["phi_fast._C"])
 print("sanitized:", sys.modules["phi_fast._C"].__file__)
 sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/kernels/test_cpp_kernels.py",
+                      "tests/kernels/test_weight_gradient.py",
                       "tests/kernels/test_cpp_attention.py", *options]))
 PYTHON
