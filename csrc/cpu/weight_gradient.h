@@ -74,6 +74,9 @@ class GradientWorker {
   }
 
  private:
+  /// A panel's tiles stand one after the other.
+  static TilePair packed(const uint32_t* tiles) { return {tiles, kTile * kTile, 2 * kTile * kTile, 64}; }
+
   int64_t panel_words() const { return steps_ * 2 * kTile * kTile; }
 
   /// What kDepth rows from `step` on add to the sums of a panel of a and the
@@ -84,7 +87,7 @@ class GradientWorker {
     for (int64_t j = 0; j < width; j += kPanel) {
       const uint32_t* right = b_tiles_ + (column + j) / kPanel * panel_words() + offset;
       float* const sums = sums_ + i * kWidth + j * kPanel;
-      multiply_packed(count, left, right, sums, step > 0);
+      multiply_square(count, packed(left), packed(right), sums, kPanel, step > 0);
     }
   }
 
