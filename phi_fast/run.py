@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
 from .data import TokenLoader
+from .data.manifest import write_atomically
 from .distributed import World
 from .errors import UsageError, writing
 from .options import Options
@@ -96,10 +97,8 @@ class Run:
         }
         with writing(self.directory, "make room or give the right to, or name another --run-dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                aside = self.directory / f".{name}.partial"  # so that a resume cannot leave half of what was whole
-                aside.write_text(text, encoding="utf-8")
-                aside.replace(self.directory / name)
+            for name, text in files.items():  # a resume cannot leave half of what was whole
+                write_atomically(self.directory / name, text.encode())
 
     def save(self, zero: Zero2, loader: TokenLoader, step: int) -> Path:
         """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`."""
