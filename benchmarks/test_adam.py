@@ -20,7 +20,7 @@ from benchmarks.peers import NOT_COMPILED, absent, backends
 from benchmarks.timing import device
 from phi_fast.distributed import deepspeed
 from phi_fast.kernels import FusedAdam, use
-from phi_fast.kernels.adam import adam_flat_, grad_norm_squared, unscale_and_clip
+from phi_fast.kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}
 CLIP = 1.0
@@ -149,7 +149,7 @@ def own_update(grad: Tensor) -> Step:
     def step() -> None:
         scale, found_inf, _ = unscale_and_clip(grad_norm_squared(grad), loss_scale=2.0, max_norm=CLIP)
         state = {"step": count, "grad_scale": scale, "found_inf": found_inf}
-        adam_flat_(master, grad, exp_avg, exp_avg_sq, param=weight, **state, **OPTIONS)
+        adam_step_([weight], [grad], [exp_avg], [exp_avg_sq], [master], **state, **OPTIONS)
 
     return step
 

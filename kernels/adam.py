@@ -1,7 +1,7 @@
 """Adam and AdamW in one pass over many tensors: unscale, clip and skip are read from device scalars in that pass.
 
-`FusedAdam` is the optimizer. `adam_step_` is its step on lists, `adam_flat_` on one flat partition (what ZeRO
-holds); `grad_norm_squared` and `unscale_and_clip` make the scalars that steer them. None waits for the GPU.
+`FusedAdam` is the optimizer. `adam_step_` is its step on lists, as of pieces of a flat ZeRO partition;
+`grad_norm_squared` and `unscale_and_clip` make the scalars that steer it. None waits for the GPU.
 """
 
 from __future__ import annotations
@@ -53,19 +53,6 @@ def adam_step_(
         return
     _count(step, found_inf)
     _launch(params, grads, exp_avgs, exp_avg_sqs, masters, *options)
-
-
-def adam_flat_(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, param: Tensor | None = None, **options: Any
-) -> None:
-    """`adam_step_` on one flat partition of n elements: fp32 master, its state, and its gradient of any float dtype.
-
-    param: the 16-bit weights, written in the same pass; None: there are none. The other options are `adam_step_`'s.
-    """
-    if param is None:
-        adam_step_([master], [grad], [exp_avg], [exp_avg_sq], **options)
-    else:
-        adam_step_([param], [grad], [exp_avg], [exp_avg_sq], [master], **options)
 
 
 def grad_norm_squared(grads: Tensor | Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi_fast.kernels import FusedAdam, backend
-from phi_fast.kernels.adam import adam_flat_, adam_step_, grad_norm_squared, unscale_and_clip
+from phi_fast.kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 
 module = importlib.import_module("phi_fast.kernels.adam")
 BACKENDS = [name for name in backend.BACKENDS if importlib.util.find_spec(f"phi_fast.kernels.{name}.adam")]
@@ -178,12 +178,15 @@ def test_flat_partition_and_views(device: str, backend_name: str) -> None:
     master, exp_avg, grad = draw(0, device, shapes=[(n,), (n,), (n,)])
     exp_avg_sq, weights = exp_avg.square(), master.half()
     whole = [t.clone() for t in (master, grad, exp_avg, exp_avg_sq, weights)]
+
+    def step(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weights: Tensor) -> None:
+        adam_step_([weights], [grad], [exp_avg], [exp_avg_sq], [master], step=torch.zeros((), device=device), **RECIPE)
+
     with backend.use(backend_name, op="adam"):
-        adam_flat_(*whole[:4], param=whole[4], step=torch.zeros((), device=device), **RECIPE)
+        step(*whole)
         assert torch.equal(whole[4], whole[0].half()) and torch.equal(whole[1], grad)
         for a, b in ((0, 5), (5, 501), (501, n - 3)):
-            parts = [t[a:b] for t in (master, grad, exp_avg, exp_avg_sq)]
-            adam_flat_(*parts, param=weights[a:b], step=torch.zeros((), device=device), **RECIPE)
+            step(*(t[a:b] for t in (master, grad, exp_avg, exp_avg_sq, weights)))
     for part, all_, start in zip(
         (master, exp_avg, exp_avg_sq, weights), (*whole[:1], *whole[2:]), [0] * 4, strict=True
     ):
