@@ -33,6 +33,7 @@ class Shape:
     rotary_inside: bool
     """Attention rotates q and k while it reads them (Triton's does)."""
     on_cpu: bool = False
+    """The loss then holds more rows of logits at least (`rows_of_a_chunk`)."""
 
     @property
     def tokens(self) -> int:
