@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
 from .data import TokenLoader
-from .data.manifest import write_atomically
 from .distributed import World
-from .errors import UsageError, writing
+from .errors import UsageError
+from .files import write_atomically, writing
 from .options import Options
 from .zero import Zero2
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from ..files import write_atomically
 
 FORMAT = "phi_fast tokens"
 VERSION = 1
@@ -176,28 +177,6 @@ class Manifest:
             ends = np.memmap(directory / split.ends, "<u8", mode="r")
             if ends[0] == 0 or (ends[1:] <= ends[:-1]).any():
                 raise ManifestError(f"{directory / split.ends}: document ends do not ascend. Prepare the corpus again")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it holds all of `data` or what it held before, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the renames done in `directory` last through a power loss."""
-    if os.name != "posix":  # Windows cannot open a directory, and its renames are journalled
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_size(path: Path, expected: int, what: str) -> None:

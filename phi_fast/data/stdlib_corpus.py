@@ -22,8 +22,9 @@ from pathlib import Path
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from ..files import sync_directory
 from . import vocabulary
-from .manifest import Delimiter, Manifest, ManifestError, sync_directory
+from .manifest import Delimiter, Manifest, ManifestError
 from .preparation.merge import merge
 from .preparation.units import Encoding, encode_unit
 

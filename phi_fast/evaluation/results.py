@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.manifest import write_atomically
+from ..files import write_atomically
 from . import paper
 
 

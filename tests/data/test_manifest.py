@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phi_fast.data.manifest import FILE_NAME, Delimiter, Manifest, ManifestError, Split, write_atomically
+from phi_fast.data.manifest import FILE_NAME, Delimiter, Manifest, ManifestError, Split
 
 BLOCK = 64  # bytes: several blocks in a small file
 
@@ -154,15 +154,3 @@ def test_verify_finds_a_wrong_largest_id(tmp_path: Path) -> None:
     train = dataclasses.replace(manifest.splits["train"], max_id=49)
     with pytest.raises(ManifestError, match="largest id of train is 50, the manifest says 49"):
         dataclasses.replace(manifest, splits={"train": train}).verify(tmp_path)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_atomically(tmp_path / "file", b"old")
-
-    def fail(_: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"

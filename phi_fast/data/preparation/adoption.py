@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ...files import sync_directory
 from ..formats import TokenLayout, open_layout
-from ..manifest import BLOCK_BYTES, DTYPES, Delimiter, Manifest, Split, sync_directory
+from ..manifest import BLOCK_BYTES, DTYPES, Delimiter, Manifest, Split
 from .inputs import PrepareError
 from .pipeline import Settings, plan_encoding
 from .progress import Meter

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..manifest import BLOCK_BYTES, Split, sync_directory
+from ...files import sync_directory
+from ..manifest import BLOCK_BYTES, Split
 from .units import VALIDATION_KEY, Unit
 
 RANGE_BYTES = 128 * 2**20

@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from ..manifest import DTYPES, Delimiter, Manifest, sync_directory, write_atomically
+from ...files import sync_directory, write_atomically
+from ..manifest import DTYPES, Delimiter, Manifest
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .inputs import FOLDER_SUFFIXES, Input, PrepareError, find_inputs, fingerprint
 from .merge import merge
