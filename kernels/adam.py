@@ -33,6 +33,7 @@ def adam_step_(
     decoupled: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """One AdamW step (`decoupled`; else Adam with an L2 penalty) on lists of tensors of any shapes, in place.
 
@@ -42,14 +43,16 @@ def adam_step_(
     lr: a float, or an fp32 scalar tensor on the device (then a CUDA graph can replay with another value).
     grad_scale: fp32 scalar tensor that every gradient is multiplied by: 1 / (loss scale × clip factor).
     found_inf: fp32 scalar tensor; where it is not 0 nothing changes: no tensor, and not `step`.
+    nonfinite: fp32 scalar tensor on the device, set to 1 where a weight as it is stored, or a moment, is not finite
+        after the step, else left as it was. It comes from the same pass and makes nobody wait.
     Raises ValueError for lists whose tensors do not fit together.
     """
     _check(params, grads, exp_avgs, exp_avg_sqs, masters)
-    options = (step, lr, betas, eps, weight_decay, decoupled, grad_scale, found_inf)
+    options = (step, lr, betas, eps, weight_decay, decoupled, grad_scale, found_inf, nonfinite)
     if torch.compiler.is_compiling():
         lists = (list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(masters or ()))
         lr = lr if isinstance(lr, Tensor) else torch.full((), lr, device=step.device)
-        _adam_step_op(*lists, step, lr, *betas, eps, weight_decay, decoupled, grad_scale, found_inf)
+        _adam_step_op(*lists, step, lr, *betas, eps, weight_decay, decoupled, grad_scale, found_inf, nonfinite)
         return
     _count(step, found_inf)
     _launch(params, grads, exp_avgs, exp_avg_sqs, masters, *options)
@@ -136,6 +139,7 @@ def _launch(
     decoupled: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     with torch.no_grad():
         backend.implementation("adam", params[0].device).step_(
@@ -152,10 +156,13 @@ def _launch(
             decoupled=decoupled,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            nonfinite=nonfinite,
         )
 
 
-@torch.library.custom_op("phi_fast::adam_step_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters", "step"))
+@torch.library.custom_op(
+    "phi_fast::adam_step_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters", "step", "nonfinite")
+)
 def _adam_step_op(
     params: list[Tensor],
     grads: list[Tensor],
@@ -171,11 +178,12 @@ def _adam_step_op(
     decoupled: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """`adam_step_` as an operator that torch.compile keeps whole; no masters is an empty list."""
     _count(step, found_inf)
     state = (params, grads, exp_avgs, exp_avg_sqs, masters or None)
-    _launch(*state, step, lr, (beta1, beta2), eps, weight_decay, decoupled, grad_scale, found_inf)
+    _launch(*state, step, lr, (beta1, beta2), eps, weight_decay, decoupled, grad_scale, found_inf, nonfinite)
 
 
 @_adam_step_op.register_fake

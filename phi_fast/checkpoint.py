@@ -7,7 +7,7 @@ does this beside the training: it copies to host memory, and a thread writes.
     checkpoints/
       latest                         "step-400"
       step-400/
-        manifest.json                sizes and hashes of the files below; written last
+        manifest.json                sizes and hashes of the files below, and its own; written last
         state.json                   step, configuration, data position, loss scale
         model.safetensors            weights as the model uses them, by parameter name
         rank-0-of-2.safetensors      fp32 master, exp_avg, exp_avg_sq: this rank's flat ZeRO partition of each group
@@ -24,6 +24,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,8 +39,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .distributed import World
+from .json_files import Fields, JsonFileError, read_object
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -59,6 +61,8 @@ class Snapshot:
     """This rank's flat partition of each optimizer tensor, e.g. "master.0"; 1-D."""
     random_states: dict[str, Any] = field(default_factory=lambda: random_states())
     """This rank's, JSON-able, as `random_states` gives them."""
+    checked: bool = False
+    """The weights and the optimizer's tensors are known to be finite; else `save` looks at each."""
 
     def on_host(self, world: World) -> Snapshot:
         """A copy in host memory, with no more than this rank writes; training can go on."""
@@ -117,7 +121,7 @@ def save(directory: Path, snapshot: Snapshot, world: World, *, keep_last: int, k
     those whose step is a multiple of `keep_every` (0: none).
 
     A complete `step-N` that is there already stays. Every rank calls it. Raises CheckpointError on every rank where one
-    of them could not write; earlier checkpoints stay as they were.
+    of them could not write, or has a weight or a moment that is not finite; earlier checkpoints stay as they were.
     """
     final = directory / f"step-{snapshot.state['step']}"
     aside = directory / f".{final.name}.partial"
@@ -127,7 +131,7 @@ def save(directory: Path, snapshot: Snapshot, world: World, *, keep_last: int, k
     error = world.broadcast(error)
     entries: dict[str, dict[str, Any]] = {}
     if error is None:
-        error = _attempt(lambda: entries.update(_write_rank(aside, snapshot, world)))
+        error = _not_finite(snapshot) or _attempt(lambda: entries.update(_write_rank(aside, snapshot, world)))
     gathered = _gather((error, entries), world)
     errors = [message for message, _ in gathered if message]
     if not errors and world.is_main:
@@ -162,8 +166,8 @@ def newest(
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """state.json of a checkpoint. Raises JsonFileError and OSError."""
+    return read_object(path / "state.json").values
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
@@ -180,7 +184,7 @@ def load_partitions(path: Path, sizes: dict[str, tuple[int, int]], world: World)
     sizes: name -> (elements of this rank's partition now, elements of the whole without the tail's padding).
     Raises CheckpointError where a file is not plain tensors, or the whole on disk is shorter than the model's.
     """
-    writers = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["world_size"]
+    writers = _read_manifest(path).whole("world_size", least=1)
     shards = [_open(path / f"rank-{rank}-of-{writers}.safetensors") for rank in range(writers)]
     parts = {}
     for name, (length, whole) in sizes.items():
@@ -210,7 +214,7 @@ def restore_random_states(path: Path, world: World) -> None:
     file = path / f"rank-{world.rank}-of-{world.size}.json"
     if not file.exists():
         return
-    states = json.loads(file.read_text(encoding="utf-8"))
+    states = read_object(file).values
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = states["numpy"]
@@ -250,6 +254,7 @@ def _write_rank(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dic
 def _publish(aside: Path, final: Path, files: dict[str, Any], world_size: int, keep_last: int, keep_every: int) -> None:
     """Manifest, rename, `latest`, and the removal of what is too old."""
     manifest = {"format": FORMAT, "world_size": world_size, "files": files}
+    manifest["sha256"] = _own_sha256(manifest)
     _write_synced(aside / "manifest.json", json.dumps(manifest, indent=1))
     _sync(aside)
     if final.exists() and _problem(final) is None:
@@ -280,25 +285,57 @@ def _numbered(directory: Path) -> list[tuple[int, Path]]:
 def _problem(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None. Reads and hashes every file."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
-        for name, entry in manifest["files"].items():
-            file = path / name
-            if not file.exists():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size:,} bytes, the manifest says {entry['bytes']:,}"
-            if _sha256(file) != entry["sha256"]:
+        manifest = _read_manifest(path)
+        files = manifest.inner("files")
+        for name in files.values:
+            entry = files.inner(name)
+            status = (path / name).stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is not a regular file"
+            if status.st_size != entry.whole("bytes"):
+                return f"{name} has {status.st_size:,} bytes, the manifest says {entry.whole('bytes'):,}"
+            if _sha256(path / name) != entry.text("sha256"):
                 return f"{name} does not have the manifest's SHA-256"
-        step = load_state(path)["step"]
+        step = read_object(path / "state.json").whole("step")
         if path.name != f"step-{step}":
             return f"state.json is of step {step}"
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read ({error})"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except JsonFileError as error:
+        return str(error).replace(f"{path}{os.sep}", "")
+    except OSError as error:
+        return f"it cannot be read ({error})"
     return None
+
+
+def _read_manifest(path: Path) -> Fields:
+    """A checkpoint's manifest.json: of this format, with the hash of its own content, listing each rank's files and no
+    other. Raises JsonFileError and OSError."""
+    manifest = read_object(path / "manifest.json")
+    if manifest.whole("format") != FORMAT:
+        manifest.refuse("format", f"{FORMAT}, which this version writes and reads")
+    content = {name: value for name, value in manifest.values.items() if name != "sha256"}
+    if manifest.text("sha256") != _own_sha256(content):
+        manifest.refuse("sha256", f"{_own_sha256(content)}, its content's: the file is damaged")
+    world_size = manifest.whole("world_size", least=1, most=2**20)
+    ranks = {f"rank-{rank}-of-{world_size}{end}" for rank in range(world_size) for end in (".safetensors", ".json")}
+    if set(manifest.inner("files").values) != {"model.safetensors", "state.json", *ranks}:
+        manifest.refuse("files", f"model.safetensors, state.json, and two files of each of {world_size} ranks")
+    return manifest
+
+
+def _own_sha256(content: dict[str, Any]) -> str:
+    """Hex digest of a manifest without its own hash, whatever its white space."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _not_finite(snapshot: Snapshot) -> str | None:
+    """Which tensor is not finite, where it is not known that all are."""
+    if snapshot.checked:
+        return None
+    tensors = {**{f"the weights of {name}": x for name, x in snapshot.model.items()}, **snapshot.partitions}
+    broken = next((name for name, x in tensors.items() if not bool(torch.isfinite(x).all())), None)
+    return None if broken is None else f"{broken} is not finite; go on with --resume and a lower --learning-rate"
 
 
 def _attempt(action: Any) -> str | None:

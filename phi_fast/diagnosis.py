@@ -218,6 +218,17 @@ def explain(
     return text + f"This step updated nothing; {kept}. To try: {_advice(found, precision)}"
 
 
+def explain_broken(model: nn.Module, step: int, lr: float, checkpoint: Path | None) -> str:
+    """The message of a run whose update in step `step`, at learning rate `lr`, left a value that is not finite."""
+    broken = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
+    what = f"the weights of {broken}" if broken else "an optimizer moment"
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    return (
+        f"the update of step {step}, at learning rate {lr:g}, left {what} not finite. Nothing of it is saved; {kept}. "
+        "To try: --resume with a lower --learning-rate"
+    )
+
+
 def _advice(found: Overflow | None, precision: str) -> str:
     if found is not None and found.what.startswith("the weights"):
         return "go on from an earlier checkpoint (move the newest away) with a lower --learning-rate"

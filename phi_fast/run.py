@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
@@ -112,7 +113,8 @@ class Run:
             "sizes": {name: whole for name, (_, whole) in zero.partition_sizes().items()},
             "data": loader.state_dict(),
         }
-        return self._saver.save(Snapshot(state, dict(zero.model.named_parameters()), zero.partitions()))
+        weights: dict[str, Tensor] = dict(zero.model.named_parameters())
+        return self._saver.save(Snapshot(state, weights, zero.partitions(), checked=zero.fused is not None))
 
     @property
     def save_failed(self) -> bool:

@@ -27,6 +27,8 @@ class Signals:
         """Agreed: a checkpoint is wanted after this step."""
         self.failed = False
         """Agreed: a rank's save in the background failed."""
+        self.broken = False
+        """Agreed: a rank's update left a weight or a moment that is not finite."""
         self.stop_received = False
         """This rank was asked to stop; the others may not know yet."""
         self._save_received = False
@@ -51,14 +53,14 @@ class Signals:
             raise KeyboardInterrupt  # the second Ctrl-C means now
         self.stop_received = True
 
-    def agree(self, loss: Tensor, *, failed: bool = False) -> float:
-        """End of a step: the mean of the ranks' scalar `loss`; sets `stop`, `save` and `failed` on every rank where
-        one of them has it. The one all-reduce and wait for the device of a step outside the optimizer."""
-        flags = [self.stop_received, self._save_received, failed]
+    def agree(self, loss: Tensor, *, failed: bool = False, broken: bool = False) -> float:
+        """End of a step: the mean of the ranks' scalar `loss`; sets `stop`, `save`, `failed` and `broken` on every rank
+        where one of them has it. The one all-reduce and wait for the device of a step outside the optimizer."""
+        flags = [self.stop_received, self._save_received, failed, broken]
         self._save_received = False
         sums = torch.cat([loss.float().view(1) / self.world.size, loss.new_tensor(flags, dtype=torch.float32)])
         if self.world.size > 1:
             dist.all_reduce(sums)
         mean_loss, *asked = sums.tolist()
-        self.stop, self.save, self.failed = (count > 0 for count in asked)
+        self.stop, self.save, self.failed, self.broken = (count > 0 for count in asked)
         return mean_loss

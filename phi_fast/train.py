@@ -25,7 +25,7 @@ from .data import FormatError
 from .data.loader import CorpusError
 from .data.manifest import ManifestError
 from .data.vocabulary import TokenizerError, end_of_text
-from .diagnosis import Diverged, explain, find_overflow
+from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .distributed import LostRank, World, join, leave, lost_rank
 from .errors import UsageError
 from .evaluation.during_training import TasksDuringTraining
@@ -126,10 +126,12 @@ def train(options: Options, signals: Signals, console: Console) -> int:
                 outcome = zero.step(lr, last_micro_batch=micro_step == accumulation - 1)
             assert outcome is not None
             done += 1
-            mean_loss = signals.agree(loss, failed=run.save_failed)
+            mean_loss = signals.agree(loss, failed=run.save_failed, broken=outcome.broken)
             seconds = time.perf_counter() - tick
             if signals.failed:
                 run.wait()
+            if signals.broken:
+                raise Diverged(explain_broken(model, done, lr, run.last_checkpoint()))
             if outcome.hopeless or not math.isfinite(mean_loss):
                 found = find_overflow(model, loader, accumulation, outcome.loss_scale, world)
                 raise Diverged(explain(found, done, mean_loss, outcome.loss_scale, precision, run.last_checkpoint()))

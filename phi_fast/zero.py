@@ -54,6 +54,9 @@ class StepOutcome:
     hopeless: bool
     """A gradient overflowed and the loss scale can go no lower (it is always so without one): the same will happen on
     the next steps."""
+    broken: bool
+    """A weight or a moment in this rank's partition is not finite after the update: nothing of it may be saved. Always
+    False with DeepSpeed's own step, which does not look: `checkpoint.save` does then."""
 
 
 def auto_precision(device: torch.device) -> Precision:
@@ -138,6 +141,7 @@ class Zero2:
             skipped=overflow or spike,
             spike=spike,
             hopeless=overflow and at_minimum,
+            broken=self.fused is not None and self.fused.broken,
         )
 
     def _scale_is_at_minimum(self) -> bool:
@@ -211,6 +215,10 @@ class FusedStep:
         """This rank's part of the step's mean loss; `Zero2.backward` adds each micro-batch's."""
         self.spike = False
         """The last step was left out because its loss was a spike."""
+        self.nonfinite = torch.zeros((), device=world.device)
+        """1 from the first update on that left a weight or a moment of this rank's partition not finite."""
+        self.broken = False
+        """`nonfinite`, as the host knows it after the last step."""
 
     def __call__(self, closure: None = None) -> None:
         zero = self.zero
@@ -229,8 +237,8 @@ class FusedStep:
         self._release_gradients()
         self._gather_weights()
         # The first wait for the device: the update above is already queued.
-        overflow, spiked, unscaled = torch.stack([found_inf, spike, norm]).tolist()
-        self.spike, zero.overflow = spiked > 0, overflow > 0
+        overflow, spiked, unscaled, nonfinite = torch.stack([found_inf, spike, norm, self.nonfinite]).tolist()
+        self.spike, zero.overflow, self.broken = spiked > 0, overflow > 0, nonfinite > 0
         zero._global_grad_norm = float("inf") if zero.overflow else unscaled
         zero._update_scale(zero.overflow)
 
@@ -268,6 +276,7 @@ class FusedStep:
                 weight_decay=options["weight_decay"],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
+                nonfinite=self.nonfinite,
             )
 
     def _release_gradients(self) -> None:

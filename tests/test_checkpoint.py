@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -190,7 +192,7 @@ def flip(path: Path) -> None:
         ("rank-0-of-1.safetensors", Path.unlink, "rank-0-of-1.safetensors is missing"),
         ("rank-0-of-1.json", flip, "rank-0-of-1.json does not have"),
         ("state.json", flip, "state.json does not have"),
-        ("manifest.json", truncate, "manifest.json cannot be read"),
+        ("manifest.json", truncate, "manifest.json is not JSON"),
         ("manifest.json", Path.unlink, "manifest.json is missing"),
     ],
 )
@@ -234,7 +236,7 @@ def test_a_pickle_is_not_loaded(tmp_path: Path, name: str) -> None:
     entry = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     manifest = json.loads((tmp_path / "step-1" / "manifest.json").read_text())
     manifest["files"][name] = entry
-    (tmp_path / "step-1" / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "step-1", manifest)
     path, _ = checkpoint.newest(tmp_path, ALONE)
     assert path is not None
     with pytest.raises(CheckpointError, match=rf"{name} is not a safetensors file"):
@@ -247,8 +249,95 @@ def test_a_manifest_of_another_format_is_passed_over(tmp_path: Path) -> None:
     manifest = tmp_path / "step-1" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
     assert checkpoint.newest(tmp_path, ALONE)[1] == [
-        "step-1 is passed over: manifest.json has format 99, this version reads 1"
+        "step-1 is passed over: manifest.json: format is 99, expected 2, which this version writes and reads"
     ]
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """With the hash that its content then has: the file name's writer knows the format."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_every_flipped_bit_of_a_manifest_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Accepted are only flips in white space: what is then read is what was written."""
+    save(tmp_path, 1, 2)
+    file = tmp_path / "step-2" / "manifest.json"
+    whole = file.read_bytes()
+    accepted = 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        path, skipped = checkpoint.newest(tmp_path, ALONE)
+        if path == tmp_path / "step-2":
+            assert json.loads(damaged) == json.loads(whole)
+            accepted += 1
+        else:
+            assert path == tmp_path / "step-1"
+            assert skipped[0].startswith("step-2 is passed over: manifest.json")
+    assert accepted < 8 * len(whole) / 20
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"world_size": 2}, "files is {.*expected model.safetensors, state.json, and two files of each of 2 ranks"),
+        ({"world_size": True}, "world_size is True, expected an integer"),
+        ({"world_size": 0}, "world_size is 0, expected an integer from 1"),
+        ({"world_size": 10**12}, "world_size is 1000000000000, expected an integer from 1"),
+        ({"world_size": None}, "world_size is None, expected an integer"),
+        ({"files": []}, r"files is \[\], expected an object"),
+        ({"files": {"../model.safetensors": {"bytes": 1, "sha256": ""}}}, "files is {.*expected model.safetensors"),
+        ({"format": "2"}, "format is '2', expected an integer"),
+    ],
+)
+def test_a_manifest_with_a_wrong_field_is_passed_over(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "step-2"
+    write_manifest(folder, json.loads((folder / "manifest.json").read_text()) | change)
+    path, skipped = checkpoint.newest(tmp_path, ALONE)
+    assert path == tmp_path / "step-1"
+    assert re.match(f"step-2 is passed over: manifest.json: {reason}", skipped[0]), skipped
+
+
+@pytest.mark.parametrize("entry", [{"bytes": "12", "sha256": "0"}, {"bytes": 12}, {"bytes": -1, "sha256": "0"}, 7])
+def test_a_manifest_with_a_wrong_entry_is_passed_over(tmp_path: Path, entry: Any) -> None:
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "step-2"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = entry
+    write_manifest(folder, manifest)
+    path, skipped = checkpoint.newest(tmp_path, ALONE)
+    assert path == tmp_path / "step-1"
+    assert "state.json" in skipped[0]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors", "rank-0-of-1.json"])
+def test_a_fifo_in_a_files_place_is_passed_over(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1, 2)
+    file = tmp_path / "step-2" / name
+    file.unlink()
+    os.mkfifo(file)
+    path, skipped = checkpoint.newest(tmp_path, ALONE)
+    assert path == tmp_path / "step-1"
+    assert name in skipped[0] and ("FIFO" in skipped[0] or "not a regular file" in skipped[0])
+
+
+@pytest.mark.parametrize("tensor", ["model", "partitions"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_saved_and_costs_no_earlier_checkpoint(
+    tmp_path: Path, tensor: str, value: float
+) -> None:
+    save(tmp_path, 1)
+    broken = snapshot(2)
+    name = next(iter(getattr(broken, tensor)))
+    getattr(broken, tensor)[name].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=rf"{name} is not finite"):
+        checkpoint.save(tmp_path, broken, ALONE, keep_last=1)
+    assert names(tmp_path) == ["latest", "step-1"]
 
 
 def test_a_save_that_was_killed_leaves_nothing_that_is_taken(tmp_path: Path) -> None:
@@ -286,10 +375,11 @@ def test_partitions_are_cut_anew_for_another_number_of_ranks(tmp_path: Path, wri
         length = -(-whole.numel() // ranks)
         return list(torch.nn.functional.pad(whole, (0, length * ranks - whole.numel())).split(length))
 
+    files = {}
     for rank, part in enumerate(partitions(writers)):
         world = World(rank, writers, rank, torch.device("cpu"))
-        checkpoint._write_rank(path, Snapshot({}, {}, {"master.0": part}), world)
-    (path / "manifest.json").write_text(json.dumps({"world_size": writers}))
+        files |= checkpoint._write_rank(path, Snapshot({}, {}, {"master.0": part}), world)
+    write_manifest(path, {"format": checkpoint.FORMAT, "world_size": writers, "files": files})
     for rank, expected in enumerate(partitions(readers)):
         world = World(rank, readers, rank, torch.device("cpu"))
         sizes = {"master.0": (expected.numel(), whole.numel())}

@@ -274,6 +274,24 @@ def test_injected_overflows_skip_exactly_those_steps(data: Path, tmp_path: Path)
     assert [number for number, line in enumerate(lines, 1) if '"skipped": true' in line] == [3, 4, 8]
 
 
+@pytest.mark.parametrize(("ranks", "step"), [(1, "fused"), (2, "fused"), (1, "deepspeed")])
+def test_weights_that_an_update_made_infinite_are_never_saved(
+    data: Path, tmp_path: Path, ranks: int, step: str
+) -> None:
+    """A rate at which fp16 weights overflow: the last good checkpoint stays, and a resume at a sane rate goes on."""
+    run = tmp_path / "run"
+    options = {"precision": "fp16", "initial_loss_scale": 256, "save_every": 1, "keep_last": 1, "zero_step": step}
+    words = arguments(data, run, 8, **options)
+    finish([*words, "--stop-after", "3"], tmp_path / "output", ranks=ranks, expect=INTERRUPTED)
+    kept = {path.name: path.read_bytes() for path in latest(run).iterdir()}
+    output = finish([*words, "--resume", "--learning-rate", "1e6"], tmp_path / "output", ranks=ranks, expect=2)
+    assert "not finite" in output and "--resume" in output and "lower --learning-rate" in output
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-3"]
+    assert {path.name: path.read_bytes() for path in latest(run).iterdir()} == kept
+    finish([*words, "--resume"], tmp_path / "output", ranks=ranks)
+    assert latest(run).name == "step-8"
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = arguments(data, run, STEPS, **SAVES)

@@ -1,10 +1,14 @@
 #pragma once
+#include <atomic>
+
 #include "cpu/vector_math.h"
 
 namespace phi_fast::cpu::PHI_ISA {
 
+/// Steps elements [begin, end) of a tensor; returns whether the weights as they are stored, and the moments, are
+/// finite.
 template <class P, class G>
-void adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t end) {
+bool adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t end) {
   P* param = static_cast<P*>(tensor.param) + begin;
   const G* grad = static_cast<const G*>(tensor.grad) + begin;
   float *exp_avg = tensor.exp_avg + begin, *exp_avg_sq = tensor.exp_avg_sq + begin;
@@ -12,7 +16,8 @@ void adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t 
   const Vec grad_scale(a.grad_scale), one_minus_beta1(a.one_minus_beta1), beta2(a.beta2),
       one_minus_beta2(a.one_minus_beta2);
   const Vec step_size(a.step_size), inverse_root2(a.inverse_root2), eps(a.eps), l2(a.l2), keep(a.keep);
-  for_lanes(end - begin, [=](int64_t i, auto lanes) {
+  Vec products_with_zero(0.0f);  // NaN once a factor is not finite
+  for_lanes(end - begin, [=, &products_with_zero](int64_t i, auto lanes) {
     Vec p = master ? load(master + i, lanes) : load(param + i, lanes);
     const Vec g = fma(l2, p, load(grad + i, lanes) * grad_scale);
     Vec m = load(exp_avg + i, lanes), v = load(exp_avg_sq + i, lanes);
@@ -23,7 +28,10 @@ void adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t 
     store(exp_avg_sq + i, v, lanes);
     if (master) store(master + i, p, lanes);
     store(param + i, p, lanes);
+    // The weight as it is stored, for one that fp32 holds may overflow 16 bits. m that is not finite is seen in it.
+    products_with_zero = fma(v, Vec(0.0f), fma(load(param + i, lanes), Vec(0.0f), products_with_zero));
   });
+  return sum(products_with_zero) == 0.0f;
 }
 
 /// fn(tensor, begin, end) over every element of tensors of the given sizes,
@@ -46,16 +54,18 @@ void over_elements(int64_t count, int threads, Size size, Fn fn) {
   });
 }
 
-inline void adam(const Adam& a) {
+inline bool adam(const Adam& a) {
+  std::atomic<bool> finite{true};
   with_type(a.param_dtype, [&](auto param) {
     with_type(a.grad_dtype, [&](auto grad) {
       over_elements(
           a.count, a.threads, [&a](int64_t i) { return a.tensors[i].size; },
-          [&a](int64_t i, int64_t begin, int64_t end) {
-            adam_range<decltype(param), decltype(grad)>(a, a.tensors[i], begin, end);
+          [&a, &finite](int64_t i, int64_t begin, int64_t end) {
+            if (!adam_range<decltype(param), decltype(grad)>(a, a.tensors[i], begin, end)) finite = false;
           });
     });
   });
+  return finite;
 }
 
 /// Elements whose squares are summed in fp32, four at a time in each lane,

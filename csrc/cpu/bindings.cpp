@@ -179,9 +179,9 @@ void bind_adam(py::module_& module) {
           tensors.push_back({size, pointer<void>(param), pointer<void>(grad), pointer<float>(exp_avg),
                              pointer<float>(exp_avg_sq), pointer<float>(master)});
         }
-        kernels().adam({DType(param_dtype), DType(grad_dtype), tensors.data(), int64_t(tensors.size()), grad_scale,
-                        float(1 - beta1), float(beta2), float(1 - beta2), float(step_size), float(inverse_root2),
-                        float(eps), float(l2), float(keep), threads});
+        return kernels().adam({DType(param_dtype), DType(grad_dtype), tensors.data(), int64_t(tensors.size()),
+                               grad_scale, float(1 - beta1), float(beta2), float(1 - beta2), float(step_size),
+                               float(inverse_root2), float(eps), float(l2), float(keep), threads});
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(

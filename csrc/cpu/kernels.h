@@ -186,7 +186,7 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&);
   void (*scaled)(const Scaled&);
   void (*weight_gradient)(const WeightGradient&);  // null where the processor has no tiles
-  void (*adam)(const Adam&);
+  bool (*adam)(const Adam&);                       // whether every value it wrote is finite
   double (*grad_norm_squared)(const GradNorm&);
 };
 

@@ -30,6 +30,7 @@ def step_(
     decoupled: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """See `reference.adam.step_`. Raises TypeError for another dtype, ValueError for tensors that do not fit."""
     if found_inf is not None and float(found_inf) != 0:
@@ -41,7 +42,7 @@ def step_(
     rate, t = float(lr), float(step)
     # 1 - β^t without the cancellation of the difference
     correction1, correction2 = (-math.expm1(t * math.log(beta)) if beta else 1.0 for beta in betas)
-    cpu.adam(
+    finite = cpu.adam(
         _one_code(params),
         _one_code(grads),
         tensors,
@@ -54,6 +55,8 @@ def step_(
         1 - rate * weight_decay if decoupled else 1.0,
         torch.get_num_threads(),
     )
+    if nonfinite is not None and not finite:
+        nonfinite.fill_(1.0)
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ def step_(
     decoupled: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """One Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101, `decoupled`) step on every tensor of the lists, in place.
 
@@ -37,6 +38,8 @@ def step_(
     lr: a float, or an fp32 scalar tensor on the device.
     grad_scale: fp32 scalar tensor multiplied onto every gradient, 1 / (loss scale × clip); None: 1.
     found_inf: fp32 scalar tensor; where it is not 0 nothing at all is written.
+    nonfinite: fp32 scalar tensor, set to 1 where a weight as it is stored, or a moment, is not finite after the step,
+    and left as it was elsewhere: found in the same pass, without a host sync.
 
     In fp32 for every element, in torch.optim's order of operations, so that trajectories stay within rounding of its
     own; the scalars 1 - lr·weight_decay and 1 - β^t are formed in fp64, or in fp32 without cancellation, then rounded:
@@ -63,6 +66,15 @@ def step_(
         p = p - (step_size * m) / (v.sqrt() / root2 + eps)
         for old, new in ((param, p), (master, p), (exp_avgs[i], m), (exp_avg_sqs[i], v)):
             old.copy_(new if found_inf is None else torch.where(found_inf == 0, new.to(old.dtype), old))
+        if nonfinite is not None:
+            mark_nonfinite_(nonfinite, (param, exp_avgs[i], exp_avg_sqs[i]), found_inf)
+
+
+def mark_nonfinite_(flag: Tensor, tensors: Sequence[Tensor], found_inf: Tensor | None) -> None:
+    """Set `flag` to 1 where an element of `tensors` is not finite, unless `found_inf` skipped the step."""
+    for tensor in tensors:
+        kept = tensor.isfinite().all() if found_inf is None else tensor.isfinite().all() | (found_inf != 0)
+        flag.copy_(torch.where(kept, flag, 1.0))
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:

@@ -75,6 +75,7 @@ def _adam(
     lr,  # scalar fp32, or a float
     grad_scale,  # scalar fp32 or None
     found_inf,  # scalar fp32 or None
+    nonfinite,  # scalar fp32 or None: set to 1 where a value written is not finite
     beta2,
     one_minus_beta1,
     one_minus_beta2,
@@ -108,6 +109,7 @@ def _adam(
     root2 = tl.sqrt_rn(_one_minus_power(log_beta2, t))
     keep = 1.0 - rate * weight_decay
 
+    with_zero = tl.zeros([BLOCK // 8], dtype=tl.float32)  # sums of products with 0: NaN once a factor is not finite
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = at < end
@@ -124,9 +126,16 @@ def _adam(
         p = p - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
         tl.store(exp_avgs + at, m, mask=inside)
         tl.store(exp_avg_sqs + at, v, mask=inside)
-        tl.store(params + at, narrow(p, PARAM), mask=inside)
+        stored = narrow(p, PARAM)
+        tl.store(params + at, stored, mask=inside)
         if HAS_MASTER:
             tl.store(masters + at, p, mask=inside)
+        if nonfinite is not None:
+            products = tl.where(inside, stored.to(tl.float32) * 0.0 + v * 0.0, 0.0)  # m is in p
+            with_zero += tl.sum(tl.reshape(products, [BLOCK // 8, 8]), axis=1)  # inside each thread
+    if nonfinite is not None:
+        total = tl.sum(with_zero, axis=0)
+        tl.atomic_max(nonfinite, 1.0, mask=total != total, sem="relaxed")
 
 
 @triton.jit
@@ -215,6 +224,7 @@ def _adam_launch(
     decoupled: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    nonfinite: Tensor | None,
 ) -> Launch:
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
     return Launch(
@@ -228,6 +238,7 @@ def _adam_launch(
             "lr": lr if isinstance(lr, Tensor) else float(lr),
             "grad_scale": grad_scale,
             "found_inf": found_inf,
+            "nonfinite": nonfinite,
             "beta2": float(betas[1]),
             "one_minus_beta1": 1.0 - betas[0],
             "one_minus_beta2": 1.0 - betas[1],
@@ -275,6 +286,7 @@ def step_(
     decoupled: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """`reference.adam.step_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, params if masters is None else masters)
@@ -294,6 +306,7 @@ def step_(
                 decoupled=decoupled,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
+                nonfinite=nonfinite,
             )()
 
 
@@ -336,6 +349,7 @@ def specimens(dtype: torch.dtype = torch.float16, *, elements: int = 2**28) -> l
         decoupled=True,
         grad_scale=scalar,
         found_inf=scalar,
+        nonfinite=scalar,
     )
     return [
         Specimen("adam.step", step, bytes_moved=28 * elements, bytes_bound=28 * elements, note=note),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..reference.adam import mark_nonfinite_
 from .apex_layer_norm import library
 
 CHUNK = 2048 * 32  # elements a thread block, as in apex's own multi_tensor_applier
@@ -31,8 +32,12 @@ def step_(
     decoupled: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> None:
-    """As `reference.adam.step_`. Raises ValueError for dtypes that apex does not combine."""
+    """As `reference.adam.step_`, with a second pass over memory for `nonfinite`.
+
+    Raises ValueError for dtypes that apex does not combine.
+    """
     kernels = library("amp_C", "adam")
     param, grad = params[0].dtype, grads[0].dtype
     if grad != param or (masters is None and param != torch.float32):
@@ -63,6 +68,9 @@ def step_(
         weight_decay,
         scale,
     )
+    if nonfinite is not None:
+        for tensors in (params, exp_avgs, exp_avg_sqs):
+            mark_nonfinite_(nonfinite, tensors, found_inf)
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:

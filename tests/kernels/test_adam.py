@@ -137,6 +137,53 @@ def test_found_inf_changes_nothing(device: str, backend_name: str, bad: float) -
         assert all(torch.equal(state[key], after[1][index][key]) for key in ("step", "exp_avg", "exp_avg_sq", "master"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "what", "value"),
+    [
+        (torch.float16, "master", 7e4),  # fp32 holds it, the stored fp16 weight does not
+        (torch.float16, "master", float("nan")),
+        (torch.bfloat16, "master", 3.4e38),
+        (torch.float32, "param", float("inf")),
+        (torch.float16, "exp_avg", float("-inf")),
+        (torch.float32, "exp_avg_sq", float("nan")),
+        (torch.float16, None, 0.0),
+        (torch.float32, None, 0.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("at", [0, 40, 32999], ids=lambda at: f"at-{at}")
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_a_value_that_is_not_finite_sets_the_flag(
+    device: str, backend_name: str, at: int, dtype: torch.dtype, what: str | None, value: float
+) -> None:
+    """One element of 33,000, at the beginning, in a vector's middle and in the tail, with eps 0; and none at all."""
+    masters, shape = draw(0, device, shapes=((33000,),)), ((33000,),)
+    states = {"master": masters[0], "exp_avg": draw(1, device, shapes=shape)[0]}
+    states["exp_avg_sq"] = draw(2, device, shapes=shape)[0].square() + 0.1
+    states["param"] = masters[0].to(dtype)
+    if what is not None:
+        states[what][at] = value
+    lists = [[states[name]] for name in ("param", "exp_avg", "exp_avg_sq")]
+    lists.insert(1, [torch.ones(33000, device=device, dtype=dtype)])
+    flag = torch.zeros((), device=device)
+    options = {"lr": 1e-3, "eps": 0.0, "step": torch.tensor(5.0, device=device)}
+    with backend.use(backend_name, op="adam"):
+        adam_step_(*lists, masters if dtype != torch.float32 else None, nonfinite=flag, **options)
+        assert flag == (what is not None)
+        adam_step_(*lists, masters if dtype != torch.float32 else None, **options)  # nobody asks
+    assert flag == (what is not None)
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_a_skipped_step_leaves_the_flag(device: str, backend_name: str) -> None:
+    param, grad, flag = torch.full((9,), float("inf"), device=device), torch.ones(9, device=device), torch.zeros(())
+    state = (torch.zeros_like(grad), torch.zeros_like(grad))
+    options = {"lr": 1e-3, "step": torch.tensor(0.0, device=device), "found_inf": torch.ones((), device=device)}
+    with backend.use(backend_name, op="adam"):
+        adam_step_([param], [grad], [state[0]], [state[1]], nonfinite=flag.to(device), **options)
+    assert flag == 0
+
+
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_unscale_and_clip_as_torch(device: str, backend_name: str) -> None:
     ours, theirs = parameters(device), parameters(device)
