@@ -19,11 +19,11 @@ from .conversion.source import Source
 from .data import vocabulary
 from .data.vocabulary import TokenizerError
 from .errors import UsageError
-from .evaluation import generative, harness, paper, plots, results
+from .evaluation import generative, harness, paper, plots, results, sandbox
 from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
-from .evaluation.sandbox import SandboxError, check_isolation
+from .evaluation.sandbox import SandboxError
 
 SUITES = {
     "paper": (*harness.TASKS, *generative.TASKS),
@@ -47,8 +47,6 @@ class EvaluateOptions:
     """First questions of each task only; for a quick look, not for a figure to quote."""
     allow_code_execution: bool = False
     """Run the programs that the model writes (gsm8k, humaneval, mbpp), in a sandbox. Off: those tasks are not run."""
-    isolation: Literal["namespaces", "limits"] = "namespaces"
-    """The sandbox. "limits" is for systems without namespaces: there a program can read your files."""
     mmlu_shots: int = harness.MMLU_SHOTS
     """Examples before each MMLU question; the report has 2."""
     batch_tokens: int = 4096
@@ -90,7 +88,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
     if not tasks:
         raise UsageError("there is nothing to run")
     if any(task in generative.CODE_TASKS for task in tasks):
-        check_isolation(options.isolation)
+        sandbox.check()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         from .evaluation.lm import PhiFastLM
@@ -165,7 +163,7 @@ def run_task(task: str, lm: Any, options: EvaluateOptions) -> TaskResult:
         return harness.run(task, lm, options.data, options.limit, mmlu_shots=options.mmlu_shots)
     path = find_file(options.data, task) if options.data else None
     rows = read_rows(path, task) if path else generative.hub_rows(task)
-    return generative.run(task, lm, rows[: options.limit], isolation=options.isolation)
+    return generative.run(task, lm, rows[: options.limit])
 
 
 def fingerprint(source: Source, options: EvaluateOptions) -> str:

@@ -6,17 +6,22 @@ toxigen follow other protocols than the report (docs/evaluation.md gives each pr
 
 from __future__ import annotations
 
+import ast
+import builtins
 import math
 import re
 import string
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from threading import Lock
 from typing import Any
 
 from .local_data import CONVERTERS, Row
+from .responses import Responses
 from .results import Question, TaskResult
-from .sandbox import Limits, run_programs
+from .sandbox import Judged, Limits, Program, Result, run_programs
 
 CODE_TASKS = ("gsm8k", "humaneval", "mbpp")
 TASKS = ("squad", *CODE_TASKS, "toxigen")
@@ -42,33 +47,49 @@ def hub_rows(task: str) -> list[Row]:
     return [CONVERTERS[task](dict(row)) for row in datasets.load_dataset(path, name, split=split)]
 
 
-def run(
-    task: str, lm: Any, rows: list[Row], *, isolation: str = "namespaces", limits: Limits | None = None
-) -> TaskResult:
-    """One task on converted rows. lm: `PhiFastLM`. The code tasks run what the model writes, in the sandbox."""
+def run(task: str, lm: Any, rows: list[Row], *, limits: Limits | None = None) -> TaskResult:
+    """One task on converted rows. lm: `PhiFastLM`. The code tasks run what the model writes, in the sandbox; outcomes
+    are kept in `lm.responses` as they come, and taken from there by the next start."""
     if task == "squad":
         return squad(lm, rows)
     if task == "toxigen":
         return toxigen(lm, rows)
     prompt, program, judge, until = PROGRAMS[task]
     texts = lm.generate([(prompt(row), _arguments(until, PROGRAM_TOKENS)) for row in rows])
-    outcomes = run_programs(
-        [program(row, text) for row, text in zip(rows, texts, strict=True)], limits, isolation=isolation
-    )
+    programs = [program(row, text) for row, text in zip(rows, texts, strict=True)]
+    outcomes = _outcomes(programs, limits or Limits(), lm.responses)
     questions = []
     for i, (row, text, outcome) in enumerate(zip(rows, texts, outcomes, strict=True)):
         right = outcome.passed and judge(row, outcome.output)
         detail = {"text": text, "outcome": outcome.reason, "output": outcome.output[-500:]}
         questions.append(Question(str(row.get("task_id", f"{task}/{i}")), float(right), detail))
-    return TaskResult.of(task, "pass@1", questions)
+    shared = sum(isinstance(each, str) for each in programs) if task != "gsm8k" else 0
+    notes = [f"{shared} of {len(programs)} programs share their process with the tests"] if shared else []
+    return TaskResult.of(task, "pass@1", questions, notes=notes)
+
+
+def _outcomes(programs: Sequence[Program], limits: Limits, responses: Responses) -> list[Result]:
+    """What became of each program; only those that `responses` does not know are run."""
+    keys = [Responses.key("program", repr(program), repr(limits)) for program in programs]
+    missing = {key: program for key, program in zip(keys, programs, strict=True) if key not in responses}
+    names, lock = list(missing), Lock()
+
+    def keep(index: int, result: Result) -> None:
+        with lock:
+            responses.add({names[index]: asdict(result)})
+
+    run_programs(list(missing.values()), limits, done=keep)
+    return [Result(**responses[key]) for key in keys]
 
 
 def _arguments(until: Sequence[str], tokens: int) -> dict[str, Any]:
     return {"until": list(until), "max_gen_toks": tokens, "do_sample": False}
 
 
-def humaneval_program(row: Row, completion: str) -> str:
-    return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})\n"
+def humaneval_program(row: Row, completion: str) -> Program:
+    """The prompt runs beside the tests too: some call its helper functions, which a completion must not replace."""
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    return Judged(f"{row['prompt']}{completion}\n", (row["entry_point"],), tests, given=row["prompt"])
 
 
 def mbpp_prompt(row: Row) -> str:
@@ -77,9 +98,31 @@ def mbpp_prompt(row: Row) -> str:
     return f'"""\n{row["text"]}\n{tests}\n"""\n'
 
 
-def mbpp_program(row: Row, completion: str) -> str:
+def mbpp_program(row: Row, completion: str) -> Program:
+    """The tests call the functions that they name and the setup does not define. Where the data set's own solution
+    defines a class, tests may use its instances: then they share the candidate's process."""
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
-    return "\n".join([completion, setup, *row["test_list"], ""])
+    tests = "\n".join([*row["test_list"], ""])
+    if re.search(r"^\s*class\s", row.get("code") or "", re.MULTILINE):
+        return "\n".join([completion, setup, tests])
+    return Judged(f"{completion}\n{setup}\n", _called(tests, setup), tests, given=setup)
+
+
+def _called(tests: str, setup: str) -> tuple[str, ...]:
+    """Names of the functions that `tests` call and neither Python nor `setup` defines."""
+    try:
+        nodes, before = list(ast.walk(ast.parse(tests))), list(ast.walk(ast.parse(setup)))
+    except SyntaxError:  # they will fail for every candidate, where the report shows it
+        return ()
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    bound = {name for node in before for name in _bound(node)}
+    return tuple(sorted(called - bound - set(dir(builtins))))
+
+
+def _bound(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
+    return [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
 
 
 def gsm8k_prompt(row: Row) -> str:
@@ -100,8 +143,8 @@ def same_number(row: Row, output: str) -> bool:
         return False
 
 
-_Program = tuple[Callable[[Row], str], Callable[[Row, str], str], Callable[[Row, str], bool], list[str]]
-PROGRAMS: dict[str, _Program] = {
+_CodeTask = tuple[Callable[[Row], str], Callable[[Row, str], Program], Callable[[Row, str], bool], list[str]]
+PROGRAMS: dict[str, _CodeTask] = {
     "humaneval": (lambda row: row["prompt"], humaneval_program, lambda row, output: True, FUNCTION_END),
     "mbpp": (mbpp_prompt, mbpp_program, lambda row, output: True, MBPP_END),
     "gsm8k": (gsm8k_prompt, gsm8k_program, same_number, FUNCTION_END),

@@ -114,7 +114,7 @@ def test_programs_run_only_when_allowed(small_folder, data, tmp_path):
     with pytest.raises(UsageError, match="--allow-code-execution"):
         plan(refused)
     try:
-        sandbox.check_isolation("namespaces")
+        sandbox.check()
     except SandboxError:
         pytest.skip("this system has no namespaces")
     allowed = EvaluateOptions(

@@ -8,6 +8,7 @@ import pytest
 
 from phi_fast.evaluation import generative, sandbox
 from phi_fast.evaluation.local_data import CONVERTERS
+from phi_fast.evaluation.responses import Responses
 from phi_fast.evaluation.sandbox import SandboxError
 
 
@@ -18,21 +19,19 @@ class Scripted:
 
     def __init__(self, *texts: str) -> None:
         self.texts, self.requests = texts, []
+        self.responses = Responses(None, "")
 
     def generate(self, requests):
         self.requests = list(requests)
         return list(self.texts)
 
 
-@pytest.fixture(scope="module")
-def isolation() -> str:
-    for name in sandbox.ISOLATIONS:
-        try:
-            sandbox.check_isolation(name)
-        except SandboxError:
-            continue
-        return name
-    pytest.skip("this system allows no sandbox")
+@pytest.fixture(scope="module", name="sandboxed")
+def _sandboxed() -> None:
+    try:
+        sandbox.check()
+    except SandboxError:
+        pytest.skip("this system allows no sandbox")
 
 
 SOLUTIONS = {
@@ -76,31 +75,53 @@ def human_eval_rows() -> list[dict]:
     ]
 
 
-def test_canonical_solutions_pass_and_broken_ones_fail(isolation):
+def test_canonical_solutions_pass_and_broken_ones_fail(sandboxed):
     rows = [CONVERTERS["humaneval"](row) for row in human_eval_rows()]
     model = Scripted(*(row["canonical_solution"] for row in rows))
-    result = generative.run("humaneval", model, rows, isolation=isolation)
+    result = generative.run("humaneval", model, rows)
     assert (result.score, result.questions, result.metric) == (1.0, 20, "pass@1")
     assert model.requests[0] == (
         rows[0]["prompt"],
         {"until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"], "max_gen_toks": 512, "do_sample": False},
     )
-    broken = generative.run("humaneval", Scripted(*["    return None\n"] * 20), rows, isolation=isolation)
+    broken = generative.run("humaneval", Scripted(*["    return None\n"] * 20), rows)
     assert broken.score == 0.0
     assert broken.samples[0].detail["outcome"] == "exit code 1"
-    cheat = generative.run("humaneval", Scripted("    import os; os._exit(0)\n"), rows[:1], isolation=isolation)
+    cheat = generative.run("humaneval", Scripted("    import os; os._exit(0)\n"), rows[:1])
     assert cheat.score == 0.0
 
 
-def test_mbpp_runs_every_test(isolation):
+def test_mbpp_runs_every_test(sandboxed):
     tests = ["assert double(2) == 4", "assert double(0) == 0"]
     row = CONVERTERS["mbpp"]({"text": "Double it.", "test_list": tests, "code": "", "test_setup_code": "import math"})
     assert generative.mbpp_prompt(row) == f'"""\nDouble it.\n{tests[0]}\n{tests[1]}\n"""\n'
     model = Scripted("def double(x):\n    return 2 * x", "def double(x):\n    return x + 2")
-    assert [s.score for s in generative.run("mbpp", model, [row, row], isolation=isolation).samples] == [1.0, 0.0]
+    assert [s.score for s in generative.run("mbpp", model, [row, row]).samples] == [1.0, 0.0]
 
 
-def test_gsm8k_compares_the_number_that_the_program_prints(isolation):
+def test_mbpp_candidates_are_judged_on_plain_data_where_the_task_allows(sandboxed):
+    cheat = "class Yes:\n    def __eq__(self, other): return True\n\ndef double(x):\n    return Yes()"
+    row = {"text": "Double it.", "test_list": ["assert math.isclose(double(2), 4)", "assert double(1) == 2"]}
+    row = CONVERTERS["mbpp"](row | {"code": "def double(x): return 2 * x", "test_setup_code": "import math"})
+    assert generative.mbpp_program(row, "").functions == ("double",)
+    plain = generative.run("mbpp", Scripted(cheat, "def double(x):\n    return 2 * x"), [row, row])
+    assert [sample.score for sample in plain.samples] == [0.0, 1.0]
+    assert plain.notes == []
+    classes = row | {"code": "class Pair:\n    pass\n", "test_list": ["assert double(1) == 2"]}
+    shared = generative.run("mbpp", Scripted(cheat), [classes])
+    assert shared.notes == ["1 of 1 programs share their process with the tests"]
+
+
+def test_outcomes_are_kept_and_not_run_again(sandboxed, monkeypatch):
+    rows = [CONVERTERS["humaneval"](row) for row in human_eval_rows()[:2]]
+    model = Scripted(*(row["canonical_solution"] for row in rows))
+    first = generative.run("humaneval", model, rows)
+    assert len(model.responses.known) == 2
+    monkeypatch.setattr(sandbox, "run_program", None)
+    assert generative.run("humaneval", model, rows) == first
+
+
+def test_gsm8k_compares_the_number_that_the_program_prints(sandboxed):
     hub = CONVERTERS["gsm8k"]({"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"})
     compact = CONVERTERS["gsm8k"]({"context": "How many?", "chain_of_thought": "…", "answer": "1200"})
     assert hub == compact == {"question": "How many?", "answer": "1200"}
@@ -111,7 +132,7 @@ def test_gsm8k_compares_the_number_that_the_program_prints(isolation):
         "    print(1200)",
         "    x = 'no'\n    return x",
     )
-    result = generative.run("gsm8k", Scripted(*bodies), [hub] * 5, isolation=isolation)
+    result = generative.run("gsm8k", Scripted(*bodies), [hub] * 5)
     assert [sample.score for sample in result.samples] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert generative.gsm8k_prompt(hub) == 'def solution():\n    """How many?"""\n'
 

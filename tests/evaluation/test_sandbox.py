@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,41 +15,30 @@ from pathlib import Path
 import pytest
 
 from phi_fast.evaluation import sandbox
-from phi_fast.evaluation.sandbox import Limits, Result, SandboxError, run_program, run_programs
+from phi_fast.evaluation.generative import humaneval_program
+from phi_fast.evaluation.sandbox import Judged, Limits, Program, Result, SandboxError, run_program, run_programs
 
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
-def available(isolation: str) -> bool:
+@pytest.fixture(autouse=True, scope="module", name="allowed")
+def _allowed() -> None:
     try:
-        sandbox.check_isolation(isolation)
-    except SandboxError:
-        return False
-    return True
+        sandbox.check()
+    except SandboxError as error:
+        pytest.skip(f"this system allows no sandbox: {error}")
 
 
-@pytest.fixture(params=sandbox.ISOLATIONS)
-def isolation(request, monkeypatch) -> str:
-    if available(request.param):
-        return request.param
-    if request.param == "limits" and os.getuid() == 0 and SYSTEM_PYTHON.exists():
-        # Root's own interpreter may be hidden from the user that the program becomes; the system's is not.
-        monkeypatch.setattr(sys, "_base_executable", str(SYSTEM_PYTHON.resolve()))
-        monkeypatch.setattr(sys, "base_prefix", "/usr")
-        return request.param
-    pytest.skip(f"this system does not allow {request.param!r}")
+def run(source: Program, **limits) -> Result:
+    return run_program(source, Limits(**{"wall_seconds": 8.0, **limits}))
 
 
-def run(source: str, isolation: str, **limits) -> Result:
-    return run_program(source, Limits(**{"wall_seconds": 8.0, **limits}), isolation=isolation)
-
-
-def test_a_good_program_passes_with_an_empty_environment(isolation, monkeypatch):
+def test_a_good_program_passes_with_an_empty_environment(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    result = run("import os\nprint(sorted(os.environ))\nassert not os.environ.keys() - {'LC_CTYPE'}", isolation)
+    result = run("import os\nprint(sorted(os.environ))\nassert not os.environ.keys() - {'LC_CTYPE'}")
     assert result.passed, result
     assert result.output == "['LC_CTYPE']\n"
-    assert run("import subprocess\nassert subprocess.run(['/bin/true']).returncode == 0", isolation).passed
+    assert run("import subprocess\nassert subprocess.run(['/bin/true']).returncode == 0").passed
 
 
 @pytest.mark.parametrize(
@@ -65,21 +56,21 @@ def test_a_good_program_passes_with_an_empty_environment(isolation, monkeypatch)
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),
     ],
 )
-def test_what_went_wrong_is_named(isolation, source, reason):
-    result = run(source, isolation, wall_seconds=1.5)
+def test_what_went_wrong_is_named(source, reason):
+    result = run(source, wall_seconds=1.5)
     assert (result.passed, result.reason) == (False, reason), result
 
 
-def test_processor_time_is_limited(isolation):
-    result = run("while True: pass", isolation, cpu_seconds=1, wall_seconds=30.0)
+def test_processor_time_is_limited():
+    result = run("while True: pass", cpu_seconds=1, wall_seconds=30.0)
     assert result.reason in ("signal SIGXCPU", "signal SIGKILL"), result
 
 
-def test_a_fork_bomb_reaches_its_limit_and_dies_whole(isolation):
-    marker = f"bomb_{os.getpid()}_{isolation}"
+def test_a_fork_bomb_reaches_its_limit_and_dies_whole():
+    marker = f"bomb_{os.getpid()}"
     source = f"{marker} = 1\nimport os\nwhile True:\n    try:\n        os.fork()\n    except OSError: pass"
     start = time.monotonic()
-    result = run(source, isolation, wall_seconds=1.0)
+    result = run(source, wall_seconds=1.0)
     assert not result.passed
     assert time.monotonic() - start < 10
     assert_nothing_left()
@@ -88,12 +79,12 @@ def test_a_fork_bomb_reaches_its_limit_and_dies_whole(isolation):
         "while True:\n    try:\n        pid = os.fork()\n    except OSError:\n        break\n"
         "    if pid == 0:\n        time.sleep(60)\n    n += 1\nprint(n, flush=True)\n"
     )
-    result = run(counted, isolation, processes=8)
+    result = run(counted, processes=8)
     assert not result.passed
     assert int(result.output) <= 8
 
 
-def test_children_in_new_sessions_do_not_survive(isolation):
+def test_children_in_new_sessions_do_not_survive():
     source = """
 import os, time
 for _ in range(3):
@@ -103,65 +94,130 @@ for _ in range(3):
         os.fork()
         time.sleep(61)
 """
-    assert not run(source, isolation).passed
+    assert not run(source).passed
     assert_nothing_left()
 
 
-def test_memory_floods(isolation):
+def test_memory_floods():
     flood = "blocks = [bytearray(1 << 24) for _ in range(1 << 10)]"
-    result = run(flood, isolation, memory_mb=128)
+    result = run(flood, memory_mb=128)
     assert not result.passed
     assert "MemoryError" in result.output
     together = "import os\nfor _ in range(5):\n    if os.fork() == 0: break\nx = bytearray(60 << 20)\nwhile True: pass"
-    result = run(together, isolation, memory_mb=128, processes=8)
+    result = run(together, memory_mb=128, processes=8)
     assert not result.passed
     assert result.reason.endswith("MiB of memory in all its processes"), result
     calls = "319, b'x', 0", "29, 0, 1 << 30, 0o1600", "240, b'x', 0o102, 0o600, 0"  # memfd_create, shmget, mq_open
     for call in calls if os.uname().machine == "x86_64" else ():
-        result = run(f"import ctypes\nassert ctypes.CDLL(None).syscall({call}) >= 0, 'denied'", isolation)
+        result = run(f"import ctypes\nassert ctypes.CDLL(None).syscall({call}) >= 0, 'denied'")
         assert "denied" in result.output, result
 
 
-def test_disk_floods(isolation):
+def test_disk_floods():
     one_file = "with open('flood', 'wb') as f:\n    while True: f.write(bytes(1 << 20))"
-    result = run(one_file, isolation, disk_mb=4)
+    result = run(one_file, disk_mb=4)
     assert not result.passed
     assert "Errno" in result.output or result.reason == "signal SIGXFSZ", result
-    if isolation == "namespaces":
-        many_files = "for i in range(100):\n    open(f'flood{i}', 'wb').write(bytes(1 << 20))"
-        result = run(many_files, isolation, disk_mb=4)
-        assert "No space left on device" in result.output
-        result = run("for i in range(10**6):\n    open(f'flood{i}', 'wb').close()", isolation, disk_mb=4)
-        assert "No space left on device" in result.output
+    many_files = "for i in range(100):\n    open(f'flood{i}', 'wb').write(bytes(1 << 20))"
+    result = run(many_files, disk_mb=4)
+    assert "No space left on device" in result.output
+    result = run("for i in range(10**6):\n    open(f'flood{i}', 'wb').close()", disk_mb=4)
+    assert "No space left on device" in result.output
 
 
-def test_there_is_no_network(isolation):
+def test_memory_of_processes_whose_first_thread_has_ended_is_counted():
+    """Their entry in /proc is a zombie without memory; what the machine has left is measured, not what is reported."""
+    source = """
+import ctypes, os, threading, time
+def hold():
+    time.sleep(0.5)  # until the first thread has ended
+    block = bytearray(400 << 20)
+    time.sleep(60)
+for _ in range(5):
+    if os.fork() == 0:
+        threading.Thread(target=hold).start()
+        ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # ends this thread alone
+time.sleep(60)
+"""
+    before = available_mb()
+    lowest = Lowest()
+    result = run(source, memory_mb=512, processes=12, wall_seconds=20.0)
+    assert result.reason.endswith("MiB of memory in all its processes"), result
+    assert before - lowest.stop() < 1300  # 2,000 were asked for, and other tests run beside
+
+
+def test_sockets_cannot_hold_memory_that_nobody_counts():
+    """Descriptors in flight would outlive every limit on open files; buffers of open sockets stay small."""
+    source = """
+import array, socket
+held = []
+try:
+    while True:
+        a, b = socket.socketpair()
+        a.setblocking(False)
+        try:
+            while True: a.send(bytes(65536))
+        except BlockingIOError: pass
+        carrier, _ = socket.socketpair()
+        carrier.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [a.fileno(), b.fileno()]))])
+        held.append((carrier, _)); a.close(); b.close()
+except OSError as error:
+    print(error)
+"""
+    before, lowest = available_mb(), Lowest()
+    result = run(source)
+    assert "not permitted" in result.output, result
+    assert before - lowest.stop() < 1300  # no limit but the machine's: 5,500 were reached
+
+
+def available_mb() -> int:
+    text = Path("/proc/meminfo").read_text()
+    return int(text.partition("MemAvailable:")[2].split()[0]) >> 10
+
+
+class Lowest:
+    """The least memory that the machine had left, from now until `stop`."""
+
+    def __init__(self) -> None:
+        self.low, self.ended = available_mb(), threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+
+    def watch(self) -> None:
+        while not self.ended.wait(0.02):
+            self.low = min(self.low, available_mb())
+
+    def stop(self) -> int:
+        self.ended.set()
+        self.thread.join()
+        return self.low
+
+
+def test_there_is_no_network():
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         connect = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=2)"
         server.settimeout(0.2)
-        assert not run(connect, isolation).passed
+        assert not run(connect).passed
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-def test_signals_do_not_reach_the_parent(isolation):
+def test_signals_do_not_reach_the_parent():
     received = []
     previous = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
     try:
         for target in (os.getpid(), "os.getppid()"):
-            assert not run(f"import os, signal\nos.kill({target}, signal.SIGUSR1)", isolation).passed
+            assert not run(f"import os, signal\nos.kill({target}, signal.SIGUSR1)").passed
             swallowed = f"import os\ntry: os.kill({target}, 9)\nexcept OSError: pass\nassert 0"
-            assert run(swallowed, isolation).reason == "exit code 1"
+            assert run(swallowed).reason == "exit code 1"
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert not received
 
 
 def test_the_users_files_are_out_of_sight(tmp_path):
-    if not available("namespaces"):
-        pytest.skip("needs a mount namespace")
     secret = tmp_path / "secret.txt"
     secret.write_text("hunter2")
     secret.chmod(0o777)
@@ -176,15 +232,13 @@ def test_the_users_files_are_out_of_sight(tmp_path):
         "open('/usr/planted', 'w')",
         "import os; os.mkdir('/planted')",
     ):
-        result = run(source, "namespaces")
+        result = run(source)
         assert not result.passed, (source, result)
         assert any(error in result.output for error in ("FileNotFound", "PermissionError", "Read-only")), result
     assert secret.read_text() == "hunter2"
 
 
 def test_the_way_back_up_is_shut():
-    if not available("namespaces"):
-        pytest.skip("needs namespaces")
     if os.uname().machine != "x86_64":
         pytest.skip("system call numbers of x86-64")
     for call in (
@@ -193,29 +247,22 @@ def test_the_way_back_up_is_shut():
         "56, 0x10000011, 0, 0, 0, 0",
         "101, 16, 1, 0, 0",
     ):
-        result = run(f"import ctypes\nassert ctypes.CDLL(None).syscall({call}) >= 0, 'denied'", "namespaces")
+        result = run(f"import ctypes\nassert ctypes.CDLL(None).syscall({call}) >= 0, 'denied'")
         assert "denied" in result.output, (call, result)
 
 
-def test_temporary_folders_are_removed(isolation, tmp_path, monkeypatch):
+def test_temporary_folders_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     tmp_path.chmod(0o777)
     for parent in tmp_path.parents[:3]:
         parent.chmod(parent.stat().st_mode | 0o111)
-    assert run("open('left', 'w').write('x')", isolation).passed
+    assert run("open('left', 'w').write('x')").passed
     assert not list(tmp_path.iterdir())
 
 
 def test_many_at_once_keep_their_order():
-    if not available("namespaces"):
-        pytest.skip("needs namespaces")
     results = run_programs([f"assert {i} % 3" for i in range(12)], workers=4)
     assert [result.passed for result in results] == [bool(i % 3) for i in range(12)]
-
-
-def test_an_unknown_isolation_is_refused():
-    with pytest.raises(ValueError, match="'none' is not one of"):
-        run_program("", isolation="none")
 
 
 def test_a_sandbox_that_cannot_be_built_is_no_verdict(monkeypatch):
@@ -224,8 +271,146 @@ def test_a_sandbox_that_cannot_be_built_is_no_verdict(monkeypatch):
         run_program("")
 
 
-def human_eval_program(problem: dict, completion: str) -> str:
-    return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("x = '\ud800'", "exit code 1"),
+        ("#" + "x" * (40 << 20), "a program of 40,960 KiB"),
+        ("\0", "exit code 1"),
+        ("(" * 1000, "exit code 1"),
+    ],
+    ids=["lone surrogate", "40 MB", "null byte", "too deep"],
+)
+def test_what_is_no_program_fails_alone(source, reason):
+    results = run_programs(["assert 1", source, "assert 1"])
+    assert [result.passed for result in results] == [True, False, True]
+    assert results[1].reason == reason
+
+
+def test_results_are_told_as_they_come():
+    told = {}
+    results = run_programs(["pass", "assert 0"], workers=1, done=told.__setitem__)
+    assert told == dict(enumerate(results))
+
+
+AS_A_USER = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1])
+sandbox = importlib.util.module_from_spec(spec)
+sys.modules["sandbox"] = sandbox
+spec.loader.exec_module(sandbox)
+try:
+    sandbox.check()
+except sandbox.SandboxError as error:
+    print(json.dumps(str(error)))
+else:
+    limits = sandbox.Limits(wall_seconds=3.0)
+    print(json.dumps([[r.passed, r.reason, r.output] for r in sandbox.run_programs(json.loads(sys.argv[2]), limits)]))
+"""
+ATTACKS = (
+    "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
+    "import ctypes\nassert ctypes.CDLL(None).syscall(434, 1, 0) >= 0, 'denied'",  # pidfd_open
+    "import ctypes\nassert ctypes.CDLL(None).syscall(101, 16, 1, 0, 0) >= 0, 'denied'",  # ptrace
+    "open('/proc/1/mem', 'wb')",
+    "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, 1)\nfcntl.fcntl(r, 10, 9)\n"
+    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')\nwhile True: pass",
+)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not SYSTEM_PYTHON.exists(), reason="becomes another user, whom Python must let")
+def test_without_root_the_supervisor_survives_the_program(tmp_path):
+    """Program and supervisor are one user there. Its results are failures of their own; the others' are kept."""
+    folder = tmp_path / "sandbox"
+    shutil.copytree(Path(sandbox.__file__).parent, folder)
+    for path in (*tmp_path.parents[:3], tmp_path, folder):
+        path.chmod(path.stat().st_mode | 0o755)
+    programs = ["assert 1", *ATTACKS, "assert 1"]
+    done = subprocess.run(
+        [SYSTEM_PYTHON, "-c", AS_A_USER, folder / "__init__.py", json.dumps(programs)],
+        capture_output=True,
+        text=True,
+        user=61183,
+        group=61183,
+        extra_groups=[],
+        cwd="/",
+        env={"TMPDIR": "/tmp"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    if isinstance(results, str):
+        pytest.skip(results)
+    assert [passed for passed, _, _ in results] == [True, *[False] * len(ATTACKS), True], results
+    assert all("supervisor" not in reason for _, reason, _ in results), results
+
+
+ALWAYS_EQUAL = "class Yes:\n    def __eq__(self, other): return True\n"
+DOUBLE = "assert double(2) == 4\nassert double([1]) == [1, 1]\n"
+
+
+def judged(source: str, tests: str = DOUBLE, given: str = "") -> Result:
+    return run(Judged(source, ("double",), tests, given))
+
+
+def test_a_candidate_is_judged_on_plain_data():
+    right = "def double(x): return x + x\n"
+    assert run(ALWAYS_EQUAL + "def double(x): return Yes()\n" + DOUBLE).passed  # what one process cannot tell
+    for cheat in (
+        ALWAYS_EQUAL + "def double(x): return Yes()\n",
+        ALWAYS_EQUAL + "class Int(int, Yes): pass\ndef double(x): return Int(3)\n".replace("(int, Yes)", "(Yes, int)"),
+        "class Liar(list):\n    __eq__ = lambda self, other: True\ndef double(x): return Liar()\n",
+        "import os\ndef double(x): os._exit(0)\n",
+        "import builtins\nbuiltins.AssertionError = Exception\ndef double(x): return 0\n",
+        "import sys\nsys.exit(0)\n",
+        "import gc, os\n[os.write(fd, b'x' * 32) for fd in range(3, 10) if not os.fstat(fd)]\n",
+        "def other(x): return x + x\n",
+        "import time\ndef double(x): time.sleep(60)\n",
+    ):
+        result = judged(cheat)
+        assert not result.passed, (cheat, result)
+    assert judged(right).passed
+    assert judged(right + "import threading, time\nthreading.Thread(target=time.sleep, args=(0.1,)).start()\n").passed
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("None", "True", "-0.0", "float('inf')", "10 ** 5000", "2 ** 0.5", "1j", "'\\u2028\\ud800'", "b'\\x00'"),
+        *("bytearray(b'a')", "()", "(1, [2], {3: (4,)})", "{1, 2}", "frozenset('ab')", "{(1, 2): {'a'}}"),
+        "range(1, 9, 2)",
+    ],
+)
+def test_plain_data_arrives_as_it_was(value):
+    tests = f"x = {value}\ny = double(x)\nassert type(y) is type(x) and y == x and repr(y) == repr(x), y\n"
+    assert judged("def double(x): return x\n", tests).passed
+
+
+@pytest.mark.parametrize(
+    ("body", "expression"),
+    [
+        ("import collections; return collections.Counter(x)", "double('aab') == {'a': 2, 'b': 1}"),
+        ("return (y for y in x)", "list(double([1, 2])) == [1, 2]"),
+        ("return (y for y in x)", "double([1, 2]) != [1, 2]"),
+        ("return {1: 2}.keys()", "list(double(0)) == [1]"),
+        ("import enum; return enum.IntEnum('E', 'a')(1)", "double(0) == 1"),
+    ],
+)
+def test_what_resembles_plain_data_is_read_as_it(body, expression):
+    assert judged(f"def double(x): {body}\n", f"assert {expression}\n").passed
+
+
+def test_errors_of_a_candidate_reach_its_tests():
+    tests = "try: double(1)\nexcept ValueError as error: assert str(error) == 'no'\nelse: assert 0\n"
+    assert judged("def double(x): raise ValueError('no')\n", tests).passed
+    result = judged("class Own(Exception): pass\ndef double(x): raise Own('no')\n", "double(1)")
+    assert "CandidateError: Own: no" in result.output
+
+
+def test_what_is_given_to_the_tests_is_not_the_candidates_to_change():
+    given = "def near(a, b): return abs(a - b) < 1e-6\n"
+    cheat = "def near(a, b): return True\ndef double(x): return 0\n"
+    assert not judged(given + cheat, "assert near(double(2), 4)", given).passed
+    assert judged(given + "def double(x): return 2 * x\n", "assert near(double(2), 4)", given).passed
 
 
 @pytest.mark.slow
@@ -236,10 +421,12 @@ def test_human_eval_canonical_solutions_pass_and_broken_ones_fail():
     lines = (Path(os.environ["PHI_FAST_EVAL_DATA"]) / "human_eval.jsonl").read_text().splitlines()
     problems = [json.loads(line) for line in lines]
     assert len(problems) == 164
-    good = run_programs([human_eval_program(p, p["canonical_solution"]) for p in problems])
+    good = run_programs([humaneval_program(p, p["canonical_solution"]) for p in problems])
     assert [p["task_id"] for p, r in zip(problems, good, strict=True) if not r.passed] == []
-    broken = run_programs([human_eval_program(p, "    return object()\n") for p in problems])
-    assert [p["task_id"] for p, r in zip(problems, broken, strict=True) if r.passed] == []
+    always_equal = f"    {ALWAYS_EQUAL.strip()}\n    return Yes()\n".replace("\n    def", "\n        def")
+    for wrong in ("    return object()\n", always_equal):
+        broken = run_programs([humaneval_program(p, wrong) for p in problems])
+        assert [p["task_id"] for p, r in zip(problems, broken, strict=True) if r.passed] == []
 
 
 def assert_nothing_left() -> None:

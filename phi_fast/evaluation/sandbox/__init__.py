@@ -1,9 +1,7 @@
 """Run a program that a model wrote as if it were hostile: in its own processes, with limits on everything.
 
-`isolation="namespaces"` (Linux) gives the program its own process table, network (none), users, mounts and IPC: it
-sees a read-only Python and an empty temporary folder of bounded size, and nothing else. `isolation="limits"` is for
-systems that refuse namespaces: resource limits, a process group and, on Linux, a system-call filter that denies sockets
-and signals; there the program can still READ whatever the user can. It is never chosen silently.
+The program gets its own process table, network (none), users, mounts and IPC (Linux namespaces): it sees a read-only
+Python and an empty temporary folder of bounded size, and nothing else. Where a system refuses namespaces nothing runs.
 """
 
 from __future__ import annotations
@@ -17,12 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-ISOLATIONS = ("namespaces", "limits")
+STANDING = b"the sandbox stands\n"
+"""The launcher's first line, once the program runs: what goes wrong after it is the program's doing."""
 LAUNCHER_GRACE_SECONDS = 20.0  # beyond the program's wall time: the launcher's own start on a loaded machine
 
 
@@ -62,24 +63,46 @@ class Result:
     """Elapsed time of the program."""
 
 
-def run_program(source: str, limits: Limits | None = None, *, isolation: str = "namespaces") -> Result:
-    """Run Python source text in a sandbox and wait for it.
+@dataclass(frozen=True)
+class Judged:
+    """A candidate whose functions are called by tests in another process, which sees its results as plain data only.
 
-    A program passes only if its last line was reached: `sys.exit(0)` or `os._exit(0)` before it is a failure. (This
-    guards the machine, not the score: code that walks interpreter frames could still forge a pass.)
-
-    Raises SandboxError where the sandbox cannot be built, with what the system refused, and ValueError for another
-    isolation.
+    Tests that need more than numbers, text, bytes, None, and lists, tuples, dicts, sets and iterators of them, such as
+    instances of the candidate's classes, cannot be written so: they run as one program with the candidate.
     """
-    if isolation not in ISOLATIONS:
-        raise ValueError(f"isolation={isolation!r} is not one of {', '.join(map(repr, ISOLATIONS))}")
+
+    source: str
+    """What the model wrote, with what it went on from."""
+    functions: tuple[str, ...]
+    """Names that the tests call."""
+    tests: str
+    """Source that raises where the candidate is wrong."""
+    given: str = ""
+    """Source that runs before the tests, beside them: imports, and helpers that are not the candidate's to change."""
+
+
+Program = str | Judged
+
+
+def run_program(program: Program, limits: Limits | None = None) -> Result:
+    """Run Python source text, or a candidate and its tests, in a sandbox and wait for it.
+
+    A program passes only if its last line was reached: `sys.exit(0)` or `os._exit(0)` before it is a failure. Source
+    text alone could forge that by walking interpreter frames, for it shares them with the code that proves it; a
+    `Judged` candidate cannot.
+
+    Raises SandboxError where the sandbox cannot be built, with what the system refused.
+    """
     limits = limits or Limits()
+    content: dict[str, Any] = {"source": program} if isinstance(program, str) else asdict(program)
+    size = len(json.dumps(content))
+    if size > limits.disk_mb << 19:  # half of the folder that the program is written to
+        return Result(False, f"a program of {size >> 10:,} KiB", "", 0.0)
     folder = tempfile.mkdtemp(prefix="phi-fast-sandbox-")
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))  # a virtual environment's is a link
     spec = {
-        "source": source,
+        "program": content,
         "limits": asdict(limits),
-        "isolation": isolation,
         "folder": folder,
         "python": python,
         "prefix": os.path.realpath(sys.base_prefix),
@@ -93,36 +116,50 @@ def run_program(source: str, limits: Limits | None = None, *, isolation: str = "
         env={},
     )
     try:
-        report, errors = process.communicate(json.dumps(spec).encode(), limits.wall_seconds + LAUNCHER_GRACE_SECONDS)
+        output, errors = process.communicate(json.dumps(spec).encode(), limits.wall_seconds + LAUNCHER_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         return Result(False, "timeout (and its supervisor did not answer)", "", limits.wall_seconds)
     finally:
         _kill_session(process)
         shutil.rmtree(folder, ignore_errors=True)
-    return _result(report, errors, process.returncode)
+    return _result(output, errors, process.returncode)
 
 
 def run_programs(
-    sources: list[str], limits: Limits | None = None, *, isolation: str = "namespaces", workers: int | None = None
+    programs: Sequence[Program],
+    limits: Limits | None = None,
+    *,
+    workers: int | None = None,
+    done: Callable[[int, Result], None] = lambda index, result: None,
 ) -> list[Result]:
-    """`run_program` over a list, `workers` (default: half the processors) at a time; results in the list's order."""
+    """`run_program` over a list, `workers` (default: half the processors) at a time; results in the list's order.
+
+    done: called from the working threads with each result as it comes, so that it can be kept.
+    """
     workers = workers or max(1, (os.cpu_count() or 2) // 2)
+
+    def run(index: int) -> Result:
+        result = run_program(programs[index], limits)
+        done(index, result)
+        return result
+
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda source: run_program(source, limits, isolation=isolation), sources))
+        return list(pool.map(run, range(len(programs))))
 
 
 @functools.cache
-def check_isolation(isolation: str) -> None:
+def check() -> None:
     """Raise SandboxError, with the way out, where this system cannot build the sandbox. Tried once, on `pass`."""
     try:
-        result = run_program("pass", isolation=isolation)
+        result = run_program("pass")
     except SandboxError as error:
         raise SandboxError(
-            f"{error}. This system does not allow {isolation!r}: enable unprivileged user namespaces, run as root in a "
-            "container with SYS_ADMIN, or accept isolation 'limits', under which a program can read the user's files"
+            f"{error}. Programs that a model wrote run in Linux namespaces only. Enable unprivileged user namespaces "
+            "(sysctl kernel.unprivileged_userns_clone=1; on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0), or "
+            "run as root, in a container with --cap-add SYS_ADMIN --security-opt seccomp=unconfined"
         ) from error
     if not result.passed:
-        raise SandboxError(f"`pass` does not pass under isolation {isolation!r}: {result.reason} {result.output}")
+        raise SandboxError(f"`pass` does not pass in the sandbox: {result.reason} {result.output}")
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
@@ -135,15 +172,16 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-def _result(report: bytes, errors: bytes, returncode: int) -> Result:
+def _result(output: bytes, errors: bytes, returncode: int) -> Result:
     try:
-        answer = json.loads(report)
+        answer = json.loads(output.removeprefix(STANDING))
     except ValueError:
-        if returncode < 0:  # the program reached its supervisor: only possible under "limits" without a call filter
-            return Result(False, f"the supervisor was ended by {signal.Signals(-returncode).name}", "", 0.0)
-        raise SandboxError(
-            f"the sandbox gave no report (exit code {returncode}): {errors.decode(errors='replace')}"
-        ) from None
+        reason = errors.decode(errors="replace").strip()
+        if output.startswith(STANDING):
+            return Result(False, f"its supervisor was ended{': ' * bool(reason)}{reason}", "", 0.0)
+        raise SandboxError(f"the sandbox gave no report (exit code {returncode}): {reason}") from None
+    if "error" in answer and output.startswith(STANDING):
+        return Result(False, f"its supervisor failed: {answer['error']}", "", 0.0)
     if "error" in answer:
         raise SandboxError(answer["error"])
     return Result(**answer)

@@ -1,8 +1,8 @@
 """The supervisor of one hostile program: builds the sandbox, starts the program, watches it, reports, kills.
 
-Run as a script by `run_program` (standard library only; its specification is JSON on standard input, its report JSON
-on standard output). Under "namespaces" the supervisor is process 1 of the program's process table: the program cannot
-signal it, and the kernel kills whatever is left when it exits.
+Run as a script by `run_program` (standard library only). Its specification is JSON on standard input; on standard
+output it writes a line once the program runs, then its report as JSON. The supervisor is process 1 of the program's
+process table: the program cannot signal it, and the kernel kills whatever is left when it exits.
 """
 
 from __future__ import annotations
@@ -24,40 +24,26 @@ import namespaces
 import seccomp
 
 POLL_SECONDS = 0.02
-NONCE_IN, NONCE_OUT = 3, 4
-PR_SET_PDEATHSIG = 1
-
-# Runs inside the sandbox. The nonce proves that the last line was reached; the program's globals do not hold it.
-BOOTSTRAP = f"""
-import os
-def run(path):
-    nonce = os.read({NONCE_IN}, 64)
-    os.close({NONCE_IN})
-    with open(path, encoding="utf-8") as file:
-        source = file.read()
-    exec(compile(source, path, "exec"), {{"__name__": "__main__"}})
-    os.write({NONCE_OUT}, nonce)
-run("program.py")
-"""
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+STANDING = "the sandbox stands"
+"""The line before the report, once the program runs: what goes wrong after it is the program's doing."""
 
 
 def main() -> None:
     spec = json.load(sys.stdin)
     die_with_parent()
     try:
-        if spec["isolation"] == "namespaces":
-            namespaces.unshare()
-            child = os.fork()
-            if child:
-                os.waitpid(child, 0)
-                return
-            die_with_parent()
-            proc = namespaces.enter_root(spec["folder"], spec["prefix"], spec["limits"]["disk_mb"])
-            os.chdir("/tmp")
-        else:
-            os.chdir(spec["folder"])
-            Path(spec["folder"]).chmod(0o777)
-            proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY) if Path("/proc/self").is_dir() else None
+        namespaces.unshare()
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return
+        die_with_parent()
+        proc = namespaces.enter_root(spec["folder"], spec["prefix"], spec["limits"]["disk_mb"])
+        os.chdir("/tmp")
+        # Without root the program has this process's user: it must not read its memory or take its descriptors.
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         report = Supervisor(spec, proc).run()
     except Exception as error:
         report = {"error": f"{type(error).__name__}: {error}"}
@@ -66,25 +52,24 @@ def main() -> None:
 
 
 def die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class Supervisor:
     """One program: `run` starts it and returns the report."""
 
-    def __init__(self, spec: dict, proc: int | None) -> None:
+    def __init__(self, spec: dict, proc: int) -> None:
         self.spec, self.limits, self.proc = spec, spec["limits"], proc
-        self.own_namespace = spec["isolation"] == "namespaces"
         self.output = bytearray()
-        self.nonce = secrets.token_hex(16).encode()
+        self.token = secrets.token_hex(16).encode()
+        Path("program.json").write_text(json.dumps(spec["program"]), encoding="utf-8")
 
     def run(self) -> dict:
-        Path("program.py").write_text(self.spec["source"], encoding="utf-8")
         start = time.monotonic()
         output, proof = self.start()
+        print(STANDING, flush=True)
         reason = self.watch(start, output)
-        if reason == "passed" and os.read(proof, 64) != self.nonce:
+        if reason == "passed" and os.read(proof, 64) != self.token:
             reason = "exited before its last line"
         self.kill()
         text = self.output.decode("utf-8", "replace")
@@ -92,30 +77,27 @@ class Supervisor:
 
     def start(self) -> tuple[int, int]:
         """Fork the program. Returns the reading ends of its output and of its proof."""
-        nonce_in, nonce_write = os.pipe()
-        proof, nonce_out = os.pipe()
+        token_in, token_write = os.pipe()
+        proof, token_out = os.pipe()
         output, output_write = os.pipe()
         failure, failure_write = os.pipe()  # closed by a successful exec
-        os.write(nonce_write, self.nonce)
-        self.processes = self.limits["processes"]
-        if not self.own_namespace and os.getuid():
-            self.processes += self.user_processes()  # the kernel counts all of the user's
+        os.write(token_write, self.token)
         self.program = os.fork()
         if self.program == 0:
             try:
-                ends = [os.dup(os.open("/dev/null", os.O_RDONLY)), output_write, output_write, nonce_in, nonce_out]
+                ends = [os.dup(os.open("/dev/null", os.O_RDONLY)), output_write, output_write, token_in, token_out]
                 ends = [os.dup2(end, 100 + i) for i, end in enumerate(ends)]
                 failure_write = os.dup2(failure_write, 110, inheritable=False)
                 for i, end in enumerate(ends):
                     os.dup2(end, i)
                 os.closerange(5, 110)
                 self.confine()
-                os.execve(self.spec["python"], ["python", "-I", "-X", "utf8", "-c", BOOTSTRAP], {})
+                os.execve(self.spec["python"], ["python", "-I", "-X", "utf8", "-c", INSIDE], {})
             except BaseException as error:
                 os.write(failure_write, f"{type(error).__name__}: {error}".encode())
             finally:
                 os._exit(127)
-        for end in (nonce_in, nonce_write, nonce_out, output_write, failure_write):
+        for end in (token_in, token_write, token_out, output_write, failure_write):
             os.close(end)
         if message := os.read(failure, 4096):
             raise RuntimeError(
@@ -135,15 +117,14 @@ class Supervisor:
             (resource.RLIMIT_FSIZE, limits["disk_mb"] * mebibyte),
             (resource.RLIMIT_NOFILE, 64),
             (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_NPROC, self.processes),
+            (resource.RLIMIT_NPROC, limits["processes"]),
         ):
             _, hard = resource.getrlimit(kind)
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
         if os.getuid() == 0:
             namespaces.become_nobody()
-        if seccomp.supported():
-            seccomp.install()
+        seccomp.install()
 
     def watch(self, start: float, output: int) -> str:
         """Wait for the end, or a broken limit. Returns "passed" for exit code 0, else what happened."""
@@ -195,48 +176,43 @@ class Supervisor:
         return "passed"
 
     def members(self) -> list[tuple[int, int]]:
-        """(pid, resident bytes) of the sandbox's live processes, without this one. Empty where there is no /proc."""
-        found: list[tuple[int, int]] = []
-        if self.proc is None:
-            return found
-        for name in os.listdir(self.proc):  # noqa: PTH208 - a descriptor, not a path
-            if not name.isdigit() or (self.own_namespace and name == "1"):
-                continue
+        """(pid, resident bytes) of the sandbox's live processes, without this one."""
+        pids = [int(name) for name in self.list_proc(".") if name.isdigit() and name != "1"]
+        resident = {pid: self.resident(pid) for pid in pids}
+        return [(pid, size) for pid, size in resident.items() if size is not None]
+
+    def resident(self, pid: int) -> int | None:
+        """Bytes of a process, None where none of its threads lives. A process whose first thread has ended looks like
+        a zombie without memory; its other threads hold the memory still, and only their own entries show it."""
+        for thread in self.list_proc(f"{pid}/task"):
             try:
-                state = self.read_proc(f"{name}/stat").rpartition(")")[2].split()  # state, ppid, pgrp, session, ...
+                fields = self.read_proc(f"{pid}/task/{thread}/stat").rpartition(")")[2].split()  # state, parent, ...
             except (FileNotFoundError, ProcessLookupError):
                 continue  # ended since the listing
-            ours = self.own_namespace or state[3] == str(self.program)
-            if ours and state[0] not in "ZX":
-                found.append((int(name), int(state[21]) * resource.getpagesize()))
-        return found
+            if fields[0] not in "ZX":
+                return int(fields[21]) * resource.getpagesize()
+        return None
 
-    def user_processes(self) -> int:
-        """Threads of this user on the whole machine, which RLIMIT_NPROC counts where there is no user namespace."""
-        if self.proc is None:
-            return 512
-        count = 0
-        for name in os.listdir(self.proc):  # noqa: PTH208 - a descriptor, not a path
-            try:
-                if name.isdigit() and os.stat(name, dir_fd=self.proc).st_uid == os.getuid():
-                    count += int(self.read_proc(f"{name}/stat").rpartition(")")[2].split()[17])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        return count
+    def list_proc(self, path: str) -> list[str]:
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.proc)
+        except (FileNotFoundError, ProcessLookupError):
+            return []
+        try:
+            return os.listdir(folder)  # noqa: PTH208 - a descriptor, not a path
+        except ProcessLookupError:
+            return []
+        finally:
+            os.close(folder)
 
     def read_proc(self, path: str) -> str:
         with os.fdopen(os.open(path, os.O_RDONLY, dir_fd=self.proc)) as file:
             return file.read()
 
     def kill(self) -> None:
-        """End whatever is left. Under "namespaces" leaving this process does so too, without a race."""
+        """End whatever is left, so that it is not left to the kernel's emptying of the process table."""
         for _ in range(100):
-            if self.own_namespace:
-                pids = [pid for pid, _ in self.members()]
-            else:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.program, signal.SIGKILL)
-                pids = [pid for pid, _ in self.members()]
+            pids = [pid for pid, _ in self.members()]
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
