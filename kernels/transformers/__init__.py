@@ -1,7 +1,7 @@
 """The kernels put into Hugging Face models: `accelerate(model)` on an instance, `restore(model)` to take them out."""
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: F401
+    from transformers import AttentionInterface  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "accelerate and restore need transformers 5 or newer, with its registry of attentions: pip install "

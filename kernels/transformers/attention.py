@@ -1,19 +1,22 @@
 """Rotary embedding and attention in place of transformers' own.
 
-Attention goes in through transformers' registry: the model's config names "phi_fast_sdpa" or "phi_fast_eager", and each
-call that this library's op cannot take is handed to the implementation that the model had.
+The replacement lives in the modules, never in the config, which models share and users read and set. In each call the
+config says which attention is wanted, and a replaced module runs this library's op only where that is transformers'
+sdpa or the model's eager one and the mask is causal and nothing else.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import backend
@@ -22,7 +25,6 @@ from ..rotary import apply_rotary_
 from ..triton.attention_tiles import HEAD_DIMS
 from .modules import Builder, Forward, hooked, original
 
-PREFIX = "phi_fast_"
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' attention implementations that this library's can stand before."""
 
@@ -33,38 +35,72 @@ RULES = (
 )
 
 
-def register() -> None:
-    """Make "phi_fast_sdpa" and "phi_fast_eager" known to transformers. Doing it again changes nothing."""
-    AttentionInterface.register(f"{PREFIX}sdpa", _before_sdpa)
-    AttentionMaskInterface.register(f"{PREFIX}sdpa", sdpa_mask)
-    AttentionInterface.register(f"{PREFIX}eager", _before_eager)
-    AttentionMaskInterface.register(f"{PREFIX}eager", _eager_mask_or_none)
+_CAUSAL = "_phi_fast_causal"
+"""Attribute of a mask that `masks` made."""
+_SDPA = PreTrainedConfig(attn_implementation="sdpa")
 
 
-def _eager_mask_or_none(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """eager's additive mask; None where it would be the causal one of a sequence on itself."""
-    arguments = {"q_length": q_length, "kv_length": kv_length, **kwargs}
-    return None if q_length == kv_length and sdpa_mask(**arguments) is None else eager_mask(**arguments)
+def masks(base: type[nn.Module]) -> Forward:
+    """Base model's forward that tells its layers when eager's mask is causal and nothing else.
+
+    transformers gives sdpa no mask then. To eager it gives a tensor, in which the layers could find that out only by
+    its values; so the tensor is made here, with an attribute, and handed in: transformers takes a mask of four dims as
+    it is.
+    """
+    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+
+    def forward(self, *args, **kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        if len(args) <= len(names) and self.config._attn_implementation == "eager":
+            mask = _eager_mask(self, **arguments)
+            if mask is not None:
+                return base.forward(self, **{**arguments, "attention_mask": mask})
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
-def _before_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
-    if _fits(module, query, key, value, mask, kwargs):
-        return _attention(query, key, value, kwargs.get("scaling")), None
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+def _eager_mask(
+    self: Any,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    position_ids: Tensor | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """(1, 1, sequence, sequence), additive, where the layers are to see what causality lets them and no more; else
+    None."""
+    config, x = self.config, input_ids if inputs_embeds is None else inputs_embeds
+    if not isinstance(x, Tensor) or not isinstance(attention_mask, Tensor | None):
+        return None
+    if getattr(config, "sliding_window", None) is not None or not getattr(config, "is_causal", True):
+        return None
+    length = x.shape[1]
+    if past_key_values is not None and past_key_values.get_mask_sizes(length, 0) != (length, 0):
+        return None
+    asked = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+    if create_causal_mask(_SDPA, x, **asked) is not None:
+        return None
+    dtype = self.get_input_embeddings().weight.dtype if inputs_embeds is None else inputs_embeds.dtype
+    mask = eager_mask(1, length, length, dtype=dtype, device=x.device)
+    setattr(mask, _CAUSAL, True)
+    return mask
 
 
-def _before_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
-    if _fits(module, query, key, value, mask, kwargs):
-        return _attention(query, key, value, kwargs.get("scaling")), None
+def interface(module: Any) -> tuple[Callable, bool]:
+    """The attention function that the module's config names at this moment, and whether this library's may stand before
+    it: it is transformers' sdpa or the model's own eager one, not another that somebody registered."""
     eager = sys.modules[original(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, _causal(query) if mask is None else mask, **kwargs)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    return function, function is eager or function is sdpa_attention_forward
 
 
-def _causal(query: Tensor) -> Tensor:
-    """(1, 1, sequence, sequence), additive: what `_eager_mask_or_none` left out, which eager would not do by itself."""
-    length = query.shape[2]
-    lowest = torch.full((length, length), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
-    return lowest.triu(1)[None, None]
+def causal(module: Any, mask: Tensor | None) -> bool:
+    """The mask hides what causality hides and no more. sdpa reads None so, eager does not."""
+    if mask is None:
+        return module.config._attn_implementation == "sdpa" and getattr(module.config, "is_causal", True)
+    return hasattr(mask, _CAUSAL)
 
 
 def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
@@ -76,9 +112,9 @@ def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
 def _fits(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
-    """Plain causal attention of a sequence on itself. A mask that is None says causal: see `sdpa_mask`."""
+    """Plain causal attention of a sequence on itself."""
     return (
-        mask is None
+        causal(module, mask)
         and query.shape[2] == key.shape[2]
         and key.shape == value.shape
         and heads_fit(query.device, query.shape[-1])
@@ -135,7 +171,8 @@ def with_rotary(
 
     def build(base: type[nn.Module]) -> Forward:
         def forward(self, hidden_states, *args, position_embeddings=None, attention_mask=None, **kwargs):
-            if args or position_embeddings is None:
+            interfaced, replaceable = interface(self)
+            if args or position_embeddings is None or not replaceable:
                 kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
                 return base.forward(self, hidden_states, *args, **kwargs)
             past = kwargs.pop(cache, None)
@@ -144,10 +181,12 @@ def with_rotary(
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             if past is not None:
                 k, v = past.update(k, v, self.layer_idx)
-            eager = sys.modules[base.__module__].eager_attention_forward
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
             dropout = self.attention_dropout if self.training else 0.0
-            mixed, weights = interface(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+            options = {"dropout": dropout, "scaling": self.scaling, **kwargs}
+            if _fits(self, q, k, v, attention_mask, options):
+                mixed, weights = _attention(q, k, v, self.scaling), None
+            else:
+                mixed, weights = interfaced(self, q, k, v, attention_mask, **options)
             return getattr(self, out)(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
         return forward
@@ -158,6 +197,8 @@ def with_rotary(
 def separate(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q_proj, k_proj, v_proj: Phi, StableLM, Llama, Qwen2."""
     q, k, v = (getattr(self, f"{name}_proj")(hidden).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
+    if getattr(self, "qk_layernorm", False):  # heads before positions: StableLM has a norm per head
+        q, k = (norm(x.transpose(1, 2)).transpose(1, 2) for norm, x in ((self.q_layernorm, q), (self.k_layernorm, k)))
     return q, k, v
 
 
@@ -191,7 +232,7 @@ def gptj(base: type[nn.Module]) -> Forward:
         if _fits(self, q, k, v, attention_mask, options):
             mixed, weights = _attention(q, k, v, 1 / self.scale_attn), None
         else:
-            mixed, weights = self._attn(q, k, v, _causal(q) if attention_mask is None else attention_mask)
+            mixed, weights = self._attn(q, k, v, attention_mask)
             mixed = mixed.transpose(1, 2)
         return self.resid_dropout(self.out_proj(mixed.flatten(-2))), weights
 

@@ -42,10 +42,10 @@ class Family:
         """The class of a causal language model, as users name it."""
         return next(name for name in self.replaced if name.endswith("ForCausalLM"))
 
-
-def _why_no_rotary(module: nn.Module) -> str | None:
-    normed = getattr(module, "qk_layernorm", False)
-    return "LayerNorm between projection and rotary embedding (qk_layernorm)" if normed else None
+    @property
+    def base(self) -> str:
+        """The class of the model without a head, which makes the masks."""
+        return f"{self.model.removesuffix('ForCausalLM')}Model"
 
 
 LAYER_NORM = Replacement(layers.layer_norm, "layer_norm", layers.why_no_layer_norm)
@@ -56,7 +56,7 @@ _RMS = "RMSNorm: the op is LayerNorm"
 
 
 def _attention(project: Callable, out: str, cache: str = "past_key_values") -> Replacement:
-    return Replacement(attention.with_rotary(project, out, cache), _ATTENTION, _why_no_rotary)
+    return Replacement(attention.with_rotary(project, out, cache), _ATTENTION)
 
 
 def _mlp(up: str, down: str, activation: str, dropout: str | None = None) -> Replacement:

@@ -13,12 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..linear_cross_entropy import linear_cross_entropy
 from .modules import Forward, plain
+from .outputs import without_logits
 
 IGNORED = -100
 
 RULES = (
-    "loss: in eval mode and without labels (logits are returned), with logits_to_keep, with a loss function of the "
-    "user's own, with LoRA or hooks on lm_head. In training mode with labels, logits are None, and no KV cache is "
+    "loss: in eval mode and without labels, with logits_to_keep, with a loss function of the user's own, with LoRA or "
+    "hooks on lm_head. In training mode with labels, logits are formed when they are asked for, and no KV cache is "
     "built unless the call asks for it or has position_ids",
 )
 
@@ -45,12 +46,20 @@ def _fits(self: Any, arguments: dict[str, Any]) -> bool:
         and keep == 0
         and self.loss_function is ForCausalLMLoss
         and plain(self.lm_head)
+        and not (torch.compiler.is_compiling() and not _return_dict(self, arguments))
     )
 
 
+def _return_dict(self: Any, arguments: dict[str, Any]) -> bool:
+    given = arguments.get("return_dict")
+    return self.config.return_dict if given is None else given
+
+
 def _forward(self: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | tuple:
-    arguments.pop("logits_to_keep", None)
-    labels, return_dict = arguments.pop("labels"), arguments.pop("return_dict", None)
+    return_dict = _return_dict(self, arguments)
+    for name in ("logits_to_keep", "return_dict"):
+        arguments.pop(name, None)
+    labels = arguments.pop("labels")
     # With a cache transformers does not look for packed documents in position_ids: there the caller's word stands.
     if all(arguments.get(name) is None for name in ("use_cache", "past_key_values", "position_ids")):
         arguments["use_cache"] = False
@@ -58,14 +67,10 @@ def _forward(self: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast | t
         name: arguments[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in arguments
     }
     outputs = self.base_model(return_dict=True, **arguments)
-    loss = _loss(self, outputs.last_hidden_state, labels, **options)
-    result = CausalLMOutputWithPast(
-        loss=loss,
-        past_key_values=outputs.past_key_values,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-    )
-    return_dict = self.config.return_dict if return_dict is None else return_dict
+    hidden = outputs.last_hidden_state
+    loss = _loss(self, hidden, labels, **options)
+    names = ("past_key_values", "hidden_states", "attentions")
+    result = without_logits(loss, self.lm_head, hidden, **{name: getattr(outputs, name) for name in names})
     return result if return_dict else result.to_tuple()
 
 

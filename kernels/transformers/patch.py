@@ -13,15 +13,23 @@ from .modules import original, swap, swap_back, swapped
 from .report import Entry, Report
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, keep_logits: bool = False) -> Report:
     """Put this library's ops into a Hugging Face model, in place.
 
     model: an instance of transformers' Phi, GPT-NeoX (Pythia), GPT-J, StableLM, Phi-3, Llama or Qwen2, with any head,
-    or a PEFT model around one. Parameters and their names, state_dict, configuration files and the arguments of
-    `forward` stay as they were; so do Trainer, PEFT, gradient checkpointing, padding masks, generation and KV caches.
-    What the ops cannot do runs as before: the report says what was replaced, what was left and why, and when the
-    model's own code runs.
-    While it trains with labels, `logits` are None: they never exist as a whole.
+    or a PEFT model around one. Parameters and their names, state_dict, the config and the arguments of `forward` stay
+    as they were; so do Trainer, PEFT, gradient checkpointing, padding masks, generation and KV caches. No other model
+    changes, even where it shares the config. What the ops cannot do runs as before: the report says what was replaced,
+    what was left and why, and when the model's own code runs. What the config says at a call (attention implementation,
+    output_attentions, is_causal) is what that call does.
+
+    Logits: in training mode with labels the loss is computed without them (batch × sequence × vocab_size elements that
+    are never whole in memory). `output.logits`, `output["logits"]`, `output[1]`, `output.to_tuple()` and pickle form
+    them at that moment, differentiable as the model's own; keys() and items() do not have them until then. They are to
+    be read before the optimizer's step; where they can no longer be formed (lm_head changed or sharded, an output
+    gathered by DataParallel), reading them raises RuntimeError with the way out. Under torch.compile they are None. The
+    tuple of return_dict=False has them in their place, and in eval mode, as in Trainer's evaluation, every output has.
+    keep_logits: leave the head and the loss to the model, so that each output has its logits from the start.
 
     A model is accelerated once, before it is wrapped in FSDP2 or compiled; `restore` undoes it. pickle (torch.save of
     the model itself, not of its state_dict) wants it restored.
@@ -33,12 +41,13 @@ def accelerate(model: nn.Module) -> Report:
     assert isinstance(model, PreTrainedModel)  # family_of says so
     if any(swapped(module) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is accelerated already; call restore(model) first")
-    attention_fits = _why_no_attention(model) is None
     replaced: Counter[tuple[str, str]] = Counter()
     left: Counter[tuple[str, str]] = Counter()
     for module in list(model.modules()):
         name, replacement = type(module).__name__, _replacement(module, family)
         why = None if replacement is None else replacement.why_not(module) or _why_not_here(model, module, replacement)
+        if keep_logits and name == family.model:
+            why = "keep_logits: the model's own head and loss"
         if replacement is not None and why is None:
             swap(module, replacement.build)
             replaced[name, replacement.ops] += 1
@@ -46,9 +55,8 @@ def accelerate(model: nn.Module) -> Report:
             left[name, why] += 1
         elif type(module).__module__ == family.module and name in family.left:
             left[name, family.left[name]] += 1
-    if attention_fits:
-        attention.register()
-        model.config._attn_implementation_internal = attention.PREFIX + model.config._attn_implementation
+        elif type(module).__module__ == family.module and name == family.base:
+            swap(module, attention.masks)
     rules = (*phi.RULES, *attention.RULES, *loss.RULES) if family.name == "phi" else (*attention.RULES, *loss.RULES)
     return Report(type(model).__name__, _entries(replaced), _entries(left), rules)
 
@@ -60,10 +68,6 @@ def restore(model: nn.Module) -> None:
     if not any(swapped(module) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is not accelerated; there is nothing to restore")
     swap_back(model)
-    config = getattr(model, "config", None)
-    implementation = getattr(config, "_attn_implementation", None) or ""
-    if config is not None and implementation.startswith(attention.PREFIX):
-        config._attn_implementation_internal = implementation.removeprefix(attention.PREFIX)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

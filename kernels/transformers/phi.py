@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..parallel_block import _backward, _forward, _Options, parallel_block
 from . import layers
-from .attention import half, heads_fit, table
+from .attention import causal, half, heads_fit, interface, table
 from .modules import Forward, hooked, plain
 
 RULES = (
@@ -125,7 +125,8 @@ def _fits(
     attention, mlp = self.self_attn, self.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.dense, mlp.fc1, mlp.fc2)
     return (
-        mask is None
+        interface(attention)[1]
+        and causal(attention, mask)
         and kwargs.get("past_key_values") is None
         and position_embeddings is not None
         and position_embeddings[0].shape[0] == 1

@@ -83,18 +83,20 @@ def test_the_ops_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the report says was replaced is what runs: each module's own forward is never entered in a plain step."""
     model = build(name)
     report = accelerate(model)
-    assert report.replaced
+    left = {entry.module for entry in report.left}  # StableLM's norms per head have no bias, its others have one
+    replaced = {entry.module for entry in report.replaced} - left - {"PhiDecoderLayer"}
+    assert replaced
     calls = []
     for module in model.modules():
         base = getattr(type(module), "_phi_fast_base", None)
-        if base is not None and base.__name__ != "PhiDecoderLayer":
+        if base is not None and base.__name__ in replaced:
             forward = base.forward
             monkeypatch.setattr(
                 base, "forward", lambda *a, f=forward, n=base.__name__, **k: calls.append(n) or f(*a, **k)
             )
     ids = tokens()
     out = model(input_ids=ids, labels=ids)
-    assert out.logits is None and out.past_key_values is None
+    assert list(out) == ["loss"]
     assert calls == []
 
 
@@ -111,8 +113,7 @@ def test_the_report_counts_and_explains() -> None:
 
 def test_what_does_not_fit_is_left_by_name() -> None:
     left = {entry.module: entry.note for entry in accelerate(build("phi, grouped heads, q/k norm, exact GELU")).left}
-    assert left.keys() == {"PhiDecoderLayer", "PhiAttention"}
-    assert set(left.values()) == {"LayerNorm between projection and rotary embedding (qk_layernorm)"}
+    assert left == {"PhiDecoderLayer": "LayerNorm between projection and rotary embedding (qk_layernorm)"}
     left = {entry.module: entry.note for entry in accelerate(build("phi, wide heads")).left}
     assert left == {"PhiDecoderLayer": "4 heads of 32 in a width of 64"}
     left = {entry.module: entry.note for entry in accelerate(build("gpt-neox", hidden_act="relu")).left}
@@ -141,7 +142,7 @@ def test_what_others_have_wrapped_is_left_by_name() -> None:
     norm.__class__ = type("FSDPLayerNorm", (type(norm),), {})
     with pytest.raises(ValueError, match="FSDPLayerNorm was made from an accelerated module's class"):
         restore(model)
-    assert model(input_ids=tokens(), labels=tokens()).logits is None  # nothing was restored by halves
+    assert list(model(input_ids=tokens(), labels=tokens())) == ["loss"]  # nothing was restored by halves
 
 
 @pytest.mark.parametrize("name", MODELS)

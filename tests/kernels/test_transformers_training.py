@@ -94,7 +94,7 @@ def test_lora_on_two_projections_leaves_the_rest_on_the_ops() -> None:
     model = peft.get_peft_model(build("phi"), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
     report = accelerate(model)
     assert {"PhiDecoderLayer", "PhiMLP", "LayerNorm", "PhiAttention"} <= {entry.module for entry in report.replaced}
-    assert model(**batch()).logits is None
+    assert "logits" not in model(**batch())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -223,4 +223,4 @@ def test_a_copy_is_its_own_model() -> None:
             parameter.zero_()
     assert gradients(model, batch())["loss"] > 0.1 + gradients(twin, batch())["loss"]
     restore(twin)
-    assert model(**batch()).logits is None and twin(**batch()).logits is not None
+    assert "logits" not in model(**batch()) and "logits" in twin(**batch())

@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox, sequential, tanh GELU": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "gpt-j": ("GPTJ", {**_GPTJ, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "stablelm": ("StableLm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm, q/k norm": ("StableLm", {"num_key_value_heads": 2, "qk_layernorm": True}),
     "phi-3": ("Phi3", {"num_key_value_heads": 2}),
     "llama": ("Llama", {"num_key_value_heads": 2}),
     "llama, eager": ("Llama", {"attn_implementation": "eager"}),
