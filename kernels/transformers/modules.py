@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -55,8 +56,15 @@ def _subclass(base: type[nn.Module], build: Builder) -> type[nn.Module]:
         # transformers writes the class's name into config.json and looks outputs up by it.
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         forward = functools.wraps(base.forward)(build(base))  # Trainer and generate() read the signature
-        _subclasses[base, build] = type(base.__name__, (base,), {**names, "forward": forward, _BASE: base})
+        members = {**names, "forward": forward, "__new__": _new, _BASE: base}
+        _subclasses[base, build] = type(base.__name__, (base,), members)
     return _subclasses[base, build]
+
+
+def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """A new model made by an accelerated one's class (`type(model)(config)`, `type(model).from_pretrained(...)`) is a
+    plain one. Without arguments it is deepcopy or DataParallel that makes the copy of an instance."""
+    return vars(cls)[_BASE](*args, **kwargs) if args or kwargs else nn.Module.__new__(cls)
 
 
 _subclasses: dict[tuple[type[nn.Module], Builder], type[nn.Module]] = {}

@@ -73,15 +73,22 @@ def test_models_that_share_a_config(name: str, calls: list[str]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_new_models_from_the_config_of_an_accelerated_one(name: str, tmp_path: Path) -> None:
+    """By the plain class, the accelerated one or transformers' factories: a plain model."""
     model, ids = build(name).eval(), tokens()
-    theirs = model(ids).logits
+    theirs, plain = model(ids).logits, type(model)
     accelerate(model)
-    for new in (type(model)(model.config), AutoModelForCausalLM.from_config(model.config)):
-        new.eval().load_state_dict(model.state_dict())
-        assert torch.equal(new(ids).logits, theirs)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config).eval()
-    assert torch.equal(loaded(ids).logits, theirs)
+    for new in (
+        plain(model.config),
+        type(model)(model.config),
+        type(model)(config=model.config),
+        AutoModelForCausalLM.from_config(model.config),
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config),
+        type(model).from_pretrained(tmp_path),
+    ):
+        new.eval().load_state_dict(model.state_dict())
+        assert type(new) is plain and torch.equal(new(ids).logits, theirs)
+        accelerate(new)
 
 
 @pytest.mark.parametrize("how", ["config", "argument"])
