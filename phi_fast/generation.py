@@ -144,7 +144,7 @@ def generate(
 def complete(
     model: Phi,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     sampling: Sampling,
     *,
     batch_size: int = 8,
@@ -152,7 +152,8 @@ def complete(
     on_done: Callable[[int, Completion], None] | None = None,
     end: int | None = None,
 ) -> list[Completion]:
-    """Continue texts, batched by length; results in the order of `prompts`, and the same for any batch size.
+    """Continue texts, or their token ids, batched by length; results in the order of `prompts`, and the same for any
+    batch size.
 
     on_text(i, text) gets each prompt's text as it comes, on_done(i, completion) each result as its batch ends. A prompt
     that leaves no room is cut on its left to the context less max_new_tokens (at least half of the context).
@@ -163,7 +164,8 @@ def complete(
     keep = max(context - sampling.max_new_tokens, context // 2)
     end = model.config.eos_token_id if end is None else end
     # Text before the first token: an empty prompt begins a document.
-    ids = [tokenizer.encode(prompt).ids[-keep:] or [end] for prompt in prompts]
+    encoded = [tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    ids = [tokens[-keep:] or [end] for tokens in encoded]
     order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
     results: list[Completion | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_size):

@@ -40,14 +40,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load(
-    name_or_path: str | Path, *, device: str = "auto", dtype: str = "auto", tokenizer: str | Path | None = None
+    name_or_path: str | Path | Source,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: str | Path | None = None,
 ) -> tuple[Phi, Tokenizer]:
-    """A model and its tokenizer from a run, a checkpoint, a folder in any layout, or the hub.
+    """A model and its tokenizer from a run, a checkpoint, a folder in any layout, the hub, or an opened `Source`.
 
     Weights are read a tensor at a time into place, so the peak is the model and its largest tensor. Raises
     ConversionError as `Source.open` and `find_tokenizer` do.
     """
-    source = Source.open(name_or_path)
+    source = name_or_path if isinstance(name_or_path, Source) else Source.open(name_or_path)
     found = find_tokenizer(source, tokenizer)
     target = choose_device(device)
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from ..config import PhiConfig
 from . import layout
 from .hf_config import ConversionError, read_config, read_json
 
-HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt"]
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.txt"]
 
 
 class TensorFile(Protocol):

@@ -7,6 +7,8 @@ Importing this module registers "phi_fast". lm-eval has no plug-ins, so its comm
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,29 +17,49 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from .. import terminal
 from ..conversion.load import load
+from ..conversion.source import Source
+from ..data.vocabulary import TokenizerError
+from ..errors import UsageError
 from ..generation import complete
 from ..model import Phi
 from ..sampling import Sampling
+from . import chat
 from .responses import Responses
 from .scoring import BATCH_TOKENS, Request, log_likelihoods
 
 MAX_GEN_TOKS = 256  # lm-eval's default
+IN_PYTHON = ("model", "hf_tokenizer", "responses", "console")  # arguments that a command line cannot give
 LM_EVAL_DEVICE = "cuda:0"  # its command's default, also where there is none; its own models fall back as well
+
+
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "half": "fp16"}
+"""torch's and lm-eval's names of dtypes -> ours, which are taken as well."""
 
 
 @register_model("phi_fast")
 class PhiFastLM(TemplateLM):
-    """Scores and continues text for lm-eval's tasks.
+    """Scores and continues text for lm-eval's tasks, with the results of its own `hf` class on the same weights.
 
-    pretrained: a run, a checkpoint, a folder or a hub name; or give `model` and `hf_tokenizer`. Batches hold
-    `batch_tokens` tokens of neighbours in length (lm-eval's `batch_size` is accepted and not needed).
+    pretrained: a run, a checkpoint, a folder or a hub name; or give `model` and `hf_tokenizer`.
+    tokenizer: a folder, a tokenizer.json or a hub name with another tokenizer, and another chat template.
+    dtype: auto, float32, float16 or bfloat16 (or fp32, fp16, bf16). auto: float16 on CUDA, float32 on a CPU.
+    max_length: context in tokens, at most and by default the model's.
+    add_bos_token: put the token that begins a text before each prompt that has none. Default: what the tokenizer does.
+    prefix_token_id: what empty contexts and rolling windows begin with. Default: the tokenizer's beginning, else its
+    end.
+    chat_template_args: values for the chat template, which --apply_chat_template asks for.
+    batch_tokens: tokens in a batch of neighbours in length (lm-eval's `batch_size` is accepted and not needed).
+    trust_remote_code: False alone; no code that comes with a model is ever run.
+
+    Raises UsageError for other arguments, by name, and for values that cannot be.
     """
 
     backend = "causal"
@@ -50,41 +72,89 @@ class PhiFastLM(TemplateLM):
         hf_tokenizer: Tokenizer | None = None,
         tokenizer: str | None = None,
         device: str | None = "auto",
-        dtype: str = "auto",
+        dtype: str | torch.dtype | None = "auto",
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        trust_remote_code: bool | None = False,
         batch_tokens: int = BATCH_TOKENS,
         generate_batch: int = 8,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         responses: Responses | None = None,
         console: Console | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        self.console = console or Console(stderr=True)
+        _check_arguments(unknown, trust_remote_code)
+        self.console = console or terminal.console(stderr=True)
         if device == LM_EVAL_DEVICE and not torch.cuda.is_available():
             self.console.print(f"torch sees no {device}, which lm-eval asks for where --device is not given: auto")
             device = "auto"
+        folders: list[Path | None] = []
         if model is None or hf_tokenizer is None:
             if pretrained is None:
-                raise ValueError("phi_fast needs model_args pretrained=RUN_OR_FOLDER")
-            model, hf_tokenizer = load(pretrained, device=device or "auto", dtype=dtype, tokenizer=tokenizer)
+                raise UsageError("phi_fast needs model_args pretrained=RUN_OR_FOLDER")
+            source = Source.open(pretrained)
+            folders = [source.folder, source.run] if tokenizer is None else [_folder(tokenizer)]
+            model, hf_tokenizer = load(source, device=device or "auto", dtype=_dtype(dtype), tokenizer=tokenizer)
         self.model, self.hf_tokenizer = model, hf_tokenizer
+        self.tokenizer = chat.described(hf_tokenizer, folders)
+        self.template: str | None = None
+        self.name = str(tokenizer or pretrained or "phi_fast")
+        self._max_length = _length(max_length, model.config.max_position_embeddings)
+        self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
+        self.chat_template_args = chat_template_args or {}
         self.batch_tokens, self.generate_batch = int(batch_tokens), int(generate_batch)
         self.responses = responses or Responses(None, "")
 
     @property
     def max_length(self) -> int:
-        return self.model.config.max_position_embeddings
+        return self._max_length
 
     @property
     def eot_token_id(self) -> int:
         return self.model.config.eos_token_id
 
     @property
+    def prefix_token_id(self) -> int:
+        if self.custom_prefix_token_id is not None:
+            return self.custom_prefix_token_id
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
     def tokenizer_name(self) -> str:
-        return "phi_fast"
+        return chat.fingerprint(self.name, self.hf_tokenizer, self.template or self.tokenizer.chat_template)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that `--apply_chat_template` (True) or `--apply_chat_template NAME` selects, from then on."""
+        self.template = super().chat_template(chat_template)
+        return self.template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return chat.prompt(
+            self.tokenizer,
+            chat_history,
+            template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            arguments=self.chat_template_args,
+            console=self.console,
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.hf_tokenizer.encode(string, add_special_tokens=False).ids
+        """Token ids. Unless `add_special_tokens` says otherwise, with a beginning as `add_bos_token` has it, and none
+        before a text that has it already, as one from a chat template may."""
+        begin = self.prefix_token_id
+        if add_special_tokens is None:
+            has_one = has_bos_prefix(string, self.hf_tokenizer.decode([begin], skip_special_tokens=False))
+            add_special_tokens = False if has_one else self.add_bos_token
+        ids = self.hf_tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
+        if not self.add_bos_token or add_special_tokens is False:
+            return ids
+        begun = ids != self.hf_tokenizer.encode(string, add_special_tokens=False).ids  # by the tokenizer itself
+        return ids if begun else [begin, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)  # one bar, below, instead of one for the tokenizer
@@ -105,7 +175,8 @@ class PhiFastLM(TemplateLM):
         with self.progress() as bar:
             task = bar.add_task("log-likelihoods", total=len(requests), completed=len(requests) - len(todo))
             done: dict[str, Any] = {}
-            for index, score in log_likelihoods(self.model, list(new.values()), batch_tokens=self.batch_tokens):
+            options = {"batch_tokens": self.batch_tokens, "max_length": self.max_length}
+            for index, score in log_likelihoods(self.model, list(new.values()), **options):
                 done[todo[index]] = list(score)
                 if len(done) >= 256:
                     self.responses.add(done)
@@ -153,11 +224,13 @@ class PhiFastLM(TemplateLM):
                     self.responses.add({names[index]: completion.text})
                     bar.advance(task)
 
+                sampling = self._sampling(next(iter(batch.values()))[1])
+                room = self.max_length - sampling.max_new_tokens
                 complete(
                     self.model,
                     self.hf_tokenizer,
-                    [prompt for prompt, _ in batch.values()],
-                    self._sampling(next(iter(batch.values()))[1]),
+                    [self.tok_encode(prompt)[-room:] for prompt, _ in batch.values()],
+                    sampling,
                     batch_size=self.generate_batch,
                     on_done=keep,
                 )
@@ -181,11 +254,48 @@ class PhiFastLM(TemplateLM):
         return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
 
 
-def main() -> None:
+def _check_arguments(unknown: dict[str, Any], trust_remote_code: bool | None) -> None:
+    if trust_remote_code:
+        raise UsageError(
+            "trust_remote_code=True: no code that comes with a model is ever run; leave it out, phi's layouts need none"
+        )
+    if unknown:
+        known = inspect.signature(PhiFastLM).parameters.values()
+        named = ", ".join(p.name for p in known if p.kind is not p.VAR_KEYWORD and p.name not in IN_PYTHON)
+        raise UsageError(f"phi_fast has no model argument {', '.join(sorted(unknown))}; those that exist are {named}")
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str:
+    name = str(dtype or "auto").removeprefix("torch.")
+    return DTYPES.get(name, name)
+
+
+def _length(max_length: int | None, context: int) -> int:
+    if max_length is None:
+        return context
+    if not isinstance(max_length, int) or not 2 <= max_length <= context:
+        raise UsageError(f"max_length={max_length}: expected 2 to {context} tokens, the model's context")
+    return max_length
+
+
+def _folder(tokenizer: str) -> Path | None:
+    """Where a tokenizer's chat template is: beside its file."""
+    path = Path(tokenizer)
+    return path if path.is_dir() else path.parent if path.is_file() else None
+
+
+def main() -> int:
+    """lm-eval's command. Returns the exit status."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    terminal.tolerate_encodings()
+    try:
+        cli_evaluate()
+    except (UsageError, TokenizerError) as error:
+        terminal.console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

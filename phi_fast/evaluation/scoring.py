@@ -36,14 +36,19 @@ Score = tuple[float, bool]
 
 
 def log_likelihoods(
-    model: Phi, requests: Sequence[Request], *, batch_tokens: int = BATCH_TOKENS
+    model: Phi,
+    requests: Sequence[Request],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    max_length: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """(index into `requests`, score) as batches are done, the longest first, so that time estimates only fall.
 
-    What is longer than the model's context plus one loses tokens on its left, as in lm-eval. A continuation that alone
+    max_length: context length in tokens, at most and by default the model's.
+    What is longer than the context plus one loses tokens on its left, as in lm-eval. A continuation that alone
     is longer, where lm-eval stops, is scored in parts. Raises ValueError for an empty context or continuation.
     """
-    context_length = model.config.max_position_embeddings
+    context_length = max_length or model.config.max_position_embeddings
     parts = [(i, part) for i, request in enumerate(requests) for part in _parts(request, context_length)]
     missing = Counter(index for index, _ in parts)
     scores: dict[int, Score] = {}
