@@ -71,7 +71,13 @@ class Corpora:
             start, stop = (there * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
             if start < stop:
                 shares = sequential_rows(
-                    path, "validation", self.recipe.sequence_length, batch=batch, start=start, stop=stop
+                    path,
+                    "validation",
+                    self.recipe.sequence_length,
+                    batch=batch,
+                    start=start,
+                    stop=stop,
+                    max_token_id=self.recipe.model.vocab_size - 1,
                 )
                 yield from ((name, input_ids, labels) for input_ids, labels in shares)
 

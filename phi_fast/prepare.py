@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from .data.formats import FormatError
-from .data.manifest import ManifestError
 from .data.preparation.adoption import adopt
-from .data.preparation.inputs import PrepareError
+from .data.preparation.containers import PrepareError
 from .data.preparation.inspection import inspect
 from .data.preparation.pipeline import Settings, prepare
-from .data.vocabulary import END_OF_TEXT, TokenizerError
+from .data.vocabulary import END_OF_TEXT
+from .errors import UsageError
+from .terminal import console, printable, tolerate_encodings
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Options:
     """Make a token corpus from text, or look into one."""
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Files and folders: text, source code, JSONL (also .gz, .zst), Parquet, saved Hugging Face datasets."""
+    """Files and folders: text, source code, JSONL (also .gz, .bz2, .xz, .zst), Parquet, saved Hugging Face datasets."""
     tokenizer: str | None = None
     """"phi-1.5", a tokenizer.json or a directory with one, or a name on the Hugging Face hub."""
     out: Path | None = None
@@ -58,12 +58,12 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 1 after a message on stderr."""
+    tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.prepare", description=__doc__)
-    console = Console(soft_wrap=True, highlight=False)
     try:
-        run(options, console)
-    except (PrepareError, TokenizerError, ManifestError, FormatError, OSError) as error:
-        print(f"phi_fast.prepare: {error}", file=sys.stderr)
+        run(options, console(soft_wrap=True))
+    except (UsageError, OSError) as error:
+        print(f"phi_fast.prepare: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nphi_fast.prepare: stopped. The same command takes up where this one was.", file=sys.stderr)
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(options: Options, console: Console) -> None:
+def run(options: Options, output: Console) -> None:
     """Do what the options say. Raises PrepareError for options that do not go together."""
     if options.samples < 0:
         raise PrepareError(f"--samples {options.samples}: expected 0 or more")
@@ -86,12 +86,12 @@ def run(options: Options, console: Console) -> None:
     if bool(options.inputs) == bool(options.adopt):
         raise PrepareError("name the files or folders to prepare, or a token file to wrap with --adopt, and not both")
     if options.adopt:
-        manifest = adopt(list(options.adopt), options.out, settings, console)
+        manifest = adopt(list(options.adopt), options.out, settings, output)
     else:
-        manifest = prepare(list(options.inputs), options.out, settings, workers=options.workers, console=console)
+        manifest = prepare(list(options.inputs), options.out, settings, workers=options.workers, console=output)
     for name, split in manifest.splits.items():
-        console.print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
-    console.print(f"written: {options.out}")
+        output.print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    output.print(f"written: {options.out}")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_every_kind_of_input(tmp_path: Path, tokenizer_path: Path, write: Callab
 
 @pytest.mark.parametrize("write", WRITERS, ids=INPUTS)
 def test_progress_reaches_the_end(tmp_path: Path, write: Callable[[Path], Path]) -> None:
-    inputs = find_inputs([write(tmp_path)])
+    inputs = find_inputs([write(tmp_path)]).read
     assert sum(task.size for task in tasks.cut(inputs, 600)) == sum(entry.size for entry in inputs)
 
 
@@ -485,7 +485,7 @@ def test_a_corpus_is_never_overwritten(tmp_path: Path, tokenizer_path: Path) -> 
 def test_a_document_too_long_for_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"x" * 2000)
-    inputs = pipeline.find_inputs([tmp_path / "a.txt"])
+    inputs = pipeline.find_inputs([tmp_path / "a.txt"]).read
     with pytest.raises(
         PrepareError, match=r"a\.txt: a document is longer than 1000 bytes. Put <\|endoftext\|> between"
     ):

@@ -2,10 +2,12 @@
 
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <system_error>
 
 #include "tokens/file.h"
 #include "tokens/formats.h"
+#include "tokens/guarded_copy.h"
 #include "tokens/order.h"
 #include "tokens/permutation.h"
 #include "tokens/prefetcher.h"
@@ -39,11 +41,16 @@ uint64_t take(Prefetcher& prefetcher) {
   }
 }
 
+py::object message_of(const std::exception& error) {
+  return py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
+}
+
 void bind_parser(py::module_& module, const char* name, Layout (*parse)(Bytes, uint64_t)) {
   module.def(
       name,
       [parse](const py::buffer& buffer, uint64_t file_size) {
         const py::buffer_info info = buffer.request();
+        install_guard();
         if (info.itemsize != 1 || info.ndim != 1) throw py::value_error("a header is a buffer of bytes");
         const Layout layout =
             parse({static_cast<const unsigned char*>(info.ptr), static_cast<uint64_t>(info.size)}, file_size);
@@ -70,6 +77,9 @@ void bind(py::module_& module) {
                                                 mapped ? Mode::kMmap : Mode::kPread);
            }),
            py::arg("path"), py::arg("width"), py::arg("offset"), py::arg("tokens"), py::arg("mapped"))
+      .def("check_unchanged", &TokenFile::check_unchanged)
+      .def("change_stamp", &TokenFile::change_stamp)
+      .def("accept", &TokenFile::accept, py::arg("stamp"))
       .def("read", [](const TokenFile& file, uint64_t first, uint64_t count, uintptr_t out) {
         py::gil_scoped_release release;
         file.read(first, count, reinterpret_cast<void*>(out));
@@ -106,7 +116,7 @@ void bind(py::module_& module) {
             prefetcher.submit(batch_of(first_row, rows, input_ids, labels, corpora, positions, cu_seqlens));
           },
           py::arg("first_row"), py::arg("rows"), py::arg("input_ids"), py::arg("labels"), py::arg("corpora"),
-          py::arg("positions"), py::arg("cu_seqlens"))
+          py::arg("positions"), py::arg("cu_seqlens"), py::call_guard<py::gil_scoped_release>())
       .def("take", &take, "Waits for the oldest batch; returns its number of segments")
       .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>());
 
@@ -115,13 +125,21 @@ void bind(py::module_& module) {
   bind_parser(module, "parse_megatron", &parse_megatron);
   bind_parser(module, "parse_datatrove", &parse_datatrove);
 
-  // OSError's own subclasses: FileNotFoundError, PermissionError, ...
+  // OSError's own subclasses: FileNotFoundError, PermissionError, ... Messages name paths, which need not be UTF-8.
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const std::system_error& error) {
-      const auto arguments = py::make_tuple(error.code().value(), error.what());
+      const auto arguments = py::make_tuple(error.code().value(), message_of(error));
       PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    } catch (const py::builtin_exception&) {
+      throw;
+    } catch (const std::runtime_error& error) {
+      PyErr_SetObject(PyExc_RuntimeError, message_of(error).ptr());
+    } catch (const std::out_of_range& error) {
+      PyErr_SetObject(PyExc_IndexError, message_of(error).ptr());
+    } catch (const std::invalid_argument& error) {
+      PyErr_SetObject(PyExc_ValueError, message_of(error).ptr());
     }
   });
 }

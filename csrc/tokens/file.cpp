@@ -14,11 +14,14 @@
 namespace phi_fast::tokens {
 namespace {
 
+int64_t change_time(const struct stat& status) {
 #ifdef __APPLE__
-timespec change_time(const struct stat& status) { return status.st_mtimespec; }
+  const timespec time = status.st_mtimespec;
 #else
-timespec change_time(const struct stat& status) { return status.st_mtim; }
+  const timespec time = status.st_mtim;
 #endif
+  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
 
 [[noreturn]] void fail(const std::string& path) { throw std::system_error(errno, std::generic_category(), path); }
 
@@ -111,16 +114,22 @@ void TokenFile::will_need(uint64_t first, uint64_t count) const {
 }
 
 void TokenFile::check_unchanged() const {
+  if (change_stamp() != changed_.load(std::memory_order_relaxed)) was_changed(size_);
+}
+
+int64_t TokenFile::change_stamp() const {
   struct stat status;
   if (fstat(descriptor_, &status)) fail(path_);
-  const timespec changed = change_time(status);
-  if (static_cast<uint64_t>(status.st_size) == size_ && changed.tv_sec == changed_.tv_sec &&
-      changed.tv_nsec == changed_.tv_nsec) {
-    return;
-  }
-  throw std::runtime_error(path_ + " was changed while in use: it has " + std::to_string(status.st_size) +
-                           " bytes, it had " + std::to_string(size_) +
-                           " when it was opened. Stop whatever writes to it and resume from a checkpoint");
+  if (static_cast<uint64_t>(status.st_size) != size_) was_changed(static_cast<uint64_t>(status.st_size));
+  return change_time(status);
+}
+
+void TokenFile::was_changed(uint64_t size) const {
+  const std::string found = size == size_ ? "its content is another, with the same " + std::to_string(size) + " bytes"
+                                          : "it has " + std::to_string(size) + " bytes, it had " +
+                                                std::to_string(size_) + " when it was opened";
+  throw std::runtime_error(path_ + " was changed while in use: " + found +
+                           ". Stop whatever writes to it and resume from a checkpoint");
 }
 
 }  // namespace phi_fast::tokens

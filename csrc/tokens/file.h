@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <ctime>
 #include <string>
 
 namespace phi_fast::tokens {
@@ -26,8 +25,13 @@ class TokenFile {
   void read(uint64_t first, uint64_t count, void* out) const;
   // Asks the system to bring the tokens into memory, without waiting.
   void will_need(uint64_t first, uint64_t count) const;
-  // Throws std::runtime_error if the file's size or time of change are not what they were when it was opened.
+  // Throws std::runtime_error if the file's size or time of change are not what they were when it was opened, or when
+  // its content was last found to be the same.
   void check_unchanged() const;
+  // The time of the file's last change, in nanoseconds. Throws std::runtime_error where its size is another by now.
+  int64_t change_stamp() const;
+  // The file's content was compared and is the same: its time of change may be `stamp` from now on.
+  void accept(int64_t stamp) { changed_.store(stamp, std::memory_order_relaxed); }
 
   const std::string& path() const { return path_; }
   int width() const { return width_; }
@@ -38,11 +42,12 @@ class TokenFile {
   void copy_mapped(uint64_t byte, uint64_t bytes, void* out) const;
   void read_all(uint64_t byte, uint64_t bytes, void* out) const;
   [[noreturn]] void cut_short(uint64_t byte) const;
+  [[noreturn]] void was_changed(uint64_t size) const;
 
   std::string path_;
   int width_, descriptor_ = -1;
   uint64_t offset_, tokens_, size_ = 0;
-  timespec changed_{};
+  std::atomic<int64_t> changed_{0};  // ns
   const std::byte* map_ = nullptr;
   mutable std::atomic<uint64_t> mapped_{0};  // an upper bound, since the last release
 };

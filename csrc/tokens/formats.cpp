@@ -1,10 +1,13 @@
 #include "tokens/formats.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+
+#include "tokens/guarded_copy.h"
 
 namespace phi_fast::tokens {
 namespace {
@@ -13,13 +16,16 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token files are little
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
+// An index is a mapped file, which may be cut short meanwhile: every read of one is guarded.
 template <typename T>
 T load(Bytes bytes, uint64_t at) {
   if (at > bytes.size || bytes.size - at < sizeof(T)) {
     refuse("the header is cut short: it has " + std::to_string(bytes.size) + " bytes. Copy it again");
   }
   T value;
-  std::memcpy(&value, bytes.data + at, sizeof(T));
+  if (!guarded_copy(&value, bytes.data + at, sizeof(T))) {
+    refuse("it was cut short while it was read: byte " + std::to_string(at) + " is gone. Copy it again");
+  }
   return value;
 }
 
@@ -109,9 +115,9 @@ Layout parse_npy(Bytes head, uint64_t file_size) {
 }
 
 Layout parse_megatron(Bytes index, uint64_t file_size) {
-  static constexpr char kMagic[] = "MMIDIDX\0";  // and the literal's own NUL: 9 bytes
+  static constexpr std::array<char, 9> kMagic = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
   static constexpr uint64_t kHeader = 34;
-  if (index.size < 9 || std::memcmp(index.data, kMagic, 9) != 0) refuse("it has no Megatron magic, MMIDIDX");
+  if (index.size < 9 || load<std::array<char, 9>>(index, 0) != kMagic) refuse("it has no Megatron magic, MMIDIDX");
   const auto version = load<uint64_t>(index, 9);
   if (version != 1) refuse("Megatron index version " + std::to_string(version) + ", expected 1");
   const auto code = load<uint8_t>(index, 17);

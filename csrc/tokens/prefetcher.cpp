@@ -20,16 +20,23 @@ Prefetcher::Prefetcher(std::shared_ptr<Reader> reader, int threads, uint64_t str
   state_->reader = std::move(reader);
   state_->stride = stride;
   state_->lookahead = lookahead;
+  state_->threaded = threads > 0;
   try {
     for (int i = 0; i < threads; ++i) state_->threads.emplace_back([state = state_] { state->work(); });
   } catch (...) {
     close();
+    delete state_;
     throw;
   }
 }
 
+Prefetcher::~Prefetcher() {
+  if (process_ != getpid()) return;
+  close();
+  delete state_;
+}
+
 Prefetcher::State& Prefetcher::state() const {
-  if (!state_) throw std::runtime_error("the loader is closed");
   if (process_ != getpid()) throw std::runtime_error("the loader's threads stayed in the process that was forked");
   return *state_;
 }
@@ -40,6 +47,7 @@ void Prefetcher::submit(const Batch& batch) {
   job->batch = batch;
   {
     std::lock_guard lock(state.mutex);
+    state.check_open();
     state.jobs.push_back(std::move(job));
   }
   state.queued.notify_one();
@@ -48,16 +56,26 @@ void Prefetcher::submit(const Batch& batch) {
 std::optional<Batch> Prefetcher::take(std::chrono::milliseconds patience) {
   State& state = this->state();
   std::unique_lock lock(state.mutex);
+  state.check_open();
+  if (state.taking) throw std::runtime_error("another thread is taking a batch: let one thread do it at a time");
   if (state.jobs.empty()) throw std::runtime_error("no batch was submitted");
   const std::shared_ptr<Job> job = state.jobs.front();
-  if (state.threads.empty()) {
+  if (state.threaded) {
+    state.taking = true;
+    const bool woken = state.filled.wait_for(lock, patience, [&] { return job->done || state.closing; });
+    state.taking = false;
+    state.check_open();
+    if (!woken) return std::nullopt;
+  } else {
     state.run(*job);
-  } else if (!state.filled.wait_for(lock, patience, [&] { return job->done; })) {
-    return std::nullopt;
   }
   state.jobs.pop_front();
   if (job->error) std::rethrow_exception(job->error);
   return job->batch;
+}
+
+void Prefetcher::State::check_open() const {
+  if (closing) throw std::runtime_error("the loader is closed");
 }
 
 void Prefetcher::State::run(Job& job) {
@@ -101,17 +119,17 @@ void Prefetcher::State::work() {
 }
 
 void Prefetcher::close() {
-  if (!state_) return;
-  State* const state = state_;
-  state_ = nullptr;
   if (process_ != getpid()) return;
   {
-    std::lock_guard lock(state->mutex);
-    state->closing = true;
+    std::lock_guard lock(state_->mutex);
+    state_->closing = true;
   }
-  state->queued.notify_all();
-  for (std::thread& thread : state->threads) thread.join();
-  delete state;
+  state_->queued.notify_all();
+  state_->filled.notify_all();
+  std::lock_guard lock(state_->joining);
+  for (std::thread& thread : state_->threads) {
+    if (thread.joinable()) thread.join();
+  }
 }
 
 }  // namespace phi_fast::tokens

@@ -23,13 +23,17 @@ class Prefetcher {
   // Batches follow each other `stride` rows apart; the system is told of the rows that come `lookahead` batches later.
   // threads = 0: take() fills the batch itself.
   Prefetcher(std::shared_ptr<Reader> reader, int threads, uint64_t stride, uint64_t lookahead);
-  ~Prefetcher() { close(); }
+  ~Prefetcher();
 
+  // May be called from any thread. All but close() throw std::runtime_error once close() was called.
+  //
   // Queues a batch, whose memory must live until it was taken or close() has returned.
   void submit(const Batch& batch);
-  // The oldest batch not yet taken, if it is full in time. Throws what went wrong in filling it.
+  // The oldest batch not yet taken, if it is full in time. Throws what went wrong in filling it, and
+  // std::runtime_error while another thread is in take(): both would wait for the same batch.
   std::optional<Batch> take(std::chrono::milliseconds patience);
-  // Drops what is queued and joins the threads. No batch's memory is written after it.
+  // Drops what is queued, wakes who waits in take() and joins the threads. No batch's memory is written after it,
+  // whichever of several callers returns first.
   void close();
 
  private:
@@ -45,11 +49,14 @@ class Prefetcher {
     std::mutex mutex;
     std::condition_variable queued, filled;
     std::deque<std::shared_ptr<Job>> jobs;  // in the order of submit
-    bool closing = false;
+    bool closing = false, taking = false;
+    std::mutex joining;         // held while threads are joined
     std::atomic<int> hints{1};  // batches still to be announced to the system
     std::atomic<bool> first{true};
     std::vector<std::thread> threads;
+    bool threaded = false;
 
+    void check_open() const;
     void work();
     void run(Job& job);
     void announce(const Batch& batch);
@@ -58,7 +65,7 @@ class Prefetcher {
   State& state() const;
 
   // A forked child has no threads, and locks in whatever state they were: there the state is let go of, not destroyed.
-  State* state_;
+  State* const state_;
   pid_t process_;
 };
 

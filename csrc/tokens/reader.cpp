@@ -52,7 +52,9 @@ void Reader::widen(const Token* tokens, const Place& place, int64_t* input_ids, 
   const uint64_t at = std::max_element(tokens, tokens + length + 1) - tokens;
   throw std::invalid_argument(files_[place.corpus]->path() + ": token " + std::to_string(place.token + at) + " is id " +
                               std::to_string(largest) + ", and the model's vocabulary has " +
-                              std::to_string(id_limit_) + " ids: the corpus was made with another tokenizer or dtype");
+                              std::to_string(id_limit_) +
+                              " ids: the corpus was made with another tokenizer or dtype, or its file is "
+                              "damaged. Give the run the corpus's tokenizer, or copy or prepare it again");
 }
 
 void Reader::fill(Batch& batch) const {

@@ -17,27 +17,19 @@ import numpy as np
 
 from phi_fast._C import tokens as _tokens
 
+from ..errors import UsageError
 from .manifest import DTYPES, FILE_NAME, Manifest
+from .plain_reads import open_regular
+from .signatures import HEAD_BYTES, litdata_end, not_tokens
 
 Dtype = Literal["uint16", "uint32"]
 WIDTHS: dict[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 _LLMC_MAGICS = (20240520, 20240801)
-_HEAD_BYTES = 65536
-"""Read from a file's start: more than any header needs."""
 _LARGEST_VOCABULARY = 2**24
-_NOT_TOKENS = {
-    b"PAR1": "a Parquet file",
-    b"\x1f\x8b": "a gzip file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"PK\x03\x04": "a zip archive",
-    b"\x7fELF": "a program",
-    b"MMIDIDX": "a Megatron index",
-    b"mds\0": "a MosaicML shard",
-}
 
 
-class FormatError(ValueError):
+class FormatError(UsageError):
     """A token file that cannot be read as what it is said to be; the message says why and what to do."""
 
 
@@ -61,6 +53,9 @@ class TokenLayout:
     """The largest id, where the format records it."""
     delimiter: int | None = None
     """The id between documents, where the format records it."""
+    sha256: tuple[str, ...] = ()
+    """Hex digest of each block of `block_bytes` bytes of tokens, where the format records it."""
+    block_bytes: int = 0
 
     @property
     def width(self) -> int:
@@ -100,6 +95,8 @@ def _our_layout(directory: Path, split: str) -> TokenLayout:
         fingerprint=manifest.fingerprint(split),
         max_id=part.max_id,
         delimiter=manifest.delimiter.id if manifest.delimiter else None,
+        sha256=part.sha256,
+        block_bytes=part.block_bytes,
     )
 
 
@@ -112,13 +109,13 @@ def _foreign_layout(path: Path, dtype: str | None) -> TokenLayout:
     if not path.is_file():
         raise FormatError(f"{path} is not a regular file")
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+    with open_regular(path) as file:
+        head = file.read(HEAD_BYTES)
     if not size:
         raise FormatError(f"{path} is empty. Copy or prepare it again")
 
     megatron, datatrove = path.with_suffix(".idx"), path.with_name(path.name + ".index")
-    if megatron.exists() and megatron.open("rb").read(7) == b"MMIDIDX":
+    if megatron.exists() and _starts_with(megatron, b"MMIDIDX"):
         return _parsed(path, "megatron", size, megatron, lambda index: _tokens.parse_megatron(index, size))
     if path.suffix == ".ds" and datatrove.exists():
         return _parsed(path, "datatrove", size, datatrove, lambda index: _tokens.parse_datatrove(index, size))
@@ -129,14 +126,22 @@ def _foreign_layout(path: Path, dtype: str | None) -> TokenLayout:
     return _raw_layout(path, dtype, size, head)
 
 
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(magic)) == magic
+
+
 def _parsed(
     path: Path, name: str, size: int, header: Path | bytes, parse: Callable[..., tuple[int, int, int, int]]
 ) -> TokenLayout:
-    """The layout that a header, or the file that holds it, gives. An index is mapped: it may have gigabytes."""
+    """The layout that a header, or the file that holds it, gives.
+
+    An index is mapped, since it may have gigabytes; the parsers guard each access, as the file may be cut short.
+    """
     source = header if isinstance(header, Path) else path
     try:
         if isinstance(header, Path):
-            with header.open("rb") as file:
+            with open_regular(header) as file:
                 if not header.stat().st_size:
                     raise ValueError("it is empty")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as index:
@@ -151,9 +156,8 @@ def _parsed(
 
 def _raw_layout(path: Path, dtype: str | None, size: int, head: bytes) -> TokenLayout:
     """A file of nothing but tokens. Its first tokens must look like the dtype that was asked for."""
-    for magic, what in _NOT_TOKENS.items():
-        if head.startswith(magic):
-            raise FormatError(f"{path} is {what}, not tokens: make tokens with `python -m phi_fast.prepare`")
+    if (what := not_tokens(head, size, _u32_at(path, litdata_end(head)))) is not None:
+        raise FormatError(f"{path} is {what}, not tokens: make tokens with `python -m phi_fast.prepare`")
     if dtype is None:
         raise FormatError(f"{path} has no header that says how wide its tokens are: give dtype='uint16' or 'uint32'")
     width = WIDTHS[dtype]
@@ -167,11 +171,18 @@ def _raw_layout(path: Path, dtype: str | None, size: int, head: bytes) -> TokenL
     return TokenLayout(path, "raw", "uint16" if width == 2 else "uint32", 0, size // width, _fingerprint(path, size))
 
 
+def _u32_at(path: Path, byte: int) -> int | None:
+    with open_regular(path) as file:
+        file.seek(byte)
+        data = file.read(4)
+    return int.from_bytes(data, "little") if len(data) == 4 else None
+
+
 def _fingerprint(path: Path, size: int) -> str:
     """Digest of a file's size and both of its ends: cheap for any size."""
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(_HEAD_BYTES))
-        file.seek(max(0, size - _HEAD_BYTES))
-        digest.update(file.read(_HEAD_BYTES))
+        digest.update(file.read(HEAD_BYTES))
+        file.seek(max(0, size - HEAD_BYTES))
+        digest.update(file.read(HEAD_BYTES))
     return digest.hexdigest()

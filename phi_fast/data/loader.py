@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from torch import Tensor
 from phi_fast._C import tokens as _tokens
 
 from .mixture import Mixture
-from .store import Mode, Store
+from .store import LARGEST_ID, CorpusError, Mode, Store
 
-LARGEST_ID = 2**31 - 1
+_TOUCHES = 100
+"""Times that files may be touched while one batch is read."""
 LOOKAHEAD_ROWS = 128
 """Rows ahead that a disk is told of: as many requests as one NVMe drive works on at once."""
 
@@ -41,10 +43,6 @@ class Batch:
     """int32 (segments + 1,): where documents start in the flattened (batch × sequence_length), and its end; or None."""
 
 
-class CorpusError(RuntimeError):
-    """A token file was cut short or changed while it was read; the message names it."""
-
-
 class TokenLoader:
     """An endless stream of batches from a mixture of corpora, the same rows for every number of ranks and threads.
 
@@ -59,8 +57,11 @@ class TokenLoader:
     document_isolation: batches have positions and cu_seqlens that start anew at each delimiter (`<|endoftext|>`).
     max_token_id: the largest id allowed (the model's vocabulary less 1), checked on every token that is read.
 
+    Threads may share a loader: each call is carried out alone, and each batch is given to one of them.
+
     Raises FormatError, ManifestError or OSError for a corpus that cannot be read, ValueError for arguments that
-    cannot be carried out, and CorpusError, from `next`, for files that are cut short or changed while in use.
+    cannot be carried out, and CorpusError, from `next`, for files that are cut short or changed while in use, or hold
+    an id that is too large. A file with another time of change but the same content is read on.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class TokenLoader:
         self._finalizer: weakref.finalize | None = None
         self._filling: deque[_Slot] = deque()
         self._closed = False
+        self._process, self._lock = os.getpid(), threading.RLock()
 
     @property
     def mixture(self) -> Mixture:
@@ -128,31 +130,38 @@ class TokenLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self._closed:
-            raise RuntimeError("the loader is closed; make a new one")
-        if self._prefetcher is None or self._process != os.getpid():
-            self._start()
-        assert self._prefetcher is not None
-        try:
-            segments = self._prefetcher.take()
-        except RuntimeError as error:
-            self._stop()  # the batch was not handed out: the next call tries the same rows again
-            raise CorpusError(str(error)) from error
-        except BaseException:
-            self._stop()
-            raise
-        slot = self._filling.popleft()
-        first = self._row + self.rank * self.batch
-        self._row += self.batch * self.world_size
-        self._submit()
-        return self._ring.lend(slot, range(first, first + self.batch), segments)
+        with self._alone():
+            if self._closed:
+                raise RuntimeError("the loader is closed; make a new one")
+            for _ in range(_TOUCHES):
+                if self._prefetcher is None:
+                    self._start()
+                assert self._prefetcher is not None
+                try:
+                    segments = self._prefetcher.take()
+                    break
+                except (RuntimeError, ValueError) as error:
+                    self._stop()  # the batch was not handed out: its rows are tried again, here or in the next call
+                    if not self._same_content():
+                        raise CorpusError(str(error)) from error
+                except BaseException:
+                    self._stop()
+                    raise
+            else:
+                raise CorpusError("a corpus's files are written to all the time. Stop whatever does it")
+            slot = self._filling.popleft()
+            first = self._row + self.rank * self.batch
+            self._row += self.batch * self.world_size
+            self._submit()
+            return self._ring.lend(slot, range(first, first + self.batch), segments)
 
     def seek(self, row: int) -> None:
         """The next batch of all ranks starts at row `row` of the stream. O(1)."""
         if not 0 <= row < 2**62:
             raise ValueError(f"row={row}: must be in 0 ... 2^62 - 1")
-        self._stop()
-        self._row = row
+        with self._alone():
+            self._stop()
+            self._row = row
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the next row, and what it is a row of."""
@@ -188,8 +197,9 @@ class TokenLoader:
 
     def close(self) -> None:
         """Stop the threads. Batches that were handed out stay valid."""
-        self._stop()
-        self._closed = True
+        with self._alone():
+            self._stop()
+            self._closed = True
 
     def __enter__(self) -> TokenLoader:
         return self
@@ -199,8 +209,21 @@ class TokenLoader:
     ) -> None:
         self.close()
 
+    def _alone(self) -> threading.RLock:
+        """The lock under which the stream moves on. A signal's handler may take it within its own thread's call."""
+        if self._process != os.getpid():  # a forked child: threads and the lock's holder stayed in its parent
+            self._process, self._lock = os.getpid(), threading.RLock()
+            self._stop()
+        return self._lock
+
+    def _same_content(self) -> bool:
+        """Whether what stopped the reading was a file that was touched, and holds what it held."""
+        try:
+            return self.store.recheck()
+        except RuntimeError as error:
+            raise CorpusError(str(error)) from error
+
     def _start(self) -> None:
-        self._process = os.getpid()  # a forked child starts threads of its own
         self._filling.clear()
         stride = self.batch * self.world_size
         lookahead = max(self.prefetch, -(-LOOKAHEAD_ROWS // self.batch))

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +22,22 @@ from typing import Any, Literal
 import numpy as np
 
 from ..files import write_atomically
+from ..json_files import Fields, JsonFileError, read_json
+from .plain_reads import CutShortError, read_array, read_blocks
 
 FORMAT = "phi_fast tokens"
 VERSION = 1
 FILE_NAME = "manifest.json"
+MAX_BLOCK_BYTES = 2**30
+"""A block is read into memory whole."""
+MAX_MANIFEST_BYTES = 2**30
+"""A checksum for every 16 MiB takes 70 bytes: room for 200 TB of tokens."""
 BLOCK_BYTES = 16 * 2**20
 """Bytes of tokens under one checksum in the corpora that `prepare` writes."""
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
-class ManifestError(ValueError):
+class ManifestError(JsonFileError):
     """A corpus directory that is incomplete, damaged or not ours; the message says which file and what to do."""
 
 
@@ -64,6 +71,8 @@ class Split:
     """Bytes of tokens in one block."""
     offset: int = 0
     """Bytes before the first token: not 0 only for an adopted file that has a header."""
+    adopted: bool = False
+    """Whether `file` may lie outside the corpus directory: where `prepare --adopt` found another program's file."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,9 @@ class Manifest:
         """Write `directory`/manifest.json: a temporary file, synced, renamed; a reader never sees half of it."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for split in document["splits"].values():
-            if not split["offset"]:
-                del split["offset"]
+            for name in ("offset", "adopted"):
+                if not split[name]:
+                    del split[name]
         write_atomically(directory / FILE_NAME, json.dumps(document, indent=1).encode() + b"\n")
 
     @staticmethod
@@ -113,13 +123,13 @@ class Manifest:
         """Read and `validate` the manifest of a corpus directory. Raises ManifestError."""
         path = Path(directory) / FILE_NAME
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_json(path, max_bytes=MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             raise ManifestError(
                 f"{path} does not exist: {directory} is not a complete corpus. Run `python -m phi_fast.prepare` to "
                 "make one (run again, it takes up where it was stopped), or `--adopt` to wrap an existing token file"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, JsonFileError) as error:
             raise ManifestError(f"{path} cannot be read as JSON: {error}. Prepare the corpus again") from error
         manifest = _parse(document, path)
         manifest.validate(directory)
@@ -133,6 +143,7 @@ class Manifest:
         directory = Path(directory)
         for name, split in self.splits.items():
             width = self.numpy_dtype.itemsize
+            _check_inside(directory, split)
             if split.max_id >= self.vocab_size:
                 raise ManifestError(
                     f"{directory / FILE_NAME}: {name} has id {split.max_id}, and tokenizer {self.tokenizer!r} has only "
@@ -148,7 +159,7 @@ class Manifest:
                     f"{directory / FILE_NAME}: {name} has {len(split.sha256)} checksums for {blocks} blocks of "
                     f"{split.block_bytes} bytes. Prepare the corpus again"
                 )
-            last = int(np.fromfile(directory / split.ends, "<u8", count=1, offset=8 * (split.documents - 1))[0])
+            last = int(read_array(directory / split.ends, "<u8", 1, 8 * (split.documents - 1))[0])
             if last != split.tokens:
                 raise ManifestError(
                     f"{directory / split.ends}: the last document ends at token {last}, and {split.file} has "
@@ -161,22 +172,44 @@ class Manifest:
         self.validate(directory)
         for name, split in self.splits.items():
             path, largest = directory / split.file, 0
-            with path.open("rb") as file:
-                file.seek(split.offset)
-                for block, expected in enumerate(split.sha256):
-                    data = file.read(split.block_bytes)
-                    found = hashlib.sha256(data).hexdigest()
-                    if found != expected:
-                        raise ManifestError(
-                            f"{path}: block {block} (from byte {split.offset + block * split.block_bytes}) has sha256 "
-                            f"{found}, the manifest says {expected}: the file is damaged. Copy or prepare it again"
-                        )
-                    largest = max(largest, int(np.frombuffer(data, self.numpy_dtype).max()))
+            step = split.block_bytes // self.numpy_dtype.itemsize
+            blocks = read_blocks(path, self.numpy_dtype, split.tokens, split.offset, step)
+            for block, (tokens, expected) in enumerate(zip(_intact(blocks), split.sha256, strict=True)):
+                found = hashlib.sha256(tokens.data).hexdigest()
+                if found != expected:
+                    raise ManifestError(
+                        f"{path}: block {block} (from byte {split.offset + block * split.block_bytes}) has sha256 "
+                        f"{found}, the manifest says {expected}: the file is damaged. Copy or prepare it again"
+                    )
+                largest = max(largest, int(tokens.max()))
             if largest != split.max_id:
                 raise ManifestError(f"{path}: the largest id of {name} is {largest}, the manifest says {split.max_id}")
-            ends = np.memmap(directory / split.ends, "<u8", mode="r")
-            if ends[0] == 0 or (ends[1:] <= ends[:-1]).any():
-                raise ManifestError(f"{directory / split.ends}: document ends do not ascend. Prepare the corpus again")
+            before = np.zeros(1, "<u8")
+            for ends in _intact(read_blocks(directory / split.ends, "<u8", split.documents, 0, 2**20)):
+                if (ends <= np.concatenate([before, ends[:-1]])).any():
+                    raise ManifestError(
+                        f"{directory / split.ends}: document ends do not ascend. Prepare the corpus again"
+                    )
+                before = ends[-1:]
+
+
+def _intact(blocks: Iterator[np.ndarray[Any, Any]]) -> Iterator[np.ndarray[Any, Any]]:
+    """The blocks of a file. Raises ManifestError where it is cut short meanwhile."""
+    try:
+        yield from blocks
+    except CutShortError as error:
+        raise ManifestError(str(error)) from None
+
+
+def _check_inside(directory: Path, split: Split) -> None:
+    """Check that a manifest, which may be a stranger's, names no files elsewhere. Raises ManifestError."""
+    home = os.path.realpath(directory)
+    for name in [split.ends] if split.adopted else [split.file, split.ends]:
+        if os.path.commonpath([home, os.path.realpath(directory / name)]) != home:
+            raise ManifestError(
+                f"{directory / FILE_NAME}: {name!r} is outside {directory}. If the file is yours, wrap it with "
+                "`python -m phi_fast.prepare --adopt FILE`; if a link leads there, put the file itself in its place"
+            )
 
 
 def _check_size(path: Path, expected: int, what: str) -> None:
@@ -202,7 +235,7 @@ def _parse(document: Any, path: Path) -> Manifest:
         raise ManifestError(
             f"{path}: version is {document.get('version')!r}, this phi_fast reads {VERSION}; upgrade phi_fast"
         )
-    values = _Fields(document, path, "")
+    values = Fields.of(document, str(path), "Prepare the corpus again", ManifestError)
     dtype = values.text("dtype")
     if dtype not in DTYPES:
         raise ManifestError(f"{path}: dtype is {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
@@ -212,62 +245,32 @@ def _parse(document: Any, path: Path) -> Manifest:
         side = inner.text("side")
         if side not in ("before", "after"):
             raise ManifestError(f"{path}: delimiter.side is {side!r}, expected 'before' or 'after'")
-        delimiter = Delimiter(inner.number("id"), "before" if side == "before" else "after")
+        delimiter = Delimiter(inner.whole("id"), "before" if side == "before" else "after")
     splits = values.inner("splits")
-    if not splits.document:
+    if not splits.values:
         raise ManifestError(f"{path}: splits is empty, expected at least one split")
     return Manifest(
         dtype=dtype,
         tokenizer=values.text("tokenizer"),
         tokenizer_sha256=values.text("tokenizer_sha256"),
-        vocab_size=values.number("vocab_size", least=1),
+        vocab_size=values.whole("vocab_size", least=1),
         delimiter=delimiter,
-        splits={name: _parse_split(splits.inner(name)) for name in splits.document},
+        splits={name: _parse_split(splits.inner(name)) for name in splits.values},
     )
 
 
-def _parse_split(values: _Fields) -> Split:
+def _parse_split(values: Fields) -> Split:
+    block_bytes = values.whole("block_bytes", least=4)
+    if block_bytes % 4 or block_bytes > MAX_BLOCK_BYTES:
+        values.refuse("block_bytes", f"a multiple of 4 of at most {MAX_BLOCK_BYTES}")
     return Split(
         file=values.text("file"),
         ends=values.text("ends"),
-        tokens=values.number("tokens", least=1),
-        documents=values.number("documents", least=1),
-        max_id=values.number("max_id"),
+        tokens=values.whole("tokens", least=1),
+        documents=values.whole("documents", least=1),
+        max_id=values.whole("max_id"),
         sha256=values.texts("sha256"),
-        block_bytes=values.number("block_bytes", least=4),
-        offset=values.number("offset") if "offset" in values.document else 0,
+        block_bytes=block_bytes,
+        offset=values.whole("offset") if "offset" in values else 0,
+        adopted=values.flag("adopted") if "adopted" in values else False,
     )
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """Typed reads from one JSON object, with errors that name the field by its path."""
-
-    document: dict[str, Any]
-    path: Path
-    prefix: str
-
-    def text(self, name: str) -> str:
-        value = self.document.get(name)
-        return value if isinstance(value, str) else self._refuse(name, "a string")
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self.document.get(name)
-        good = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        return tuple(value) if good and value is not None else self._refuse(name, "a list of strings")
-
-    def number(self, name: str, least: int = 0) -> int:
-        value = self.document.get(name)
-        good = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
-        return value if good and value is not None else self._refuse(name, f"an integer of at least {least}")
-
-    def inner(self, name: str) -> _Fields:
-        value = self.document.get(name)
-        inner = value if isinstance(value, dict) else self._refuse(name, "an object")
-        return _Fields(inner, self.path, f"{self.prefix}{name}.")
-
-    def _refuse(self, name: str, expected: str) -> Any:
-        found = repr(self.document[name])[:80] if name in self.document else "missing"
-        raise ManifestError(
-            f"{self.path}: {self.prefix}{name} is {found}, expected {expected}. Prepare the corpus again"
-        )

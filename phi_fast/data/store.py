@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from phi_fast._C import tokens as _tokens
 
+from ..errors import UsageError
 from .formats import Dtype, FormatError, TokenLayout, open_layout
 from .mixture import Mixture
 
@@ -25,6 +27,18 @@ count as the process's memory; handing them back makes the next touch a fault ag
 cache, CPU time a row: mapped and touched 0.7 µs, mapped but not touched 3.8, handed back and touched again 9, read with
 pread 2.4 (and nothing to hand back, and no signal where a file is cut short).
 """
+
+
+class CorpusError(UsageError, RuntimeError):
+    """A token file was cut short or changed while it was read, or holds ids it should not; the message names it."""
+
+
+LARGEST_ID = 2**31 - 1
+
+SAMPLED_BLOCKS = 64
+"""Blocks of a file that are compared where its time of change is another: all of a corpus that has no more."""
+SAMPLED_BYTES = 65536
+"""Bytes of such a block where the format has no checksums of its own."""
 
 
 class Store:
@@ -43,6 +57,9 @@ class Store:
                 )
         mapped = mode == "mmap" or (mode == "auto" and sum(x.bytes for x in self.layouts.values()) <= MAPPED_BYTES)
         self.files = [open_file(layout, mapped=mapped) for layout in self.layouts.values()]
+        self._contents = [
+            _Content(layout, file) for layout, file in zip(self.layouts.values(), self.files, strict=True)
+        ]
         self.order = _tokens.Order(
             corpora=[(_key(name), layout.tokens) for name, layout in self.layouts.items()],
             stages=mixture.schedule(),
@@ -63,6 +80,15 @@ class Store:
             ids.append(delimiter)
         return ids
 
+    def recheck(self) -> bool:
+        """Compare the content of files whose time of change is another since they were opened; equal ones are accepted.
+
+        True where one was accepted. Raises RuntimeError for a file whose size or content changed. No thread may be
+        reading meanwhile.
+        """
+        accepted = [content.recheck() for content in self._contents]
+        return any(accepted)
+
     @property
     def fingerprints(self) -> dict[str, str]:
         """Component name -> digest of its content."""
@@ -72,6 +98,39 @@ class Store:
         """What row `row` of the stream holds."""
         corpus, rank, epoch, index, token = self.order.at(row)
         return Place(self.mixture.components[corpus].name, rank, epoch, index, token)
+
+
+class _Content:
+    """Checksums of blocks of a token file, the manifest's or those it had when it was opened."""
+
+    def __init__(self, layout: TokenLayout, file: _tokens.TokenFile) -> None:
+        self._path, self._file, self._tokens, self._width = layout.path, file, layout.tokens, layout.width
+        self._step = (layout.block_bytes if layout.sha256 else SAMPLED_BYTES) // layout.width
+        blocks = -(-layout.tokens // self._step)
+        count = min(blocks, SAMPLED_BLOCKS)
+        self._sampled = [block * (blocks - 1) // max(count - 1, 1) for block in range(count)]
+        self._stamp = file.change_stamp()
+        self._sha256 = [layout.sha256[block] if layout.sha256 else self._digest(block) for block in self._sampled]
+
+    def recheck(self) -> bool:
+        """True where the file was touched and holds what it held. Raises RuntimeError where it does not."""
+        stamp = self._file.change_stamp()
+        if stamp == self._stamp:
+            return False
+        if [self._digest(block) for block in self._sampled] != self._sha256:
+            raise CorpusError(
+                f"{self._path} was changed while in use: its content is another, with as many bytes. Stop whatever "
+                "writes to it and resume from a checkpoint"
+            )
+        self._file.accept(stamp)
+        self._stamp = stamp
+        return True
+
+    def _digest(self, block: int) -> str:
+        first = block * self._step
+        data = np.empty(min(self._step, self._tokens - first), f"<u{self._width}")
+        self._file.read(first, data.size, data.ctypes.data)
+        return hashlib.sha256(data.data).hexdigest()
 
 
 class Place(NamedTuple):
@@ -91,7 +150,7 @@ class Place(NamedTuple):
 def open_file(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile:
     """Open a layout's file. Raises OSError where it cannot be opened, FormatError where it is too short."""
     try:
-        return _tokens.TokenFile(str(layout.path), layout.width, layout.offset, layout.tokens, mapped)
+        return _tokens.TokenFile(os.fsencode(layout.path), layout.width, layout.offset, layout.tokens, mapped)
     except RuntimeError as error:
         raise FormatError(str(error)) from None
 
@@ -110,12 +169,17 @@ def sequential_rows(
     start: int = 0,
     stop: int | None = None,
     dtype: Dtype | None = None,
+    max_token_id: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows start ... stop - 1 of a split in file order, for a validation loss: each token is a label at most once.
 
     Yields (input_ids, labels), int64 (rows, sequence_length), `batch` rows at a time and the rest at the end; row i
     reads tokens [i L, i L + L]. Tokens after the last whole row are not read.
-    Raises FormatError where the split has fewer than `stop` rows or not even one.
+    max_token_id: the largest id that the model takes (its vocabulary less 1); no id may be above what the corpus's
+    manifest says is its largest, either.
+
+    Raises FormatError where the split has fewer than `stop` rows or not even one, CorpusError for a file that was cut
+    short or has a larger id.
     """
     layout = open_layout(path, split, dtype)
     rows = max(0, (layout.tokens - 1) // sequence_length)
@@ -126,12 +190,31 @@ def sequential_rows(
             "ask for fewer rows or prepare a larger split"
         )
     file = open_file(layout, mapped=False)
+    largest = min(id for id in (layout.max_id, max_token_id, LARGEST_ID) if id is not None)
     for first in range(start, stop, batch):
         count = min(batch, stop - first)
         raw = np.empty(count * sequence_length + 1, f"<u{layout.width}")
-        file.read(first * sequence_length, raw.size, raw.ctypes.data)
+        try:
+            file.read(first * sequence_length, raw.size, raw.ctypes.data)
+        except RuntimeError as error:
+            raise CorpusError(str(error)) from None
+        if raw.max() > largest:
+            at = int(raw.argmax())
+            raise CorpusError(
+                f"{layout.path}: token {first * sequence_length + at} is id {raw[at]}, and ids up to {largest} were "
+                f"expected: {_who_says(layout, largest)}"
+            )
         ids = torch.from_numpy(raw.astype(np.int64))
         yield ids[:-1].view(count, -1), ids[1:].view(count, -1)
+
+
+def _who_says(layout: TokenLayout, largest: int) -> str:
+    if largest == layout.max_id:
+        return "its manifest says so, so the file is damaged. Copy it again, or prepare the corpus again"
+    return (
+        "the model has no more. Use the tokenizer of the corpus and a model of its vocabulary, or copy the file again "
+        "if it is damaged"
+    )
 
 
 def _key(name: str) -> int:

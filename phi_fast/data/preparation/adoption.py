@@ -16,8 +16,9 @@ from rich.console import Console
 from ...files import sync_directory
 from ..formats import TokenLayout, open_layout
 from ..manifest import BLOCK_BYTES, DTYPES, Delimiter, Manifest, Split
-from .inputs import PrepareError
-from .pipeline import Settings, plan_encoding
+from ..plain_reads import read_array, read_blocks
+from .containers import PrepareError
+from .pipeline import Settings, plan_encoding, save_tokenizer
 from .progress import Meter
 
 _Array = np.ndarray[Any, Any]
@@ -35,6 +36,7 @@ def adopt(files: list[Path], out: Path, settings: Settings, console: Console) ->
         raise PrepareError(
             f"--adopt takes a train file and, if there is one, a validation file; {len(files)} were named"
         )
+    out = Path(os.path.realpath(out))  # where a link leads that the user made
     if out.exists():
         raise PrepareError(f"{out} exists: name another --out, or remove it")
     layouts = [open_layout(path, dtype=settings.dtype) for path in files]
@@ -53,7 +55,7 @@ def adopt(files: list[Path], out: Path, settings: Settings, console: Console) ->
             delimiters.add(delimiter)
         common = delimiters.pop() if len(delimiters) == 1 else None
         manifest = replace(manifest, splits=splits, delimiter=common)
-        encoder.save(str(aside / "tokenizer.json"))
+        save_tokenizer(encoder, aside)
         manifest.write(aside)
         aside.chmod(0o755)  # mkdtemp's are private
         aside.rename(out)
@@ -74,8 +76,7 @@ def _wrap(
     console: Console,
 ) -> tuple[Split, Delimiter | None]:
     """One file as a split: its tokens are read once, its document ends written."""
-    tokens = np.memmap(layout.path, DTYPES[layout.dtype], mode="r", offset=layout.offset, shape=(layout.tokens,))
-    checksums, places, largest = _read(tokens, delimiter, layout.path, console)
+    checksums, places, largest = _read(layout, delimiter, console)
     if largest >= vocab_size:
         raise PrepareError(
             f"{layout.path} has id {largest}, and the tokenizer has {vocab_size} ids: it is of another one"
@@ -83,8 +84,8 @@ def _wrap(
     ends = _indexed_ends(layout)
     if ends is None:
         if not len(places):
-            console.print(f"{layout.path} is one document: id {delimiter} is not in it", highlight=False)
-        ends = _delimited_ends(tokens, places, delimiter)
+            console.print(f"{layout.path} is one document: id {delimiter} is not in it")
+        ends = _delimited_ends(places, layout.tokens)
     (aside / f"{name}.ends").write_bytes(ends.astype("<u8").tobytes())
     split = Split(
         file=os.path.relpath(layout.path.resolve(), out.absolute().parent.resolve() / out.name),
@@ -94,21 +95,22 @@ def _wrap(
         max_id=largest,
         sha256=tuple(checksums),
         offset=layout.offset,
+        adopted=True,
     )
-    return split, _delimiter_of(tokens, ends, delimiter)
+    return split, _delimiter_of(places, ends, delimiter)
 
 
-def _read(tokens: _Array, delimiter: int | None, path: Path, console: Console) -> tuple[list[str], _Array, int]:
+def _read(layout: TokenLayout, delimiter: int | None, console: Console) -> tuple[list[str], _Array, int]:
     """Checksum of each block, places of the delimiter, largest id."""
-    checksums, places, largest = [], [np.empty(0, np.int64)], 0
-    step = BLOCK_BYTES // tokens.itemsize
-    with Meter(f"reading {path.name}", tokens.nbytes, console) as meter:
-        for start in range(0, len(tokens), step):
-            block = tokens[start : start + step]
+    checksums, places, largest, start = [], [np.empty(0, np.int64)], 0, 0
+    step = BLOCK_BYTES // layout.width
+    with Meter(f"reading {layout.path.name}", layout.bytes, console) as meter:
+        for block in read_blocks(layout.path, DTYPES[layout.dtype], layout.tokens, layout.offset, step):
             checksums.append(hashlib.sha256(block.data).hexdigest())
             largest = max(largest, int(block.max()))
             if delimiter is not None:
                 places.append(np.flatnonzero(block == delimiter) + start)
+            start += len(block)
             meter.advance(block.nbytes, len(block))
     return checksums, np.concatenate(places), largest
 
@@ -117,7 +119,7 @@ def _indexed_ends(layout: TokenLayout) -> _Array | None:
     """Document ends by the file's own index; None where it has none."""
     if layout.format == "datatrove":
         index = layout.path.with_name(layout.path.name + ".index")
-        ends = np.fromfile(index, "<u8").astype(np.int64)
+        ends = read_array(index, "<u8", index.stat().st_size // 8).astype(np.int64)
     elif layout.format == "megatron":
         index = layout.path.with_suffix(".idx")
         ends = _megatron_ends(index)
@@ -132,29 +134,32 @@ def _indexed_ends(layout: TokenLayout) -> _Array | None:
 
 def _megatron_ends(index: Path) -> _Array:
     """From byte 18: u64 sequences, u64 documents + 1; then i32 lengths, i64 pointers, i64 first sequence a document."""
-    data = np.memmap(index, np.uint8, mode="r")
-    sequences, entries = (int(count) for count in np.frombuffer(data, "<u8", 2, offset=18))
-    lengths = np.frombuffer(data, "<i4", sequences, offset=34)
-    documents = np.frombuffer(data, "<i8", entries, offset=34 + 12 * sequences)
+    sequences, entries = (int(count) for count in read_array(index, "<u8", 2, 18))
+    lengths = read_array(index, "<i4", sequences, 34)
+    documents = read_array(index, "<i8", entries, 34 + 12 * sequences)
     if ((documents < 0) | (documents > sequences)).any():
         raise PrepareError(f"{index}: a document begins at a sequence that is not among its {sequences}. Copy it again")
     before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])  # tokens before each sequence, and all
     return before[documents]
 
 
-def _delimited_ends(tokens: _Array, places: _Array, delimiter: int | None) -> _Array:
+def _delimited_ends(places: _Array, tokens: int) -> _Array:
     """Document ends by delimiters that close documents, or, where the file begins with one, that open them."""
-    opens = delimiter is not None and tokens[0] == delimiter and tokens[-1] != delimiter
+    opens = len(places) > 0 and places[0] == 0 and places[-1] != tokens - 1
     ends = places[1:] if opens else places + 1
-    return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))
+    return ends if len(ends) and ends[-1] == tokens else np.append(ends, tokens)
 
 
-def _delimiter_of(tokens: _Array, ends: _Array, delimiter: int | None) -> Delimiter | None:
-    """The delimiter and its side, where every document (after: but the last, which may be cut) has it."""
-    if delimiter is None:
+def _delimiter_of(places: _Array, ends: _Array, delimiter: int | None) -> Delimiter | None:
+    """The delimiter and its side, where every document (after: but the last, which may be cut) has it.
+
+    places: where the delimiter is in the file, ascending.
+    """
+    if delimiter is None or not len(places):
         return None
-    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    if (tokens[starts] == delimiter).all() and tokens[-1] != delimiter:
+    ends = ends.astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1]])
+    if np.isin(starts, places, assume_unique=True).all() and places[-1] != ends[-1] - 1:
         return Delimiter(delimiter, "before")
-    closed = tokens[ends.astype(np.int64) - 1] == delimiter
+    closed = np.isin(ends - 1, places, assume_unique=True)
     return Delimiter(delimiter, "after") if closed[:-1].all() and closed.any() else None

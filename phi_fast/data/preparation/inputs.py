@@ -1,19 +1,23 @@
-"""What `prepare` is given: files, folders and datasets, found and checked before any work."""
+"""What `prepare` is given: files, folders and datasets, found and checked before any work, and what is left out."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from ..signatures import HEAD_BYTES, container
+from .containers import COMPRESSED, PrepareError, compression, head, require
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
 
 LINES = (".jsonl", ".ndjson", ".json")
-COMPRESSED = (".gz", ".zst")
+TABLES = (".parquet", ".pq")
 TEXT = (".txt", ".text", ".md", ".rst", ".tex")
 CODE = (
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".java", ".kt", ".scala", ".cs"),
@@ -23,9 +27,17 @@ CODE = (
 FOLDER_SUFFIXES = (*TEXT, *CODE)
 """Files that a folder gives as one document each, besides the records in its JSONL and Parquet files."""
 
-
-class PrepareError(ValueError):
-    """An input or an option that `prepare` cannot work with; the message says what to do."""
+_UNREAD = {
+    **dict.fromkeys((".csv", ".tsv"), "a table of separated values"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tbz", ".txz", ".7z", ".rar"), "an archive"),
+    **dict.fromkeys((".lz4", ".br", ".sz", ".z"), "compressed in a way that is not read"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".mobi", ".rtf"), "a formatted document"),
+    **dict.fromkeys((".xls", ".xlsx", ".ods"), "a spreadsheet"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite"), "a table or database"),
+    **dict.fromkeys((".bin", ".idx", ".ds", ".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors"), "binary data"),
+}
+"""Suffixes of containers that hold no text as it stands."""
+_WAY_OUT = "give its texts as plain text files, JSONL or Parquet"
 
 
 @dataclass(frozen=True)
@@ -36,42 +48,157 @@ class Input:
     kind: Kind
     size: int
     """Bytes on disk."""
+    compression: str | None = None
+    """".gz", ".bz2", ".xz", ".lzma" or ".zst"; None: not compressed, or by its own format."""
 
     @property
     def compressed(self) -> bool:
-        return self.path.suffix in COMPRESSED
+        return self.compression is not None
 
 
-def find_inputs(paths: Iterable[Path], suffixes: Iterable[str] = FOLDER_SUFFIXES) -> list[Input]:
+@dataclass(frozen=True)
+class _Search:
+    """What is looked for."""
+
+    suffixes: frozenset[str]
+    """Files that are text, as they stand."""
+    text_field: str
+
+
+class _NotReadError(Exception):
+    """A file is left out of a folder, or refused where it was named itself; the message says why."""
+
+
+@dataclass
+class Inputs:
+    """What is read, and what is not."""
+
+    read: list[Input] = field(default_factory=list)
+    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    """(path, why)."""
+
+    def summary(self) -> list[str]:
+        """One line for what is read, one for each reason to leave something out, which names the first few."""
+        names = {"text": "text", "lines": "JSON lines", "parquet": "Parquet", "dataset": "datasets"}
+        counts = [f"{sum(entry.kind == kind for entry in self.read):,} {name}" for kind, name in names.items()]
+        kinds = ", ".join(count for count in counts if not count.startswith("0 "))
+        lines = [f"read {len(self.read):,} inputs: {kinds}"]
+        reasons: dict[str, list[Path]] = {}
+        for path, reason in self.left_out:
+            reasons.setdefault(reason, []).append(path)
+        for reason, paths in sorted(reasons.items()):
+            more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+            lines.append(f"left out {len(paths):,}, {reason}: {', '.join(map(str, paths[:5]))}{more}")
+        return lines
+
+
+def find_inputs(paths: Iterable[Path], suffixes: Iterable[str] = FOLDER_SUFFIXES, text_field: str = "text") -> Inputs:
     """The inputs that the paths name: files in the order given, those of a folder by name.
 
-    A folder that Hugging Face `datasets` saved is one dataset. Any other is walked: JSONL and Parquet files give
-    records, files with one of `suffixes` a document each; what else lies there, and hidden files, are left out.
+    A folder that Hugging Face `datasets` saved is one dataset. Any other is walked, links to folders included: JSONL
+    and Parquet files give records, files with one of `suffixes` a document each; what else lies there is left out and
+    listed with the reason. A file that was named itself and cannot be read is an error.
 
     Raises PrepareError for a path that is missing, empty or unreadable, or that needs a package that is not installed.
     """
-    inputs = []
+    search = _Search(frozenset(suffix.lower() for suffix in suffixes), text_field)
+    found = Inputs()
     for path in paths:
-        found = sorted(_walk(path, frozenset(suffixes))) if _is_plain_folder(path) else [path]
-        if not found:
-            raise PrepareError(f"{path} holds no JSONL, Parquet, text or source file; say which with --suffixes .xyz")
-        inputs += [Input(file, kind(file), _size(file)) for file in found]
-    inputs = [entry for entry in inputs if entry.size]
-    if not inputs:
+        if not _is_plain_folder(path):
+            try:
+                found.read.append(_input(path, search, named=True))
+            except _NotReadError as reason:
+                if str(reason) != _EMPTY:
+                    raise PrepareError(f"{path} is {reason}") from None
+                found.left_out.append((path, str(reason)))
+            continue
+        before = len(found.read)
+        _add_folder(path, search, found)
+        if len(found.read) == before:
+            raise PrepareError(
+                f"{path} holds no JSONL, Parquet, text or source file; say which with --suffixes .xyz"
+                + "".join(f"\n{line}" for line in found.summary()[1:])
+            )
+    if not found.read:
         raise PrepareError("there is nothing in the inputs: name files or folders that hold text")
-    for entry in inputs:
-        _check_readable(entry)
-    return inputs
+    return found
 
 
-def kind(path: Path) -> Kind:
-    """How a path is read, by its name; a directory is a dataset. A name without a known suffix is text."""
+_EMPTY = "empty"
+
+
+def _add_folder(folder: Path, search: _Search, found: Inputs) -> None:
+    for file in sorted(_walk(folder, found)):
+        try:
+            found.read.append(_input(file, search, named=False))
+        except _NotReadError as reason:
+            found.left_out.append((file, str(reason)))
+
+
+def _input(path: Path, search: _Search, *, named: bool) -> Input:
+    """How a file is read: by its name, which its first bytes must not contradict.
+
+    named: by the user, not found in a folder: a name without a known suffix is text then.
+    Raises _NotReadError, and PrepareError for what is an error in a folder too.
+    """
     if path.is_dir():
-        return "dataset"
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    if suffix == ".parquet":
-        return "parquet"
-    return "lines" if suffix in LINES else "text"
+        require("datasets", f"{path} (a Hugging Face dataset)")
+        return Input(path, "dataset", sum(file.stat().st_size for file in path.glob("*.arrow")))
+    known, size = search.suffixes, _check_file(path)
+    packed = compression(path)
+    suffix = (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+    if suffix in TABLES and packed is None:
+        require("pyarrow", f"{path} (Parquet)")
+        return Input(path, "parquet", size)
+    if suffix in _UNREAD and suffix not in known:
+        raise _NotReadError(f"{_UNREAD[suffix]} ({suffix}): {_WAY_OUT}; or take it as it is with --suffixes {suffix}")
+    kind: Kind = "lines" if suffix in LINES and suffix not in known else "text"
+    if kind == "text" and not named and suffix not in known:
+        raise _NotReadError(f"of a kind that folders do not give ({suffix or 'no suffix'}); --suffixes names others")
+    first = head(path, packed)
+    if (what := container(first)) is not None:
+        raise _NotReadError(f"{what}, whatever its name: {_WAY_OUT}")
+    if kind == "text" and suffix not in known and b"\0" in first:
+        raise _NotReadError(f"binary data: {_WAY_OUT}")
+    if suffix == ".json" and kind == "lines":
+        _check_records(first, None if named else search.text_field)
+    return Input(path, kind, size, packed)
+
+
+def _check_file(path: Path) -> int:
+    """The size of a regular file with content. Raises _NotReadError, and PrepareError where it cannot be read."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            raise _NotReadError("a link that leads nowhere") from None
+        raise PrepareError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise _NotReadError("a pipe or a device, which cannot be read again after an interruption: name a file")
+    if not status.st_size:
+        raise _NotReadError(_EMPTY)
+    if not os.access(path, os.R_OK):
+        raise PrepareError(f"{path} cannot be read: permission denied")
+    return status.st_size
+
+
+def _check_records(first: bytes, text_field: str | None) -> None:
+    """Check that a .json file, of which these are the first bytes, has an object per line, as JSONL has.
+
+    text_field: what the first object must have; None where the file was named, and is an error where it has not.
+    Raises _NotReadError.
+    """
+    line, end, _ = first.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if not end and len(first) == HEAD_BYTES and line.startswith(b"{"):
+        return  # a record longer than what was looked at
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = {text_field: ""} if line.startswith(b"{") and line.rstrip().endswith(b"}") else None  # told when read
+    if not isinstance(record, dict):
+        raise _NotReadError("one JSON value, not a record per line: `jq -c '.[]' OLD.json > NEW.jsonl` makes records")
+    if text_field is not None and text_field not in record:
+        raise _NotReadError(f"without a field {text_field!r} in its first record (--text-field names another)")
 
 
 def fingerprint(inputs: list[Input]) -> str:
@@ -84,14 +211,8 @@ def fingerprint(inputs: list[Input]) -> str:
     return hashed.hexdigest()
 
 
-def require(module: str, what: str) -> None:
-    """Raise PrepareError unless the package is installed."""
-    if importlib.util.find_spec(module) is None:
-        raise PrepareError(f"{what} needs {module}, which is not installed: pip install 'phi-fast[prepare]'")
-
-
 def _is_plain_folder(path: Path) -> bool:
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise PrepareError(f"{path} does not exist")
     if not path.is_dir():
         return False
@@ -103,30 +224,28 @@ def _is_plain_folder(path: Path) -> bool:
     return not (path / "state.json").exists()
 
 
-def _walk(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
-    for parent, directories, files in os.walk(folder):
-        directories[:] = [name for name in directories if not name.startswith(".") and name != "__pycache__"]
-        for name in files:
-            path = Path(parent, name)
-            plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-            if not name.startswith(".") and (
-                plain.suffix in suffixes or plain.suffix in (".jsonl", ".ndjson", ".parquet")
-            ):
-                yield path
+def _walk(folder: Path, found: Inputs) -> Iterator[Path]:
+    """Files and saved datasets below a folder. Every folder is walked once, however many links lead to it."""
+    seen: set[tuple[int, int]] = set()
+    for parent, directories, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            found.left_out.append((Path(parent), "a link to a folder that is read already"))
+            directories.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if "state.json" in files and any(name.endswith(".arrow") for name in files):
+            directories.clear()
+            yield Path(parent)
+            continue
+        hidden = [name for name in (*directories, *files) if name.startswith(".") or name == "__pycache__"]
+        found.left_out += [(Path(parent, name), "hidden") for name in sorted(hidden)]
+        directories[:] = sorted(
+            (name for name in directories if name not in hidden),
+            key=lambda name: (Path(parent, name).is_symlink(), name),
+        )
+        yield from (Path(parent, name) for name in files if name not in hidden)
 
 
-def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.glob("*.arrow"))
-    return path.stat().st_size
-
-
-def _check_readable(entry: Input) -> None:
-    if entry.kind == "dataset":
-        require("datasets", f"{entry.path} (a Hugging Face dataset)")
-    elif entry.kind == "parquet":
-        require("pyarrow", f"{entry.path} (Parquet)")
-    elif entry.path.suffix == ".zst":
-        require("pyarrow", f"{entry.path} (Zstandard)")
-    if not os.access(entry.path, os.R_OK):
-        raise PrepareError(f"{entry.path} cannot be read: permission denied")
+def _unreadable(error: OSError) -> None:
+    raise PrepareError(f"{error.filename} cannot be read: {error.strerror}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...terminal import printable
 from ..manifest import Manifest
+from ..plain_reads import read_array
 from ..vocabulary import TokenizerError, digest, tokenizer
 
 _BAR = 40
@@ -28,24 +31,23 @@ def inspect(directory: Path, samples: int) -> Iterator[str]:
     between = "nothing" if delimiter is None else f"id {delimiter.id} {delimiter.side} each"
     yield f"{directory}: {manifest.dtype}, checksums verified"
     yield (
-        f"tokenizer {manifest.tokenizer}, {manifest.vocab_size:,} ids, sha256 {manifest.tokenizer_sha256}; "
+        f"tokenizer {printable(manifest.tokenizer)}, {manifest.vocab_size:,} ids, sha256 {manifest.tokenizer_sha256}; "
         f"between documents: {between}"
     )
     decoder, trouble = _tokenizer_of(directory, manifest)
     if trouble:
         yield f"no samples: {trouble}"
     for name, split in manifest.splits.items():
-        ends = np.memmap(directory / split.ends, "<u8", mode="r").astype(np.int64)  # (documents,)
+        ends = read_array(directory / split.ends, "<u8", split.documents).astype(np.int64)  # (documents,)
         lengths = np.diff(ends, prepend=0)
         yield (
-            f"\n{name}: {split.tokens:,} tokens, {split.documents:,} documents of {lengths.min():,} to "
+            f"\n{printable(name)}: {split.tokens:,} tokens, {split.documents:,} documents of {lengths.min():,} to "
             f"{lengths.max():,} tokens (median {np.median(lengths):,.0f}, mean {lengths.mean():,.0f}), "
             f"largest id {split.max_id}"
         )
         yield from histogram(lengths)
         if decoder is not None:
-            tokens = np.memmap(directory / split.file, manifest.numpy_dtype, mode="r", offset=split.offset)
-            yield from _decoded(tokens, ends[:samples], decoder)
+            yield from _decoded(directory / split.file, split.offset, manifest.numpy_dtype, ends[:samples], decoder)
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
@@ -71,9 +73,12 @@ def _tokenizer_of(directory: Path, manifest: Manifest) -> tuple[Tokenizer | None
     return found, ""
 
 
-def _decoded(tokens: np.ndarray, ends: np.ndarray, decoder: Tokenizer) -> Iterator[str]:
+def _decoded(
+    file: Path, offset: int, dtype: np.dtype[Any], ends: np.ndarray[Any, Any], decoder: Tokenizer
+) -> Iterator[str]:
     start = 0
     for document, end in enumerate(ends.tolist()):
         yield f"\n--- document {document}, {end - start:,} tokens"
-        yield decoder.decode(tokens[start : min(end, start + _SHOWN)].tolist(), skip_special_tokens=False)
+        tokens = read_array(file, dtype, min(end - start, _SHOWN), offset + start * dtype.itemsize)
+        yield printable(decoder.decode(tokens.tolist(), skip_special_tokens=False))
         start = end

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,22 +19,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from ...files import sync_directory, write_atomically
-from ..manifest import DTYPES, Delimiter, Manifest
+from ...errors import UsageError
+from ...files import Claim, sync_directory, write_atomically
+from ...json_files import JsonFileError, read_object
+from ..manifest import DTYPES, FILE_NAME, Delimiter, Manifest
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
-from .inputs import FOLDER_SUFFIXES, Input, PrepareError, find_inputs, fingerprint
+from .containers import PrepareError
+from .inputs import FOLDER_SUFFIXES, Input, find_inputs, fingerprint
 from .merge import merge
 from .progress import Meter
 from .readers import Reader, check_field
 from .tasks import Task, cut
-from .units import Encoding, encode_unit, is_complete
+from .units import Encoding, Summary, completed, encode_unit
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**24
 """Text that a worker encodes at a time: large enough to sync to disk, small enough to share out and to lose."""
+LONGEST_TEMPORARY = 70
+"""Bytes of the temporary directory's path with which the fork server's socket, some 35 bytes longer, fits into the 107
+that a Unix socket's path may have."""
 
 
 @dataclass(frozen=True)
@@ -69,36 +76,90 @@ def prepare(
     if workers is not None and workers < 1:
         raise PrepareError(f"--workers {workers}: expected at least 1, or None for one a core")
     encoder, encoding, manifest = plan_encoding(settings)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PrepareError(f"{out} exists and is not empty: name another --out, or remove it")
-    inputs = find_inputs(paths, settings.suffixes)
-    check_field(inputs, settings.text_field)
-    total = sum(entry.size for entry in inputs)
-    unit_bytes = min(max(total // 512, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
-    plan = {**asdict(settings), "tokenizer": digest(encoder), "inputs": fingerprint(inputs), "unit_bytes": unit_bytes}
+    place = check_place(out)
+    inputs = find_inputs(paths, settings.suffixes, settings.text_field)
+    check_field(inputs.read, settings.text_field)
+    unit_bytes = _unit_bytes(sum(entry.size for entry in inputs.read))
+    made_by = {**asdict(settings), "tokenizer": digest(encoder)}
+    plan = {**made_by, "inputs": fingerprint(inputs.read)}
     workers = workers or available_cores()
-    with _partial(out, plan) as partial, _pool(workers, encoding, settings) as pool:
-        units, skipped = _encode_all(pool, workers, partial, inputs, unit_bytes, encoding.dtype, console)
+    with _partial(place, plan) as partial, _pool(workers, encoding, settings) as pool:
+        work = _Work(partial, encoding.dtype, json.dumps({**made_by, "skip_malformed": None}).encode(), settings)
+        units = _encode_all(pool, workers, work, inputs.read, unit_bytes, console)
         corpus = partial / "corpus"
         shutil.rmtree(corpus, ignore_errors=True)  # of a merge that was interrupted
         corpus.mkdir()
-        console.print("merging, shuffled by document", highlight=False)
+        console.print("merging, shuffled by document")
         manifest = replace(manifest, splits=merge(units, corpus, encoding.dtype, pool.map))
         if "train" not in manifest.splits:
-            raise PrepareError(f"no documents for training in {', '.join(map(str, paths))}: are the inputs empty?")
-        encoder.save(str(corpus / "tokenizer.json"))
+            raise PrepareError(_no_training(paths, settings.validation, manifest))
+        save_tokenizer(encoder, corpus)
         manifest.write(corpus)
-        if out.exists():
-            out.rmdir()
-        corpus.rename(out)
-        sync_directory(out.parent)
-    if skipped:
-        console.print(f"left out {skipped:,} malformed records", highlight=False)
+        _put_in_place(corpus, place)
+    for line in inputs.summary():
+        console.print(line)
+    if work.skipped:
+        console.print(f"left out {work.skipped:,} malformed records")
     if settings.validation and "validation" not in manifest.splits:
-        console.print(
-            f"no validation split: none of so few documents is in a share of {settings.validation}", highlight=False
-        )
+        console.print(_no_validation(settings.validation, work.least_hash, manifest.splits["train"].documents))
     return manifest
+
+
+def _unit_bytes(total: int) -> int:
+    """Text of a unit, for inputs of `total` bytes: a power of two, so that a corrected record rarely changes it."""
+    return min(max(2 ** int(math.log2(max(total // 512, 1))), MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+
+
+def _no_training(paths: list[Path], share: float, manifest: Manifest) -> str:
+    named = ", ".join(map(str, paths))
+    if "validation" in manifest.splits:
+        documents = manifest.splits["validation"].documents
+        return f"no documents for training in {named}: all {documents:,} fall in --validation {share}. Lower it"
+    return f"no documents for training in {named}: are the inputs empty?"
+
+
+def _no_validation(share: float, least_hash: int, documents: int) -> str:
+    """What a corpus without a validation split is told, and the smallest share that would have one."""
+    enough = math.ceil((least_hash / 2**64 + 1e-6) * 1e4) / 1e4
+    more = f"prepare it again, to another --out, with --validation {enough:.4g} or more"
+    return (
+        f"no validation split: none of {documents:,} documents falls in a share of {share}. To measure a validation "
+        f"loss while training, {more if documents > 1 else 'add documents'}; without, train with --val-every 0"
+    )
+
+
+def save_tokenizer(encoder: Tokenizer, directory: Path) -> None:
+    """Write `directory`/tokenizer.json. (The tokenizer's own `save` takes no path that is not UTF-8.)"""
+    write_atomically(directory / "tokenizer.json", encoder.to_str(pretty=True).encode())
+
+
+def check_place(out: Path) -> Path:
+    """Where a corpus asked for at `out` will lie: links are followed. Raises PrepareError where it cannot be put there.
+
+    An empty directory is taken. What would fail when the work is done is refused here.
+    """
+    place = Path(os.path.realpath(out))
+    if place.exists():
+        if not place.is_dir() or any(place.iterdir()):
+            raise PrepareError(f"{out} exists and is not empty: name another --out, or remove it")
+        if place.is_mount():
+            raise PrepareError(
+                f"{out} is a mount point, which cannot be replaced: name a folder in it, {out / 'corpus'}"
+            )
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PrepareError(f"{out} cannot be written: permission denied. Name another --out")
+    return place
+
+
+def _put_in_place(corpus: Path, out: Path) -> None:
+    """Rename a finished corpus to `out`; into it, the manifest last, where the user made an empty directory there."""
+    if not out.exists():
+        corpus.rename(out)
+    else:  # it may be somebody's current directory
+        for file in sorted(corpus.iterdir(), key=lambda file: file.name == FILE_NAME):
+            file.rename(out / file.name)
+        sync_directory(out)
+    sync_directory(out.parent)
 
 
 def plan_encoding(settings: Settings) -> tuple[Tokenizer, Encoding, Manifest]:
@@ -152,66 +213,95 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_MAY_CHANGE = {"inputs", "skip_malformed", "text_field", "suffixes", "validation"}
+"""Parts of the plan."""
+
+
 @contextmanager
 def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The directory of work in progress, locked; removed when the work is done, kept when it is not."""
+    """The directory of work in progress, owned; removed when the work is done, kept when it is not.
+
+    With other inputs, and with what errors in them advise to change, work goes on: units know what they were made of.
+    """
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(partial / "lock", timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
-        raise PrepareError(f"another prepare is writing {out}: wait for it, or name another --out") from None
-    try:
-        record, written = partial / "plan.json", json.dumps(plan, indent=1).encode()
-        if not record.exists():
-            write_atomically(record, written)
-        elif record.read_bytes() != written:
-            before = json.loads(record.read_bytes())
-            changed = [name for name in plan if json.loads(written)[name] != before.get(name)]
+        claim = Claim.take(partial / "lock", str(out), way_out="wait for it, or name another --out")
+    except UsageError as error:
+        raise PrepareError(f"another prepare is writing {out}: {error}") from None
+    with claim:
+        record = partial / "plan.json"
+        try:
+            before = read_object(record).values
+        except FileNotFoundError:
+            before = {}
+        except (JsonFileError, OSError) as error:
+            raise PrepareError(f"{error}. Remove {partial} to begin anew") from error
+        changed = [name for name in plan if before and name not in _MAY_CHANGE and plan[name] != before.get(name)]
+        if changed:
             raise PrepareError(
                 f"{partial} holds work begun with other {', '.join(changed)}: run with what it was begun with to go "
                 "on, or remove it to begin anew"
             )
+        write_atomically(record, json.dumps(plan, indent=1).encode())
         yield partial
-    finally:
-        lock.release()
-    shutil.rmtree(partial)
+        shutil.rmtree(partial)
+
+
+@dataclass
+class _Work:
+    """Units in a directory, and what is known of all of them."""
+
+    directory: Path
+    dtype: np.dtype[Any]
+    made_by: bytes
+    """Settings and tokenizer, for the units' keys."""
+    settings: Settings
+    skipped: int = 0
+    """Malformed records left out."""
+    least_hash: int = 2**64 - 1
+    """Of all documents."""
+
+    def count(self, summary: Summary) -> None:
+        self.skipped += summary.skipped
+        self.least_hash = min(self.least_hash, summary.least_hash)
+
+    def completed(self, unit: Path, key: bytes) -> Summary | None:
+        """The summary of a unit that need not be made: not of one that left out what is now to be an error."""
+        done = completed(unit, self.dtype, key)
+        return done if done and (self.settings.skip_malformed or not done.skipped) else None
 
 
 def _encode_all(
-    pool: ProcessPoolExecutor,
-    workers: int,
-    partial: Path,
-    inputs: list[Input],
-    unit_bytes: int,
-    dtype: np.dtype[Any],
-    console: Console,
-) -> tuple[list[Path], int]:
-    """Encode every task that has no complete unit yet. Returns all units in order, and malformed records left out."""
+    pool: ProcessPoolExecutor, workers: int, work: _Work, inputs: list[Input], unit_bytes: int, console: Console
+) -> list[Path]:
+    """Encode every task that has no complete unit yet. Returns all units in order."""
     units: list[Path] = []
-    running: dict[Future[tuple[int, int]], Task] = {}
-    skipped = 0
+    running: dict[Future[Summary], Task] = {}
+    began, kept = any(work.directory.glob("*.index")), 0
     with Meter("encoding", sum(entry.size for entry in inputs), console) as meter:
 
         def collect(limit: int) -> None:
-            nonlocal skipped
             while len(running) > limit:
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    tokens, malformed = done.result()
-                    meter.advance(running.pop(done).size, tokens)
-                    skipped += malformed
+                    summary = done.result()
+                    meter.advance(running.pop(done).size, summary.tokens)
+                    work.count(summary)
 
         for number, task in enumerate(cut(inputs, unit_bytes)):
-            unit = partial / f"{number:07d}"
+            unit, key = work.directory / f"{number:07d}", task.key(work.made_by)
             units.append(unit)
-            if is_complete(unit, dtype):
-                meter.advance(task.size, unit.with_suffix(".tokens").stat().st_size // dtype.itemsize, before=True)
+            if (done := work.completed(unit, key)) is not None:
+                meter.advance(task.size, done.tokens, before=True)
+                work.count(done)
+                kept += 1
             else:
-                running[pool.submit(_encode_task, unit, number, task)] = task
+                running[pool.submit(_encode_task, unit, number, task, key)] = task
                 collect(2 * workers)
         collect(0)
-    return units, skipped
+    if began:
+        console.print(f"kept {kept:,} of {len(units):,} parts from before; the others are new, or their inputs changed")
+    return units
 
 
 @contextmanager
@@ -227,7 +317,8 @@ def _pool(workers: int, encoding: Encoding, settings: Settings) -> Iterator[Proc
 
 def _context() -> BaseContext:
     """How workers start: not forked from this process, which has threads; imports are done once where possible."""
-    if "forkserver" not in get_all_start_methods():
+    too_long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY
+    if "forkserver" not in get_all_start_methods() or too_long:
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -253,8 +344,8 @@ def _end_with_parent() -> None:
     os._exit(1)  # the executor's queues would keep a worker waiting for ever
 
 
-def _encode_task(unit: Path, number: int, task: Task) -> tuple[int, int]:
-    """Tokens written, and malformed records left out."""
+def _encode_task(unit: Path, number: int, task: Task, key: bytes) -> Summary:
+    """Encode one task as a worker."""
     encoding, reader = _worker
     before = reader.skipped
-    return encode_unit(unit, number, reader.documents(task), encoding), reader.skipped - before
+    return encode_unit(unit, number, reader.documents(task), encoding, key, lambda: reader.skipped - before)

@@ -22,7 +22,10 @@ class Meter:
         """Bytes done; those of them done now, and not before an interruption; tokens."""
         self._start = self._last_line = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), console=console
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+            console=console,
         )
         self._task = self._bar.add_task(title, total=self.total, status="")
 
@@ -35,7 +38,7 @@ class Meter:
         if self.console.is_terminal:
             self._bar.stop()
         if kind is None:
-            self.console.print(f"{self.title}: {self.status()}", highlight=False, soft_wrap=True)
+            self.console.print(f"{self.title}: {self.status()}", soft_wrap=True)
 
     def advance(self, size: int, tokens: int = 0, *, before: bool = False) -> None:
         """Count a task of `size` bytes; `before`: it was done before an interruption."""
@@ -46,7 +49,7 @@ class Meter:
             self._bar.update(self._task, completed=self.done, status=self.status())
         elif time.monotonic() - self._last_line > _LINE_EVERY:
             self._last_line = time.monotonic()
-            self.console.print(f"{self.title}: {self.status()}", highlight=False, soft_wrap=True)
+            self.console.print(f"{self.title}: {self.status()}", soft_wrap=True)
 
     def status(self) -> str:
         """One line without the title."""

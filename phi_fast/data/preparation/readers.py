@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..vocabulary import END_OF_TEXT
-from .inputs import Input, PrepareError
-from .tasks import Task, damaged, open_dataset
+from .containers import PrepareError, damaged
+from .inputs import Input
+from .tasks import Task, open_dataset
 
 _SEPARATOR = re.compile(rb"\n?" + re.escape(END_OF_TEXT.encode()) + rb"\n?")
 _ROWS = 1024
@@ -53,7 +54,8 @@ def check_field(inputs: Iterable[Input], text_field: str) -> None:
             import pyarrow.parquet
 
             try:
-                names = pyarrow.parquet.read_schema(entry.path).names
+                with entry.path.open("rb") as file:
+                    names = pyarrow.parquet.read_schema(file).names
             except (OSError, pyarrow.ArrowException) as error:
                 raise PrepareError(f"{entry.path} is not Parquet: {error}") from error
         elif entry.kind == "dataset":
@@ -97,20 +99,33 @@ def _row_group(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet
 
     row = 0
-    file = pyarrow.parquet.ParquetFile(task.paths[0])
-    for batch in file.iter_batches(_ROWS, row_groups=[task.first], columns=[text_field]):
-        for value in batch.column(0).to_pylist():
-            yield f"{task.paths[0]}, row group {task.first}, row {row}", value
-            row += 1
+    with task.paths[0].open("rb") as raw:
+        file = pyarrow.parquet.ParquetFile(raw)
+        for batch in file.iter_batches(_ROWS, row_groups=[task.first], columns=[text_field]):
+            for value in _undecoded(batch.column(0)):
+                yield f"{task.paths[0]}, row group {task.first}, row {row}", value
+                row += 1
 
 
 @_table
 def _rows(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
-    dataset = open_dataset(task.paths[0]).select_columns([text_field])
+    dataset = open_dataset(task.paths[0]).select_columns([text_field]).with_format("arrow")
     for first in range(task.first, task.last, _ROWS):
-        values = dataset[first : min(first + _ROWS, task.last)][text_field]
-        for row, value in enumerate(values, first):
+        column = dataset[first : min(first + _ROWS, task.last)].column(text_field)
+        for row, value in enumerate(_undecoded(column), first):
             yield f"{task.paths[0]}, row {row}", value
+
+
+def _undecoded(column: Any) -> list[object]:
+    """A column's values, strings as bytes: one that is not UTF-8 is that record's fault, not the table's."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())
+    values: list[object] = column.to_pylist()
+    return values
 
 
 def _decode(data: bytes, text_field: str) -> str:
@@ -126,6 +141,10 @@ def _parse_line(line: bytes, text_field: str) -> str:
     return _check_text(record[text_field], text_field)
 
 
+def _check_value(value: object, text_field: str) -> str:
+    return value.decode() if isinstance(value, bytes) else _check_text(value, text_field)
+
+
 def _check_text(value: object, text_field: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{text_field!r} is {type(value).__name__}, expected text")
@@ -135,6 +154,6 @@ def _check_text(value: object, text_field: str) -> str:
 _READERS: dict[str, tuple[Callable[[Task, str], Iterator[tuple[str, Any]]], Callable[[Any, str], str]]] = {
     "text": (_texts, _decode),
     "lines": (_lines, _parse_line),
-    "parquet": (_row_group, _check_text),
-    "dataset": (_rows, _check_text),
+    "parquet": (_row_group, _check_value),
+    "dataset": (_rows, _check_value),
 }

@@ -6,8 +6,8 @@ read and cut here by the parent; parsing is the workers' (`readers.py`).
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..vocabulary import END_OF_TEXT
-from .inputs import Input, Kind, PrepareError
+from .containers import PrepareError, open_stream, read
+from .inputs import Input, Kind
 
 MAX_DOCUMENT_BYTES = 2**31
 """The longest document in a stream of text or lines."""
@@ -36,6 +37,19 @@ class Task:
     """Lines: the number of `data`'s first line. Parquet: the row group. Dataset: the first row."""
     last: int = 0
     """Dataset: one past the last row."""
+
+    def key(self, settings: bytes) -> bytes:
+        """32 bytes that tell this task's documents, encoded as `settings` says, from any others."""
+        hashed = hashlib.blake2b(settings, digest_size=32)
+        hashed.update(repr((self.kind, self.first, self.last)).encode())
+        for path in self.paths:
+            hashed.update(os.fsencode(path.absolute()) + b"\0")
+            if self.data is None:
+                files = sorted(path.glob("*")) if path.is_dir() else [path]
+                stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+                hashed.update(repr(stamps).encode())
+        hashed.update(self.data or b"")
+        return hashed.digest()
 
 
 def cut(inputs: list[Input], unit_bytes: int) -> Iterator[Task]:
@@ -79,59 +93,40 @@ def open_dataset(path: Path) -> Any:
 def _cut_stream(entry: Input, unit_bytes: int) -> Iterator[Task]:
     find_end = _after_last_line if entry.kind == "lines" else _before_last_separator
     with entry.path.open("rb") as raw:
-        stream = _decompress(raw, entry.path)
-        pending, place, line = b"", 0, 1
-        while data := _read(stream, unit_bytes, entry.path):
+        stream = open_stream(raw, entry.path, entry.compression)
+        pending, place, line = bytearray(), 0, 1
+        while data := read(stream, unit_bytes, entry.path):
+            searched = max(0, len(pending) - len(END_OF_TEXT))  # what was there held no whole delimiter
             pending += data
-            end = find_end(pending)
+            end = find_end(pending, searched)
             if end > 0:
-                yield Task(entry.kind, (entry.path,), raw.tell() - place, pending[:end], line)
+                yield Task(entry.kind, (entry.path,), raw.tell() - place, bytes(pending[:end]), line)
                 line += pending.count(b"\n", 0, end)
-                pending, place = pending[end:], raw.tell()
+                place = raw.tell()
+                del pending[:end]
             elif len(pending) > MAX_DOCUMENT_BYTES:
                 raise PrepareError(
                     f"{entry.path}: a document is longer than {MAX_DOCUMENT_BYTES} bytes. Put {END_OF_TEXT} between "
                     "documents, or give them as JSONL"
                 )
         if pending:
-            yield Task(entry.kind, (entry.path,), raw.tell() - place, pending, line)
+            yield Task(entry.kind, (entry.path,), raw.tell() - place, bytes(pending), line)
 
 
-def _after_last_line(data: bytes) -> int:
-    return data.rfind(b"\n") + 1
+def _after_last_line(data: bytearray, start: int) -> int:
+    return data.rfind(b"\n", start) + 1
 
 
-def _before_last_separator(data: bytes) -> int:
-    at = data.rfind(END_OF_TEXT.encode())
+def _before_last_separator(data: bytearray, start: int) -> int:
+    at = data.rfind(END_OF_TEXT.encode(), start)
     return at - 1 if at > 0 and data[at - 1 : at] == b"\n" else at
-
-
-def _decompress(raw: Any, path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(raw)
-    if path.suffix == ".zst":
-        import pyarrow  # the zstandard package ends a truncated file without an error
-
-        return pyarrow.CompressedInputStream(raw, "zstd")
-    return raw
-
-
-def _read(stream: Any, size: int, path: Path) -> bytes:
-    try:
-        data: bytes = stream.read(size)
-    except (EOFError, OSError, zlib.error) as error:
-        raise damaged(path, error) from error
-    return data
-
-
-def damaged(path: Path, error: Exception) -> PrepareError:
-    return PrepareError(f"{path} is damaged: {str(error).strip().rstrip('.')}. Get the file again")
 
 
 def _cut_row_groups(entry: Input, unit_bytes: int) -> Iterator[Task]:
     import pyarrow.parquet
 
-    groups = pyarrow.parquet.read_metadata(entry.path).num_row_groups
+    with entry.path.open("rb") as file:  # a path that is not UTF-8 is not one for pyarrow
+        groups = pyarrow.parquet.read_metadata(file).num_row_groups
     for group in range(groups):
         size = entry.size * (group + 1) // groups - entry.size * group // groups
         yield Task("parquet", (entry.path,), size, first=group)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from ..plain_reads import CutShortError, open_regular, read_array
 
 _Array = np.ndarray[Any, Any]
 
@@ -45,25 +48,50 @@ class Encoding:
     """Share of documents in the validation split, 0…1, by a hash of their text: equal documents stay together."""
 
 
-def encode_unit(path: Path, number: int, documents: Iterable[str], encoding: Encoding) -> int:
-    """Encode the documents of unit `number` into `path`.tokens and `path`.index. Returns tokens written.
+@dataclass(frozen=True)
+class Summary:
+    """What a unit's index ends with."""
+
+    key: bytes
+    """`tasks.Task.key` of what it was made of: 32 bytes."""
+    skipped: int
+    """Malformed records left out."""
+    least_hash: int
+    """The smallest of its documents' hashes, which decide on validation, and 2^64 - 1 where it has none."""
+    tokens: int = 0
+
+
+def encode_unit(
+    path: Path,
+    number: int,
+    documents: Iterable[str],
+    encoding: Encoding,
+    key: bytes = bytes(32),
+    skipped: Callable[[], int] = lambda: 0,
+) -> Summary:
+    """Encode the documents of unit `number` into `path`.tokens and `path`.index.
+
+    key: of the summary. skipped: returns the records left out, once all documents were read.
 
     Special tokens' names in a document are encoded as the text they are: a delimiter in the corpus is always one that
     stands between documents. The index is renamed into place last: a unit that has one is complete.
     """
     encoding.tokenizer.encode_special_tokens = True
     encoded: list[_Array] = []
-    held_out: list[bool] = []
+    hashes: list[int] = []
     for batch in _batches(documents):
         encoded += _encode(batch, encoding)
-        held_out += [_is_validation(text, encoding) for text in batch]
-    keys = _shuffle_keys(number, len(encoded), encoding.seed) | (np.array(held_out, np.uint64) << np.uint64(63))
+        hashes += [_hash(text, encoding) for text in batch]
+    held_out = np.array([hashed < encoding.validation * 2**64 for hashed in hashes], np.uint64)
+    keys = _shuffle_keys(number, len(encoded), encoding.seed) | (held_out << np.uint64(63))
     order = np.argsort(keys, kind="stable")
     ordered = [encoded[i] for i in order]
     ends = np.cumsum([len(tokens) for tokens in ordered], dtype="<u8")
     _write(path.with_suffix(".tokens"), ordered)
-    _write(path.with_suffix(".index"), [keys[order].astype("<u8"), ends])
-    return int(ends[-1]) if len(ends) else 0
+    summary = Summary(key, skipped(), min(hashes, default=2**64 - 1), int(ends[-1]) if len(ends) else 0)
+    tail = np.array([*np.frombuffer(key, "<u8"), summary.skipped, summary.least_hash], "<u8")
+    _write(path.with_suffix(".index"), [keys[order].astype("<u8"), ends, tail])
+    return summary
 
 
 class Unit:
@@ -74,37 +102,70 @@ class Unit:
 
     def range(self, start: int, stop: int) -> tuple[_Array, list[_Array]]:
         """Documents with start <= key < stop: their keys (documents,), and the tokens of each."""
-        keys, ends = self._index()
-        first, last = _find(keys, start), _find(keys, stop)
-        begin, end = (int(ends[at - 1]) if at else 0 for at in (first, last))
-        stored, width = self.path.with_suffix(".tokens"), self.dtype.itemsize
-        tokens = np.fromfile(stored, self.dtype, end - begin, offset=begin * width)
-        return np.array(keys[first:last]), np.split(tokens, ends[first:last].astype(np.int64) - begin)[:-1]
+        with self._open() as index:
+            first, last = index.find([start, stop])
+            keys, ends = index.keys(first, last), index.ends(first, last)
+            begin = index.end(first)
+        end = int(ends[-1]) if len(ends) else begin
+        tokens = read_array(self.path.with_suffix(".tokens"), self.dtype, end - begin, begin * self.dtype.itemsize)
+        return keys, np.split(tokens, ends.astype(np.int64) - begin)[:-1]
 
     def counts(self, bounds: Sequence[int]) -> tuple[_Array, _Array]:
         """Documents and tokens below each key of `bounds`: two (len(bounds),) int64 arrays."""
-        keys, ends = self._index()
-        documents = np.array([_find(keys, bound) for bound in bounds], np.int64)
-        return documents, np.concatenate([[0], ends]).astype(np.int64)[documents]
+        with self._open() as index:
+            documents = index.find(bounds)
+            return np.array(documents, np.int64), np.array([index.end(count) for count in documents], np.int64)
 
-    def _index(self) -> tuple[_Array, _Array]:
-        """Keys and cumulative token counts, (documents,) uint64 each, mapped."""
-        index = _map(self.path.with_suffix(".index"), np.dtype("<u8"))
-        return index[: len(index) // 2], index[len(index) // 2 :]
-
-
-def _find(keys: _Array, key: int) -> int:
-    return len(keys) if key > 2**64 - 1 else int(np.searchsorted(keys, np.uint64(key)))
+    @contextmanager
+    def _open(self) -> Iterator[_Index]:
+        with open_regular(self.path.with_suffix(".index")) as file:
+            yield _Index(file)
 
 
-def is_complete(path: Path, dtype: np.dtype[Any]) -> bool:
-    """Whether a unit was encoded to its end; sizes are checked against each other."""
-    if not path.with_suffix(".index").exists():
-        return False
-    index = _map(path.with_suffix(".index"), np.dtype("<u8"))
-    tokens = int(index[-1]) if len(index) else 0
+class _Index:
+    """A unit's index: the keys, the cumulative token counts, and the summary, read where they are asked for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.documents = (file.seek(0, os.SEEK_END) // 8 - _TAIL) // 2
+
+    def keys(self, first: int, last: int) -> _Array:
+        return self._numbers(first, last)
+
+    def ends(self, first: int, last: int) -> _Array:
+        return self._numbers(self.documents + first, self.documents + last)
+
+    def end(self, documents: int) -> int:
+        """Tokens of the first `documents` documents."""
+        return int(self.ends(documents - 1, documents)[0]) if documents else 0
+
+    def find(self, bounds: Sequence[int]) -> list[int]:
+        """How many documents have a smaller key than each of `bounds`."""
+        keys = self.keys(0, self.documents)
+        return [len(keys) if key > 2**64 - 1 else int(np.searchsorted(keys, np.uint64(key))) for key in bounds]
+
+    def summary(self) -> Summary:
+        tail = self._numbers(2 * self.documents, 2 * self.documents + _TAIL)
+        return Summary(tail[:4].tobytes(), int(tail[4]), int(tail[5]), self.end(self.documents))
+
+    def _numbers(self, first: int, last: int) -> _Array:
+        return read_array(self._file, "<u8", last - first, 8 * first)
+
+
+_TAIL = 6
+"""Numbers after the keys and ends: the task's key in four, records left out, the least hash."""
+
+
+def completed(path: Path, dtype: np.dtype[Any], key: bytes) -> Summary | None:
+    """The summary of a unit that was encoded to its end, of the task with this key; None where there is none."""
     stored = path.with_suffix(".tokens")
-    return stored.exists() and stored.stat().st_size == tokens * dtype.itemsize
+    try:
+        with open_regular(path.with_suffix(".index")) as file:
+            summary = _Index(file).summary()
+        whole = stored.stat().st_size == summary.tokens * dtype.itemsize
+    except (FileNotFoundError, CutShortError):
+        return None
+    return summary if whole and summary.key == key else None
 
 
 def _encode(texts: list[str], encoding: Encoding) -> Iterator[_Array]:
@@ -140,11 +201,12 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _is_validation(text: str, encoding: Encoding) -> bool:
+def _hash(text: str, encoding: Encoding) -> int:
+    """64 bits that are equal for equal documents: those below the share asked for are validation."""
     hashed = hashlib.blake2b(
         text.encode("utf-8", "surrogatepass"), digest_size=8, salt=encoding.seed.to_bytes(8, "little")
     )
-    return int.from_bytes(hashed.digest(), "little") < encoding.validation * 2**64
+    return int.from_bytes(hashed.digest(), "little")
 
 
 def _shuffle_keys(unit: int, documents: int, seed: int) -> _Array:
@@ -158,10 +220,6 @@ def _mix(x: _Array) -> _Array:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _map(path: Path, dtype: np.dtype[Any]) -> _Array:
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
 def _write(path: Path, arrays: Iterable[_Array]) -> None:
