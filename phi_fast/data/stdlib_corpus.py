@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from ..files import sync_directory
+from ..files import Claim, sync_directory
 from . import vocabulary
 from .manifest import Delimiter, Manifest, ManifestError
 from .preparation.merge import merge
@@ -32,6 +31,8 @@ VOCAB_SIZE = 8192
 VALIDATION = 0.05
 """Share of documents held out: about 25 modules' sources and 15 pages of documentation."""
 COMPONENTS = ("docs", "code")
+BUILD_SECONDS = 600.0
+"""How long another process's build is waited for: a build takes some ten seconds."""
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 """Tests and other people's packages; tables of character sets; and what `docs` already has as text."""
@@ -46,12 +47,14 @@ def prepare(directory: Path, *, progress: Callable[[str], None] | None = None) -
 
     progress: called with a line of text as each step starts.
 
-    Raises FileNotFoundError where Python's sources are not on disk, and ManifestError for a damaged corpus.
+    Raises FileNotFoundError where Python's sources are not on disk, ManifestError for a damaged corpus, and UsageError
+    where another process builds it for longer than BUILD_SECONDS.
     """
     directory = Path(directory)
     report = progress or (lambda line: None)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name(f".{directory.name}.lock")):
+    lock, what = directory.with_name(f".{directory.name}.lock"), f"the standard-library corpus at {directory}"
+    with Claim.take(lock, what, wait=BUILD_SECONDS, tell=report):
         if not directory.exists():
             _build_aside(directory, report)
     return _finished(directory)

@@ -226,11 +226,11 @@ def _is_plain_folder(path: Path) -> bool:
 
 def _walk(folder: Path, found: Inputs) -> Iterator[Path]:
     """Files and saved datasets below a folder. Every folder is walked once, however many links lead to it."""
-    seen: set[tuple[int, int]] = set()
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, folder.resolve().parents)}
     for parent, directories, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         status = Path(parent).stat()
         if (status.st_dev, status.st_ino) in seen:
-            found.left_out.append((Path(parent), "a link to a folder that is read already"))
+            found.left_out.append((Path(parent), "a link to a folder that is read already or that this one is in"))
             directories.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
