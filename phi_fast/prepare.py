@@ -91,7 +91,7 @@ def run(options: Options, output: Console) -> None:
         manifest = prepare(list(options.inputs), options.out, settings, workers=options.workers, console=output)
     for name, split in manifest.splits.items():
         output.print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
-    output.print(f"written: {options.out}")
+    output.print(f"written: {printable(str(options.out))}")
 
 
 if __name__ == "__main__":

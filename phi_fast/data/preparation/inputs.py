@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ...terminal import printable
 from ..signatures import HEAD_BYTES, container
 from .containers import COMPRESSED, PrepareError, compression, head, require
 
@@ -88,7 +89,7 @@ class Inputs:
             reasons.setdefault(reason, []).append(path)
         for reason, paths in sorted(reasons.items()):
             more = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
-            lines.append(f"left out {len(paths):,}, {reason}: {', '.join(map(str, paths[:5]))}{more}")
+            lines.append(f"left out {len(paths):,}, {reason}: {printable(', '.join(map(str, paths[:5])))}{more}")
         return lines
 
 

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ...terminal import printable
+
 _LINE_EVERY = 5.0
 """Seconds between two lines where the output is not a terminal."""
 
@@ -17,7 +19,7 @@ class Meter:
     """Bytes done of bytes to do, MB/s, tokens and time left: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, title: str, total: int, console: Console) -> None:
-        self.title, self.total, self.console = title, max(total, 1), console
+        self.title, self.total, self.console = printable(title), max(total, 1), console
         self.done = self.read = self.tokens = 0
         """Bytes done; those of them done now, and not before an interruption; tokens."""
         self._start = self._last_line = time.monotonic()
@@ -27,7 +29,7 @@ class Meter:
             TextColumn("{task.fields[status]}", markup=False),
             console=console,
         )
-        self._task = self._bar.add_task(title, total=self.total, status="")
+        self._task = self._bar.add_task(self.title, total=self.total, status="")
 
     def __enter__(self) -> Meter:
         if self.console.is_terminal:
