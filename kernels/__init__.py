@@ -4,10 +4,10 @@
 # name to see its version. It must find an empty module: a second import would register every library op anew, and free
 # the schemas that phi_fast.kernels' own ops point to.
 if __name__ != "kernels":
-    from .adam import FusedAdam
     from .attention import attention
     from .backend import BackendUnavailable, in_use, use
     from .bias_gelu import bias_gelu
+    from .fused_adam import FusedAdam
     from .layer_norm import layer_norm
     from .linear_cross_entropy import linear_cross_entropy
     from .memory import keep_freed_memory

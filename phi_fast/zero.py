@@ -17,9 +17,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from .distributed import World, deepspeed
-from .kernels.adam import FusedAdam, adam_step_, grad_norm_squared, unscale_and_clip
+from .kernels import FusedAdam
+from .kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from .local_gradients import LocalGradients
 from .recipes import Recipe
 from .spikes import SpikeFilter
@@ -236,6 +238,8 @@ class FusedStep:
         del grads
         self._release_gradients()
         self._gather_weights()
+        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
+        increment_version([p for group in zero.bit16_groups for p in group])
         # The first wait for the device: the update above is already queued.
         overflow, spiked, unscaled, nonfinite = torch.stack([found_inf, spike, norm, self.nonfinite]).tolist()
         self.spike, zero.overflow, self.broken = spiked > 0, overflow > 0, nonfinite > 0

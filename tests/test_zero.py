@@ -101,6 +101,16 @@ def test_the_scale_that_unscales_is_the_one_that_scaled(world: World, fused: boo
     assert all(gradients == [0.125 if halved else 0.25] for gradients in grew)
 
 
+def test_a_graph_of_the_old_weights_raises_after_a_step(world: World) -> None:
+    zero = zero2(model(), RECIPE, world)
+    ((input_ids, labels),) = batches(1)
+    old = sum(p.square().sum() for p in zero.model.parameters())
+    zero.backward(zero.loss(input_ids, labels))
+    zero.step(1e-3, last_micro_batch=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
+
+
 def test_overflow_skips_that_step_and_nothing_else(world: World) -> None:
     zero = zero2(model().half(), RECIPE, world, precision="fp16")
     data = batches(6)

@@ -28,6 +28,7 @@ def step_(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    bias_correction: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     nonfinite: Tensor | None = None,
@@ -41,7 +42,7 @@ def step_(
     ]
     rate, t = float(lr), float(step)
     # 1 - β^t without the cancellation of the difference
-    correction1, correction2 = (-math.expm1(t * math.log(beta)) if beta else 1.0 for beta in betas)
+    correction1, correction2 = (-math.expm1(t * math.log(beta)) if beta and bias_correction else 1.0 for beta in betas)
     finite = cpu.adam(
         _one_code(params),
         _one_code(grads),

@@ -25,6 +25,7 @@ def step_(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    bias_correction: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     nonfinite: Tensor | None = None,
@@ -36,6 +37,7 @@ def step_(
     exp_avg_sqs: fp32. masters: fp32, read instead of the parameters and written beside them; None: there are none.
     step: fp32 scalar tensor on the device: the count t of THIS step, 1 for the first; read, never written.
     lr: a float, or an fp32 scalar tensor on the device.
+    bias_correction: False: 1 in the place of both 1 - β^t below.
     grad_scale: fp32 scalar tensor multiplied onto every gradient, 1 / (loss scale × clip); None: 1.
     found_inf: fp32 scalar tensor; where it is not 0 nothing at all is written.
     nonfinite: fp32 scalar tensor, set to 1 where a weight as it is stored, or a moment, is not finite after the step,
@@ -49,8 +51,8 @@ def step_(
     """
     beta1, beta2 = betas
     t = step.double()
-    step_size = lr / (1 - beta1**t)
-    root2 = (1 - beta2**t).sqrt()
+    step_size = lr / (1 - beta1**t) if bias_correction else lr
+    root2 = (1 - beta2**t).sqrt() if bias_correction else 1.0
     for i, param in enumerate(params):
         master = param if masters is None else masters[i]
         wide = torch.promote_types(master.dtype, torch.float32)

@@ -88,6 +88,7 @@ def _adam(
     HAS_MASTER: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr,
     DECOUPLED: tl.constexpr,
+    BIAS_CORRECTION: tl.constexpr,
     WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -104,9 +105,11 @@ def _adam(
 
     rate = tl.load(lr) if LR_IS_TENSOR else lr
     scale = tl.load(grad_scale) if grad_scale is not None else 1.0
-    t = tl.load(step)
-    step_size = rate / _one_minus_power(log_beta1, t)
-    root2 = tl.sqrt_rn(_one_minus_power(log_beta2, t))
+    step_size, root2 = rate, 1.0
+    if BIAS_CORRECTION:
+        t = tl.load(step)
+        step_size = rate / _one_minus_power(log_beta1, t)
+        root2 = tl.sqrt_rn(_one_minus_power(log_beta2, t))
     keep = 1.0 - rate * weight_decay
 
     with_zero = tl.zeros([BLOCK // 8], dtype=tl.float32)  # sums of products with 0: NaN once a factor is not finite
@@ -222,6 +225,7 @@ def _adam_launch(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    bias_correction: bool = True,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     nonfinite: Tensor | None,
@@ -253,6 +257,7 @@ def _adam_launch(
             "HAS_MASTER": has_master,
             "LR_IS_TENSOR": isinstance(lr, Tensor),
             "DECOUPLED": decoupled,
+            "BIAS_CORRECTION": bias_correction,
             "WIDE": wide,
             "CHUNK": CHUNK,
             "BLOCK": BLOCK,
@@ -284,6 +289,7 @@ def step_(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    bias_correction: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     nonfinite: Tensor | None = None,
@@ -304,6 +310,7 @@ def step_(
                 eps=eps,
                 weight_decay=weight_decay,
                 decoupled=decoupled,
+                bias_correction=bias_correction,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 nonfinite=nonfinite,

@@ -30,6 +30,7 @@ def step_(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    bias_correction: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     nonfinite: Tensor | None = None,
@@ -64,7 +65,7 @@ def step_(
         eps,
         step.to(torch.int32),
         int(decoupled),
-        1,  # with bias correction
+        int(bias_correction),
         weight_decay,
         scale,
     )

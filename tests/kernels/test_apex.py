@@ -58,7 +58,7 @@ def test_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 def adam_capturable(  # the signature and the formulas of apex's csrc/multi_tensor_adam.cu
     chunk, skip, lists, lr, beta1, beta2, eps, step, mode, bias_correction, decay, inverse_scale
 ) -> None:
-    assert chunk > 0 and skip.dtype == step.dtype == torch.int32 and lr.dtype == torch.float32 and bias_correction == 1
+    assert chunk > 0 and skip.dtype == step.dtype == torch.int32 and lr.dtype == torch.float32
     if skip.item() == 1:
         return
     t = step.item()
@@ -70,7 +70,8 @@ def adam_capturable(  # the signature and the formulas of apex's csrc/multi_tens
             grad = grad + decay * weight
         m.copy_(beta1 * m + (1 - beta1) * grad)
         v.copy_(beta2 * v + (1 - beta2) * grad * grad)
-        update = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+        corrections = (1 - beta1**t, 1 - beta2**t) if bias_correction == 1 else (1, 1)
+        update = (m / corrections[0]) / ((v / corrections[1]).sqrt() + eps)
         if mode == 1:
             update = update + decay * weight
         source.copy_(weight - lr * update)
@@ -92,7 +93,8 @@ def amp_c(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("amp_c")
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("with_master", [True, False])
-def test_adam(decoupled: bool, with_master: bool) -> None:
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_adam(decoupled: bool, with_master: bool, bias_correction: bool) -> None:
     results = []
     for name in ("reference", "apex"):
         torch.manual_seed(0)
@@ -114,6 +116,7 @@ def test_adam(decoupled: bool, with_master: bool) -> None:
                     betas=(0.9, 0.98),
                     weight_decay=0.1,
                     decoupled=decoupled,
+                    bias_correction=bias_correction,
                     grad_scale=torch.tensor(0.25),
                     found_inf=torch.tensor(found_inf),
                 )
