@@ -90,6 +90,14 @@ def parse_json(data: bytes, where: str) -> Any:
     return value
 
 
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"hidden_size": 64}} -> {"model.hidden_size": 64}."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 @dataclass(frozen=True)
 class Fields:
     """Typed reads from one JSON object; errors name the file and the field by its path, and say `way_out`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import Any
@@ -26,6 +27,14 @@ def tolerate_encodings() -> None:
     """Let stdout and stderr write what their encoding lacks as escapes: for the start of a command, before --help."""
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream)
+
+
+def announce(command: str, loading: str = "PyTorch") -> None:
+    """Say on stderr that a command has begun, before the imports that take seconds: a user who sees nothing for so long
+    takes it for hung. Of several ranks the first says it. Does what `tolerate_encodings` does, too."""
+    tolerate_encodings()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{command}: loading {loading}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

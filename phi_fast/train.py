@@ -7,6 +7,11 @@ deepspeed --module phi_fast.train --recipe phi-1.5               DeepSpeed's lau
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.terminal import announce
+
+    announce("phi_fast.train", "PyTorch and DeepSpeed")
+
 import math
 import os
 import sys
@@ -26,20 +31,24 @@ from .data.loader import CorpusError
 from .data.manifest import ManifestError
 from .data.vocabulary import TokenizerError, end_of_text
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
+from .display import Display, back_ends, show
 from .distributed import LostRank, World, join, leave, lost_rank
 from .errors import UsageError
 from .evaluation.during_training import TasksDuringTraining
 from .generation import complete
+from .json_files import flatten
 from .kernels import BackendUnavailable, in_use, use
 from .kernels.backend import OPS, implementation
 from .layouts import to_merged
-from .metrics import Display, MetricsLog, StepRecord, peak_flops
+from .metrics import MetricsLog, StepRecord, peak_flops
 from .model import Phi
 from .options import Options, parse, plan_batch
 from .reference import ReferencePhi
 from .run import Run
 from .sampling import Sampling
 from .signals import Signals
+from .terminal import console as screen
+from .terminal import printable, tolerate_encodings
 from .zero import DTYPES, Precision, Zero2, auto_precision
 
 INTERRUPTED = 75
@@ -49,6 +58,7 @@ INTERRUPTED = 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train by the command line; returns the exit status: 0 done, INTERRUPTED saved, 2 an error that was explained,
     130 a second Ctrl-C."""
+    tolerate_encodings()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     rank = os.environ.get("RANK", "0")
     is_main = rank == "0"
@@ -56,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.check()
         world = join(options.device, options.rank_timeout)
         with Signals(world) as signals:
-            return train(options, signals, Console(quiet=not is_main, highlight=False, soft_wrap=True))
+            return train(options, signals, screen(quiet=not is_main, soft_wrap=True))
     except (ValueError, OSError, RuntimeError) as raised:
         error = lost_rank(raised) or raised
         if not expected(error):
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tell(text: str) -> None:
     """Why a run ends early, where errors belong."""
-    Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False, highlight=False)
+    screen(stderr=True, soft_wrap=True).print(text, style="red")
 
 
 def train(options: Options, signals: Signals, console: Console) -> int:
@@ -101,7 +111,7 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     tasks = TasksDuringTraining(options, corpora.tokenizer, world) if options.eval_every else None
     run.create(corpora.tokenizer)
     header(console, options, world, run, corpora, precision, micro_batch_size, accumulation, done)
-    log = MetricsLog(run.directory, done) if world.is_main else None
+    log = MetricsLog(run.directory, done, flatten(options.recipe_fields())) if world.is_main else None
     peak = peak_flops(world.device)
     flops_per_token = options.model.flops_per_token(options.sequence_length, causal=False)
     batches = iter(loader)
@@ -113,7 +123,9 @@ def train(options: Options, signals: Signals, console: Console) -> int:
         if done == 0 and options.val_every:
             losses = validate(model, corpora, options.val_rows, micro_batch_size, signals)
             if losses:
-                display.line(f"before training | val {corpora.weighted(losses):.4f}")
+                display.validation_before(corpora.weighted(losses))
+                if log:
+                    log.validation_before(corpora.weighted(losses), losses)
         while done < last and not signals.stop:
             tick = time.perf_counter()
             lr = options.learning_rate_at(done)
@@ -167,18 +179,19 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     if done == steps and sampling and world.is_main:
         text = sample(model, corpora, options, sampling)
         console.rule("sample")
-        console.print(text, markup=False)
+        console.print(printable(text))
         console.rule()
         if log:
             log.text("sample", text, done)
     if log:
         log.close()
-    console.print(f"saved {saved}")
     if done < steps:
+        console.print(f"saved {saved}")
         console.print(
             f"stopped at step {done} of {steps}; to go on, give the same options and --run-dir {run.directory} --resume"
         )
         return INTERRUPTED
+    display.summary(saved, run.directory)
     return 0
 
 
@@ -257,7 +270,7 @@ def header(
     done: int,
 ) -> None:
     """What is about to run, before the first step."""
-    config = options.model
+    config, left = options.model, options.steps - done
     used = in_use(world.device)
     if options.implementation == "reference":
         used = {"adam": used["adam"]}
@@ -270,12 +283,13 @@ def header(
         f"width {config.hidden_size}, vocabulary {config.vocab_size}, {options.implementation}",
         "data": corpora.summary(),
         "device": f"{world.size} × {device}{threads}, {precision}, DeepSpeed ZeRO-2, {options.zero_step} step",
-        "kernels": ", ".join(f"{op} {backend}" for op, backend in used.items()),
+        "kernels": back_ends(used),
         "batch": f"{batch}, of {options.sequence_length} tokens",
-        "to go": f"{options.steps - done:,} steps, {(options.steps - done) * options.tokens_per_step:,} tokens",
+        "to go": f"{left:,} steps, {left * options.tokens_per_step:,} tokens"
+        if left > 0
+        else f"nothing: {done:,} steps are done, and --tokens asks for {options.steps:,}",
     }
-    for name, text in lines.items():
-        console.print(f"[bold]{name:>8}[/bold]  {text}")
+    show(console, lines)
 
 
 def expected(error: Exception) -> bool:

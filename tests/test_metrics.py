@@ -1,19 +1,18 @@
-"""metrics.jsonl, TensorBoard and the lines on the screen."""
+"""metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from phi_fast.errors import UsageError
-from phi_fast.metrics import Display, MetricsLog, StepRecord, peak_flops
+from phi_fast.metrics import MetricsLog, StepRecord, peak_flops
 
 RECORD = StepRecord(
     step=1,
@@ -72,38 +71,59 @@ def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
     log.write(at(1, val_loss=8.5, val_losses={"docs": 8.4, "code": 8.9}))
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert {"loss", "lr", "grad_norm", "loss_scale", "tokens_per_s", "val_loss", "val_loss/docs"} <= set(
-        events.Tags()["scalars"]
-    )
-    assert events.Scalars("val_loss/code")[0].value == pytest.approx(8.9)
+    groups = {
+        "loss": ("train", "validation", "validation/docs", "validation/code"),
+        "speed": ("tokens_per_s", "step_ms"),
+    }
+    groups["optimizer"] = ("lr", "grad_norm", "loss_scale", "skipped")
+    assert set(events.Tags()["scalars"]) == {f"{group}/{name}" for group, names in groups.items() for name in names}
+    assert events.Scalars("loss/train")[0].value == pytest.approx(9.01)
+    assert events.Scalars("loss/validation")[0].value == pytest.approx(8.5)
+    assert events.Scalars("loss/validation/code")[0].value == pytest.approx(8.9)
 
 
-def show(records: list[StepRecord], *, terminal: bool) -> str:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=160)
-    with Display(console, steps=100, done=0, every=10) as display:
-        for record in records:
-            display.step(record, seconds_left=75.0)
-    return stream.getvalue()
+def test_tensorboard_has_the_hyperparameters(tmp_path: Path) -> None:
+    MetricsLog(tmp_path, 0, {"learning_rate": 2e-4, "model.hidden_size": 64, "tokenizer": "phi-1.5"}).close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    given = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert given["learning_rate"].number_value == 2e-4
+    assert given["model.hidden_size"].number_value == 64
+    assert given["tokenizer"].string_value == "phi-1.5"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1  # no second run beside it
 
 
-def test_plain_lines_in_a_pipe() -> None:
-    output = show(
-        [at(step) for step in range(1, 21)] + [at(21, grad_norm=None, skipped=True, loss_scale=512.0)], terminal=False
-    )
-    assert output.splitlines() == [
-        "step   1/100 | loss 9.0100 | lr 1.00e-03 | norm 2.500 | 4,000 tok/s | 512 ms | eta 1:15",
-        "step  10/100 | loss 9.0100 | lr 1.00e-03 | norm 2.500 | 4,000 tok/s | 512 ms | eta 1:15",
-        "step  20/100 | loss 9.0100 | lr 1.00e-03 | norm 2.500 | 4,000 tok/s | 512 ms | eta 1:15",
-        "step  21/100 | loss 9.0100 | lr 1.00e-03 | overflow, skipped | scale 512 | 4,000 tok/s | 512 ms | eta 1:15",
-    ]
+def test_the_validation_before_the_first_step_is_recorded(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.validation_before(9.1, {"docs": 9.0, "code": 9.5})
+    log.write(at(1))
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 0, "tokens": 0, "val_loss": 9.1, "val_losses": {"docs": 9.0, "code": 9.5}}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss/validation")] == [(0, pytest.approx(9.1))]
+    MetricsLog(tmp_path, 1).close()
+    assert steps_in(tmp_path) == [0, 1]  # a resumed run keeps it
+    MetricsLog(tmp_path, 0).close()
+    assert steps_in(tmp_path) == []  # one that begins again takes it again
 
 
-def test_a_bar_on_a_terminal() -> None:
-    output = show([at(step) for step in range(1, 21)] + [at(21, val_loss=8.25)], terminal=True)
-    assert "21/100" in output
-    assert "val 8.2500" in output
-    assert output.count("step  20/100 |") == 0  # in the bar, not as a line
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"loss": 3.0}', r"metrics\.jsonl:2: step is missing, expected an integer of at least 0\. Correct or remove"),
+        ('{"step": "1"}', r"metrics\.jsonl:2: step is '1', expected an integer"),
+        ("[1]", r"metrics\.jsonl:2 holds a JSON list, expected an object"),
+        ("{", r"metrics\.jsonl:2 is not JSON"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named_on_resume(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=message):
+        MetricsLog(tmp_path, 2)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

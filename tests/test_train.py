@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def losses(run: Path) -> list[float]:
 
 
 def column(run: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Of every step; the validation before the first has a line of its own, without a loss."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if record["step"]]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -77,6 +80,8 @@ def test_loss_falls_and_a_second_run_repeats_it_bit_for_bit(stdlib: Path, tmp_pa
     assert first[0] == pytest.approx(9.01, abs=0.1)  # ln 8192
     assert first[-1] < first[0] - 1.5
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert list(lines[0]) == ["step", "tokens", "val_loss", "val_losses"]  # before the first step
+    assert (lines.pop(0)["step"], len(lines)) == (0, 30)
     assert list(lines[0]) == KEYS
     assert list(lines[14]) == [*KEYS, "val_loss", "val_losses"]
     assert lines[14]["val_losses"].keys() == {"docs", "code"}
@@ -216,18 +221,28 @@ def test_the_second_ctrl_c_ends_it_now(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_what_a_person_sees(stdlib: Path, tmp_path: Path) -> None:
-    """Plain lines in a pipe: the header first, no word of the libraries underneath, the sample last."""
+    """Plain lines in a pipe: the header first, no word of the libraries underneath, then the sample and a summary."""
     process = start(arguments(stdlib, tmp_path / "run", 3, val_every=3, val_rows=2, sample_tokens=8))
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
-    lines = output.splitlines()
+    first, *lines = output.splitlines()
+    assert first == "phi_fast.train: loading PyTorch and DeepSpeed"
     labels = ["recipe", "model", "data", "device", "kernels", "batch", "to go"]
     assert [line.lstrip().startswith(label) for line, label in zip(lines, labels, strict=False)] == [True] * 7
     assert lines[7].startswith("before training | val ")
     assert lines[8].startswith("step 1/3 | loss ")
     assert lines[9].startswith("step 3/3 | loss ")
     assert "─ sample ─" in lines[10]
-    assert lines[-1] == f"saved {tmp_path / 'run' / 'checkpoints' / 'step-3'}"
+    run = tmp_path / "run"
+    end = lines[[line.startswith("    took  ") for line in lines].index(True) + 1 :]
+    assert re.fullmatch(r"   speed  [\d,]+ tokens/s, median of 3 steps", end[0])
+    assert re.fullmatch(r"val loss  \d\.\d{4} → \d\.\d{4} nats per token", end[1])
+    assert end[2] == f"   saved  {run / 'checkpoints' / 'step-3'}"
+    assert end[-3:] == [
+        f'  python -m phi_fast.generate --model {run} --prompt "The module"',
+        f"  python -m phi_fast.report {run}",
+        f"  python -m phi_fast.convert {run} {run}-hf",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,8 @@ def finish(
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["step"]]  # step 0 is the validation before the first
 
 
 def latest(run: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..json_files import flatten
 
 Curve = tuple[list[int], list[float | None]]
 """Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
@@ -99,14 +100,6 @@ def _check(record: Any) -> None:
     for key, value in record.items():
         if not isinstance(value, int | float | None | dict) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{key} is {value!r}, expected a number or null")
-
-
-def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"hidden_size": 64}} -> {"model.hidden_size": 64}."""
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _samples(events: Path) -> list[tuple[int, str]]:
