@@ -27,10 +27,11 @@ class PhiConfig:
     """Epsilon under the root in every LayerNorm."""
     initializer_range: float = 0.02
     """Standard deviation of every Linear and Embedding at initialisation; biases start at 0."""
-    bos_token_id: int = 50256
-    """`<|endoftext|>`. (transformers' own PhiConfig defaults to 1.)"""
-    eos_token_id: int = 50256
-    """`<|endoftext|>`. (transformers' own PhiConfig defaults to 2.)"""
+    bos_token_id: int | None = 50256
+    """Id before the first token of a text: `<|endoftext|>` (transformers' own PhiConfig defaults to 1). None: the
+    tokenizer's, once it is known; it may have none."""
+    eos_token_id: int | None = 50256
+    """Id that ends a text: `<|endoftext|>` (transformers' own PhiConfig defaults to 2). None: as above."""
 
     def __post_init__(self) -> None:
         if self.hidden_size != 64 * self.num_attention_heads:

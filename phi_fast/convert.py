@@ -7,9 +7,7 @@ layout (safetensors, sharded or not; .bin for the older ones), or a name on the 
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,15 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor
 
+from .conversion import card, layout, target, writer
 from .conversion import folder as beside
-from .conversion import layout, writer
-from .conversion.hf_config import ConversionError
+from .conversion.errors import ConversionError
+from .conversion.masters import use_masters
 from .conversion.source import Source
+from .files import writing
+from .terminal import console, printable, tolerate_encodings
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GIGABYTE = 10**9
@@ -40,42 +40,52 @@ class ConvertOptions:
     to: Literal["hf", "phi-msft", "mixformer", "merged"] = "hf"
     """Layout to write. hf: transformers' `phi`. merged: this project's own."""
     dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep"
-    """Storage of the weights; keep: bit for bit as they are."""
+    """Storage of the weights; keep: bit for bit as they are. fp32 of a run that trained in 16 bits: the fp32 weights
+    that its checkpoint has."""
     tokenizer: str | None = None
     """Tokenizer to write beside the weights (as in `prepare`). Default: the source's own."""
     max_shard_gb: float = 5.0
     """Largest weights file, in 10⁹ bytes; a larger model is sharded, with an index."""
     overwrite: bool = False
-    """Replace OUT where it exists."""
+    """Replace OUT where it exists and holds nothing but what an earlier `convert` wrote."""
 
 
-def convert(options: ConvertOptions, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Write `options.out`; it appears only when it is complete. `progress(tensors done, of)` is called along the way.
+def convert(
+    options: ConvertOptions,
+    progress: Callable[[int, int], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write `options.out`; it appears only when it is complete.
 
-    Memory: the largest tensor and its copy, whatever the model's size. Raises ConversionError; OUT is then untouched.
+    progress(tensors done, of) is called along the way; tell(line) with what was copied from the source, and what was
+    changed or left out. Memory: the largest tensor and its copy, whatever the model's size. Raises ConversionError;
+    OUT is then untouched.
     """
-    if options.out.exists() and not options.overwrite:
-        raise ConversionError(f"{options.out} exists; name another folder, or add --overwrite to replace it")
     if not 0 < options.max_shard_gb < math.inf:
         raise ConversionError(f"--max-shard-gb {options.max_shard_gb}: expected a size above 0")
+    if options.out.exists() and not options.overwrite:  # before a source is downloaded
+        target.check(options.out, (), overwrite=False)
     source = Source.open(options.source)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=options.out.parent, prefix=f".{options.out.name}."))
-    try:
-        _fill(aside / options.out.name, source, options, progress)
-        if options.out.exists():
-            options.out.rename(aside / "replaced")
-        (aside / options.out.name).rename(options.out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    read = [source.folder, *source.paths, *([source.run] if source.run else [])]
+    target.check(options.out, read, overwrite=options.overwrite)
+    if options.dtype == "fp32" and any(source.dtype(part).itemsize == 2 for part in source.parts):
+        kept = use_masters(source)
+        tell("fp32 weights: " + ("the run's own, not its 16-bit weights" if kept else "the 16-bit weights, widened"))
+    with writing(options.out, "make room or give the right to, or name another folder"):
+        target.write(options.out, lambda folder: _fill(folder, source, options, progress, tell))
     return options.out
 
 
-def _fill(folder: Path, source: Source, options: ConvertOptions, progress: Callable[[int, int], None] | None) -> None:
-    folder.mkdir()
-    target = layout.layout(options.to, source.config)
+def _fill(
+    folder: Path,
+    source: Source,
+    options: ConvertOptions,
+    progress: Callable[[int, int], None] | None,
+    tell: Callable[[str], None],
+) -> None:
+    table = layout.layout(options.to, source.config)
     entries = []
-    for name, joined in target.items():
+    for name, joined in table.items():
         dtypes = {source.dtype(part) for part in joined.parts}
         if len(dtypes) > 1 and options.dtype == "keep":
             raise ConversionError(f"{name} would join {', '.join(map(str, dtypes))}: choose one with --dtype")
@@ -89,24 +99,41 @@ def _fill(folder: Path, source: Source, options: ConvertOptions, progress: Calla
         done += 1
         if progress:
             progress(done, len(entries))
-        return source.read_joined(target[name]).to(dtype_of[name])
+        return source.read_joined(table[name]).to(dtype_of[name])
 
-    beside.write_config(folder, options.to, source.config, entries[0].dtype)
-    beside.write_tokenizer(folder, source, options.tokenizer)
-    beside.write_model_card(folder, source, options.to)
+    tokenizer = beside.find_tokenizer(source, options.tokenizer)
+    ids = beside.token_ids(source, tokenizer, options.tokenizer)
+    for field, mine, id in (
+        ("bos_token_id", source.config.bos_token_id, ids.beginning),
+        ("eos_token_id", source.config.eos_token_id, ids.end),
+    ):
+        if mine not in (None, id):
+            tell(f"{field} is {id}, as the tokenizer has it; the source's configuration says {mine}")
+    config = source.config.replace(bos_token_id=ids.beginning, eos_token_id=ids.end)
+    beside.write_config(folder, options.to, config, entries[0].dtype, ids)
+    for line in beside.write_tokenizer(folder, source, options.tokenizer, tokenizer, ids):
+        tell(line)
+    card.write(folder, source, options.to, options.out)
     writer.write(folder, entries, read, int(options.max_shard_gb * GIGABYTE))
 
 
 def main() -> int:
+    tolerate_encodings()
     options = tyro.cli(ConvertOptions, prog="python -m phi_fast.convert", config=(tyro.conf.AvoidSubcommands,))
-    console = Console(stderr=True)
+    screen = console(stderr=True, soft_wrap=True)
     try:
-        with console.status("reading") as status:
-            convert(options, lambda done, of: status.update(f"tensor {done} of {of}"))
+        with screen.status("reading") as status:
+            convert(
+                options,
+                lambda done, of: status.update(f"tensor {done} of {of}"),
+                lambda line: screen.print(printable(line)),
+            )
     except (ConversionError, ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        screen.print(printable(f"error: {error}"), style="red")
         return 2
-    console.print(f"wrote {options.out} ({options.to} layout)", highlight=False)
+    except KeyboardInterrupt:
+        return 130
+    screen.print(printable(f"wrote {options.out} ({options.to} layout)"))
     return 0
 
 

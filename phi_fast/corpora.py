@@ -9,9 +9,10 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .config import PhiConfig
 from .data import Mixture, TokenLoader, count_rows, sequential_rows, stdlib_corpus
 from .data.manifest import Manifest
-from .data.vocabulary import TokenizerError, digest, tokenizer
+from .data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .distributed import World
 from .errors import UsageError
 from .recipes import Recipe
@@ -50,6 +51,37 @@ class Corpora:
                     f"corpus {name!r} at {path} has token id {largest}, but the model's vocabulary has "
                     f"{recipe.model.vocab_size} entries; use the corpus's tokenizer or raise --model.vocab-size"
                 )
+        self.model = self._with_token_ids(recipe.model)
+        """The recipe's model with the ids that begin and end a text in these corpora."""
+
+    def _with_token_ids(self, model: PhiConfig) -> PhiConfig:
+        """The ids are the corpora's delimiter or else the tokenizer's `<|endoftext|>`; None where there is neither.
+
+        Raises UsageError where corpora, tokenizer, the model's own ids and its vocabulary contradict each other.
+        """
+        size = vocab_size(self.tokenizer)
+        if size > model.vocab_size:
+            raise UsageError(
+                f"tokenizer {self.recipe.tokenizer!r} has {size} ids, but the model's vocabulary has "
+                f"{model.vocab_size} entries; raise --model.vocab-size, or use another --tokenizer"
+            )
+        ends = {name: manifest.delimiter.id for name, manifest in self.manifests.items() if manifest.delimiter}
+        if len(set(ends.values())) > 1:
+            each = ", ".join(f"{name} with {id}" for name, id in ends.items())
+            raise UsageError(f"the corpora end their documents with different ids, {each}: prepare them again alike")
+        end = next(iter(ends.values()), self.tokenizer.token_to_id(END_OF_TEXT))
+        if end is not None and self.tokenizer.id_to_token(end) is None:
+            raise UsageError(
+                f"the corpora end their documents with id {end}, which tokenizer {self.recipe.tokenizer!r} does not "
+                "have; prepare them again, or name their tokenizer with --tokenizer"
+            )
+        for field, given in (("bos_token_id", model.bos_token_id), ("eos_token_id", model.eos_token_id)):
+            if given is not None and given != end:
+                raise UsageError(
+                    f"model.{field}={given}, but these corpora and their tokenizer have {end} between documents; leave "
+                    f"--model.{field.replace('_', '-')} out, and it is taken from them"
+                )
+        return model.replace(bos_token_id=end, eos_token_id=end)
 
     def loader(self, micro_batch_size: int) -> TokenLoader:
         """This rank's micro-batches; `accumulation` of them over all ranks are a global batch's rows."""

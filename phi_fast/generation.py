@@ -29,8 +29,8 @@ class Completion:
 class Decoding:
     """One batch of prompts being continued: iterate for (row, token) pairs, a list a step; `finish` ends a row.
 
-    Ends of the texts: rows whose token is `end` finish by themselves, and all do at `max_new_tokens` or where the
-    context is full. `reasons[row]` says why.
+    Ends of the texts: rows whose token is `end` finish by themselves (None: no token ends a text), and all do at
+    `max_new_tokens` or where the context is full. `reasons[row]` says why.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Decoding:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
-        end: int,
+        end: int | None,
         numbers: Sequence[int] | None = None,
     ) -> None:
         """numbers: what each prompt is called in errors and in its seed; default: 0, 1, 2, …"""
@@ -50,6 +50,12 @@ class Decoding:
                 raise ValueError(
                     f"prompt {number} has {len(prompt)} tokens; expected 1 to {context - 1}, one less than the model's "
                     "context"
+                )
+            if not all(0 <= id < model.config.vocab_size for id in prompt):
+                wrong = next(id for id in prompt if not 0 <= id < model.config.vocab_size)
+                raise ValueError(
+                    f"prompt {number} has token id {wrong}, and the model's vocabulary has {model.config.vocab_size} "
+                    "entries: it is of another tokenizer than the model's"
                 )
         self.model, self.sampling, self.end = model, sampling, end
         self.generators = [sampling.generator(number) for number in numbers]
@@ -129,8 +135,8 @@ def generate(
 ) -> list[list[int]]:
     """Token ids in, the new token ids out, for one batch; the library form (stop strings need `complete`).
 
-    end: the id that ends a text; default: the model's eos_token_id. Raises ValueError for an empty prompt, or one that
-    leaves no room in the model's context.
+    end: the id that ends a text; default: the model's eos_token_id, which may be none. Raises ValueError for an empty
+    prompt, one that leaves no room in the model's context, or one with an id that the model does not have.
     """
     if sampling.stop:
         raise ValueError("stop strings need a tokenizer: use `complete`")
@@ -163,9 +169,7 @@ def complete(
     context = model.config.max_position_embeddings
     keep = max(context - sampling.max_new_tokens, context // 2)
     end = model.config.eos_token_id if end is None else end
-    # Text before the first token: an empty prompt begins a document.
-    encoded = [tokenizer.encode(prompt).ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    ids = [tokens[-keep:] or [end] for tokens in encoded]
+    ids = [_encode(model, tokenizer, prompt)[-keep:] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
     results: list[Completion | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -178,13 +182,24 @@ def complete(
     return [result for result in results if result is not None]
 
 
+def _encode(model: Phi, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Ids as a corpus has them: what a tokenizer adds to a text of its own accord is left out, and an empty text begins
+    with the token that stands before a document's first. Ids stay as they are."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
+    if ids:
+        return ids
+    if model.config.bos_token_id is None:
+        raise ValueError("a prompt is empty, and no token of this model's tokenizer begins a text: give it some text")
+    return [model.config.bos_token_id]
+
+
 def _complete_batch(
     model: Phi,
     tokenizer: Tokenizer,
     ids: list[list[int]],
     numbers: list[int],
     sampling: Sampling,
-    end: int,
+    end: int | None,
     on_text: Callable[[int, str], None] | None,
 ) -> list[Completion]:
     decoding = Decoding(model, ids, sampling, end=end, numbers=numbers)

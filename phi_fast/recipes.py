@@ -43,12 +43,22 @@ Mixture = Annotated[
 """Corpus -> integer weight; on the command line `docs=80,code=20`."""
 
 
+def _shape(preset: str) -> PhiConfig:
+    """A preset whose special tokens are yet to come from a tokenizer."""
+    return PhiConfig.preset(preset).replace(bos_token_id=None, eos_token_id=None)
+
+
+def decays(decay: str, dims: int) -> bool:
+    """Whether a parameter of so many dims has weight decay. Those that do are the optimizer's first group."""
+    return decay == "all" or dims >= 2
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What is trained, on what, and how: everything that decides the losses, and nothing about the machine."""
 
-    model: PhiConfig = field(default_factory=PhiConfig)
-    """Shape of the model."""
+    model: PhiConfig = field(default_factory=lambda: _shape("phi-1.5"))
+    """Shape of the model. Its special tokens are the tokenizer's; one that is given must agree with it."""
     data: Path = Path("data")
     """Directory that holds one prepared corpus (`phi_fast.prepare`) a mixture entry, under the entry's name."""
     mixture: Mixture = field(default_factory=dict)
@@ -168,7 +178,7 @@ _PHI_1_5 = Recipe(
 
 RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(
-        model=PhiConfig.preset("phi-tiny"),
+        model=_shape("phi-tiny"),
         data=Path("data/stdlib"),
         mixture={"docs": 80, "code": 20},  # phi-1.5's shares of text and code
         tokenizer="stdlib",

@@ -4,7 +4,8 @@ config.json       the options it was started with
 metrics.jsonl     a line a step
 checkpoints/      see phi_fast.checkpoint
 tensorboard/
-tokenizer.json    so that the directory alone is enough to generate text
+tokenizer.json    so that the directory alone is enough to generate text; tokenizer_config.json names the tokens that
+                  begin and end one
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
 from .data import TokenLoader
+from .data.vocabulary import TokenIds
 from .distributed import World
 from .errors import UsageError
 from .files import write_atomically, writing
@@ -92,9 +94,13 @@ class Run:
         """Make the directory, with the options and the tokenizer in it: once nothing but training can go wrong."""
         if not self.world.is_main:
             return
+        model = self.options.model
+        ids = TokenIds(model.bos_token_id, model.eos_token_id, model.eos_token_id)
+        tokenizer_config = ids.config(tokenizer, model.max_position_embeddings)
         files = {
             "config.json": json.dumps(_plain(asdict(self.options)), indent=1),
             "tokenizer.json": tokenizer.to_str(True),
+            "tokenizer_config.json": json.dumps(tokenizer_config, indent=2),
         }
         with writing(self.directory, "make room or give the right to, or name another --run-dir"):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -190,8 +196,14 @@ def _choose(options: Options) -> Path | str:
 
 def _differences(state: dict[str, Any], options: Options) -> list[str]:
     """What makes a checkpoint's state.json one of another model or data order: each field with both values."""
-    now, then = _plain(asdict(options)), state["options"]
+    now, then = (_less_token_ids(fields) for fields in (_plain(asdict(options)), state["options"]))
     return [f"{name} is {then[name]}, now {now[name]}" for name in MUST_AGREE if then[name] != now[name]]
+
+
+def _less_token_ids(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the ids that come from the tokenizer, which must agree by itself."""
+    model = {name: value for name, value in options["model"].items() if not name.endswith("_token_id")}
+    return {**options, "model": model}
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from .corpora import Corpora
 from .data import FormatError
 from .data.loader import CorpusError
 from .data.manifest import ManifestError
-from .data.vocabulary import TokenizerError, end_of_text
+from .data.vocabulary import TokenizerError
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .display import Display, back_ends, show
 from .distributed import LostRank, World, join, leave, lost_rank
@@ -95,6 +96,7 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     precision = auto_precision(world.device) if options.precision == "auto" else options.precision
     run = Run.open(options, world, console)
     corpora = Corpora(options, world, console)
+    options = run.options = replace(options, model=corpora.model)
     model = build_model(options, world, precision)
     zero = Zero2(
         model,
@@ -233,7 +235,8 @@ def build_model(options: Options, world: World, precision: Precision) -> nn.Modu
 
 def plan_sample(options: Options, tokenizer: Tokenizer) -> Sampling:
     """How the sample at the end is drawn. Raises UsageError for a --sample-prompt that fills the model's context."""
-    prompt, context = len(tokenizer.encode(options.sample_prompt).ids), options.model.max_position_embeddings
+    prompt = len(tokenizer.encode(options.sample_prompt, add_special_tokens=False).ids)
+    context = options.model.max_position_embeddings
     if prompt >= context:
         raise UsageError(
             f"--sample-prompt has {prompt} tokens, and the model's context of {context} leaves none to sample: shorten "
@@ -244,8 +247,7 @@ def plan_sample(options: Options, tokenizer: Tokenizer) -> Sampling:
 
 def sample(model: nn.Module, corpora: Corpora, options: Options, sampling: Sampling) -> str:
     """Text that goes on from --sample-prompt, the same for the same seed."""
-    end = end_of_text(corpora.tokenizer)
-    [completion] = complete(as_phi(model, options), corpora.tokenizer, [options.sample_prompt], sampling, end=end)
+    [completion] = complete(as_phi(model, options), corpora.tokenizer, [options.sample_prompt], sampling)
     return options.sample_prompt + completion.text
 
 

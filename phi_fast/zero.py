@@ -23,7 +23,7 @@ from .distributed import World, deepspeed
 from .kernels import FusedAdam
 from .kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from .local_gradients import LocalGradients
-from .recipes import Recipe
+from .recipes import Recipe, decays
 from .spikes import SpikeFilter
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -70,8 +70,8 @@ def auto_precision(device: torch.device) -> Precision:
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Groups with and without weight decay (`recipe.decay`); parameters in the model's order within each."""
-    decayed = [p for p in model.parameters() if recipe.decay == "all" or p.dim() >= 2]
-    others = [p for p in model.parameters() if recipe.decay != "all" and p.dim() < 2]
+    decayed = [p for p in model.parameters() if decays(recipe.decay, p.dim())]
+    others = [p for p in model.parameters() if not decays(recipe.decay, p.dim())]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

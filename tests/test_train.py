@@ -88,7 +88,7 @@ def test_loss_falls_and_a_second_run_repeats_it_bit_for_bit(stdlib: Path, tmp_pa
     assert lines[29]["val_loss"] < lines[14]["val_loss"]
     assert (lines[29]["step"], lines[29]["tokens"], lines[29]["mfu"]) == (30, 30 * 128, None)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json",
+        "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
 

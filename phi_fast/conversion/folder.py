@@ -1,11 +1,9 @@
-"""What lies beside the weights in a Hugging Face folder: configuration, tokenizer, generation config, model card."""
+"""What lies beside the weights in a Hugging Face folder: configuration, tokenizer, generation config."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,10 @@ from tokenizers import Tokenizer
 
 from ..config import PhiConfig
 from ..data import vocabulary
-from ..evaluation import paper
-from .hf_config import ConversionError, old_config, phi_config, read_json
+from ..data.vocabulary import TokenIds
+from . import inside
+from .errors import ConversionError
+from .hf_config import old_config, phi_config
 from .source import Source
 
 TOKENIZER_FILES = (
@@ -35,9 +35,9 @@ def find_tokenizer(source: Source, name_or_path: str | Path | None = None) -> To
     """
     if name_or_path is not None:
         return vocabulary.tokenizer(name_or_path)
-    for folder in (source.folder, source.run):
-        if folder is not None and (folder / "tokenizer.json").exists():
-            return vocabulary.tokenizer(folder)
+    folder = _tokenizer_folder(source)
+    if folder is not None:
+        return vocabulary.tokenizer(folder)
     if source.config.vocab_size in (vocabulary.PHI_VOCAB_SIZE, PhiConfig().vocab_size):
         return vocabulary.tokenizer("phi-1.5")
     raise ConversionError(
@@ -46,125 +46,95 @@ def find_tokenizer(source: Source, name_or_path: str | Path | None = None) -> To
     )
 
 
-def write_config(folder: Path, to: str, config: PhiConfig, dtype: torch.dtype) -> None:
+def token_ids(source: Source, tokenizer: Tokenizer, name_or_path: str | Path | None = None) -> TokenIds:
+    """Ids of the tokens around a text: those that the files beside the tokenizer name, or else `<|endoftext|>`, or
+    else, of a tokenizer that has neither, those of the model's configuration.
+
+    name_or_path: where `find_tokenizer` has the tokenizer from. Raises ConversionError where tokenizer, configuration
+    and vocabulary contradict each other.
+    """
+    config, folder = source.config, _tokenizer_folder(source)
+    if name_or_path is not None:
+        path = Path(name_or_path)
+        folder = (path if path.is_dir() else path.parent) if path.exists() else None
+    ids = TokenIds.of(tokenizer, _special_names(folder) if folder else {})
+    if ids.end is None:
+        ids = TokenIds(config.eos_token_id if ids.beginning is None else ids.beginning, *[config.eos_token_id] * 2)
+    for id in (ids.beginning, ids.end, ids.padding):
+        if id is not None and (id >= config.vocab_size or tokenizer.id_to_token(id) is None):
+            raise ConversionError(
+                f"{source.folder}: a text begins or ends with token id {id}, but the tokenizer has "
+                f"{vocabulary.vocab_size(tokenizer)} ids and the model's vocabulary {config.vocab_size} entries: they "
+                "do not belong together; name the model's own with --tokenizer"
+            )
+    return ids
+
+
+def write_config(folder: Path, to: str, config: PhiConfig, dtype: torch.dtype, ids: TokenIds) -> None:
     """config.json, and for Hugging Face's phi generation_config.json."""
     if to == "hf":
         _write_json(folder / "config.json", phi_config(config, dtype))
-        tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        _write_json(folder / "generation_config.json", {**tokens, "pad_token_id": config.eos_token_id})
+        tokens = {"bos_token_id": ids.beginning, "eos_token_id": ids.end, "pad_token_id": ids.padding}
+        _write_json(folder / "generation_config.json", {name: id for name, id in tokens.items() if id is not None})
     elif to == "merged":
         _write_json(folder / "config.json", phi_config(config, dtype) | {"model_type": "phi_fast"})
     else:
         _write_json(folder / "config.json", old_config(config, dtype, mixformer=to == "mixformer"))
 
 
-def write_tokenizer(folder: Path, source: Source, name_or_path: str | Path | None) -> None:
-    """Files that AutoTokenizer loads: the source's own where it has them all, else made from the tokenizer."""
+def write_tokenizer(
+    folder: Path, source: Source, name_or_path: str | Path | None, tokenizer: Tokenizer, ids: TokenIds
+) -> list[str]:
+    """Files that AutoTokenizer loads: the source's own where it has them all, else made from the tokenizer.
+
+    Returns lines that say what was copied from the source, and what was left out of it.
+    """
     own = source.folder
-    if name_or_path is None and (own / "tokenizer.json").exists() and (own / "tokenizer_config.json").exists():
-        for name in TOKENIZER_FILES:
-            if (own / name).exists():
-                shutil.copyfile(own / name, folder / name)
-        return
-    tokenizer = find_tokenizer(source, name_or_path)
+    settings = inside.read_fields(own, "tokenizer_config.json") if name_or_path is None else None
+    if settings is not None and inside.find(own, "tokenizer.json") is not None:
+        return _copy_tokenizer(folder, own, settings.values, ids.names(tokenizer))
     largest = vocabulary.vocab_size(tokenizer)
     if largest > source.config.vocab_size:
         raise ConversionError(
             f"the tokenizer has {largest} ids, the model only {source.config.vocab_size}; name its own with --tokenizer"
         )
     tokenizer.save(str(folder / "tokenizer.json"))
-    end = vocabulary.END_OF_TEXT if tokenizer.token_to_id(vocabulary.END_OF_TEXT) is not None else None
-    special = {name: end for name in ("bos_token", "eos_token", "unk_token", "pad_token") if end}
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            **special,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": source.config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    _write_json(folder / "special_tokens_map.json", ids.names(tokenizer))
+    _write_json(folder / "tokenizer_config.json", ids.config(tokenizer, source.config.max_position_embeddings))
+    return []
 
 
-def write_model_card(folder: Path, source: Source, to: str) -> None:
-    """README.md: the architecture, and, for a run, its recipe and what it measured; nothing that was not measured."""
-    config = source.config
-    lines = [
-        "---",
-        "library_name: transformers" if to == "hf" else "library_name: phi_fast",
-        "pipeline_tag: text-generation",
-        "tags: [phi, phi_fast]",
-        "---",
-        "",
-        f"# {source.run.name if source.run else source.folder.name}",
-        "",
-        f"A phi model of {config.num_parameters():,} parameters: {config.num_hidden_layers} parallel blocks of width "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, context {config.max_position_embeddings}, "
-        f"vocabulary {config.vocab_size}. Architecture: {paper.SOURCE}.",
-        "",
-        *_recipe(source),
-        *_training_results(source),
-        *_evaluation(source),
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")',
-        "```"
-        if to == "hf"
-        else f"```\n\nThis folder is in the {to} layout: convert it to hf first (`python -m phi_fast.convert`).",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+def _copy_tokenizer(folder: Path, own: Path, settings: dict[str, Any], names: dict[str, str]) -> list[str]:
+    copied = []
+    for name in TOKENIZER_FILES:
+        path = inside.find(own, name)
+        if path is not None and name != "tokenizer_config.json":
+            shutil.copyfile(path, folder / name)
+            copied.append(name)
+    named = {field: names[field] for field in ("bos_token", "eos_token") if field in names and not settings.get(field)}
+    kept = {field: value for field, value in (settings | named).items() if field != "auto_map"}
+    _write_json(folder / "tokenizer_config.json", kept)
+    copied.append("tokenizer_config.json" + " (with a chat_template)" * ("chat_template" in kept))
+    lines = [f"copied from {own}: {', '.join(copied)}"]
+    if "auto_map" in settings:
+        lines.append("left out of tokenizer_config.json: auto_map, by which transformers loads program code")
+    return lines
 
 
-def _recipe(source: Source) -> list[str]:
-    path = source.run / "config.json" if source.run else None
-    if path is None or not path.exists():
-        return ["## Training", "", "Converted from published weights; how they were trained is not recorded here.", ""]
-    options = read_json(path)
-    rows = [f"| {name} | {_cell(value)} |" for name, value in options.items() if name != "model" and value is not None]
-    return ["## Training recipe", "", "| option | value |", "|---|---|", *rows, ""]
+def _tokenizer_folder(source: Source) -> Path | None:
+    """Where the model's own tokenizer.json lies."""
+    folders = (source.folder, source.run)
+    return next((folder for folder in folders if folder and inside.find(folder, "tokenizer.json")), None)
 
 
-def _training_results(source: Source) -> list[str]:
-    path = source.run / "metrics.jsonl" if source.run else None
-    if path is None or not path.exists():
-        return []
-    records = list(_records(path))
-    rows = []
-    for name in ("step", "tokens", "loss", "val_loss"):
-        value = next((record[name] for record in reversed(records) if record.get(name) is not None), None)
-        rows.append(f"| {name} | {'not measured' if value is None else _cell(value)} |")
-    return ["## At the end of training", "", "| | |", "|---|---|", *rows, ""]
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the line that was being written when the run was killed
-            yield json.loads(line)
-
-
-def _evaluation(source: Source) -> list[str]:
-    where = [folder / "evaluation" / "results.json" for folder in (source.folder, source.run) if folder]
-    results = next((read_json(path) for path in where if path.exists()), None)
-    if results is None:
-        return ["## Evaluation", "", "Not measured.", ""]
-    rows = []
-    for task, result in results["tasks"].items():
-        reported = paper.score("phi-1.5", task)
-        score = "–" if result["score"] is None else f"{result['score']:.3f}"
-        rows.append(f"| {task} | {score} | {result['questions']} | {reported or '–'} |")
-    header = ["| task | score | questions | phi-1.5 (report) |", "|---|---|---|---|"]
-    return ["## Evaluation", "", *header, *rows, ""]
-
-
-def _cell(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-    return text.replace("|", "\\|")
+def _special_names(folder: Path) -> dict[str, Any]:
+    """What the files beside a tokenizer.json call the tokens around a text."""
+    files = (inside.read_fields(folder, name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    names: dict[str, Any] = {}
+    for file in files:
+        if file is not None:
+            names |= {name: value for name, value in file.values.items() if value is not None}
+    return names
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import torch
 
 from ..config import PhiConfig
-from ..errors import UsageError
-
-
-class ConversionError(UsageError):
-    """A model that cannot be read or written; the message lists everything that is wrong."""
-
+from ..json_files import Fields
+from .errors import ConversionError, ModelFileError
 
 # phi-msft's and MixFormer's names for what Hugging Face's phi calls otherwise.
 _OLD_NAMES = {
@@ -28,59 +23,82 @@ _OLD_NAMES = {
     "activation_function": "hidden_act",
 }
 _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_OPTIONAL = ("layer_norm_eps", "initializer_range")
+_MOST = {"max_position_embeddings": 2**20}
+"""No weight has the context's length, which rotary tables and caches are sized by: a bound has to do."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises ConversionError naming the file where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON: {error}. Get it again") from error
-    if not isinstance(value, dict):
-        raise ConversionError(f"{path} holds a JSON {type(value).__name__}, expected an object. Get it again")
-    return value
+def read_config(raw: Fields) -> PhiConfig:
+    """The model that a config.json of any of the three layouts describes.
 
-
-def read_config(path: Path) -> PhiConfig:
-    """A config.json of any of the three layouts. Raises ConversionError listing all that this model cannot express."""
-    raw = read_json(path)
-    values = {_OLD_NAMES.get(name, name): value for name, value in raw.items() if value is not None}
+    Raises ConversionError listing all that this model cannot express.
+    """
+    where = raw.where
+    values = {_OLD_NAMES.get(name, name): value for name, value in raw.values.items() if value is not None}
     absent = [name for name in _SHAPE if name not in values]
     if absent:
-        raise ConversionError(f"{path} does not give {', '.join(absent)}: is it a phi model's?")
-    wrong = [f"{name} is {values[name]!r}" for name in _SHAPE if not _is_count(values[name])]
+        raise ConversionError(f"{where} does not give {', '.join(absent)}: is it a phi model's?")
+    wrong = [f"{name} is {values[name]!r:.80}" for name in _SHAPE if not _is_count(values[name], name)]
     if wrong:
-        raise ConversionError(f"{path}: {', '.join(wrong)}; expected whole numbers of at least 1")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # transformers 5's, and 4's
-    problems = _unsupported(values, rope)
+        most = ", ".join(f"{name} at most {most:,}" for name, most in _MOST.items())
+        raise ConversionError(f"{where}: {', '.join(wrong)}; expected whole numbers of at least 1, {most}")
+    fields = Fields(values, where, raw.way_out, raw.prefix, ModelFileError)
+    rope_name = next((name for name in ("rope_parameters", "rope_scaling") if values.get(name)), "")  # 5's, and 4's
+    rope = fields.inner(rope_name) if rope_name else Fields({}, where)
+    problems = _unsupported(fields, rope)
     if problems:
-        raise ConversionError(f"{path} describes a model other than phi_fast's phi:\n  " + "\n  ".join(problems))
-    fields = {name: values[name] for name in (*_SHAPE, *_OPTIONAL) if name in values}
-    # Older configurations leave the special tokens out; transformers' own defaults (1 and 2) are not phi-1.5's.
-    tokens = {name: values[name] for name in ("bos_token_id", "eos_token_id") if isinstance(values.get(name), int)}
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    return PhiConfig(**fields, **tokens, rope_theta=float(theta))
+        raise ConversionError(f"{where} describes a model other than phi_fast's phi:\n  " + "\n  ".join(problems))
+    default = PhiConfig()
+    try:
+        return PhiConfig(
+            **{name: values[name] for name in _SHAPE},
+            rope_theta=_number(rope, "rope_theta", _number(fields, "rope_theta", default.rope_theta)),
+            layer_norm_eps=_number(fields, "layer_norm_eps", default.layer_norm_eps),
+            initializer_range=_number(fields, "initializer_range", default.initializer_range),
+            bos_token_id=_token_id(fields, "bos_token_id"),
+            eos_token_id=_token_id(fields, "eos_token_id"),
+        )
+    except ValueError as error:
+        raise ConversionError(f"{where}: {error}") from error
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def run_config(options: Fields) -> PhiConfig:
+    """The model in the options of a run. Raises ConversionError where this version knows no such model."""
+    model = options.inner("model")
+    unknown = sorted(model.values.keys() - {field.name for field in dataclasses.fields(PhiConfig)})
+    if unknown:
+        raise ConversionError(
+            f"{options.where}: the options of the run hold no model that this version knows: {', '.join(unknown)}"
+        )
+    return read_config(model)
 
 
-def _unsupported(values: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+def _is_count(value: Any, name: str) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST.get(name, 2**31)
+
+
+def _token_id(fields: Fields, name: str) -> int | None:
+    """None where it is left out, as in older configurations, or is not one id: the tokenizer knows it."""
+    return fields.whole(name, most=2**31) if isinstance(fields.values.get(name), int) else None
+
+
+def _number(fields: Fields, name: str, default: float) -> float:
+    return fields.number(name) if name in fields else default
+
+
+def _unsupported(fields: Fields, rope: Fields) -> list[str]:
+    values = fields.values
     d, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = d / heads
-    factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 0.5))
-    rotary_dim = values.get("rotary_dim", factor * head_dim)
+    factor = _number(rope, "partial_rotary_factor", _number(fields, "partial_rotary_factor", 0.5))
     expected: dict[str, tuple[Any, Any]] = {
         "head dim (hidden_size / num_attention_heads)": (head_dim, 64),
-        "rotary dim": (rotary_dim, 32),
+        "rotary dim": (_number(fields, "rotary_dim", factor * head_dim), 32),
         "intermediate_size": (values.get("intermediate_size", 4 * d), 4 * d),
         "num_key_value_heads": (values.get("num_key_value_heads", heads), heads),
         "hidden_act": (values.get("hidden_act", "gelu_new"), "gelu_new"),
         "qk_layernorm": (values.get("qk_layernorm", False), False),
         "tie_word_embeddings": (values.get("tie_word_embeddings", False), False),
-        "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "rope type": (rope.values.get("rope_type", rope.values.get("type", "default")), "default"),
     }
     return [f"{name} is {found}, expected {wanted}" for name, (found, wanted) in expected.items() if found != wanted]
 

@@ -89,6 +89,14 @@ def detect(keys: Iterable[str]) -> str | None:
     return next((name for name, signature in _SIGNATURES.items() if signature in there), None)
 
 
+def count_layers(name: str, keys: Iterable[str]) -> int:
+    """Layers that the keys of a layout are of."""
+    before = {"hf": "model.layers.", "phi-msft": "transformer.h.", "mixformer": "layers.", "merged": "layers."}[name]
+    numbers = {key[len(before) :].partition(".")[0] for key in keys if key.startswith(before)}
+    outside = {"0"} if name == "mixformer" else set()  # its embedding; the head is one more
+    return max(0, len(numbers - outside) - (name == "mixformer"))
+
+
 def joined_shape(joined: Joined, of: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Shape of a tensor of a layout; `of` are the Hugging Face shapes."""
     first = of[joined.parts[0]]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ..errors import UsageError
 from ..model import Phi
 from . import layout
-from .folder import find_tokenizer
+from .folder import find_tokenizer, token_ids
 from .source import Source
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,14 +48,15 @@ def load(
 ) -> tuple[Phi, Tokenizer]:
     """A model and its tokenizer from a run, a checkpoint, a folder in any layout, the hub, or an opened `Source`.
 
-    Weights are read a tensor at a time into place, so the peak is the model and its largest tensor. Raises
-    ConversionError as `Source.open` and `find_tokenizer` do.
+    Weights are read a tensor at a time into place, so the peak is the model and its largest tensor. The ids in the
+    model's config are the tokenizer's. Raises ConversionError as `Source.open`, `find_tokenizer` and `token_ids` do.
     """
     source = name_or_path if isinstance(name_or_path, Source) else Source.open(name_or_path)
     found = find_tokenizer(source, tokenizer)
+    ids = token_ids(source, found, tokenizer)
     target = choose_device(device)
     with torch.device("meta"):
-        model = Phi(source.config)
+        model = Phi(source.config.replace(bos_token_id=ids.beginning, eos_token_id=ids.end))
     model = model.to(choose_dtype(dtype, target)).to_empty(device=target)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -2,79 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import PhiConfig
-from . import layout
-from .hf_config import ConversionError, read_config, read_json
+from . import inside, layout
+from .errors import ConversionError
+from .hf_config import read_config, run_config
+from .tensor_files import FLOATS, Header, SafetensorsFile, TensorFile, TorchFile
 
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.txt"]
-
-
-class TensorFile(Protocol):
-    """What both kinds of file offer: names, shapes, and a slice without reading the rest."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, dim: int, start: int, length: int) -> Tensor: ...
-
-
-class SafetensorsFile:
-    """A .safetensors file; each read opens it anew, so that pages of earlier reads are not kept mapped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        try:
-            with safe_open(self.path, "pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise ConversionError(f"{self.path} is damaged or cut short: {error}. Get it again") from error
-
-    def dtype(self, name: str) -> torch.dtype:
-        with safe_open(self.path, "pt") as file:
-            shape = file.get_slice(name).get_shape()
-            return file.get_slice(name)[:0].dtype if shape else file.get_tensor(name).dtype
-
-    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            part = slice(start, start + length)
-            tensor = file.get_slice(name)[part] if dim == 0 else file.get_slice(name)[:, part]
-            return tensor.clone()
-
-
-class TorchFile:
-    """A .bin file as the older layouts were published: memory-mapped, and nothing but tensors is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ConversionError(
-                f"{path} is damaged, or holds more than tensors, which is never unpickled ({type(error).__name__}): "
-                "get it again, or the model's safetensors"
-            ) from error
-        if not isinstance(self.tensors, dict) or not all(isinstance(value, Tensor) for value in self.tensors.values()):
-            raise ConversionError(f"{path} holds something else than named tensors, a state dict: save that alone")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        return self.tensors[name].narrow(dim, start, length).clone()
+MOST_PROBLEMS = 100
+"""Lines about wrong tensors in one message."""
 
 
 class Source:
@@ -86,16 +27,22 @@ class Source:
     def __init__(self, folder: Path, run: Path | None) -> None:
         self.folder, self.run = folder, run
         files = _weight_files(folder)
-        self.files: dict[str, TensorFile] = {name: file for file in files for name in file.shapes()}
-        self.sizes = {name: shape for file in files for name, shape in file.shapes().items() if _is_parameter(name)}
-        name = layout.detect(self.sizes)
+        headers = [(file, file.headers()) for file in files.values()]
+        self.paths = tuple(files)
+        """The files that the weights are in."""
+        self.files: dict[str, TensorFile] = {name: file for file, names in headers for name in names}
+        self.headers: dict[str, Header] = {
+            name: header for _, names in headers for name, header in names.items() if _is_parameter(name)
+        }
+        name = layout.detect(self.headers)
         if name is None:
             raise ConversionError(
-                f"{folder}: the keys ({', '.join(sorted(self.sizes)[:4])}, …) are of no phi layout; known are "
+                f"{folder}: the keys ({', '.join(sorted(self.headers)[:4])}, …) are of no phi layout; known are "
                 f"{', '.join(layout.NAMES)}"
             )
         self.layout = name
         self.config = _find_config(folder, run)
+        self._check_layers()
         self.table = layout.layout(name, self.config)
         self.parts = layout.shapes(self.config)
         self._check()
@@ -110,10 +57,10 @@ class Source:
         """
         path = Path(name_or_path)
         if path.is_dir():
-            if (path / "checkpoints").is_dir():
+            if (path / "checkpoints").is_dir() and not _holds_weights(path):
                 return Source(_latest(path), path)
-            run = path.parent.parent if path.parent.name == "checkpoints" else None
-            return Source(path, run)
+            run = path.absolute().parent.parent if (path / "state.json").exists() else None
+            return Source(path, run if run and path.absolute().parent.name == "checkpoints" else None)
         if str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "~")):
             return Source(_download(str(name_or_path)), None)
         raise ConversionError(
@@ -122,8 +69,9 @@ class Source:
 
     def dtype(self, part: str) -> torch.dtype:
         """Storage dtype of a Hugging Face tensor."""
-        name = self.pieces[part].name
-        return self.files[name].dtype(name)
+        dtype = self.headers[self.pieces[part].name].dtype
+        assert isinstance(dtype, torch.dtype)  # `_check` refused the others
+        return dtype
 
     def read(self, part: str) -> Tensor:
         """One Hugging Face tensor: a copy on the CPU, bit for bit."""
@@ -136,19 +84,36 @@ class Source:
             return self.read(joined.parts[0])
         return torch.cat([self.read(part) for part in joined.parts], joined.dim)
 
+    def _check_layers(self) -> None:
+        """Before anything is made for each layer: the configuration has no more of them than the weights have."""
+        present = layout.count_layers(self.layout, self.headers)
+        if self.config.num_hidden_layers > present:
+            raise ConversionError(
+                f"{self.folder} describes {self.config.num_hidden_layers:,} layers, and its weights ({self.layout} "
+                f"layout) are of {present}: a file is missing, or config.json is another model's. Get both again"
+            )
+
     def _check(self) -> None:
         expected = {name: layout.joined_shape(joined, self.parts) for name, joined in self.table.items()}
-        problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in self.sizes]
-        problems += [f"extra: {name} {shape}" for name, shape in self.sizes.items() if name not in expected]
+        found = {name: self.headers[name] for name in expected if name in self.headers}
+        problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+        problems += [f"extra: {name} {header.shape}" for name, header in self.headers.items() if name not in expected]
         problems += [
-            f"misshapen: {name} is {self.sizes[name]}, expected {shape}"
-            for name, shape in expected.items()
-            if name in self.sizes and self.sizes[name] != shape
+            f"misshapen: {name} is {header.shape}, expected {expected[name]}"
+            for name, header in found.items()
+            if header.shape != expected[name]
+        ]
+        floats = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS.values())
+        problems += [
+            f"no weights: {name} holds {header.dtype}, expected one of {floats}"
+            for name, header in found.items()
+            if isinstance(header.dtype, str)
         ]
         if problems:
+            shown = problems[:MOST_PROBLEMS] + ["…"] * (len(problems) > MOST_PROBLEMS)
             raise ConversionError(
                 f"{self.folder} ({self.layout} layout) does not hold the weights of its configuration; "
-                f"{len(problems)} problems:\n  " + "\n  ".join(problems)
+                f"{len(problems)} problems:\n  " + "\n  ".join(shown)
             )
 
 
@@ -156,56 +121,67 @@ def _is_parameter(name: str) -> bool:
     return ".rotary_emb." not in name  # buffers that older versions saved
 
 
-def _weight_files(folder: Path) -> list[TensorFile]:
+_KINDS: tuple[tuple[str, type[SafetensorsFile] | type[TorchFile]], ...] = (
+    ("model.safetensors", SafetensorsFile),
+    ("pytorch_model.bin", TorchFile),
+)
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name, _ in _KINDS)
+
+
+def _weight_files(folder: Path) -> dict[Path, TensorFile]:
     """The shards that an index names, or else the one file (safetensors before .bin)."""
-    for stem, suffix, kind in (("model", "safetensors", SafetensorsFile), ("pytorch_model", "bin", TorchFile)):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ConversionError(f"{index} has no weight_map, which says where each tensor is; download it again")
-            names = sorted(set(weight_map.values()))
-            absent = [name for name in names if not (folder / name).exists()]
+    for name, kind in _KINDS:
+        index = inside.read_fields(folder, f"{name}.index.json")
+        if index is not None:
+            weight_map = index.values.get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise ConversionError(
+                    f"{index.where} has no weight_map, which says where each tensor is; download it again"
+                )
+            shards = {shard: inside.find(folder, shard) for shard in sorted(set(weight_map.values()))}
+            absent = [shard for shard, path in shards.items() if path is None]
             if absent:
                 raise ConversionError(
-                    f"{index} names files that are not there: {', '.join(absent)}; download them again"
+                    f"{index.where} names files that are not there: {', '.join(absent)}; download them again"
                 )
-            return [kind(folder / name) for name in names]
-        if (folder / f"{stem}.{suffix}").exists():
-            return [kind(folder / f"{stem}.{suffix}")]
+            return {path: kind(path) for path in shards.values() if path is not None}
+        path = inside.find(folder, name)
+        if path is not None:
+            return {path: kind(path)}
     raise ConversionError(
         f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin, or an index of shards of either"
     )
 
 
 def _latest(run: Path) -> Path:
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.exists():
+    checkpoints = run / "checkpoints"
+    pointer = inside.find(checkpoints, "latest")
+    if pointer is None:
         raise ConversionError(f"{run} has no checkpoints/latest: no checkpoint of this run was completed")
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not folder.is_dir():
-        raise ConversionError(f"{pointer} names {folder.name}, which is not there; name a checkpoint folder instead")
+    name = inside.read_text(pointer).strip()
+    folder = checkpoints / name
+    if Path(name).name != name or not folder.is_dir():
+        raise ConversionError(f"{pointer} names {name!r}, which is not there; name a checkpoint folder instead")
+    if not folder.resolve().is_relative_to(checkpoints.resolve()):
+        raise ConversionError(f"{folder} leads to {folder.resolve()}, outside of its run; name that folder instead")
     return folder
 
 
 def _find_config(folder: Path, run: Path | None) -> PhiConfig:
     """Of a Hugging Face folder, or of the run's options (config.json there, state.json in a checkpoint)."""
-    if (folder / "state.json").exists():
-        return _run_config(read_json(folder / "state.json").get("options", {}), folder)
-    if (folder / "config.json").exists():
-        return read_config(folder / "config.json")
-    if run is not None and (run / "config.json").exists():
-        return _run_config(read_json(run / "config.json"), run)
+    state = inside.read_fields(folder, "state.json")
+    if state is not None:
+        return run_config(state.inner("options"))
+    own = inside.read_fields(folder, "config.json")
+    if own is not None:
+        return read_config(own)
+    options = inside.read_fields(run, "config.json") if run is not None else None
+    if options is not None:
+        return run_config(options)
     raise ConversionError(f"{folder} has no config.json, so the model's shape is not known")
-
-
-def _run_config(options: Mapping[str, Any], where: Path) -> PhiConfig:
-    try:
-        return PhiConfig(**options["model"])
-    except (KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{where}: the options of the run hold no model that this version knows: {error}"
-        ) from error
 
 
 def _download(name: str) -> Path:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -32,6 +35,58 @@ MAX_BYTES = 2**28
 
 class TokenizerError(UsageError):
     """A tokenizer that cannot be had or is not what its name says; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the tokens that stand around texts; None where the tokenizer has none."""
+
+    beginning: int | None = None
+    """Before the first token of a text."""
+    end: int | None = None
+    """After the last."""
+    padding: int | None = None
+    """In places that hold no token."""
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, names: Mapping[str, Any]) -> TokenIds:
+        """The ids that a tokenizer gives to `names`: "bos_token", "eos_token" and "pad_token" as in Hugging Face's
+        tokenizer_config.json, each a string or an object with its "content". The end without a name is
+        `<|endoftext|>`, and the others without a name are the end.
+
+        Raises TokenizerError for a name that the tokenizer does not have.
+        """
+
+        def find(field: str, default: int | None) -> int | None:
+            name = names.get(field)
+            name = name.get("content") if isinstance(name, dict) else name
+            if name is None:
+                return default
+            id = tokenizer.token_to_id(name) if isinstance(name, str) else None
+            if id is None:
+                raise TokenizerError(
+                    f"tokenizer_config.json calls {name!r} the {field}, and tokenizer.json has no such token: they are "
+                    "of two tokenizers. Get both again"
+                )
+            return id
+
+        end = find("eos_token", tokenizer.token_to_id(END_OF_TEXT))
+        return TokenIds(find("bos_token", end), end, find("pad_token", end))
+
+    def names(self, tokenizer: Tokenizer) -> dict[str, str]:
+        """What Hugging Face's special_tokens_map.json calls them; those that there are."""
+        ids = {"bos_token": self.beginning, "eos_token": self.end, "unk_token": self.end, "pad_token": self.padding}
+        tokens = {field: tokenizer.id_to_token(id) for field, id in ids.items() if id is not None}
+        return {field: token for field, token in tokens.items() if token is not None}
+
+    def config(self, tokenizer: Tokenizer, model_max_length: int) -> dict[str, Any]:
+        """Content of the tokenizer_config.json with which transformers' AutoTokenizer loads the tokenizer."""
+        return {
+            **self.names(tokenizer),
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model_max_length,
+            "clean_up_tokenization_spaces": False,
+        }
 
 
 def tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -119,6 +174,8 @@ def _read(path: Path) -> Tokenizer:
         data = read_regular(path, MAX_BYTES)
         parse_json(data, str(path))
         return Tokenizer.from_str(data.decode("utf-8-sig"))
+    except UsageError as error:
+        raise TokenizerError(str(error)) from error
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
 

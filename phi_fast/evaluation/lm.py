@@ -115,7 +115,10 @@ class PhiFastLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.model.config.eos_token_id
+        id = self.model.config.eos_token_id
+        if id is None:
+            raise UsageError("the model's tokenizer has no token that ends a text, which lm-eval puts before texts")
+        return id
 
     @property
     def prefix_token_id(self) -> int:

@@ -1,0 +1,123 @@
+"""The folder that a conversion writes: a new one, or one that holds nothing but what an earlier conversion wrote.
+
+A hidden file in it lists what was written, with hashes. Where anything else lies there, a changed file included, the
+folder is somebody's, and nothing in it is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..files import sync_directory, write_atomically
+from . import inside
+from .errors import ConversionError
+
+MARK = ".phi_fast-convert.json"
+ASIDE = ".phi_fast-aside-"
+"""What the names of folders begin with in which files wait to be moved into their place."""
+_SHOWN = 8
+
+
+def check(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+    """Raises ConversionError where `out` cannot be written, or is more than an earlier conversion's result.
+
+    sources: what the conversion reads: files and folders.
+    """
+    if not out.exists():
+        if out.is_symlink():
+            raise ConversionError(f"{out} is a link to {out.readlink()}, which does not exist; name another folder")
+        return
+    if not out.is_dir():
+        raise ConversionError(f"{out} is a file; name another folder")
+    if not overwrite:
+        raise ConversionError(f"{out} exists; name another folder, or add --overwrite to replace it")
+    here = out.resolve()
+    inner = [source for source in sources if source.resolve().is_relative_to(here)]
+    if inner:
+        raise ConversionError(f"{out} holds the source, {inner[0]}: it would replace itself; name another folder")
+    written = _written(out)
+    foreign = sorted(path.name for path in out.iterdir() if not _is_ours(path, written))
+    if foreign:
+        shown = ", ".join(foreign[:_SHOWN]) + ", …" * (len(foreign) > _SHOWN)
+        raise ConversionError(
+            f"{out} holds what no conversion wrote, or what was changed since: {shown}. --overwrite replaces only what "
+            "convert wrote: move these away, or name another folder"
+        )
+
+
+def write(out: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into an empty folder aside, and move what it wrote to `out`, which `check` has let pass.
+
+    Where `fill` raises, `out` is as it was. Where the process dies while files are moved, each is the old or the new
+    one, and the next conversion can replace them.
+    """
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name[:100]}."))
+    else:
+        for left in out.glob(f"{ASIDE}*"):
+            shutil.rmtree(left)
+        aside = Path(tempfile.mkdtemp(dir=out, prefix=ASIDE))
+    try:
+        new = aside / "new"
+        new.mkdir()
+        fill(new)
+        files = {path.name: [_sync_and_hash(path)] for path in sorted(new.iterdir())}
+        if out.exists():
+            _move_into(out, new, files)
+        else:
+            _mark(new, files)
+            new.rename(out)
+            sync_directory(out.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_into(out: Path, new: Path, files: dict[str, list[str]]) -> None:
+    old = _written(out)
+    _mark(out, {name: old.get(name, []) + files.get(name, []) for name in {**old, **files}})  # while some are of each
+    for name in files:
+        (new / name).replace(out / name)
+    for path in list(out.iterdir()):
+        if path.name not in files and path.name != MARK and path.name in old:
+            path.unlink()
+    _mark(out, files)
+
+
+def _written(out: Path) -> dict[str, list[str]]:
+    """File name -> hashes, as the mark of an earlier conversion says; nothing where there is none."""
+    mark = inside.read_fields(out, MARK)
+    if mark is None:
+        return {}
+    files = mark.inner("files")
+    return {name: list(files.texts(name)) for name in files.values}
+
+
+def _is_ours(path: Path, written: dict[str, list[str]]) -> bool:
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name.startswith(ASIDE)
+    return path.name == MARK or (path.name in written and path.is_file() and _hash(path) in written[path.name])
+
+
+def _mark(folder: Path, files: dict[str, list[str]]) -> None:
+    document = {"written_by": "python -m phi_fast.convert", "files": files}
+    write_atomically(folder / MARK, json.dumps(document, indent=1).encode() + b"\n")
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
