@@ -23,7 +23,7 @@ from .. import backend
 from ..attention import attention
 from ..rotary import apply_rotary_
 from ..triton.attention_tiles import HEAD_DIMS
-from .modules import Builder, Forward, hooked, original
+from .modules import Builder, Forward, hooked
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' attention implementations that this library's can stand before."""
@@ -88,11 +88,12 @@ def _eager_mask(
     return mask
 
 
-def interface(module: Any) -> tuple[Callable, bool]:
-    """The attention function that the module's config names at this moment, and whether this library's may stand before
-    it: it is transformers' sdpa or the model's own eager one, not another that somebody registered."""
-    eager = sys.modules[original(module).__module__].eager_attention_forward
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+def interface(config: PreTrainedConfig, base: type[nn.Module]) -> tuple[Callable, bool]:
+    """The attention function that the config names at this moment, for a class of a model's module, and whether this
+    library's may stand before it: it is transformers' sdpa or the model's own eager one, not another that somebody
+    registered."""
+    eager = sys.modules[base.__module__].eager_attention_forward
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return function, function is eager or function is sdpa_attention_forward
 
 
@@ -171,7 +172,7 @@ def with_rotary(
 
     def build(base: type[nn.Module]) -> Forward:
         def forward(self, hidden_states, *args, position_embeddings=None, attention_mask=None, **kwargs):
-            interfaced, replaceable = interface(self)
+            interfaced, replaceable = interface(self.config, base)
             if args or position_embeddings is None or not replaceable:
                 kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
                 return base.forward(self, hidden_states, *args, **kwargs)

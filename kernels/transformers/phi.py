@@ -16,7 +16,7 @@ from .. import backend
 from ..parallel_block import _backward, _forward, _Options, parallel_block
 from . import layers
 from .attention import causal, half, heads_fit, interface, table
-from .modules import Forward, hooked, plain
+from .modules import Forward, hooked, original, plain
 
 RULES = (
     "parallel_block: with a mask or a KV cache, positions that differ by row, dropout, autocast, LoRA or hooks "
@@ -123,9 +123,11 @@ def _fits(
     kwargs: dict[str, Any],
 ) -> bool:
     attention, mlp = self.self_attn, self.mlp
+    if any(original(module).__module__ != original(self).__module__ for module in (attention, mlp)):
+        return False  # another module has been put in its place
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.dense, mlp.fc1, mlp.fc2)
     return (
-        interface(attention)[1]
+        interface(attention.config, original(self))[1]
         and causal(attention, mask)
         and kwargs.get("past_key_values") is None
         and position_embeddings is not None

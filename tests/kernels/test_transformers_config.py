@@ -213,6 +213,19 @@ def test_eager_runs_on_the_op_when_it_is_computed_again_too(name: str, reentrant
     assert len(calls) == 4
 
 
+def test_phis_block_leaves_another_attention_alone() -> None:
+    class Nothing(torch.nn.Module):
+        def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+            return torch.zeros_like(hidden_states), None
+
+    models = pair("phi")
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn = Nothing()
+    plain, accelerated = models
+    assert_same(accelerated(tokens(), use_cache=False).logits, plain(tokens(), use_cache=False).logits)
+
+
 def test_phis_block_runs_under_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("phi", **EAGER)
     accelerate(model)
