@@ -199,7 +199,7 @@ def sequential_rows(
         except RuntimeError as error:
             raise CorpusError(str(error)) from None
         if raw.max() > largest:
-            at = int(raw.argmax())
+            at = int((raw > largest).argmax())
             raise CorpusError(
                 f"{layout.path}: token {first * sequence_length + at} is id {raw[at]}, and ids up to {largest} were "
                 f"expected: {_who_says(layout, largest)}"

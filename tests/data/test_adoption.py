@@ -218,3 +218,13 @@ def test_what_a_fault_says(
 def test_three_files_are_too_many(tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--tokenizer", str(tokenizer_path), "--out", "o", "--adopt", "a", "b", "c"]) == 1
     assert "3 were named" in capsys.readouterr().err
+
+
+def test_onto_a_link_to_nothing(tmp_path: Path, tokenizer_path: Path, encoded: list[list[int]]) -> None:
+    """It failed at its end, when the finished corpus was to take the link's place."""
+    write_datatrove(tmp_path / "a.ds", encoded)
+    (tmp_path / "out").symlink_to("big/corpus")
+    arguments = ["--adopt", str(tmp_path / "a.ds"), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert Manifest.read(tmp_path / "big" / "corpus").splits["train"].adopted
+    Manifest.read(tmp_path / "out").verify(tmp_path / "out")

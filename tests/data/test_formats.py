@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import numpy as np
@@ -213,3 +214,52 @@ def test_delimiters_of_foreign_files_are_asked_for(tmp_path):
     with TokenLoader(mixture, 3000, 1, document_isolation=True) as loader:
         batch = next(loader)
         assert len(batch.cu_seqlens) > 18
+
+
+def litdata_chunk(items):
+    """As litdata's BinaryWriter lays it out: u32 items, u32 offsets from the file's start and its end, the items."""
+    sizes = np.cumsum([0, *map(len, items)]) + 4 * (len(items) + 2)
+    return np.array([len(items), *sizes], "<u4").tobytes() + b"".join(items)
+
+
+def llmc_evaluation():
+    """llm.c's HellaSwag file: magic 20240522, version 1, examples, longest example, then uint16 tokens."""
+    header = np.zeros(256, "<i4")
+    header[:4] = 20240522, 1, 3, 40
+    return header.tobytes() + np.arange(1, 101, dtype="<u2").tobytes()
+
+
+OTHERS = {
+    "litdata": (litdata_chunk([np.arange(1, 311, dtype="<u4").tobytes()] * 20), "a chunk of litdata"),
+    "litdata, many": (litdata_chunk([bytes([1, 0, 0, 0])] * 30_000), "a chunk of litdata"),
+    "llm.c evaluation": (llmc_evaluation(), "llm.c's evaluation file"),
+    "llm.c weights": (np.array([20240326, 3, 7, 7], "<i4").tobytes() * 64, "a checkpoint of llm.c's GPT-2"),
+    "bzip2": (b"BZh91AY&SY" + bytes(range(90)), "a bzip2 file"),
+    "tar": (b"name".ljust(257, b"\0") + b"ustar\0" + bytes(249), "a tar archive"),
+    "pdf": (b"%PDF-1.7" * 9, "a PDF"),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "uint16", "uint32"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_others_are_refused_by_name(tmp_path, name, dtype):
+    data, what = OTHERS[name]
+    (tmp_path / "chunk-0-0.bin").write_bytes(data)
+    with pytest.raises(FormatError, match=rf"chunk-0-0\.bin is {what}.*, not tokens"):
+        open_layout(tmp_path / "chunk-0-0.bin", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_bare_tokens_are_not_taken_for_files_of_others(tmp_path, dtype):
+    """Ids that begin as a litdata chunk of 20 samples does, but whose 21st is not the file's end; a pickle's first."""
+    for first in ([20, 88, 5], [640, 5, 6]):
+        ids = np.array([*first, *range(7, 300)], WIDTH[dtype])
+        ids.tofile(tmp_path / "t.bin")
+        assert open_layout(tmp_path / "t.bin", dtype=dtype).tokens == len(ids)
+
+
+def test_a_pipe_beside_a_token_file_is_not_waited_for(tmp_path):
+    IDS.astype("<u2").tofile(tmp_path / "t.bin")
+    os.mkfifo(tmp_path / "t.idx")
+    with pytest.raises(ValueError, match=r"t\.idx is not a regular file"):
+        open_layout(tmp_path / "t.bin", dtype="uint16")

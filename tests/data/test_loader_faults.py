@@ -10,7 +10,9 @@ import pytest
 from token_files import DELIMITER, draw_tokens, write_corpus
 
 from phi_fast._C import tokens
-from phi_fast.data import Component, Mixture, TokenLoader
+from phi_fast.data import Component, Mixture, TokenLoader, sequential_rows, store
+from phi_fast.data.loader import CorpusError
+from phi_fast.errors import UsageError
 
 LENGTH = 64
 IDS = draw_tokens(20_000)
@@ -109,6 +111,93 @@ def test_ids_above_the_vocabulary(tmp_path, threads):
     with TokenLoader(Mixture((component,)), LENGTH, 4, max_token_id=60_000, threads=threads) as loader:
         for _ in range(len(IDS) // LENGTH // 4):
             next(loader)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_damaged_training_file_is_an_error_for_users(tmp_path, threads):
+    """The id was within the manifest's range when the corpus was made, so only reading the rows can tell."""
+    component = ours(tmp_path / "c")
+    damaged = IDS.astype("<u2")
+    damaged[12_345] = 60_000
+    damaged.tofile(tmp_path / "c" / "train.bin")
+    with (
+        TokenLoader(Mixture((component,)), LENGTH, 4, max_token_id=50_294, threads=threads) as loader,
+        pytest.raises(UsageError, match=r"train\.bin: token 12345 is id 60000.*copy or prepare it again") as caught,
+    ):
+        for _ in range(100):
+            next(loader)
+    assert isinstance(caught.value, CorpusError)
+
+
+def test_ids_of_a_validation_split(tmp_path):
+    """Above the model's vocabulary, or above what the manifest says: never an IndexError of the embedding."""
+    write_corpus(tmp_path, IDS, split="validation")
+    largest = int(IDS.max())
+    assert (
+        sum(ids.numel() for ids, _ in sequential_rows(tmp_path, "validation", LENGTH, max_token_id=largest)) == 19_968
+    )
+    first = int(np.argmax(IDS >= 40_000))
+    with pytest.raises(
+        CorpusError, match=rf"validation\.bin: token {first} is id {IDS[first]}, and ids up to 39999 were"
+    ):
+        list(sequential_rows(tmp_path, "validation", LENGTH, batch=3, max_token_id=39_999))
+    damaged = IDS.astype("<u2")
+    damaged[LENGTH * 7] = largest + 1
+    damaged.tofile(tmp_path / "validation.bin")
+    message = rf"validation\.bin: token {LENGTH * 7} is id {largest + 1}, and ids up to {largest} were .* is damaged"
+    with pytest.raises(CorpusError, match=message):
+        list(sequential_rows(tmp_path, "validation", LENGTH))
+
+
+def touch(path, stamp):
+    os.utime(path, ns=(stamp, stamp))
+
+
+@pytest.mark.parametrize("mode", ["mmap", "pread"])
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("make", [ours, raw])
+def test_a_file_that_is_touched_is_read_on(tmp_path, make, threads, mode):
+    component = make(tmp_path / "c")
+    path = tmp_path / "c" / ("train.bin" if make is ours else "t.bin")
+    with (
+        TokenLoader(Mixture((component,)), LENGTH, 4, threads=threads, mode=mode) as loader,
+        TokenLoader(Mixture((component,)), LENGTH, 4, threads=0, mode=mode) as same,
+    ):
+        expected = [next(same).input_ids for _ in range(30)]
+        for i, ids in enumerate(expected):
+            if i % 5 == 0:
+                touch(path, i + 1)
+            assert (next(loader).input_ids == ids).all()
+        changed = IDS.astype("<u2")
+        changed[-1] = 1
+        changed.tofile(path)
+        touch(path, 1000)
+        for _ in range(2):  # it is not forgotten
+            with pytest.raises(
+                CorpusError, match="was changed while in use: its content is another, with as many bytes"
+            ):
+                for _ in range(30):
+                    next(loader)
+        IDS.astype("<u2").tofile(path)  # restored
+        touch(path, 2000)
+        next(loader)
+
+
+def test_of_a_large_file_that_is_touched_blocks_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SAMPLED_BLOCKS", 3)
+    monkeypatch.setattr(store, "SAMPLED_BYTES", 2000)
+    component = raw(tmp_path / "c")
+    with TokenLoader(Mixture((component,)), LENGTH, 4) as loader:
+        for at, seen in [(500, True), (9_500, True), (19_500, True), (5_000, False)]:  # blocks 0, 9 and 19 of 0…19
+            changed = IDS.astype("<u2")
+            changed[at] ^= 1
+            changed.tofile(component.path)
+            touch(component.path, at)
+            if seen:
+                with pytest.raises(CorpusError, match="its content is another"):
+                    loader.store.recheck()
+            else:
+                assert loader.store.recheck()
 
 
 def rewrite(path):

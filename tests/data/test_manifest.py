@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,83 @@ def test_verify_finds_a_wrong_largest_id(tmp_path: Path) -> None:
     train = dataclasses.replace(manifest.splits["train"], max_id=49)
     with pytest.raises(ManifestError, match="largest id of train is 50, the manifest says 49"):
         dataclasses.replace(manifest, splits={"train": train}).verify(tmp_path)
+
+
+def elsewhere(tmp_path: Path, field: str, value: str, *, adopted: bool = False) -> Path:
+    """A corpus whose manifest names a file outside its folder, of the right size."""
+    write_corpus(tmp_path / "c")
+    (tmp_path / "secret").write_bytes(
+        (tmp_path / "c" / ("train.bin" if field == "file" else "train.ends")).read_bytes()
+    )
+    document = json.loads((tmp_path / "c" / FILE_NAME).read_text())
+    document["splits"]["train"][field] = value
+    if adopted:
+        document["splits"]["train"]["adopted"] = True
+    (tmp_path / "c" / FILE_NAME).write_text(json.dumps(document))
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("field", ["file", "ends"])
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link"])
+def test_a_file_outside_the_folder_is_refused(tmp_path: Path, field: str, kind: str) -> None:
+    value = {"parent": "../secret", "absolute": str(tmp_path / "secret"), "link": "link"}[kind]
+    directory = elsewhere(tmp_path, field, value)
+    (directory / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(ManifestError, match=rf"{value}.* is outside .*--adopt FILE"):
+        Manifest.read(directory)
+
+
+def test_an_adopted_file_may_lie_elsewhere_and_its_ends_may_not(tmp_path: Path) -> None:
+    assert Manifest.read(elsewhere(tmp_path / "a", "file", "../secret", adopted=True)).splits["train"].adopted
+    with pytest.raises(ManifestError, match="is outside"):
+        Manifest.read(elsewhere(tmp_path / "b", "ends", "../secret", adopted=True))
+
+
+HOSTILE = {
+    "deep": b'{"format": ' + b"[" * 100_000,
+    "digits": b'{"format": "phi_fast tokens", "version": ' + b"1" * 10_000 + b"}",
+    "not UTF-8": b'{"format": "\xff"}',
+    "NaN": b'{"format": NaN}',
+    "a block without end": b"block_bytes",
+    "an odd block": b"odd",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_json(tmp_path: Path, kind: str) -> None:
+    write_corpus(tmp_path)
+    data = HOSTILE[kind]
+    if kind.endswith(("end", "odd block")):
+        size = 2**62 if kind.endswith("end") else 65
+        data = (tmp_path / FILE_NAME).read_bytes().replace(b'"block_bytes": 64', b'"block_bytes": %d' % size)
+    (tmp_path / FILE_NAME).write_bytes(data)
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        Manifest.read(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for name in (FILE_NAME, "train.ends", "train.bin"):
+        write_corpus(tmp_path)
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ManifestError, match=name):
+            Manifest.read(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_every_flipped_bit_is_an_error_or_harmless(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path)
+    whole, refused = (tmp_path / FILE_NAME).read_bytes(), 0
+    for at in range(0, 8 * len(whole), 5):
+        flipped = bytearray(whole)
+        flipped[at // 8] ^= 1 << at % 8
+        (tmp_path / FILE_NAME).write_bytes(flipped)
+        try:
+            found = Manifest.read(tmp_path)
+        except ManifestError:
+            refused += 1
+        else:
+            assert found.splits.keys() <= {*manifest.splits, *found.splits}
+            for split in found.splits.values():
+                assert (tmp_path / split.file).stat().st_size == split.tokens * 2
+    assert refused > 4 * len(whole) / 5

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -185,3 +186,18 @@ def test_the_wheel_is_never_imported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tokenizer_without_end_of_text() -> None:
     with pytest.raises(TokenizerError, match=r"has no <\|endoftext\|> token"):
         vocabulary.end_of_text(vocabulary.byte_level(models.BPE()))
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\xff\xfe", b"[" * 10**6, b'{"a": ' + b"1" * 10_000 + b"}", b'{"version": "1.0"}']
+)
+def test_a_hostile_tokenizer_file(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(damage)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer that `tokenizers` reads: "):
+        vocabulary.tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is a FIFO, expected a regular file"):
+        vocabulary.tokenizer(tmp_path)

@@ -89,7 +89,7 @@ def encode_unit(
     ends = np.cumsum([len(tokens) for tokens in ordered], dtype="<u8")
     _write(path.with_suffix(".tokens"), ordered)
     summary = Summary(key, skipped(), min(hashes, default=2**64 - 1), int(ends[-1]) if len(ends) else 0)
-    tail = np.array([*np.frombuffer(key, "<u8"), summary.skipped, summary.least_hash], "<u8")
+    tail = np.array([*np.frombuffer(key, "<u8"), summary.skipped, summary.least_hash, len(encoded)], "<u8")
     _write(path.with_suffix(".index"), [keys[order].astype("<u8"), ends, tail])
     return summary
 
@@ -127,7 +127,9 @@ class _Index:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.documents = (file.seek(0, os.SEEK_END) // 8 - _TAIL) // 2
+        self.documents = max(0, (file.seek(0, os.SEEK_END) // 8 - _TAIL) // 2)
+        if int(self._numbers(2 * self.documents, 2 * self.documents + _TAIL)[-1]) != self.documents:
+            raise CutShortError(f"{file.name} was cut short or changed: the same command makes it anew")
 
     def keys(self, first: int, last: int) -> _Array:
         return self._numbers(first, last)
@@ -152,8 +154,8 @@ class _Index:
         return read_array(self._file, "<u8", last - first, 8 * first)
 
 
-_TAIL = 6
-"""Numbers after the keys and ends: the task's key in four, records left out, the least hash."""
+_TAIL = 7
+"""Numbers after the keys and ends: the task's key in four, records left out, the least hash, the documents."""
 
 
 def completed(path: Path, dtype: np.dtype[Any], key: bytes) -> Summary | None:
