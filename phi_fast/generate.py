@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
@@ -16,9 +19,13 @@ from tokenizers import Tokenizer
 
 from .conversion.load import load
 from .errors import UsageError
+from .files import write_atomically, writing
 from .generation import Completion, complete
+from .json_files import Fields, JsonFileError, parse_json
 from .model import Phi
 from .sampling import Sampling
+from .terminal import console as open_console
+from .terminal import printable, tolerate_encodings
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,20 @@ class GenerateOptions:
     """Text to continue; several are a batch. Default: standard input, or a chat where that is a terminal. Of a prompt
     that leaves no room in the model's context its end is read."""
     file: Path | None = None
-    """Prompts to continue, one a line, or with .jsonl one object with a "prompt" a line."""
+    """Prompts to continue, in UTF-8: one per line, or with .jsonl one object with a "prompt" per line."""
     out: Path | None = None
-    """With --file: where the results go, as JSON lines in the file's order. Default: standard output."""
+    """With --file: where the results go, as JSON lines in the file's order, written when all are there. Default:
+    standard output."""
     chat: bool = False
     """Talk: each line is put into a dialogue and the answer is streamed; an empty line or end of input leaves."""
     user: str = "Alice"
     """Name that a chat gives to you. phi is no assistant: it continues a dialogue between two people."""
     assistant: str = "Bob"
     """Name that a chat gives to the model."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
-    """How tokens are drawn."""
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.8))
+    """How tokens are drawn. In --stop, "\\n" is a newline, "\\t" a tab and "\\\\" a backslash."""
+    n: int = 1
+    """Samples of each prompt; they differ, so that the temperature must be above 0."""
     batch_size: int = 8
     """Prompts at once, sorted by length; the results do not depend on it."""
     device: str = "auto"
@@ -55,28 +65,68 @@ class GenerateOptions:
 
 
 def main() -> int:
+    tolerate_encodings()
     options = tyro.cli(GenerateOptions, prog="python -m phi_fast.generate", config=(tyro.conf.AvoidSubcommands,))
-    console = Console(stderr=True)
+    console = open_console(stderr=True, soft_wrap=True)
     try:
+        stop = tuple(unescape(text) for text in options.sampling.stop)
+        options = replace(options, sampling=replace(options.sampling, stop=stop))
         check(options)
         model, tokenizer = load(options.model, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer)
         return run(options, model, tokenizer, console)
     except (UsageError, ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(f"error: {error}"), style="red")
         return 2
     except KeyboardInterrupt:
         return 130
 
 
+def unescape(text: str) -> str:
+    """What a shell's user means by "\\n": the escapes of a Python string. Raises UsageError for half of one."""
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--stop {text!r}: {error.reason}; a backslash itself is written twice") from error
+
+
 def check(options: GenerateOptions) -> None:
-    """Raises UsageError for options that do not go together, OSError where the results could not be written."""
+    """Raises UsageError for options that do not go together, or results that could not be written."""
     if (options.file is not None) + bool(options.prompt) + options.chat > 1:
         raise UsageError("--prompt, --file and --chat exclude each other: name one")
+    if options.n < 1:
+        raise UsageError(f"--n {options.n}: expected at least 1")
+    if options.n > 1 and options.sampling.temperature == 0:
+        raise UsageError(f"--n {options.n} at temperature 0 is the same text {options.n} times: raise --temperature")
+    if options.n > 1 and options.chat:
+        raise UsageError("--n is for prompts: a chat has one answer")
+    for prompt in options.prompt:
+        _require_text(prompt, "--prompt")
     if options.out is not None:
         if options.file is None:
             raise UsageError("--out is where the results of --file go: name that, or leave --out")
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.open("a").close()
+        _check_out(options.out, options.file)
+    if options.file is not None and options.file.is_file():  # a pipe can be read only once
+        read_prompts(options.file)
+
+
+def _check_out(out: Path, file: Path) -> None:
+    """Before a model is loaded: what would fail at the end. Nothing is written."""
+    if out.exists():
+        if file.exists() and out.samefile(file):
+            raise UsageError(f"--out {out} is the file of prompts, {file}, itself: name another")
+        if out.is_dir():
+            raise UsageError(f"--out {out}: Is a directory; name a file")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK) or (there != out and not there.is_dir()):
+        raise UsageError(f"--out {out}: {there} cannot be written to; name another place")
+
+
+def _require_text(text: str, where: str) -> None:
+    """Raises UsageError for bytes that Python could not read as characters, or half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where} has {text[error.start]!r} in place {error.start}, which is no UTF-8 text") from None
 
 
 def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console) -> int:
@@ -90,16 +140,17 @@ def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Con
     elif talk:
         results = chat(options, model, tokenizer, sys.stdin, sys.stdout)
     else:
-        results = from_prompts(replace(options, prompt=(sys.stdin.read(),)), model, tokenizer, sys.stdout)
+        results = from_prompts(replace(options, prompt=(_standard_input(),)), model, tokenizer, sys.stdout)
     tokens, seconds = sum(len(result.tokens) for result in results), time.perf_counter() - start
     if not options.quiet and not talk:  # the time of a chat is the user's
-        console.print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", highlight=False)
+        console.print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
     return 0
 
 
 def from_prompts(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, out: TextIO) -> list[Completion]:
-    """One prompt is echoed and its text streamed; several are printed whole, each under its number."""
-    prompts = options.prompt
+    """One prompt is echoed and its text streamed; several, or several samples, are printed whole, each under its
+    number."""
+    prompts = _repeated(options.prompt, options.n)
     if len(prompts) == 1:
         _show(out, prompts[0])
         results = complete(model, tokenizer, prompts, options.sampling, on_text=lambda _, text: _show(out, text))
@@ -112,9 +163,9 @@ def from_prompts(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, out
 
 
 def from_file(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console) -> list[Completion]:
-    """JSON lines {"prompt", "completion", "tokens", "reason"} for every line of the file."""
+    """JSON lines {"prompt", "completion", "tokens", "reason"}, --n of them for each line of the file."""
     assert options.file is not None
-    prompts = read_prompts(options.file)
+    prompts = _repeated(read_prompts(options.file), options.n)
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("prompts", total=len(prompts))
         results = complete(
@@ -131,29 +182,65 @@ def from_file(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, consol
     ]
     text = "".join(line + "\n" for line in lines)
     if options.out:
-        options.out.write_text(text, encoding="utf-8")
+        _write(options.out, text)
     else:
         _show(sys.stdout, text)
     return results
 
 
+def _repeated(prompts: Sequence[str], n: int) -> list[str]:
+    return [prompt for prompt in prompts for _ in range(n)]
+
+
+def _write(out: Path, text: str) -> None:
+    with writing(out, "make room or give the right to, or name another --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not out.is_file():  # a pipe, a device
+            out.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(out.resolve(), text.encode())
+
+
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file. Raises UsageError naming the line that has none."""
-    lines = path.read_text(encoding="utf-8").split("\n")  # a prompt may hold the other breaks that splitlines knows
+    """The prompts of a file. Raises UsageError naming the line that has none, or is not UTF-8."""
+    lines = decode(path.read_bytes(), str(path)).split("\n")  # a prompt may hold the other breaks that splitlines knows
     if path.suffix != ".jsonl":
         return [line for line in lines if line]
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = Fields.of(parse_json(line.encode(), where), where).values["prompt"]
             if not isinstance(prompt, str):
                 raise TypeError(f"it is {type(prompt).__name__}, expected text")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f'{path}:{number} is no JSON object with a "prompt": {error}') from error
+        except (JsonFileError, KeyError, TypeError) as error:
+            raise UsageError(f'{where} is no JSON object with a "prompt": {error}') from error
+        _require_text(prompt, where)
         prompts.append(prompt)
     return prompts
+
+
+def decode(data: bytes, where: str) -> str:
+    """UTF-8 text, with or without a mark at its beginning, and with "\\n" for each line's end. Raises UsageError that
+    names the line and byte that is not UTF-8."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UsageError(f"{where}:1 begins as UTF-16 does, expected UTF-8: save it as UTF-8") from None
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise UsageError(
+            f"{where}:{line} has byte 0x{byte:02x}, which is not UTF-8 (it is {bytes([byte]).decode('latin-1')!r} in "
+            "Latin-1): save it as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _standard_input() -> str:
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if buffer is None else decode(buffer.read(), "standard input")
 
 
 def chat(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, lines: TextIO, out: TextIO) -> list[Completion]:
@@ -176,7 +263,8 @@ def chat(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, lines: Text
 
 
 def _show(out: TextIO, text: str) -> None:
-    out.write(text)
+    """Write what a model or a user said: as it is to a file or a pipe, its control characters visible to a terminal."""
+    out.write(printable(text) if out.isatty() else text)
     out.flush()
 
 

@@ -58,6 +58,8 @@ class Decoding:
                     "entries: it is of another tokenizer than the model's"
                 )
         self.model, self.sampling, self.end = model, sampling, end
+        self.texts = [list(prompt) for prompt in prompts]
+        """Ids of each row so far, its prompt's included."""
         self.generators = [sampling.generator(number) for number in numbers]
         self.reasons: list[str | None] = [None] * len(prompts)
         longest = max(map(len, prompts))
@@ -75,7 +77,9 @@ class Decoding:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.steps):
             logits = self.model.decode(self.ids, self.cache)
-            tokens = self.sampling.next_tokens(logits, self.generators)
+            tokens = self.sampling.next_tokens(logits, self.generators, self.texts)
+            for text, token in zip(self.texts, tokens, strict=True):
+                text.append(token)
             live = [(row, token) for row, token in enumerate(tokens) if self.reasons[row] is None]
             for row, token in live:
                 if token == self.end:

@@ -17,11 +17,12 @@ from phi_fast.config import PhiConfig
 from phi_fast.conversion.hf_config import phi_config
 from phi_fast.conversion.load import load
 from phi_fast.convert import ConvertOptions, convert
-from phi_fast.generate import GenerateOptions, chat, main, read_prompts
+from phi_fast.generate import GenerateOptions, chat, from_prompts, main, read_prompts, unescape
 from phi_fast.generation import Decoding, TextStream, complete, generate
 from phi_fast.model import Phi
-from phi_fast.sampling import Sampling, filtered_probabilities
+from phi_fast.sampling import Sampling, filtered_probabilities, penalised
 
+GREEDY = ["--max-new-tokens", "6", "--temperature", "0"]
 CONFIG = PhiConfig(
     vocab_size=300,
     hidden_size=128,
@@ -112,6 +113,34 @@ def test_filters_are_transformers(model):
         scores = warpers.TopKLogitsWarper(k)(None, scores) if k else scores
         scores = warpers.TopPLogitsWarper(p)(None, scores) if p < 1 else scores
         torch.testing.assert_close(filtered_probabilities(logits, temperature, k, p), scores.softmax(-1))
+        for min_p in (0.05, 0.3, 1.0):
+            kept = warpers.MinPLogitsWarper(min_p)(None, scores)
+            torch.testing.assert_close(filtered_probabilities(logits, temperature, k, p, min_p), kept.softmax(-1))
+
+
+def test_the_repetition_penalty_is_transformers(model, folder):
+    """The processor on logits of both signs, and greedy text token for token, of prompts of several lengths at once."""
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))
+    texts = [[5, 7, 5, 299], [0, 1, 2, 3]]
+    for penalty in (0.8, 1.2, 3.0):
+        processor = transformers.generation.logits_process.RepetitionPenaltyLogitsProcessor(penalty)
+        assert torch.equal(penalised(logits, texts, penalty), processor(torch.tensor(texts), logits.clone()))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    free, expected = generate(model, prompts(8), Sampling(max_new_tokens=30)), []
+    for prompt in prompts(8):
+        ids = torch.tensor([prompt])
+        out = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=30,
+            do_sample=False,
+            pad_token_id=0,
+            repetition_penalty=1.3,
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    assert generate(model, prompts(8), Sampling(max_new_tokens=30, repetition_penalty=1.3)) == expected
+    assert expected != free
 
 
 def test_draws_follow_the_probabilities():
@@ -164,7 +193,22 @@ def test_prompts_that_do_not_fit_are_refused(model):
 
 
 def test_bad_settings_are_refused():
-    for setting in ({"top_p": 0.0}, {"temperature": -1.0}, {"top_k": -2}, {"max_new_tokens": 0}, {"stop": ("",)}):
+    nan, infinite = float("nan"), float("inf")
+    settings: list[dict] = [
+        {"top_p": 0.0},
+        {"temperature": -1.0},
+        {"top_k": -2},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+    ]
+    settings += [{"temperature": nan}, {"temperature": infinite}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": nan}]
+    settings += [
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": nan},
+        {"repetition_penalty": infinite},
+        {"stop": ("",)},
+    ]
+    for setting in settings:
         with pytest.raises(ValueError, match=next(iter(setting))):
             Sampling(**setting)
 
@@ -241,6 +285,7 @@ def test_prompt_files(tmp_path):
 
 def test_the_command_on_a_pipe(folder, model, tokenizer):
     command = [sys.executable, "-m", "phi_fast.generate", "--model", str(folder), "--max-new-tokens", "6", "--quiet"]
+    command += ["--temperature", "0"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     piped = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, input="one")
     (expected,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6))
@@ -250,7 +295,7 @@ def test_the_command_on_a_pipe(folder, model, tokenizer):
 def test_the_command_on_a_file(folder, tmp_path, model, tokenizer, monkeypatch, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two and"}\n')
     files = ["--file", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "new" / "out.jsonl")]
-    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), "--max-new-tokens", "6", *files])
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), *GREEDY, *files])
     assert main() == 0
     assert "tokens/s" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -280,6 +325,14 @@ def test_a_chat_on_a_terminal(folder):
         (["--prompt", "a", "--chat"], "--prompt, --file and --chat exclude each other"),
         (["--prompt", "a", "--out", "o.jsonl"], "--out is where the results of --file go"),
         (["--file", "p.txt", "--out", "."], "Is a directory"),
+        (["--file", "p.txt", "--out", "p.txt"], "--out p.txt is the file of prompts, p.txt, itself"),
+        (["--file", "p.txt", "--out", "p.txt/o"], "p.txt cannot be written to; name another place"),
+        (["--file", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["--prompt", "a", "--n", "0"], "--n 0: expected at least 1"),
+        (["--prompt", "a", "--n", "2", "--temperature", "0"], "is the same text 2 times: raise --temperature"),
+        (["--chat", "--n", "2"], "a chat has one answer"),
+        (["--prompt", "a", "--stop", "x\\"], "a backslash itself is written twice"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"--prompt has '\udce9' in place 3, which is no UTF-8 text"),
         (["--prompt", "a", "b", "--batch-size", "0"], "batch_size=0: expected at least 1"),
         (["--prompt", "a", "--device", "quantum"], "device 'quantum' cannot be used"),
         (["--prompt", "a", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
@@ -299,3 +352,144 @@ def test_an_error_is_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate", "--model", str(tmp_path / "nothing")])
     assert main() == 2
     assert "nothing is neither a folder" in capsys.readouterr().err
+
+
+def command(monkeypatch, folder, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(folder), "--max-new-tokens", "6", *words])
+    return main()
+
+
+def test_samples_of_a_prompt_differ_and_a_file_has_them_side_by_side(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("one\ntwo and\n")
+    assert command(monkeypatch, folder, "--file", str(tmp_path / "p.txt"), "--n", "3") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["one"] * 3 + ["two and"] * 3
+    assert len({row["completion"] for row in rows}) == 6
+    assert command(monkeypatch, folder, "--prompt", "one", "--n", "2") == 0
+    assert [line for line in capsys.readouterr().out.split("\n") if line.startswith("---")] == ["--- 1", "--- 2"]
+
+
+def test_the_command_draws_unless_it_is_told_not_to(folder, model, tokenizer, monkeypatch, capsys):
+    """Greedy text of a small model goes round in circles."""
+    (greedy,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6))
+    (drawn,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6, temperature=0.8))
+    assert greedy.text != drawn.text
+    for words, expected in (([], drawn), (["--temperature", "0"], greedy)):
+        assert command(monkeypatch, folder, "--prompt", "one", *words) == 0
+        assert capsys.readouterr().out == f"one{expected.text}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"\n", "\n"),
+        (r"a\tb", "a\tb"),
+        (r"\\n", r"\n"),
+        ("é—🙂", "é—🙂"),
+        (r"\u2014", "—"),
+        ("\n", "\n"),
+        ("end", "end"),
+    ],
+)
+def test_escapes_in_stop_strings(typed, meant):
+    assert unescape(typed) == meant
+
+
+def test_a_newline_stops(folder, model, tokenizer, monkeypatch, capsys):
+    """A model that says nothing but newlines."""
+    talker = Phi(CONFIG).eval()
+    talker.lm_head.weight.data.zero_()
+    talker.lm_head.bias.data[tokenizer.encode("\n").ids[0]] = 50.0
+    monkeypatch.setattr("phi_fast.generate.load", lambda *_, **__: (talker, tokenizer))
+    assert command(monkeypatch, folder, "--prompt", "one", "--stop", r"\n") == 0
+    assert capsys.readouterr().out == "one\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("ok\ncafé\n".encode("latin-1"), r"p.txt:2 has byte 0xe9, which is not UTF-8 \(it is 'é' in Latin-1\)"),
+        ("ok\n".encode("utf-16"), r"p.txt:1 begins as UTF-16 does"),
+    ],
+)
+def test_prompts_in_another_encoding_name_the_line(tmp_path, folder, monkeypatch, capsys, data, message):
+    (tmp_path / "p.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / "p.txt")
+    loaded = []
+    monkeypatch.setattr("phi_fast.generate.load", lambda *_, **__: loaded.append(1))
+    assert command(monkeypatch, folder, "--file", str(tmp_path / "p.txt")) == 2
+    assert "save it as UTF-8" in capsys.readouterr().err
+    assert not loaded  # a large model is not read for that
+
+
+def test_a_mark_at_a_files_beginning_and_other_line_ends_are_no_prompts(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffone\r\ntwo\n".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "a"}\r\n'.encode())
+    assert read_prompts(tmp_path / "p.jsonl") == ["a"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "\\ud800"}')
+    with pytest.raises(ValueError, match=r"p.jsonl:1 has .* which is no UTF-8 text"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_results_never_go_onto_the_prompts(folder, tmp_path, monkeypatch, capsys, link):
+    (tmp_path / "p.txt").write_text("one\n")
+    out = tmp_path / "o.jsonl"
+    if link:
+        out.symlink_to("p.txt")
+    else:
+        os.link(tmp_path / "p.txt", out)
+    assert command(monkeypatch, folder, "--file", str(tmp_path / "p.txt"), "--out", str(out)) == 2
+    assert "itself: name another" in capsys.readouterr().err
+    assert (tmp_path / "p.txt").read_text() == "one\n"
+
+
+def test_nothing_is_left_where_the_model_cannot_be_loaded(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("one\n")
+    (tmp_path / "kept").write_text("before")
+    for out in ("new/out", "kept"):
+        words = ("--file", str(tmp_path / "p.txt"), "--out", str(tmp_path / out))
+        assert command(monkeypatch, tmp_path / "nothing", *words) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"p.txt", "kept"}
+    assert (tmp_path / "kept").read_text() == "before"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
+    """A model that sets the terminal's title, streamed, in a batch and in a chat."""
+    talker = Phi(CONFIG).eval()
+    talker.lm_head.weight.data.zero_()
+    talker.lm_head.bias.data[tokenizer.encode("\x1b").ids[0]] = 50.0
+    for options in (
+        GenerateOptions(model="", prompt=("\x1b]0;t\x07",), sampling=Sampling(max_new_tokens=3)),
+        GenerateOptions(model="", prompt=("a", "b"), sampling=Sampling(max_new_tokens=3)),
+    ):
+        for out in (Terminal(), io.StringIO()):
+            from_prompts(options, talker, tokenizer, out)
+            assert (r"\x1b\x1b\x1b" in out.getvalue()) == out.isatty()
+            assert ("\x1b\x1b\x1b" in out.getvalue()) != out.isatty()
+            assert ("\x1b" in out.getvalue()) != out.isatty()
+    out = Terminal()
+    chat(GenerateOptions(model="", sampling=Sampling(max_new_tokens=3)), talker, tokenizer, io.StringIO("hi\n\n"), out)
+    assert r"\x1b\x1b\x1b" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("module", ["generate", "convert"])
+def test_any_encoding_of_the_terminal(folder, tmp_path, module, encoding):
+    """Help and names outside of the encoding, and names that look like markup."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    out = tmp_path / "[red]x[/nothing]—é"
+    run = {"generate": ["--model", folder, *GREEDY, "--prompt", "—[/nothing]"], "convert": [folder, out]}[module]
+    for words in (["--help"], run):
+        call = [sys.executable, "-m", f"phi_fast.{module}", *map(str, words)]
+        done = subprocess.run(call, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    text = (done.stdout if module == "generate" else done.stderr).decode(encoding)
+    assert ("[/nothing]" if module == "generate" else "[red]x[/nothing]") in text

@@ -98,7 +98,7 @@ def write_tokenizer(
         raise ConversionError(
             f"the tokenizer has {largest} ids, the model only {source.config.vocab_size}; name its own with --tokenizer"
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_json(folder / "special_tokens_map.json", ids.names(tokenizer))
     _write_json(folder / "tokenizer_config.json", ids.config(tokenizer, source.config.max_position_embeddings))
     return []

@@ -163,7 +163,7 @@ def _latest(run: Path) -> Path:
         raise ConversionError(f"{run} has no checkpoints/latest: no checkpoint of this run was completed")
     name = inside.read_text(pointer).strip()
     folder = checkpoints / name
-    if Path(name).name != name or not folder.is_dir():
+    if not name or Path(name).name != name or not folder.is_dir():
         raise ConversionError(f"{pointer} names {name!r}, which is not there; name a checkpoint folder instead")
     if not folder.resolve().is_relative_to(checkpoints.resolve()):
         raise ConversionError(f"{folder} leads to {folder.resolve()}, outside of its run; name that folder instead")

@@ -72,7 +72,7 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
         if out.exists():
             _move_into(out, new, files)
         else:
-            _mark(new, files)
+            _mark(new, new, files)
             new.rename(out)
             sync_directory(out.parent)
     finally:
@@ -81,13 +81,15 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
 
 def _move_into(out: Path, new: Path, files: dict[str, list[str]]) -> None:
     old = _written(out)
-    _mark(out, {name: old.get(name, []) + files.get(name, []) for name in {**old, **files}})  # while some are of each
+    either = {name: old.get(name, []) + files.get(name, []) for name in {**old, **files}}
+    _mark(out, new, either)
     for name in files:
         (new / name).replace(out / name)
     for path in list(out.iterdir()):
         if path.name not in files and path.name != MARK and path.name in old:
             path.unlink()
-    _mark(out, files)
+    _mark(out, new, files)
+    sync_directory(out)
 
 
 def _written(out: Path) -> dict[str, list[str]]:
@@ -107,9 +109,11 @@ def _is_ours(path: Path, written: dict[str, list[str]]) -> bool:
     return path.name == MARK or (path.name in written and path.is_file() and _hash(path) in written[path.name])
 
 
-def _mark(folder: Path, files: dict[str, list[str]]) -> None:
+def _mark(out: Path, aside: Path, files: dict[str, list[str]]) -> None:
+    """Write the list by way of `aside`, where a half that a kill leaves is in nobody's way."""
     document = {"written_by": "python -m phi_fast.convert", "files": files}
-    write_atomically(folder / MARK, json.dumps(document, indent=1).encode() + b"\n")
+    write_atomically(aside / MARK, json.dumps(document, indent=1).encode() + b"\n")
+    (aside / MARK).replace(out / MARK)
 
 
 def _sync_and_hash(path: Path) -> str:

@@ -151,6 +151,7 @@ def save_with(folder: Path, tokenizer: Tokenizer, *, config: dict[str, Any], set
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+ADDED = {"__type": "AddedToken", "content": "</s>"}
 SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<pad>"]
 
 
@@ -195,7 +196,7 @@ def test_a_tokenizer_without_names_leaves_it_to_the_configuration(tmp_path) -> N
 
 def test_prompts_are_encoded_as_documents_are(tmp_path) -> None:
     """A tokenizer that puts tokens of its own around each text, which no corpus has."""
-    source = make_source(tmp_path / "source", "hf", random_weights())
+    source = make_source(tmp_path / "source", "hf", {name: 10 * weight for name, weight in random_weights().items()})
     plain, adding = tokenizer_of(["<|endoftext|>", "<s>"]), tokenizer_of(["<|endoftext|>", "<s>"])
     adding.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert adding.encode("a").ids[0] == 1
