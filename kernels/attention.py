@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, dispatch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -41,11 +41,12 @@ def attention(
 
     Raises ValueError for a shape, stride or device that does not fit, TypeError for a dtype, each naming the value.
     """
+    by_library = dispatch.by_library("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
     _check(q, k, v, cu_seqlens, cos, sin)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive, finite number")
-    if torch.compiler.is_compiling():
+    if by_library:
         return _forward_op(q, k, v, scale, causal, cu_seqlens, cos, sin)[0]
     return _Attention.apply(q, k, v, scale, causal, cu_seqlens, cos, sin)
 
@@ -60,10 +61,10 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
-        gradients = _gradients(dout, q, k, v, out, lse, ctx.scale, ctx.causal, cu_seqlens, cos, sin)
+        backward = _backward_op if dispatch.backward_by_library("attention", dout) else _gradients
+        gradients = backward(dout, q, k, v, out, lse, ctx.scale, ctx.causal, cu_seqlens, cos, sin)
         return *gradients, None, None, None, None, None
 
 
@@ -164,6 +165,7 @@ def _op_backward(ctx, dout, dlse):
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+dispatch.once("attention", _backward_op)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, dispatch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,8 +20,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh
     The backward is deterministic: the bias's gradient is added up in a fixed order.
     Raises ValueError for a shape, device or `approximate` that does not fit, TypeError for a dtype.
     """
+    by_library = dispatch.by_library("bias_gelu", x=x, bias=bias)
     _check(x, bias, approximate)
-    if torch.compiler.is_compiling():
+    if by_library:
         return _forward_op(x, bias, approximate)
     return _BiasGelu.apply(x, bias, approximate)
 
@@ -54,10 +55,10 @@ class _BiasGelu(torch.autograd.Function):
         return _forward(x, bias, approximate)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, bias = ctx.saved_tensors
-        dx, dbias = _backward(dout, x, bias, ctx.approximate)
+        backward = _backward_op if dispatch.backward_by_library("bias_gelu", dout) else _backward
+        dx, dbias = backward(dout, x, bias, ctx.approximate)
         return dx, None if bias is None else dbias, None
 
 
@@ -93,6 +94,7 @@ def _op_backward(ctx, dout):
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+dispatch.once("bias_gelu", _backward_op)
 
 
 def _check(x: Tensor, bias: Tensor | None, approximate: str) -> None:

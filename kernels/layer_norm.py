@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, dispatch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,8 +24,9 @@ def layer_norm(
     The backward is deterministic: weight gradients are partial sums of fixed rows, added in a fixed order.
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype, each naming the value.
     """
+    by_library = dispatch.by_library("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
     _check(x, weight, bias, residual)
-    if torch.compiler.is_compiling():
+    if by_library:
         out, summed, *_ = _forward_op(x, weight, bias, eps, residual)
     elif residual is None:
         return _LayerNorm.apply(x, weight, bias, eps)
@@ -83,10 +84,10 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, weight, mean, rstd = ctx.saved_tensors
-        return *_backward(dout, x, weight, mean, rstd, None), None
+        backward = _backward_op if dispatch.backward_by_library("layer_norm", dout) else _backward
+        return *backward(dout, x, weight, mean, rstd, None), None
 
 
 class _LayerNormOfSum(torch.autograd.Function):
@@ -97,10 +98,10 @@ class _LayerNormOfSum(torch.autograd.Function):
         return out, summed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dsummed):
         summed, weight, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = _backward(dout, summed, weight, mean, rstd, dsummed)
+        backward = _backward_op if dispatch.backward_by_library("layer_norm", dout, dsummed) else _backward
+        dx, dweight, dbias = backward(dout, summed, weight, mean, rstd, dsummed)
         return dx, dx, dweight, dbias, None
 
 
@@ -147,6 +148,7 @@ def _op_backward(ctx, dout, dsummed, dmean, drstd):
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+dispatch.once("layer_norm", _backward_op)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:

@@ -15,14 +15,13 @@ So an element underflows only where scaled plain autograd loses it too.
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
-from . import backend
-from .reference import linear_cross_entropy as reference
+from . import backend, dispatch
 from .reference.weight_gradient import wide_product
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -59,6 +58,9 @@ def linear_cross_entropy(
     Raises ValueError for a shape, dtype, device or option that does not fit, and, on a CPU, for a label outside [0, V)
     that is not `ignore_index`. On a GPU, where looking would be a sync, such a label makes loss and gradients NaN.
     """
+    scale_tensor = loss_scale if isinstance(loss_scale, Tensor) else None
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels, "loss_scale": scale_tensor}
+    by_library = dispatch.by_library("linear_cross_entropy", **tensors)
     _check(hidden, weight, bias, labels, label_smoothing, z_loss, reduction, chunk_size)
     rows = hidden.reshape(-1, hidden.shape[-1])
     recording = torch.is_grad_enabled()
@@ -66,7 +68,7 @@ def linear_cross_entropy(
     if isinstance(loss_scale, float | int):
         loss_scale = torch.full((), float(loss_scale), device=hidden.device)
     arguments = (ignore_index, label_smoothing, z_loss, reduction == "mean", loss_scale, chunk_size, wanted)
-    if torch.compiler.is_compiling():
+    if by_library:
         return _linear_cross_entropy_op(rows, weight, bias, labels.reshape(-1), *arguments)[0]
     if not any(wanted):
         return _compute(rows, weight, bias, labels.reshape(-1), *arguments)[0]
@@ -219,11 +221,20 @@ def _compute(
 
 
 def _gradients(
-    kernel: ModuleType, saved: tuple[Tensor, ...], wanted: list[bool], dtype: torch.dtype, grad_loss: Tensor
+    scaled: Callable[[Tensor, Tensor, torch.dtype], Tensor],
+    saved: tuple[Tensor, ...],
+    wanted: list[bool],
+    dtype: torch.dtype,
+    grad_loss: Tensor,
 ) -> list:
     *grads, inverse = saved
     factor = grad_loss * inverse
-    return [kernel.scaled(g, factor, dtype) if want else None for g, want in zip(grads, wanted, strict=True)]
+    return [scaled(g, factor, dtype) if want else None for g, want in zip(grads, wanted, strict=True)]
+
+
+def _scaled_by_torch(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The kernels' `scaled` for tensors without memory, and for graphs."""
+    return (x * factor).to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -235,10 +246,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss):
+        saved = ctx.saved_tensors
+        if dispatch.backward_by_library("linear_cross_entropy", grad_loss):
+            grads = _gradients(_scaled_by_torch, saved, ctx.wanted, ctx.dtype, grad_loss)
+            return *dispatch.constants("linear_cross_entropy", grads), *[None] * 8
         kernel = backend.implementation("linear_cross_entropy", grad_loss.device)
-        return *_gradients(kernel, ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
+        return *_gradients(kernel.scaled, saved, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
 
 
 @torch.library.custom_op("phi_fast::linear_cross_entropy", mutates_args=())
@@ -275,8 +289,8 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _op_backward(ctx, grad_loss, *_):
-    # torch.compile traces this with tensors that have no memory.
-    return *_gradients(reference, ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
+    grads = _gradients(_scaled_by_torch, ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss)
+    return *dispatch.constants("linear_cross_entropy", grads), *[None] * 8
 
 
 _linear_cross_entropy_op.register_autograd(_op_backward, setup_context=_keep)

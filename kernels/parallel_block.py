@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, dispatch
 
 RECOMPUTE = ("none", "norm_gelu", "all")
 """What backward computes again: nothing, LayerNorm's and GELU's outputs, or everything from x."""
@@ -66,12 +66,14 @@ def parallel_block(
     Raises ValueError for a shape, stride, device or option that does not fit, TypeError for a dtype.
     """
     parameters = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias_attention, out_bias_mlp)
+    named = dict(zip(_PARAMETERS, parameters, strict=True))
+    by_library = dispatch.by_library("parallel_block", x=x, **named, cos=cos, sin=sin)
     _check(x, parameters, cos, sin, num_heads, recompute)
     # Ours rotates q and k as it reads them; the others are handed them already rotated, in place.
     rotary_inside = backend.name("attention", x.device) in ("triton", "cpp")
     options = _Options(num_heads, eps, recompute, rotary_inside)
     inputs = (x.contiguous(), *parameters, cos, sin)
-    if torch.compiler.is_compiling():
+    if by_library:
         return _forward_op(*inputs, *options)[0]
     recording = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.autocast(x.device.type, enabled=False):
@@ -266,12 +268,13 @@ class _ParallelBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         kept = ctx.saved_tensors  # once: under activation checkpointing a second look finds nothing
-        inputs, saved = kept[:8], kept[8:]
+        inputs, saved, wanted = kept[:8], kept[8:], ctx.needs_input_grad[1:9]
+        if dispatch.backward_by_library("parallel_block", dout):
+            return None, *_backward_by_library(dout, saved, inputs, ctx.options, wanted), None, None
         with torch.autocast(dout.device.type, enabled=False):
-            return None, *_backward(dout, saved, inputs, ctx.options, ctx.needs_input_grad[1:9]), None, None
+            return None, *_backward(dout, saved, inputs, ctx.options, wanted), None, None
 
 
 # Under torch.compile the graph holds one opaque op a block each way.
@@ -342,12 +345,19 @@ def _setup_context(ctx, inputs, output):
 def _op_backward(ctx, grads):
     kept = ctx.saved_tensors
     inputs, saved = kept[:8], kept[8:]
-    wanted = list(ctx.needs_input_grad[:8])
-    found = iter(_backward_op(grads[0], list(saved), list(inputs), *ctx.options, wanted))
-    return *(next(found) if want else None for want in wanted), None, None, None, None, None, None
+    found = _backward_by_library(grads[0], saved, inputs, ctx.options, ctx.needs_input_grad[:8])
+    return *found, None, None, None, None, None, None
+
+
+def _backward_by_library(
+    dout: Tensor, saved: Sequence[Tensor], inputs: Sequence[Tensor], options: Sequence, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    found = iter(_backward_op(dout, list(saved), list(inputs), *options, list(wanted)))
+    return [next(found) if want else None for want in wanted]
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+dispatch.once("parallel_block", _backward_op)
 
 
 def _check(x: Tensor, parameters: tuple[Tensor, ...], cos: Tensor, sin: Tensor, num_heads: int, recompute: str) -> None:

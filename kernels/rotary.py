@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, dispatch
 from .reference.attention import document_positions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,6 +61,8 @@ def apply_rotary_(
     """
     if sum((offset != 0, positions is not None, cu_seqlens is not None)) > 1:
         raise ValueError("offset, positions and cu_seqlens each say where the rows are; give one of them")
+    tensors = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": positions, "cu_seqlens": cu_seqlens}
+    by_library = dispatch.by_library("apply_rotary_", **tensors)
     _check_table(cos, sin, q.device)
     for name, x in (("q", q), ("k", k)):
         if x is not None:
@@ -70,15 +72,21 @@ def apply_rotary_(
             f"q is {tuple(q.shape)} on {q.device} and k {tuple(k.shape)} on {k.device}: expected one batch, sequence "
             "and device"
         )
-    where = _positions(q, cos, offset, positions, cu_seqlens)
-    return _rotate_(q, cos, sin, where, interleaved), None if k is None else _rotate_(k, cos, sin, where, interleaved)
+    where = _positions(q, cos, offset, positions, cu_seqlens, look=not by_library)
+    rotate_ = _rotate_by_library_ if by_library else _Rotary.apply
+    rotated_q = rotate_(q, cos, sin, where, interleaved)
+    return rotated_q, None if k is None else rotate_(k, cos, sin, where, interleaved)
 
 
-def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interleaved: bool) -> Tensor:
-    if torch.compiler.is_compiling():
-        offset, tensor = (positions, None) if isinstance(positions, int) else (0, positions)
-        return x.copy_(_rotary_op(x, cos, sin, tensor, offset, interleaved, False))
-    return _Rotary.apply(x, cos, sin, positions, interleaved)
+def _rotate_by_library_(x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interleaved: bool) -> Tensor:
+    return x.copy_(_rotated_by_library(x, cos, sin, positions, interleaved, False))
+
+
+def _rotated_by_library(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interleaved: bool, inverse: bool
+) -> Tensor:
+    offset, tensor = (0, positions) if isinstance(positions, Tensor) else (positions, None)
+    return _rotary_op(x, cos, sin, tensor, offset, interleaved, inverse)
 
 
 def _rotated_copy(
@@ -102,11 +110,11 @@ class _Rotary(torch.autograd.Function):
         return x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         cos, sin, tensor = ctx.saved_tensors
         positions = ctx.offset if tensor is None else tensor
-        return _rotated_copy(dout, cos, sin, positions, ctx.interleaved, True), None, None, None, None
+        rotated = _rotated_by_library if dispatch.backward_by_library("apply_rotary_", dout) else _rotated_copy
+        return rotated(dout, cos, sin, positions, ctx.interleaved, True), None, None, None, None
 
 
 @torch.library.custom_op("phi_fast::rotary", mutates_args=())
@@ -138,9 +146,9 @@ _rotary_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
 def _positions(
-    q: Tensor, cos: Tensor, offset: int, positions: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor, cos: Tensor, offset: int, positions: Tensor | None, cu_seqlens: Tensor | None, *, look: bool
 ) -> int | Tensor:
-    """What the primitives take: an int, or a tensor (batch, sequence)."""
+    """What the primitives take: an int, or a tensor (batch, sequence). look: the values can be read."""
     batch, sequence = q.shape[:2]
     if cu_seqlens is not None:
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
@@ -163,7 +171,7 @@ def _positions(
         raise ValueError(
             f"positions {tuple(positions.shape)} on {positions.device}: expected {(batch, sequence)} on {q.device}"
         )
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
+    if look and positions.device.type == "cpu" and positions.numel():
         low, high = (int(x) for x in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(f"positions run from {low} to {high}; the table has 0 to {cos.shape[0] - 1}")

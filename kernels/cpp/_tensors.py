@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import readable
+
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -26,7 +28,7 @@ def matrix(op: str, name: str, x: Tensor | None, like: Tensor) -> tuple[int, int
             f"{op}: {name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}; expected "
             f"{like.dtype} {tuple(like.shape)} with last stride 1 on the CPU"
         )
-    return x.data_ptr(), x.stride(0)
+    return address(x), x.stride(0)
 
 
 def vector(op: str, name: str, x: Tensor, length: int) -> Tensor:
@@ -37,8 +39,19 @@ def vector(op: str, name: str, x: Tensor, length: int) -> Tensor:
 
 
 def address(x: Tensor | None) -> int:
-    """Where the first element is; 0 for None."""
-    return 0 if x is None else x.data_ptr()
+    """Where the first element is; 0 for None. The one place of this back end where an address is taken.
+
+    Raises TypeError for a tensor whose elements do not lie at its address, ValueError for one that is not on the CPU.
+    """
+    if x is None:
+        return 0
+    if not readable(x):
+        raise TypeError(
+            f"{type(x).__name__} {tuple(x.shape)}: the C++ kernels take plain tensors with memory of their own"
+        )
+    if x.device.type != "cpu":
+        raise ValueError(f"a tensor {tuple(x.shape)} is on {x.device}; expected the CPU")
+    return x.data_ptr()
 
 
 def _rows_are_whole(x: Tensor) -> bool:

@@ -87,8 +87,8 @@ def _call(
     cpu.attention(
         code(_OP, q.dtype),
         (batch, sequence, heads, k.shape[2], head_dim),
-        [(x.data_ptr(), *x.stride()[:3]) for x in tensors],
-        lse.data_ptr(),
+        [(address(x), *x.stride()[:3]) for x in tensors],
+        address(lse),
         address(documents),
         0 if documents is None else len(documents) - 1,
         *(address(table) for table in tables),

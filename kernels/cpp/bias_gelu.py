@@ -57,7 +57,7 @@ def backward(
     rows, columns = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
     wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
-    dbias = torch.empty(columns, dtype=torch.float32)
+    dbias = x.new_empty(columns, dtype=torch.float32)
     cpu.bias_gelu_backward(
         dtype,
         tanh,
@@ -68,7 +68,7 @@ def backward(
         matrix(_OP, "dx", dx, x),
         matrix(_OP, "activation", activation, x),
         address(wide_bias),
-        dbias.data_ptr(),
+        address(dbias),
         torch.get_num_threads(),
     )
     return dx, dbias

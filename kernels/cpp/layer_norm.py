@@ -32,7 +32,7 @@ def forward(
         summed = x.new_empty(x.shape)
     wide_weight, wide_bias = vector(_OP, "weight", weight, columns), vector(_OP, "bias", bias, columns)
     wide_shift = None if shift is None or shifted is None else vector(_OP, "shift", shift, columns)
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32).unbind()
+    mean, rstd = x.new_empty((2, rows), dtype=torch.float32).unbind()
     cpu.layer_norm_forward(
         dtype,
         rows,
@@ -42,12 +42,12 @@ def forward(
         matrix(_OP, "summed", summed, x),
         matrix(_OP, "out", out, x),
         matrix(_OP, "shifted", shifted, x),
-        wide_weight.data_ptr(),
-        wide_bias.data_ptr(),
+        address(wide_weight),
+        address(wide_bias),
         address(wide_shift),
         eps,
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        address(mean),
+        address(rstd),
         torch.get_num_threads(),
     )
     return out, mean, rstd
@@ -69,7 +69,7 @@ def backward(
     dx = x.new_empty(x.shape) if dx is None else dx
     wide_weight = vector(_OP, "weight", weight, columns)
     means, rstds = vector(_OP, "mean", mean, rows), vector(_OP, "rstd", rstd, rows)
-    dweight, dbias = torch.empty(2, columns, dtype=torch.float32).unbind()
+    dweight, dbias = x.new_empty((2, columns), dtype=torch.float32).unbind()
     cpu.layer_norm_backward(
         dtype,
         rows,
@@ -78,11 +78,11 @@ def backward(
         matrix(_OP, "x", x, x),
         matrix(_OP, "residual_grad", residual_grad, x),
         matrix(_OP, "dx", dx, x),
-        wide_weight.data_ptr(),
-        means.data_ptr(),
-        rstds.data_ptr(),
-        dweight.data_ptr(),
-        dbias.data_ptr(),
+        address(wide_weight),
+        address(means),
+        address(rstds),
+        address(dweight),
+        address(dbias),
         torch.get_num_threads(),
     )
     return dx, dweight, dbias

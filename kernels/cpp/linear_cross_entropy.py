@@ -28,7 +28,7 @@ def _scaled(x: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
     if x.shape != out.shape or not x.is_contiguous() or not out.is_contiguous():
         raise ValueError(f"{_OP}: {tuple(x.shape)} and {tuple(out.shape)}; expected contiguous tensors of one shape")
     from_code, to_code = code(_OP, x.dtype), code(_OP, out.dtype)
-    cpu.scaled(from_code, to_code, x.numel(), x.data_ptr(), out.data_ptr(), factor, add, torch.get_num_threads())
+    cpu.scaled(from_code, to_code, x.numel(), address(x), address(out), factor, add, torch.get_num_threads())
 
 
 def cross_entropy_(
@@ -54,13 +54,13 @@ def cross_entropy_(
         )
     labels = labels.contiguous()
     wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
-    losses = torch.empty(rows, dtype=torch.float32)
+    losses = logits.new_empty(rows, dtype=torch.float32)
     cpu.cross_entropy(
         dtype,
         rows,
         columns,
         matrix(_OP, "logits", logits, logits),
-        labels.data_ptr(),
+        address(labels),
         address(wide_bias),
         ignore_index,
         label_smoothing,
@@ -68,7 +68,7 @@ def cross_entropy_(
         float(scale),
         need_grad,
         address(dbias) if need_grad else 0,
-        losses.data_ptr(),
+        address(losses),
         torch.get_num_threads(),
     )
     return losses

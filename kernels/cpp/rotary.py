@@ -43,10 +43,10 @@ def rotate_(
     cpu.rotary(
         dtype,
         tuple(x.shape[:3]),
-        x.data_ptr(),
+        address(x),
         x.stride()[:3],
-        wide_cos.data_ptr(),
-        wide_sin.data_ptr(),
+        address(wide_cos),
+        address(wide_sin),
         cos.shape[0],
         half,
         address(given),

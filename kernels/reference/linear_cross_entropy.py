@@ -74,6 +74,6 @@ def cross_entropy_(
     dx.mul_(scale).masked_fill_(~valid.unsqueeze(1), torch.nan).masked_fill_(ignored.unsqueeze(1), 0.0)
     if dbias is not None:
         dbias.add_(dx.sum(0))
-    if dx.data_ptr() != logits.data_ptr():
+    if dx is not logits:
         logits.copy_(dx)
     return losses

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import backend
-from ..parallel_block import _backward, _forward, _Options, parallel_block
+from .. import backend, dispatch
+from ..parallel_block import _backward, _backward_by_library, _forward, _Options, parallel_block
 from . import layers
 from .attention import causal, half, heads_fit, interface, table
 from .modules import Forward, hooked, original, plain
@@ -64,7 +64,7 @@ def decoder_layer(base: type[nn.Module]) -> Forward:
             sin,
         )
         heads, eps = attention.config.num_attention_heads, norm.eps
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if dispatch.by_library("parallel_block", inputs=inputs) or not torch.is_grad_enabled():
             return parallel_block(*_merged(inputs), num_heads=heads, eps=eps)
         # Triton and C++ rotate q and k while they read them; the others are handed them already rotated.
         inside = backend.name("attention", hidden_states.device) in ("triton", "cpp")
@@ -95,14 +95,14 @@ class _MergedBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         tensors = ctx.saved_tensors
         inputs, saved, wanted = tensors[: ctx.count], tensors[ctx.count :], ctx.needs_input_grad[1:]
         merged = _merged(inputs)
         groups = (wanted[_INWARD], wanted[_INWARD_BIAS], wanted[_OUTWARD])
         asked = (*wanted[:3], *map(any, groups), *wanted[13:15])
-        grads = _backward(dout, saved, (*merged[:6], *merged[8:]), ctx.options, asked)
+        backward = _backward_by_library if dispatch.backward_by_library("parallel_block", dout) else _backward
+        grads = backward(dout, saved, (*merged[:6], *merged[8:]), ctx.options, asked)
         parted = (
             *_parts(grads[3], inputs[_INWARD], 0),
             *_parts(grads[4], inputs[_INWARD_BIAS], 0),
