@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import create_causal_mask, eager_mask
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import backend
@@ -37,7 +37,6 @@ RULES = (
 
 _CAUSAL = "_phi_fast_causal"
 """Attribute of a mask that `masks` made."""
-_SDPA = PreTrainedConfig(attn_implementation="sdpa")
 
 
 def masks(base: type[nn.Module]) -> Forward:
@@ -72,35 +71,45 @@ def _eager_mask(
     """(1, 1, sequence, sequence), additive, where the layers are to see what causality lets them and no more; else
     None."""
     config, x = self.config, input_ids if inputs_embeds is None else inputs_embeds
-    if not isinstance(x, Tensor) or not isinstance(attention_mask, Tensor | None):
-        return None
-    if getattr(config, "sliding_window", None) is not None or not getattr(config, "is_causal", True):
+    if not isinstance(x, Tensor) or getattr(config, "sliding_window", None) is not None or not _is_causal(config):
         return None
     length = x.shape[1]
-    if past_key_values is not None and past_key_values.get_mask_sizes(length, 0) != (length, 0):
+    if past_key_values is not None and (past_key_values.is_compileable or past_key_values.get_seq_length() != 0):
+        return None  # room for later tokens, or earlier ones
+    if attention_mask is not None and not _hides_nothing(attention_mask, length):
         return None
-    asked = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-    if create_causal_mask(_SDPA, x, **asked) is not None:
-        return None
+    looked_through = attention_mask is None and past_key_values is None and position_ids is not None
+    if looked_through and find_packed_sequence_indices(position_ids) is not None:
+        return None  # documents that see only themselves
     dtype = self.get_input_embeddings().weight.dtype if inputs_embeds is None else inputs_embeds.dtype
-    mask = eager_mask(1, length, length, dtype=dtype, device=x.device)
+    mask = torch.full((1, 1, length, length), torch.finfo(dtype).min, dtype=dtype, device=x.device).triu(1)
     setattr(mask, _CAUSAL, True)
     return mask
 
 
-def interface(config: PreTrainedConfig, base: type[nn.Module]) -> tuple[Callable, bool]:
+def _hides_nothing(mask: Any, length: int) -> bool:
+    """True for (batch, length) of ones; False under a compiler, which does not see values."""
+    two_dims = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == length
+    return two_dims and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    return getattr(config, "is_causal", True)
+
+
+def interface(config: PreTrainedConfig, base: type[nn.Module]) -> tuple[Any, bool]:
     """The attention function that the config names at this moment, for a class of a model's module, and whether this
     library's may stand before it: it is transformers' sdpa or the model's own eager one, not another that somebody
     registered."""
-    eager = sys.modules[base.__module__].eager_attention_forward
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    eager, name = sys.modules[base.__module__].eager_attention_forward, config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(name, eager if name == "eager" else None)
     return function, function is eager or function is sdpa_attention_forward
 
 
 def causal(module: Any, mask: Tensor | None) -> bool:
     """The mask hides what causality hides and no more. sdpa reads None so, eager does not."""
     if mask is None:
-        return module.config._attn_implementation == "sdpa" and getattr(module.config, "is_causal", True)
+        return module.config._attn_implementation == "sdpa" and _is_causal(module.config)
     return hasattr(mask, _CAUSAL)
 
 

@@ -124,8 +124,10 @@ class PhiFastLM(TemplateLM):
     def prefix_token_id(self) -> int:
         if self.custom_prefix_token_id is not None:
             return self.custom_prefix_token_id
-        begin = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
+        for begin in (self.tokenizer.bos_token_id, self.model.config.bos_token_id):
+            if begin is not None:
+                return begin
+        return self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:

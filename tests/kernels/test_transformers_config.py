@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers_models import FAMILIES, MODELS, build, padded, tokens
@@ -199,6 +199,29 @@ def test_masks_of_the_users_own(name: str, implementation: str) -> None:
     ours, theirs = (model(ids, attention_mask=mask).logits for model in (accelerated, plain))
     assert not torch.allclose(theirs, plain(ids).logits, rtol=1e-2)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_else_eager_masks_hide(name: str) -> None:
+    """Documents by their positions, padding, earlier tokens in a cache, and a static cache's room for later ones."""
+    plain, accelerated = pair(name, **EAGER)
+    ids, first = tokens(2, 12), tokens(2, 5, seed=2)
+    restarting = torch.cat((torch.arange(5), torch.arange(7)))[None]
+    padding = torch.ones(2, 12, dtype=torch.int64)
+    padding[0, :5] = 0
+    for asked in (
+        {"position_ids": restarting, "use_cache": False},
+        {"attention_mask": padding},
+        {"attention_mask": padding.bool(), "position_ids": restarting},
+    ):
+        assert_same(accelerated(ids, **asked).logits[:, 5:], plain(ids, **asked).logits[:, 5:])
+    for cache in (lambda: DynamicCache(config=plain.config), lambda: StaticCache(plain.config, max_cache_len=32)):
+        found = []
+        for model in (accelerated, plain):
+            past = cache()
+            model(first, past_key_values=past, use_cache=True)
+            found.append(model(ids, past_key_values=past, use_cache=True).logits)
+        assert_same(*found)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
