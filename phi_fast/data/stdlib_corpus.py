@@ -56,7 +56,7 @@ def prepare(directory: Path, *, progress: Callable[[str], None] | None = None) -
     lock, what = directory.with_name(f".{directory.name}.lock"), f"the standard-library corpus at {directory}"
     with Claim.take(lock, what, wait=BUILD_SECONDS, tell=report):
         if not directory.exists():
-            _build_aside(directory, report)
+            _build_aside(Path(os.path.realpath(directory)), report)  # a link may lead to where nothing is yet
     return _finished(directory)
 
 

@@ -176,7 +176,9 @@ def _read(path: Path) -> Tokenizer:
         return Tokenizer.from_str(data.decode("utf-8-sig"))
     except UsageError as error:
         raise TokenizerError(str(error)) from error
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:  # tokenizers raises bare Exception, and its Rust panics are no Exception at all
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise TokenizerError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
 
 

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from phi_fast.data import stdlib_corpus, vocabulary
 from phi_fast.data.manifest import Manifest, ManifestError
+from phi_fast.errors import UsageError
+from phi_fast.files import Claim
 
 SMALL = """
 import sys
@@ -180,3 +182,22 @@ def test_a_reference_page() -> None:
         "pkg.mod.Tool.Inner.wait(self, /, *args, **more)\n\nWait for it."
     )
     assert stdlib_corpus.reference_page("empty", "x = 1") == ""
+
+
+def test_a_wait_says_for_whom_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stdlib_corpus, "BUILD_SECONDS", 0.3)
+    told: list[str] = []
+    with (
+        Claim.take(tmp_path / ".stdlib.lock", "the corpus"),
+        pytest.raises(UsageError, match=rf"in use by process {os.getpid()} on .*wait for it to end"),
+    ):
+        stdlib_corpus.prepare(tmp_path / "stdlib", progress=told.append)
+    assert [f"in use by process {os.getpid()}" in line for line in told] == [True]
+
+
+def test_onto_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "stdlib").symlink_to("big/stdlib")
+    (tmp_path / "big").mkdir()
+    build = start_small_build(tmp_path / "stdlib")
+    assert build.wait(120) == 0
+    Manifest.read(tmp_path / "big" / "stdlib" / "docs").verify(tmp_path / "stdlib" / "docs")

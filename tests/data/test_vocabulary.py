@@ -201,3 +201,16 @@ def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is a FIFO, expected a regular file"):
         vocabulary.tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_makes_the_library_panic(tmp_path: Path) -> None:
+    """A panic of Rust's is no Exception: it went through every handler."""
+    document = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+    }
+    document["model"]["continuing_subword_prefix"] = "longer than any token"  # type: ignore[index]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer"):
+        vocabulary.tokenizer(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -200,16 +199,6 @@ def _check_records(first: bytes, text_field: str | None) -> None:
         raise _NotReadError("one JSON value, not a record per line: `jq -c '.[]' OLD.json > NEW.jsonl` makes records")
     if text_field is not None and text_field not in record:
         raise _NotReadError(f"without a field {text_field!r} in its first record (--text-field names another)")
-
-
-def fingerprint(inputs: list[Input]) -> str:
-    """Hex sha256 of the inputs' paths, sizes and times of change."""
-    hashed = hashlib.sha256()
-    for entry in inputs:
-        hashed.update(
-            f"{entry.path.absolute()}\0{entry.size}\0{entry.path.stat().st_mtime_ns}\n".encode(errors="surrogateescape")
-        )
-    return hashed.hexdigest()
 
 
 def _is_plain_folder(path: Path) -> bool:

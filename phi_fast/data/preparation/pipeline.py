@@ -28,7 +28,7 @@ from ...json_files import JsonFileError, read_object
 from ..manifest import DTYPES, FILE_NAME, Delimiter, Manifest
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .containers import PrepareError
-from .inputs import FOLDER_SUFFIXES, Input, find_inputs, fingerprint
+from .inputs import FOLDER_SUFFIXES, Input, find_inputs
 from .merge import merge
 from .progress import Meter
 from .readers import Reader, check_field
@@ -80,11 +80,10 @@ def prepare(
     inputs = find_inputs(paths, settings.suffixes, settings.text_field)
     check_field(inputs.read, settings.text_field)
     unit_bytes = _unit_bytes(sum(entry.size for entry in inputs.read))
-    made_by = {**asdict(settings), "tokenizer": digest(encoder)}
-    plan = {**made_by, "inputs": fingerprint(inputs.read)}
+    plan = {**asdict(settings), "tokenizer": digest(encoder)}
     workers = workers or available_cores()
     with _partial(place, plan) as partial, _pool(workers, encoding, settings) as pool:
-        work = _Work(partial, encoding.dtype, json.dumps({**made_by, "skip_malformed": None}).encode(), settings)
+        work = _Work(partial, encoding.dtype, json.dumps({**plan, "skip_malformed": None}).encode(), settings)
         units = _encode_all(pool, workers, work, inputs.read, unit_bytes, console)
         corpus = partial / "corpus"
         shutil.rmtree(corpus, ignore_errors=True)  # of a merge that was interrupted
@@ -213,8 +212,8 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_MAY_CHANGE = {"inputs", "skip_malformed", "text_field", "suffixes", "validation"}
-"""Parts of the plan."""
+_MAY_CHANGE = {"skip_malformed", "text_field", "suffixes", "validation"}
+"""Settings that errors advise to change, which go on with the units that the change does not concern."""
 
 
 @contextmanager
