@@ -37,7 +37,7 @@ LARGEST_ID = 2**31 - 1
 
 SAMPLED_BLOCKS = 64
 """Blocks of a file that are compared where its time of change is another: all of a corpus that has no more."""
-SAMPLED_BYTES = 65536
+SAMPLED_BYTES = 16384
 """Bytes of such a block where the format has no checksums of its own."""
 
 

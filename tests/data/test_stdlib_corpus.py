@@ -107,7 +107,10 @@ def test_the_same_corpus_from_processes_that_start_together(tmp_path: Path) -> N
     lines = [process.communicate()[0].splitlines() for process in (apart, *together)]
     assert [process.returncode for process in (apart, *together)] == [0, 0, 0]
     assert len(lines[0]) == 4
-    assert sorted([lines[1], lines[2]], key=len) == [[], lines[0]]  # one built, the other waited
+    waited, built = sorted([lines[1], lines[2]], key=len)
+    assert built == lines[0]
+    assert len(waited) <= 1
+    assert all("together is in use by process" in line for line in waited)  # or it was built before it was asked for
     assert contents(tmp_path / "apart") == contents(tmp_path / "together")
 
 
