@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phi_fast.data.manifest import Manifest
-from phi_fast.data.preparation import pipeline
+from phi_fast.data.preparation import pipeline, tasks
 from phi_fast.prepare import main
 
 TEXTS = [f"{i} {'lorem ipsum dolor ' * 4}" for i in range(200)]
@@ -157,3 +157,85 @@ def test_a_damaged_plan_says_what_to_remove(
     assert "is a FIFO" in capsys.readouterr().err
     subprocess.run(["rm", "-r", str(partial)], check=True)
     assert main(arguments) == 0
+
+
+def write_parquet(folder: Path) -> Path:
+    table = pytest.importorskip("pyarrow").table({"body": TEXTS[:20]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def write_splits(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS[:20]})}).save_to_disk(folder / "dict")
+    return folder / "dict"
+
+
+def write_file(name: str, text: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_text(text)
+        return folder / name
+
+    return write
+
+
+def write_folder(folder: Path) -> Path:
+    (folder / "in").mkdir()
+    return write_file("a.xyz", "text")(folder / "in").parent
+
+
+def cut_document(source: Path) -> None:
+    source.write_text("<|endoftext|>".join(["x" * 700] * 8))
+
+
+def as_lines(source: Path) -> None:
+    """What `jq -c '.[]'` does."""
+    source.with_suffix(".jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in json.loads(source.read_text()))
+    )
+    source.unlink()
+
+
+ADVICE: dict[str, tuple[Callable[[Path], Path], list[str], str, list[str], Callable[[Path], None] | None]] = {
+    "text field": (write_parquet, [], "but body: name the one with --text-field", ["--text-field", "body"], None),
+    "splits": (write_splits, [], "name those you want, such as", [], None),
+    "suffixes": (write_folder, [], "say which with --suffixes .xyz", ["--suffixes", ".xyz"], None),
+    "csv": (write_file("a.csv", "a,b"), [], "take it as it is with --suffixes .csv", ["--suffixes", ".csv"], None),
+    "json": (write_file("a.json", '[{"text": "a"}]'), [], r"`jq -c '\.\[\]' OLD.json > NEW.jsonl`", [], as_lines),
+    "delimiter": (
+        *(write_file("a.txt", "text"), ["--delimiter", "</s>"], "or --delimiter None for none"),
+        *(["--delimiter", "None"], None),
+    ),
+    "long document": (write_file("a.txt", "x" * 5000), [], r"Put <\|endoftext\|> between documents", [], cut_document),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_other_advice_works(
+    tmp_path: Path,
+    small_tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.setattr(tasks, "MAX_DOCUMENT_BYTES", 2500)
+    write, options, message, followed, change = ADVICE[name]
+    source = write(tmp_path)
+    chosen = [
+        "--tokenizer",
+        str(small_tokenizer),
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+        "--validation",
+        "0",
+    ]
+    assert main([str(source), *chosen, *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    if change is not None:
+        change(source)
+    source = {"splits": source / "train", "json": source.with_suffix(".jsonl")}.get(name, source)
+    assert main([str(source), *chosen, *followed]) == 0, capsys.readouterr().err
+    assert Manifest.read(tmp_path / "out").splits["train"].documents >= 1
