@@ -193,7 +193,7 @@ def test_a_tokenizer_without_end_of_text() -> None:
 )
 def test_a_hostile_tokenizer_file(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(damage)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer that `tokenizers` reads: "):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json (is not JSON|nests deeper|is not a tokenizer)"):
         vocabulary.tokenizer(tmp_path)
 
 
