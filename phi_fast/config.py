@@ -6,6 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+MAX_CONTEXT = 2**20
+"""The longest context, in tokens. No weight has its length, but tables and caches are sized by it."""
+
 
 @dataclass(frozen=True)
 class PhiConfig:
@@ -42,6 +45,8 @@ class PhiConfig:
         for field in ("vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+        if self.max_position_embeddings > MAX_CONTEXT:
+            raise ValueError(f"max_position_embeddings={self.max_position_embeddings}: must be at most {MAX_CONTEXT}")
         for field in ("rope_theta", "layer_norm_eps", "initializer_range"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}: must be greater than 0, and finite")

@@ -34,6 +34,8 @@ def test_bad_shapes_are_named() -> None:
         PhiConfig(vocab_size=0)
     with pytest.raises(ValueError, match="num_attention_heads=0: must be at least 1"):
         PhiConfig(hidden_size=0, num_attention_heads=0)
+    with pytest.raises(ValueError, match="max_position_embeddings=1048577: must be at most 1048576"):
+        PhiConfig(max_position_embeddings=2**20 + 1)
     for field, value in (("rope_theta", 0.0), ("layer_norm_eps", -1.0), ("initializer_range", float("nan"))):
         with pytest.raises(ValueError, match=f"{field}={value}: must be greater than 0"):
             PhiConfig(**{field: value})

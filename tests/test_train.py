@@ -308,3 +308,13 @@ def test_runs_are_numbered_where_none_is_named(stdlib: Path, tmp_path: Path, mon
     del words[words.index("--run-dir") : words.index("--run-dir") + 2]
     assert [main(words), main(words)] == [0, 0]
     assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny", "tiny-2"]
+
+
+def test_the_sample_sets_no_terminals_title(
+    stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("phi_fast.train.sample", lambda *_: "a\x1b]0;owned\x07b [bold]c[/nothing]")
+    assert main(arguments(stdlib, tmp_path / "run", 1, sample_tokens=3)) == 0
+    out = capsys.readouterr().out
+    assert r"a\x1b]0;owned\x07b [bold]c[/nothing]" in out
+    assert "\x1b]" not in out

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import PhiConfig
+from ..config import MAX_CONTEXT, PhiConfig
 from ..json_files import Fields
 from .errors import ConversionError, ModelFileError
 
@@ -23,8 +23,7 @@ _OLD_NAMES = {
     "activation_function": "hidden_act",
 }
 _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_MOST = {"max_position_embeddings": 2**20}
-"""No weight has the context's length, which rotary tables and caches are sized by: a bound has to do."""
+_MOST = {"max_position_embeddings": MAX_CONTEXT}
 
 
 def read_config(raw: Fields) -> PhiConfig:

@@ -250,6 +250,8 @@ class PhiFastLM(TemplateLM):
             temperature=float(given.get("temperature", 0.0)) if given.get("do_sample") else 0.0,
             top_k=int(given.get("top_k") or 0),
             top_p=float(given.get("top_p", 1.0)),
+            min_p=float(given.get("min_p") or 0.0),
+            repetition_penalty=float(given.get("repetition_penalty") or 1.0),
             stop=tuple(filter(None, stop)),
         )
 

@@ -78,6 +78,7 @@ def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 PAIRS = [("a context", " and more"), ("", "no context"), ("<s>begun", " already"), ("long " * 40, "end" * 20)]
 UNTIL = {"until": ["zz"], "max_gen_toks": 8, "do_sample": False}
+MORE: tuple[dict[str, float], ...] = ({}, {"repetition_penalty": 50.0})
 
 
 def assert_same_results(ours: PhiFastLM, theirs: HFLM) -> None:
@@ -111,6 +112,15 @@ def test_arguments_do_what_they_do_in_lm_evals_own_class(arguments: dict, chat_f
         for special in (None, True, False):
             assert ours.tok_encode(text, add_special_tokens=special) == theirs.tok_encode(text, special)
     assert_same_results(ours, theirs)
+
+
+def test_the_penalty_for_repetition_is_passed_on(chat_folder: Path) -> None:
+    texts = [
+        [lm.generate_until(requests("generate_until", [("one one one", {**UNTIL, **more})])) for more in MORE]
+        for lm in both(chat_folder)
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
 
 
 def test_a_tokenizer_that_begins_texts_by_itself(small_folder: Path, tmp_path: Path) -> None:
