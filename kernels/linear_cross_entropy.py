@@ -4,12 +4,13 @@ Never more than one chunk of logits exists. Its gradient overwrites it in place 
 and is multiplied into the gradients of hidden and weight before the next chunk: the gradients are formed in the forward
 pass, before the loss scale arrives. What that takes in fp16:
 
-- dlogits = softmax - onehot are stored times a power of two, without the 1/N of the mean (`_storage_scale`);
+- dlogits = softmax - onehot are stored times a power of two, without the 1/N of the mean (`storage_scale`);
 - the gradients of hidden, weight and bias stay fp32 until the backward pass: the products accumulate in fp32 and are
   written in fp32, where neither the power of two nor a large weight can overflow;
 - backward multiplies by grad_output / (N · power of two) in fp32, and rounds once to the parameters' dtype.
 
-So an element underflows only where scaled plain autograd loses it too.
+So an element underflows only where scaled plain autograd loses it too. `linear_cross_entropy_chunks.py` has the chunks,
+`linear_cross_entropy_rows.py` reduction="none", whose gradients wait for the backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import backend, dispatch
-from .reference.weight_gradient import wide_product
+from . import linear_cross_entropy_chunks as chunks
+from .linear_cross_entropy_rows import row_losses
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -39,18 +41,28 @@ def linear_cross_entropy(
     reduction: str = "mean",
     loss_scale: float | Tensor | None = None,
     chunk_size: int | None = None,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross entropy of softmax(hidden · weightᵀ + bias) against labels, without materialising the logits.
 
     hidden: (..., d); weight: (V, d); bias: (V,) or None: all fp32, fp16 or bf16 (the reference back end: or fp64).
     labels: (...) int64, `ignore_index` where a position does not count.
     label_smoothing: ε in [0, 1]: the target is (1-ε)·onehot + ε/V. z_loss: z >= 0 adds z·logsumexp² to each position.
-    reduction: "mean" over the positions that count (by a device scalar: no host sync), or "sum".
+    class_weight: (V,), what a position counts by its label, as `weight` in torch's cross_entropy (label smoothing
+        weighs each class with its own, the mean divides by the sum of the labels' weights); z-loss counts likewise.
+        Converted to fp32. No gradient.
+    softcap: c > 0: the logits are c·tanh(logits / c), as in Gemma 2 (arXiv 2408.00118).
+    reduction: "mean" over the positions that count (by a device scalar: no host sync), "sum", or "none" for each
+        position's loss, (...) like labels, 0 where it does not count. With "none" the backward pass forms the logits
+        again, chunk by chunk: it costs one more product, and keeps no gradient until then.
     loss_scale: what fp16 dlogits are multiplied by while they are stored; it is divided out again and changes no result
-        but what underflows. None: the largest power of two that cannot overflow. fp32 and bf16 need none.
+        but what underflows. None: the largest power of two that cannot overflow. fp32 and bf16 need none, nor does
+        "none", where the incoming gradient holds the place.
     chunk_size: rows of logits held at a time. None: as many as cost the bytes of weight's fp32 gradient, but at least
         256, on a CPU 1024.
-    Returns the loss: an fp32 scalar (fp64 for fp64). NaN where no position counts, with zero gradients, as in torch.
+    Returns the loss: fp32 (fp64 for fp64), a scalar unless reduction is "none". The mean is NaN where no
+        position counts, with zero gradients, as in torch.
 
     Deterministic: two runs agree bit for bit. Where no gradient is wanted (no_grad, or nothing requires it) none is
     formed. Not differentiable twice.
@@ -60,19 +72,25 @@ def linear_cross_entropy(
     """
     scale_tensor = loss_scale if isinstance(loss_scale, Tensor) else None
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels, "loss_scale": scale_tensor}
+    tensors["class_weight"] = class_weight
     by_library = dispatch.by_library("linear_cross_entropy", **tensors)
     _check(hidden, weight, bias, labels, label_smoothing, z_loss, reduction, chunk_size)
+    class_weight = _checked_options(hidden, weight, class_weight, softcap)
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if reduction == "none":
+        objective = (ignore_index, label_smoothing, z_loss, class_weight, softcap)
+        return row_losses(rows, weight, bias, labels.reshape(-1), *objective, chunk_size).view(labels.shape)
     recording = torch.is_grad_enabled()
     wanted = [recording and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if isinstance(loss_scale, float | int):
         loss_scale = torch.full((), float(loss_scale), device=hidden.device)
-    arguments = (ignore_index, label_smoothing, z_loss, reduction == "mean", loss_scale, chunk_size, wanted)
+    mean = reduction == "mean"
+    options = (ignore_index, label_smoothing, z_loss, mean, loss_scale, chunk_size, wanted, class_weight, softcap)
     if by_library:
-        return _linear_cross_entropy_op(rows, weight, bias, labels.reshape(-1), *arguments)[0]
+        return _linear_cross_entropy_op(rows, weight, bias, labels.reshape(-1), *options)[0]
     if not any(wanted):
-        return _compute(rows, weight, bias, labels.reshape(-1), *arguments)[0]
-    return _LinearCrossEntropy.apply(rows, weight, bias, labels.reshape(-1), *arguments)
+        return _compute(rows, weight, bias, labels.reshape(-1), *options)[0]
+    return _LinearCrossEntropy.apply(rows, weight, bias, labels.reshape(-1), *options)
 
 
 def _check(
@@ -107,48 +125,30 @@ def _check(
         raise ValueError(f"label_smoothing={label_smoothing}: expected a value from 0 to 1")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss={z_loss}: expected a finite value >= 0")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'sum'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected at least 1 row")
 
 
-def _check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """On a CPU, where it costs no sync: refuse labels that would index outside the logits."""
-    outside = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
+def _checked_options(
+    hidden: Tensor, weight: Tensor, class_weight: Tensor | None, softcap: float | None
+) -> Tensor | None:
+    """class_weight in fp32 (fp64 beside fp64)."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: expected a finite value > 0, or None for no cap")
+    if class_weight is None:
+        return None
+    if class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point():
         raise ValueError(
-            f"labels[{row}]={int(labels[row])} (flattened): expected 0 to {vocab - 1}, or ignore_index={ignore_index}"
+            f"class_weight is {class_weight.dtype} {tuple(class_weight.shape)}: expected floating point "
+            f"({weight.shape[0]},), a value for each row of weight"
         )
-
-
-def _working_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: hidden's, but fp32 for 16-bit tensors on a CPU without bf16 instructions, which
-    would multiply them 20 to 50 times slower."""
-    if hidden.device.type != "cpu" or hidden.dtype in (torch.float32, torch.float64):
-        return hidden.dtype
-    native = hidden.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def rows_of_a_chunk(tokens: int, d: int, itemsize: int, *, on_cpu: bool, limit: int | None = None) -> int:
-    """Rows of logits held at a time, in equal chunks of at most `limit`; None: as many as cost the bytes of weight's
-    fp32 gradient, and at least 256, on a CPU 1024: its products pack their operands anew for every chunk."""
-    limit = limit or max(1024 if on_cpu else 256, 4 * d // itemsize)
-    return math.ceil(tokens / max(1, math.ceil(tokens / limit)))
-
-
-def _storage_scale(dtype: torch.dtype, z_loss: float) -> float:
-    """The power of two under which dlogits are stored.
-
-    |p·(1 + 2·z·L) - target| <= 1 + 2·z·|L|, and |L| <= 65504 + log(V) < 65536 where the logits are finite in fp16. The
-    largest power of two that keeps this below 65504 is 2^15 without z-loss. Scaled plain autograd stores dlogits · loss
-    scale / N, which overflows beyond 65504 just so: what it can keep is kept here, to within a factor of 2.
-    """
-    if dtype != torch.float16:
-        return 1.0
-    return 2.0 ** (15 - math.ceil(math.log2(1 + 2 * z_loss * 65536)))
+    if class_weight.device != hidden.device:
+        raise ValueError(f"class_weight is on {class_weight.device} and hidden on {hidden.device}: expected one device")
+    if class_weight.requires_grad:
+        raise ValueError("class_weight requires a gradient, and has none: pass class_weight.detach()")
+    return class_weight.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -164,60 +164,25 @@ def _compute(
     loss_scale: Tensor | None,
     chunk_size: int | None,
     wanted: list[bool],
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the fp32 gradients of hidden, weight and bias times scale and N (empty where not `wanted`), and the
     fp32 scalar that takes both out again."""
     if hidden.device.type == "cpu":
-        _check_labels(labels, weight.shape[0], ignore_index)
-    kernel = backend.implementation("linear_cross_entropy", hidden.device)
-    gradient = backend.implementation("weight_gradient", hidden.device)
-    dtype = _working_dtype(hidden)
-    wide = torch.promote_types(dtype, torch.float32)
-    tokens, (vocab, d) = hidden.shape[0], weight.shape
-    for_hidden, for_weight, for_bias = wanted
-
-    scale = (
-        hidden.new_full((), _storage_scale(dtype, z_loss), dtype=wide) if loss_scale is None else loss_scale.to(wide)
-    )
-    losses = hidden.new_empty(tokens, dtype=wide)
-    dhidden = hidden.new_empty(hidden.shape if for_hidden else (0,), dtype=wide)
-    sums = hidden.new_empty if tokens else hidden.new_zeros  # the first chunk's product is where they start
-    dweight = sums(weight.shape if for_weight else (0,), dtype=wide)
-    dbias = hidden.new_zeros(vocab if for_bias else 0, dtype=wide)
-
-    weight = weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    on_cpu = hidden.device.type == "cpu"
-    size = rows_of_a_chunk(tokens, d, dtype.itemsize, on_cpu=on_cpu, limit=chunk_size)
-    # Rows begin at multiples of 64 elements, so that a vocabulary of odd size keeps wide loads and fast products.
-    # oneDNN's AMX product reads on to there, and zero times NaN is NaN: what the memory held before must not show.
-    buffer = torch.empty(size, math.ceil(vocab / 64) * 64, dtype=dtype, device=hidden.device)
-    buffer[:, vocab:] = 0
-    buffer = buffer[:, :vocab]
-    for start in range(0, tokens, size or 1):
-        rows = slice(start, min(start + size, tokens))
-        h = hidden[rows].to(dtype)
-        logits = torch.mm(h, weight.T, out=buffer[: h.shape[0]])  # (rows, V)
-        losses[rows] = kernel.cross_entropy_(
-            logits,
-            labels[rows],
-            bias,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            scale=scale,
-            need_grad=any(wanted),
-            dbias=dbias if for_bias else None,
-        )
-        if for_hidden:
-            dhidden[rows] = wide_product(logits, weight)
-        if for_weight:
-            gradient.accumulate_(dweight, logits, h, first=start == 0)
-
-    count = (labels != ignore_index).sum()
-    loss = losses.sum() / count if mean else losses.sum()
-    inverse = 1 / (scale * count.clamp(min=1)) if mean else 1 / scale
-    return loss, dhidden, dweight, dbias, inverse
+        chunks.check_labels(labels, weight.shape[0], ignore_index)
+    objective = chunks.Objective(ignore_index, label_smoothing, z_loss, class_weight, softcap)
+    dtype = chunks.working_dtype(hidden)
+    scale = chunks.storage_scale(dtype, objective, labels)
+    if loss_scale is not None:
+        scale = loss_scale.to(scale.dtype)
+    arguments = (hidden, weight, bias, labels, objective, scale, chunk_size, wanted)
+    losses, dhidden, dweight, dbias = chunks.losses_and_gradients(*arguments)
+    if not mean:
+        return losses.sum(), dhidden, dweight, dbias, 1 / scale
+    count = chunks.label_weights(objective, labels).sum()
+    nothing = (labels == ignore_index).all()
+    return losses.sum() / count, dhidden, dweight, dbias, 1 / (scale * count.masked_fill(nothing, 1))
 
 
 def _gradients(
@@ -242,7 +207,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, *arguments):
         loss, *saved = _compute(hidden, weight, bias, labels, *arguments)
         ctx.save_for_backward(*saved)
-        ctx.wanted, ctx.dtype = arguments[-1], hidden.dtype
+        ctx.wanted, ctx.dtype = arguments[6], hidden.dtype
         return loss
 
     @staticmethod
@@ -250,9 +215,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         saved = ctx.saved_tensors
         if dispatch.backward_by_library("linear_cross_entropy", grad_loss):
             grads = _gradients(_scaled_by_torch, saved, ctx.wanted, ctx.dtype, grad_loss)
-            return *dispatch.constants("linear_cross_entropy", grads), *[None] * 8
+            return *dispatch.constants("linear_cross_entropy", grads), *[None] * 10
         kernel = backend.implementation("linear_cross_entropy", grad_loss.device)
-        return *_gradients(kernel.scaled, saved, ctx.wanted, ctx.dtype, grad_loss), *[None] * 8
+        return *_gradients(kernel.scaled, saved, ctx.wanted, ctx.dtype, grad_loss), *[None] * 10
 
 
 @torch.library.custom_op("phi_fast::linear_cross_entropy", mutates_args=())
@@ -268,15 +233,16 @@ def _linear_cross_entropy_op(
     loss_scale: Tensor | None,
     chunk_size: int | None,
     wanted: list[bool],
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_compute` as an operator that torch.compile keeps whole."""
-    return _compute(
-        hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, mean, loss_scale, chunk_size, wanted
-    )
+    options = (ignore_index, label_smoothing, z_loss, mean, loss_scale, chunk_size, wanted, class_weight, softcap)
+    return _compute(hidden, weight, bias, labels, *options)
 
 
 @_linear_cross_entropy_op.register_fake
-def _(hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, mean, loss_scale, chunk_size, wanted):
+def _(hidden, weight, bias, labels, ignore_index, smoothing, z, mean, scale, chunk_size, wanted, *_):
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     wide = torch.promote_types(hidden.dtype, torch.float32)
     grads = [hidden.new_empty(shape if want else (0,), dtype=wide) for shape, want in zip(shapes, wanted, strict=True)]
@@ -285,12 +251,12 @@ def _(hidden, weight, bias, labels, ignore_index, label_smoothing, z_loss, mean,
 
 def _keep(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.wanted, ctx.dtype = inputs[-1], inputs[0].dtype  # type: ignore[attr-defined]
+    ctx.wanted, ctx.dtype = inputs[10], inputs[0].dtype  # type: ignore[attr-defined]
 
 
 def _op_backward(ctx, grad_loss, *_):
     grads = _gradients(_scaled_by_torch, ctx.saved_tensors, ctx.wanted, ctx.dtype, grad_loss)
-    return *dispatch.constants("linear_cross_entropy", grads), *[None] * 8
+    return *dispatch.constants("linear_cross_entropy", grads), *[None] * 10
 
 
 _linear_cross_entropy_op.register_autograd(_op_backward, setup_context=_keep)

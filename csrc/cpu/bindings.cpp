@@ -131,10 +131,12 @@ void bind_attention(py::module_& module) {
 void bind_cross_entropy(py::module_& module) {
   module.def(
       "cross_entropy",
-      [](int dtype, int64_t rows, int64_t columns, Matrix logits, Address labels, Address bias, int64_t ignore_index,
-         float label_smoothing, float z_loss, float scale, bool need_grad, Address dbias, Address losses, int threads) {
+      [](int dtype, int64_t rows, int64_t columns, Matrix logits, Address labels, Address bias, Address weight,
+         float mean_weight, int64_t ignore_index, float label_smoothing, float z_loss, float softcap, Address scale,
+         bool scale_by_row, bool need_grad, Address dbias, Address losses, int threads) {
         kernels().cross_entropy({DType(dtype), rows, columns, rows_of(logits), pointer<int64_t>(labels),
-                                 pointer<float>(bias), ignore_index, label_smoothing, z_loss, scale, need_grad,
+                                 pointer<float>(bias), pointer<float>(weight), mean_weight, ignore_index,
+                                 label_smoothing, z_loss, softcap, pointer<float>(scale), scale_by_row, need_grad,
                                  pointer<float>(dbias), pointer<float>(losses), threads});
       },
       py::call_guard<py::gil_scoped_release>());

@@ -6,23 +6,42 @@
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// What the gradient of a row needs: dlogits[c] = e^(logits[c] + bias[c] - max)
-/// · factor - offset, but for the label's.
+/// What the gradient of a row needs. With s the scores (logits + bias, capped) and e = e^(s[c] - max), that of s is
+/// e · factor - offset · weight[c], less `hit` for the label's.
 struct SoftmaxRow {
-  float max, factor, label_logit;
+  float max, factor, offset, hit, label_score, label_slope;
 };
 
-/// The row's loss. Where fp32 logits will be overwritten anyway, they are by
-/// e^(logits + bias - max): no second exponential.
-template <class T>
+/// cap · tanh(x / cap), as Gemma 2 (arXiv 2408.00118) caps its logits; and its derivative.
+template <bool kCapped>
+PHI_INLINE Vec score(Vec x, float cap, Vec* slope = nullptr) {
+  if constexpr (!kCapped) return x;
+  const Vec t = tanh(x / Vec(cap));
+  if (slope) *slope = fnma(t, t, Vec(1.0f));
+  return Vec(cap) * t;
+}
+
+template <bool kCapped>
+float score(float x, float cap, float* slope = nullptr) {
+  if constexpr (!kCapped) return x;
+  const float t = std::tanh(x / cap);
+  if (slope) *slope = 1 - t * t;
+  return cap * t;
+}
+
+/// The row's loss. Where fp32 logits will be overwritten anyway, they are by e^(s - max): no second exponential; not
+/// where they are capped, for then the gradient needs s.
+template <class T, bool kCapped>
 float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* row) {
   T* logits = a.logits.row<T>(r);
-  const float* bias = a.bias;
+  const float *bias = a.bias, *weight = a.weight;
+  const float cap = a.softcap;
   const auto biased = [=](int64_t i, auto lanes) {
     const Vec x = load(logits + i, lanes);
     return bias ? x + load(bias + i, lanes) : x;
   };
-  row->label_logit = widen(logits[label]) + (bias ? bias[label] : 0.0f);
+  row->label_slope = 1.0f;
+  row->label_score = score<kCapped>(widen(logits[label]) + (bias ? bias[label] : 0.0f), cap, &row->label_slope);
 
   Accumulators top(-std::numeric_limits<float>::infinity());
   const int64_t whole = a.columns / Vec::kLanes * Vec::kLanes;
@@ -32,29 +51,34 @@ float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* r
     const float x = widen(logits[i]) + (bias ? bias[i] : 0.0f);
     if (x > row->max) row->max = x;
   }
+  row->max = score<kCapped>(row->max, cap);  // the cap keeps the order
 
   const Vec highest(row->max);
   Accumulators exponentials(0.0f), below(0.0f);
   for_lanes_by_four(a.columns, [&](int64_t i, auto lanes, auto k) {
-    const Vec x = keep(lanes, biased(i, lanes) - highest);
+    const Vec x = keep(lanes, score<kCapped>(biased(i, lanes), cap) - highest);
     const Vec e = exp(x);
     exponentials.a[k] = exponentials.a[k] + keep(lanes, e);
-    below.a[k] = below.a[k] + x;
-    if constexpr (std::is_same_v<T, float>) store(logits + i, e, lanes);
+    below.a[k] = below.a[k] + (weight ? x * load(weight + i, lanes) : x);
+    if constexpr (std::is_same_v<T, float> && !kCapped) store(logits + i, e, lanes);
   });
   const float total = exponentials.sum(), log_total = std::log(total);
-  const float lse = row->max + log_total;
-  row->factor = a.scale * (1 + 2 * a.z_loss * lse) / total;
-  // Differences from the largest logit: with logits of hundreds lse - logit
-  // would lose the loss's last digits.
-  float loss = log_total + (1 - a.label_smoothing) * (row->max - row->label_logit) + a.z_loss * lse * lse;
-  if (a.label_smoothing != 0) loss -= a.label_smoothing * (below.sum() / float(a.columns));
+  const float lse = row->max + log_total, smoothing = a.label_smoothing;
+  const float scale = a.scale[a.scale_by_row ? r : 0], of_label = weight ? weight[label] : 1.0f;
+  const float of_target = (1 - smoothing) * of_label, of_others = smoothing * a.mean_weight;
+  row->factor = scale * ((weight ? of_target + of_others : 1.0f) + 2 * a.z_loss * of_label * lse) / total;
+  row->offset = smoothing / float(a.columns) * scale;
+  row->hit = of_target * scale;
+  // Differences from the largest logit: with logits of hundreds lse - logit would lose the loss's last digits.
+  const float above = row->max - row->label_score, of_z = a.z_loss * of_label;
+  float loss = weight ? of_target * (log_total + above) + of_others * log_total : log_total + of_target * above;
+  loss += of_z * lse * lse;
+  if (smoothing != 0) loss -= smoothing * (below.sum() / float(a.columns));
   return loss;
 }
 
-/// Losses and gradients of `group` rows from row `first` on; the sum of the
-/// gradients is added to dbias.
-template <class T>
+/// Losses and gradients of `group` rows from row `first` on; the sum of the gradients is added to dbias.
+template <class T, bool kCapped>
 void cross_entropy_group(const CrossEntropy& a, int64_t first, int group, float* dbias) {
   SoftmaxRow softmax[kGroup];
   int64_t rows[kGroup];
@@ -69,38 +93,42 @@ void cross_entropy_group(const CrossEntropy& a, int64_t first, int group, float*
       if (dbias && label != a.ignore_index) fill(dbias, a.columns, value);
       continue;
     }
-    a.losses[r] = softmax_row<T>(a, r, label, &softmax[count]);
+    a.losses[r] = softmax_row<T, kCapped>(a, r, label, &softmax[count]);
     rows[count++] = r;
   }
   if (!a.need_grad) return;
 
-  const float offset = a.label_smoothing / float(a.columns) * a.scale;
-  const float* bias = a.bias;
+  const float *bias = a.bias, *weight = a.weight, cap = a.softcap;
   for_lanes(a.columns, [&](int64_t i, auto lanes) {
     Vec sum(0.0f);
     for (int g = 0; g < count; ++g) {
       T* logits = a.logits.row<T>(rows[g]) + i;
-      Vec e = load(logits, lanes);
-      if constexpr (!std::is_same_v<T, float>) {
+      Vec e = load(logits, lanes), slope(1.0f);
+      if constexpr (!std::is_same_v<T, float> || kCapped) {
         if (bias) e = e + load(bias + i, lanes);
-        e = exp(e - Vec(softmax[g].max));
+        e = exp(score<kCapped>(e, cap, &slope) - Vec(softmax[g].max));
       }
-      const Vec gradient = fma(e, Vec(softmax[g].factor), Vec(-offset));
+      Vec offset(softmax[g].offset);
+      if (weight) offset = offset * load(weight + i, lanes);
+      Vec gradient = fma(e, Vec(softmax[g].factor), Vec(0.0f) - offset);
+      if constexpr (kCapped) gradient = gradient * slope;
       store(logits, gradient, lanes);
       sum = sum + gradient;
     }
     if (dbias) store(dbias + i, load(dbias + i, lanes) + sum, lanes);
   });
-  const float hit = (1 - a.label_smoothing) * a.scale;
   for (int g = 0; g < count; ++g) {
+    const SoftmaxRow& row = softmax[g];
     const int64_t label = a.labels[rows[g]];
-    const float p = std::exp(softmax[g].label_logit - softmax[g].max) * softmax[g].factor;
-    narrow(p - offset - hit, a.logits.row<T>(rows[g]) + label);
-    if (dbias) dbias[label] -= hit;
+    const float others =
+        std::exp(row.label_score - row.max) * row.factor - row.offset * (weight ? weight[label] : 1.0f);
+    narrow((others - row.hit) * row.label_slope, a.logits.row<T>(rows[g]) + label);
+    if (dbias) dbias[label] -= row.hit * row.label_slope;
   }
 }
 
-inline void cross_entropy(const CrossEntropy& a) {
+template <bool kCapped>
+void cross_entropy_rows(const CrossEntropy& a) {
   const RowBlocks blocks(a.rows, 8);
   const Scratch partial(a.dbias ? blocks.count * a.columns : 0);
   with_type(a.dtype, [&](auto type) {
@@ -108,11 +136,16 @@ inline void cross_entropy(const CrossEntropy& a) {
       for (int64_t b = begin; b < end; ++b) {
         float* dbias = a.dbias ? partial.data() + b * a.columns : nullptr;
         if (dbias) fill(dbias, a.columns, 0.0f);
-        blocks.by_group(b, [&](int64_t r, int count) { cross_entropy_group<decltype(type)>(a, r, count, dbias); });
+        blocks.by_group(
+            b, [&](int64_t r, int count) { cross_entropy_group<decltype(type), kCapped>(a, r, count, dbias); });
       }
     });
   });
   if (a.dbias) reduce_blocks(partial.data(), blocks.count, a.columns, true, a.dbias, a.threads);
+}
+
+inline void cross_entropy(const CrossEntropy& a) {
+  a.softcap != 0 ? cross_entropy_rows<true>(a) : cross_entropy_rows<false>(a);
 }
 
 }  // namespace phi_fast::cpu::PHI_ISA

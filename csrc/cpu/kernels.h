@@ -113,8 +113,13 @@ struct CrossEntropy {
   Rows logits;
   const int64_t* labels;  // (rows,)
   const float* bias;      // (columns,) or null
+  const float* weight;    // (columns,) or null: a class's
+  float mean_weight;      // of all classes; 1 where weight is null
   int64_t ignore_index;
-  float label_smoothing, z_loss, scale;
+  float label_smoothing, z_loss;
+  float softcap;       // 0: none
+  const float* scale;  // of the gradient: (rows,), or one for all
+  bool scale_by_row;
   bool need_grad;
   float* dbias;   // (columns,) or null: column sums are added
   float* losses;  // (rows,)

@@ -69,6 +69,19 @@ PHI_INLINE Vec exp_in_range(Vec x) {
 /// e^x for x <= 88; 0 below -87.3; NaN stays.
 PHI_INLINE Vec exp(Vec x) { return select(Vec(-87.3f) > x, Vec(0.0f), exp_in_range(x)); }
 
+/// tanh, relative error about 2 units in the last place (Cephes' tanhf); NaN stays.
+PHI_INLINE Vec tanh(Vec x) {
+  const Vec t = min(Vec(9.1f), abs(x)), s = t * t;  // 1 - tanh(9.1) is below half a unit in the last place
+  Vec small(-5.70498872745e-3f);                    // tanh(t) / t - 1 in t², over t², t <= 0.625
+  small = fma(small, s, Vec(2.06390887954e-2f));
+  small = fma(small, s, Vec(-5.37397155531e-2f));
+  small = fma(small, s, Vec(1.33314422036e-1f));
+  small = fma(small, s, Vec(-3.33332819422e-1f));
+  small = fma(small * s, t, t);
+  const Vec large = Vec(1.0f) - Vec(2.0f) / (exp_in_range(t + t) + Vec(1.0f));
+  return with_sign(select(t > Vec(0.625f), large, small), x);
+}
+
 /// The error function, absolute error about 1e-7.
 PHI_INLINE Vec erf(Vec x) {
   const Vec t = min(Vec(4.0f), abs(x)),

@@ -42,6 +42,8 @@ def cross_entropy_(
     scale: Tensor,
     need_grad: bool,
     dbias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """See `reference.linear_cross_entropy.cross_entropy_`. Raises TypeError for a dtype, ValueError for a shape."""
     dtype = code(_OP, logits.dtype)
@@ -54,6 +56,9 @@ def cross_entropy_(
         )
     labels = labels.contiguous()
     wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
+    weight = None if class_weight is None else vector(_OP, "class_weight", class_weight, columns)
+    scale_by_row = scale.dim() > 0
+    scale = vector(_OP, "scale", scale if scale_by_row else scale.reshape(1), rows if scale_by_row else 1)
     losses = logits.new_empty(rows, dtype=torch.float32)
     cpu.cross_entropy(
         dtype,
@@ -62,10 +67,14 @@ def cross_entropy_(
         matrix(_OP, "logits", logits, logits),
         address(labels),
         address(wide_bias),
+        address(weight),
+        1.0 if weight is None else float(weight.mean()),
         ignore_index,
         label_smoothing,
         z_loss,
-        float(scale),
+        softcap or 0.0,
+        address(scale),
+        scale_by_row,
         need_grad,
         address(dbias) if need_grad else 0,
         address(losses),

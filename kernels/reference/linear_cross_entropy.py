@@ -26,6 +26,8 @@ def cross_entropy_(
     scale: Tensor,
     need_grad: bool,
     dbias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Losses of a chunk's rows; where `need_grad`, the logits are overwritten by their gradient times `scale`.
 
@@ -34,13 +36,16 @@ def cross_entropy_(
     labels: (rows,) int64. `ignore_index`: the row's loss and gradient are 0, whatever its logits hold. Any other label
         outside [0, V): the row's loss and gradient are NaN (a GPU cannot raise without a sync).
     bias: (V,) in the logits' dtype, added to them in fp32.
-    scale: fp32 scalar tensor on the same device.
+    scale: fp32 tensor on the same device: a scalar, or (rows,) with one per row.
     dbias: (V,) fp32, to which the column sums of gradient × scale are ADDED (deterministic); with `need_grad` only.
+    class_weight: (V,) fp32, or None for 1 everywhere. softcap: a number > 0, or None for no cap.
     Returns the losses, (rows,) fp32 (fp64 for fp64 logits), neither scaled nor averaged.
 
-    With x = logits + bias, p = softmax(x), L = logsumexp(x), ε = label_smoothing, z = z_loss and y the label:
-        loss    = L - (1-ε)·x_y - ε·mean(x) + z·L²          (z-loss: PaLM, arXiv 2204.02311, section 5)
-        dloss/dx = p·(1 + 2·z·L) - (1-ε)·[column = y] - ε/V
+    With x = logits + bias, s = softcap · tanh(x / softcap) (or x), p = softmax(s), L = logsumexp(s), y the label,
+    ε = label_smoothing, z = z_loss and w the class weights:
+        loss     = (1-ε)·w_y·(L - s_y) + ε·mean(w·(L - s)) + z·w_y·L²     (z-loss: PaLM, arXiv 2204.02311, section 5)
+        dloss/ds = p·((1-ε)·w_y + ε·mean(w) + 2·z·w_y·L) - (1-ε)·w_y·[column = y] - ε·w/V
+        dloss/dx = dloss/ds · (1 - (s / softcap)²)
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[1]
@@ -51,27 +56,43 @@ def cross_entropy_(
     x = logits.to(wide)  # fp32 logits: themselves, and every step below is in place
     if bias is not None:
         x.add_(bias)
+    slope = None
+    if softcap is not None:
+        x.div_(softcap).tanh_()
+        slope = x.square().neg_().add_(1) if need_grad else None
+        x.mul_(softcap)
     # The maximum is taken off first and never added back but for z-loss: logits of hundreds would cost the loss and the
     # softmax the digits that L = maximum + log(total) has no room for.
     maximum = x.amax(1, keepdim=True)
     x.sub_(maximum)
     target = x.gather(1, y)
-    mean = x.mean(1, keepdim=True) if label_smoothing else 0.0
+    of_label: Tensor | float = 1.0 if class_weight is None else class_weight[y]  # (rows, 1)
+    of_target = (1 - label_smoothing) * of_label
+    of_others = 0.0 if class_weight is None else label_smoothing * class_weight.mean()
+    of_lse = 1.0 if class_weight is None else of_target + of_others
+    mean: Tensor | float = 0.0
+    if label_smoothing:
+        mean = (x if class_weight is None else x * class_weight).mean(1, keepdim=True)
     x.exp_()
     total = x.sum(1, keepdim=True)
     lse = maximum + total.log()
-    losses = total.log() - (1 - label_smoothing) * target - label_smoothing * mean
+    if class_weight is None:
+        losses = total.log() - of_target * target - label_smoothing * mean
+    else:
+        losses = of_target * (total.log() - target) + (of_others * total.log() - label_smoothing * mean)
     if z_loss:
-        losses = losses + z_loss * lse.square()
+        losses = losses + z_loss * of_label * lse.square()
     losses = losses.squeeze(1).masked_fill(~valid, torch.nan).masked_fill(ignored, 0.0)
     if not need_grad:
         return losses
 
-    dx = x.mul_((1 + 2 * z_loss * lse) / total)
-    dx.scatter_add_(1, y, torch.full_like(lse, label_smoothing - 1))
+    dx = x.mul_((of_lse + 2 * z_loss * of_label * lse) / total)
+    dx.scatter_add_(1, y, -of_target * torch.ones_like(lse))
     if label_smoothing:
-        dx.sub_(label_smoothing / vocab)
-    dx.mul_(scale).masked_fill_(~valid.unsqueeze(1), torch.nan).masked_fill_(ignored.unsqueeze(1), 0.0)
+        dx.sub_(label_smoothing / vocab * (1.0 if class_weight is None else class_weight))
+    if slope is not None:
+        dx.mul_(slope)
+    dx.mul_(scale.reshape(-1, 1)).masked_fill_(~valid.unsqueeze(1), torch.nan).masked_fill_(ignored.unsqueeze(1), 0.0)
     if dbias is not None:
         dbias.add_(dx.sum(0))
     if dx is not logits:

@@ -21,18 +21,49 @@ BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
 
 
 @triton.jit
+def _tanh(x):
+    """tanh in fp32, relative error about 2 units in the last place (Cephes' tanhf); NaN stays."""
+    t = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(t, 10.0)) + 1.0)
+    s = t * t
+    small = -5.70498872745e-3 * s + 2.06390887954e-2
+    small = small * s - 5.37397155531e-2
+    small = small * s + 1.33314422036e-1
+    small = small * s - 3.33332819422e-1
+    small = small * s * t + t
+    t = tl.where(t > 0.625, large, small)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _capped(x, softcap, CAPPED: tl.constexpr):
+    """(softcap · tanh(x / softcap), its derivative), as Gemma 2 caps its logits; (x, 1) without a cap."""
+    slope = 1.0
+    if CAPPED:
+        t = _tanh(tl.div_rn(x, softcap))
+        x = softcap * t
+        slope = 1.0 - t * t
+    return x, slope
+
+
+@triton.jit
 def _cross_entropy(
     logits,  # (rows, V), row_stride apart
     labels,  # (rows,) int64
     bias,  # (V,) or None
+    class_weight,  # (V,) fp32 or None
+    mean_weight,  # scalar fp32, of class_weight; or None
     losses,  # (rows,) fp32
-    scale,  # scalar fp32
+    scale,  # scalar fp32, or (rows,)
     vocab,
     row_stride,
     ignore_index,
     label_smoothing,
     z_loss,
+    softcap,
     SMOOTH: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALE_BY_ROW: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -53,17 +84,22 @@ def _cross_entropy(
     # once, after the loop. The maximum starts finite, so that a lane of -inf adds exp(-inf) = 0 and no NaN.
     lane_max = tl.full([BLOCK], -3.4e38, dtype=tl.float32)
     lane_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    lane_total = tl.zeros([BLOCK], dtype=tl.float32)  # of x, for label smoothing
+    lane_total = tl.zeros([BLOCK], dtype=tl.float32)  # of weight · score, for label smoothing
     for start in range(0, vocab, BLOCK):
         inside = start + columns < vocab
         x = tl.load(logits + start + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last")
         x = x.to(tl.float32)
         if bias is not None:
             x += tl.load(bias + start + columns, mask=inside, other=0.0).to(tl.float32)
+        if CAPPED:
+            x, _ = _capped(x, softcap, CAPPED)
+            x = tl.where(inside, x, float("-inf"))
         new_max = tl.maximum(lane_max, x)
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(x - new_max)
         lane_max = new_max
         if SMOOTH:
+            if class_weight is not None:
+                x *= tl.load(class_weight + start + columns, mask=inside, other=1.0)
             lane_total += tl.where(inside, x, 0.0)
     valid = (label >= 0) & (label < vocab)
     y = tl.where(valid, label, 0)
@@ -71,29 +107,47 @@ def _cross_entropy(
     target = tl.load(logits + y).to(tl.float32)
     if bias is not None:
         target += tl.load(bias + y).to(tl.float32)
+    target, _ = _capped(target, softcap, CAPPED)
+    of_label, mean, of_lse = 1.0, 1.0, 1.0
+    of_target = 1.0 - label_smoothing
+    if class_weight is not None:
+        of_label = tl.load(class_weight + y)
+        mean = tl.load(mean_weight)
+        of_target *= of_label
+        of_lse = of_target + label_smoothing * mean
     row_max = tl.max(lane_max, axis=0)
     total = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
     lse = row_max + tl.log(total)
 
     # The maximum is taken off before anything is added: logits of hundreds would cost the small terms their digits.
-    loss = tl.log(total) - (1 - label_smoothing) * (target - row_max) + z_loss * lse * lse
+    if class_weight is None:
+        loss = tl.log(total) - of_target * (target - row_max)
+    else:
+        loss = of_target * (tl.log(total) - (target - row_max)) + label_smoothing * mean * tl.log(total)
+    loss += z_loss * of_label * lse * lse
     if SMOOTH:
-        loss -= label_smoothing * (tl.sum(lane_total, axis=0) / vocab - row_max)
+        loss -= label_smoothing * (tl.sum(lane_total, axis=0) / vocab - mean * row_max)
     poison = tl.where(valid, 0.0, float("nan"))  # a label outside the vocabulary must not pass for a number
     tl.store(losses + row, loss + poison)
 
     if NEED_GRAD:
-        factor = tl.load(scale)
-        of_p = factor * (1 + 2 * z_loss * lse) / total
-        of_all = poison - factor * (label_smoothing / vocab)
-        of_target = factor * (1 - label_smoothing)
+        factor = tl.load(scale + row if SCALE_BY_ROW else scale)
+        of_p = factor * (of_lse + 2 * z_loss * of_label * lse) / total
+        of_all = factor * (label_smoothing / vocab)
         for start in range(0, vocab, BLOCK):
             inside = start + columns < vocab
             x = tl.load(logits + start + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
             if bias is not None:
                 x += tl.load(bias + start + columns, mask=inside, other=0.0).to(tl.float32)
-            dx = of_p * tl.exp(x - row_max) + of_all
-            dx = tl.where(start + columns == y, dx - of_target, dx)
+            x, slope = _capped(x, softcap, CAPPED)
+            dx = of_p * tl.exp(x - row_max) + poison
+            if class_weight is not None:
+                dx -= of_all * tl.load(class_weight + start + columns, mask=inside, other=0.0)
+            else:
+                dx -= of_all
+            dx = tl.where(start + columns == y, dx - factor * of_target, dx)
+            if CAPPED:
+                dx *= slope
             tl.store(logits + start + columns, narrow(dx, logits.dtype.element_ty), mask=inside)
 
 
@@ -128,6 +182,8 @@ def _cross_entropy_launch(
     label_smoothing: float,
     z_loss: float,
     need_grad: bool,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Launch:
     return Launch(
         _cross_entropy,
@@ -136,15 +192,24 @@ def _cross_entropy_launch(
             "logits": logits,
             "labels": labels.contiguous(),
             "bias": None if bias is None else bias.contiguous(),
+            "class_weight": None if class_weight is None else class_weight.contiguous(),
+            "mean_weight": None if class_weight is None else class_weight.mean(),
             "losses": losses,
-            "scale": scale,
+            "scale": scale.contiguous(),
             "vocab": logits.shape[1],
             "row_stride": logits.stride(0),
             "ignore_index": ignore_index,
             "label_smoothing": float(label_smoothing),
             "z_loss": float(z_loss),
+            "softcap": softcap,
         },
-        {"SMOOTH": label_smoothing != 0, "NEED_GRAD": need_grad, "BLOCK": BLOCK},
+        {
+            "SMOOTH": label_smoothing != 0,
+            "CAPPED": softcap is not None,
+            "SCALE_BY_ROW": scale.dim() > 0,
+            "NEED_GRAD": need_grad,
+            "BLOCK": BLOCK,
+        },
         num_warps=WARPS,
     )
 
@@ -170,12 +235,14 @@ def cross_entropy_(
     scale: Tensor,
     need_grad: bool,
     dbias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`reference.linear_cross_entropy.cross_entropy_`; dbias sums the gradient as it is stored, as torch's does."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0] == 0:
         return losses
-    options = (ignore_index, label_smoothing, z_loss, need_grad)
+    options = (ignore_index, label_smoothing, z_loss, need_grad, class_weight, softcap)
     _cross_entropy_launch(logits, labels, bias, losses, scale, *options)()
     if need_grad and dbias is not None:
         _column_sums_launch(logits, dbias)()

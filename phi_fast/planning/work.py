@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import PhiConfig
-from ..kernels.linear_cross_entropy import rows_of_a_chunk
+from ..kernels.linear_cross_entropy_chunks import rows_of_a_chunk
 from .devices import Kind
 
 Recompute = Literal["none", "norm_gelu", "all"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig, PhiForCausalLM
 
-from phi_fast.kernels import accelerate
+from phi_fast.kernels import accelerate, linear_cross_entropy
 
 OPS = list(cases())
 HAVE_IT = ("apply_rotary_",)
@@ -72,4 +72,12 @@ def test_an_accelerated_model_refuses_too() -> None:
     logits = model(inputs_embeds=embedded).logits
     (gradient,) = torch.autograd.grad(logits.square().sum(), embedded, create_graph=True)
     with pytest.raises(NotImplementedError, match="can be differentiated once"):
+        gradient.square().sum().backward()
+
+
+def test_a_loss_for_each_row_refuses_too() -> None:
+    hidden, weight, labels = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8), torch.tensor([1, 0, 4, 2])
+    losses = linear_cross_entropy(hidden, weight, None, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.square().sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy can be differentiated once"):
         gradient.square().sum().backward()

@@ -124,8 +124,13 @@ def block(*tensors: Tensor) -> Tensor:
     return parallel_block(*tensors, *rotary_table(4, 32, device=DEVICE), num_heads=1)
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden, weight, bias, torch.tensor([1, 0, 2], device=DEVICE), chunk_size=2)
+def head(hidden: Tensor, weight: Tensor, bias: Tensor, reduction: str = "mean") -> Tensor:
+    labels = torch.tensor([1, 0, 2], device=DEVICE)
+    return linear_cross_entropy(hidden, weight, bias, labels, softcap=9.0, reduction=reduction, chunk_size=2)
+
+
+def head_by_row(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return head(hidden, weight, bias, "none")
 
 
 OUT_OF_PLACE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
@@ -133,6 +138,7 @@ OUT_OF_PLACE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "bias_gelu": (bias_gelu, [draw(3, 16), draw(16)]),
     "attention": (rotated_attention, [draw(1, 4, 2, 64), draw(1, 4, 1, 64), draw(1, 4, 1, 64)]),
     "linear_cross_entropy": (head, [draw(3, 8), draw(5, 8), draw(5)]),
+    "linear_cross_entropy by row": (head_by_row, [draw(3, 8), draw(5, 8), draw(5)]),
     "parallel_block": (
         block,
         [draw(1, 4, 64), draw(64), draw(64), draw(224, 64), draw(224), draw(64, 96), draw(64), draw(64)],

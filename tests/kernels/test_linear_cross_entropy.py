@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phi_fast.kernels import backend
+from phi_fast.kernels import linear_cross_entropy_chunks as chunks
 from phi_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from phi_fast.kernels.reference import weight_gradient
 from phi_fast.kernels.reference.linear_cross_entropy import cross_entropy_ as reference
@@ -128,7 +129,7 @@ def test_error_of_bf16_products_on_a_cpu_that_has_them(monkeypatch: pytest.Monke
     """Logits, their gradient and each chunk's products rounded to bf16, as on a CPU with bf16 instructions."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     inputs = make(64, 24, 301, torch.bfloat16, "cpu")
-    assert module._working_dtype(inputs["hidden"]) == torch.bfloat16
+    assert chunks.working_dtype(inputs["hidden"]) == torch.bfloat16
     compare(inputs, make_labels(64, 301, "cpu"), 0.1, 1e-3, "reference", chunk_size=16)
 
 
@@ -241,8 +242,8 @@ def test_nan_and_inf_spread_as_in_torch(device: str, backend_name: str, value: f
 def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, what a GPU does: logits and gradient stored in fp16, products accumulated and returned in fp32."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(module, "_working_dtype", lambda hidden: hidden.dtype)
-        for place in (module, weight_gradient):
+        monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
+        for place in (chunks, weight_gradient):
             monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
 
 
@@ -349,7 +350,7 @@ class NoSync(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_check_labels", lambda *_: None)  # on a CPU only
+    monkeypatch.setattr(chunks, "check_labels", lambda *_: None)  # on a CPU only
     inputs = {name: x.requires_grad_() for name, x in make(9, 8, 20, torch.float32, device).items()}
     labels = make_labels(9, 20, device)
     with backend.use("reference") if device == "cpu" else backend.use("triton"), NoSync():
@@ -402,7 +403,7 @@ GOOD = {
         ({"labels": torch.tensor([0, -1, 0])}, r"labels\[1\]=-1 .*ignore_index=-100"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
         ({"z_loss": -1.0}, "z_loss=-1.0"),
-        ({"reduction": "none"}, "reduction='none': expected 'mean' or 'sum'"),
+        ({"reduction": "batchmean"}, "reduction='batchmean': expected 'mean', 'sum' or 'none'"),
         ({"chunk_size": 0}, "chunk_size=0"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
