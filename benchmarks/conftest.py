@@ -1,4 +1,7 @@
-"""`--benchmark`: measure in full and keep the results. Without it each benchmark runs once, small, as a test."""
+"""`--benchmark`: measure in full, keep the results, and print them as tables at the end.
+
+Without it each benchmark runs once, small, as a test.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import timing
+from benchmarks import tables, timing
 from benchmarks.harness import RESULTS, Results
+
+COLLECTED = pytest.StashKey[Results]()
+DESELECTED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,12 +31,37 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def results(full: bool, request: pytest.FixtureRequest) -> Iterator[Results]:
-    """Where a benchmark puts its subjects: printed at once, and in a full run written at once."""
-    collected = Results(request.config.getoption("--results") if full else None)
-    yield collected
-    if collected.path:
-        print(f"\nwrote {collected.path}; python -m benchmarks.report makes the tables and plots")
+def results(full: bool, request: pytest.FixtureRequest) -> Results:
+    """Where a benchmark puts its subjects; in a full run they are written at once, and printed at the end."""
+    request.config.stash[COLLECTED] = Results(request.config.getoption("--results") if full else None)
+    return request.config.stash[COLLECTED]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """-k, -m, --deselect or --last-failed left something out."""
+    for item in items[:1]:
+        item.config.stash[DESELECTED] = True
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Mark the results as whole where every benchmark was asked for and none failed."""
+    results = session.config.stash.get(COLLECTED, None)
+    files = {item.path for item in session.items}
+    some = session.config.stash.get(DESELECTED, False) or any("::" in word for word in session.config.args)
+    if results and exitstatus == 0 and not some and files >= set(Path(__file__).parent.glob("test_*.py")):
+        results.finish()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The tables of a full run, and where they are kept."""
+    results = config.stash.get(COLLECTED, None)
+    if results is None or results.directory is None:
+        return
+    terminalreporter.section("benchmarks")
+    console = Console(file=terminalreporter._tw._file, width=160)
+    for subject in results.subjects:
+        tables.show(subject, console)
+    terminalreporter.write_line(f"wrote {results.path}; python -m benchmarks.report makes the tables and plots")
 
 
 @pytest.fixture(autouse=True)

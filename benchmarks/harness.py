@@ -185,7 +185,8 @@ def kind(name: str) -> str:
 class Results:
     """The subjects of one session, written as they come: a run that is stopped keeps what it has measured.
 
-    directory: where DEVICE-DATE.json is written; None: nowhere, the tables are only printed.
+    directory: where DEVICE-DATE.json is written; None: nowhere. The file says "whole": false until a session has
+    measured every benchmark into it (`finish`): a part must not take a whole one's place in the README.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -194,35 +195,48 @@ class Results:
         self.path: Path | None = None
 
     def add(self, subject: Subject) -> None:
-        from benchmarks.tables import show
-
+        """Keep a subject, and write it."""
         self.subjects.append(subject)
-        show(subject)
         if self.directory is not None:
             self.path = self._write(subject, self.directory)
+
+    def finish(self) -> None:
+        """Mark the file as whole: this session has measured every benchmark."""
+        if self.path is not None:
+            _replace(self.path, json.loads(self.path.read_text()) | {"whole": True})
 
     def _write(self, subject: Subject, directory: Path) -> Path:
         """Into the day's file of this machine, where it takes the place of an earlier subject of that name."""
         here = machine.describe_machine()
         directory.mkdir(parents=True, exist_ok=True)
-        path, kept = _day_file(here, directory)
+        path, whole, kept = _day_file(here, directory)
         measured = {"measured": datetime.datetime.now().isoformat(timespec="seconds"), "commit": machine.commit()}
         subjects = [s for s in kept if s["name"] != subject.name] + [asdict(subject) | measured]
-        aside = path.with_suffix(".partial")
-        aside.write_text(json.dumps({"machine": here, "subjects": subjects}, indent=1) + "\n")
-        aside.replace(path)
+        _replace(path, {"machine": here, "whole": whole, "subjects": subjects})
         return path
 
 
-def _day_file(here: dict[str, Any], directory: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """(today's file, its subjects). A file of other versions or settings is left alone: the next is numbered."""
+def whole(document: dict[str, Any]) -> bool:
+    """Whether a results document has every benchmark of its day; files of before this was recorded do."""
+    return bool(document.get("whole", True))
+
+
+def _replace(path: Path, document: dict[str, Any]) -> None:
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    aside.replace(path)
+
+
+def _day_file(here: dict[str, Any], directory: Path) -> tuple[Path, bool, list[dict[str, Any]]]:
+    """(today's file, whether it is whole, its subjects). A file of other versions or settings is left alone: the next
+    is numbered."""
     stem = f"{machine.slug(here)}-{datetime.date.today().isoformat()}"
     number = 1
     while True:
         path = directory / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():
-            return path, []
+            return path, False, []
         document = json.loads(path.read_text())
         if document["machine"] == here:
-            return path, document["subjects"]
+            return path, whole(document), document["subjects"]
         number += 1

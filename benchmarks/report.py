@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks import plots, regressions, summary
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, whole
 from benchmarks.tables import cells, describe, markdown
 from phi_fast.errors import UsageError
 
@@ -86,12 +86,20 @@ def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs
     return "\n\n".join(parts)
 
 
-def newest(documents: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest file of each device that has something for the README, the newest of all first."""
-    found: dict[str, dict[str, Any]] = {}
-    for document in sorted((d for d in documents.values() if summary.tables(d)), key=_last_day, reverse=True):
-        found.setdefault(document["machine"]["device"], document)
-    return list(found.values())
+def newest(documents: dict[str, dict[str, Any]]) -> list[str]:
+    """The file of each device that the README shows, by its stem, the newest first.
+
+    The newest that is whole, however many parts (`pytest benchmarks -k rotary --benchmark`) were measured after it.
+    Where no file of a device is whole, the newest part.
+    """
+
+    def rank(stem: str) -> tuple[bool, str]:
+        return whole(documents[stem]), _last_day(documents[stem])
+
+    found: dict[str, str] = {}
+    for stem in sorted((stem for stem in documents if summary.tables(documents[stem])), key=rank, reverse=True):
+        found.setdefault(documents[stem]["machine"]["device"], stem)
+    return sorted(found.values(), key=lambda stem: _last_day(documents[stem]), reverse=True)
 
 
 def write(results: Path, root: Path) -> None:
@@ -111,10 +119,17 @@ def write(results: Path, root: Path) -> None:
     ]
     (docs / "benchmarks.md").write_text("\n\n".join((TITLE, HOW, *sections)) + "\n", encoding="utf-8")
     head, rest = text.split(BEGIN, 1)
-    short = [f"{machine_line(document)}\n\n{summary.tables(document)}" for document in newest(documents)]
+    shown = newest(documents)
+    short = [f"{machine_line(documents[stem])}\n\n{summary.tables(documents[stem])}" for stem in shown]
     short.append("All rows, spreads and plots: [docs/benchmarks.md](docs/benchmarks.md).")
     body = "\n\n".join(short)
     readme.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    for stem, document in sorted(documents.items()):
+        if not whole(document):
+            place = (
+                "all that was measured of its device, so the README has it" if stem in shown else "not in the README"
+            )
+            print(f"{stem} is a part of the benchmarks: in docs/benchmarks.md, and {place}. Whole: make bench")
 
 
 def main(arguments: list[str] | None = None) -> int:

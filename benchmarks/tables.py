@@ -66,7 +66,7 @@ def describe(config: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in config.items())
 
 
-def show(subject: Subject) -> None:
+def show(subject: Subject, console: Console) -> None:
     """Print the subject."""
     header, body = cells(asdict(subject))
     table = Table(title=f"{subject.name}: {describe(subject.config)}")
@@ -74,4 +74,4 @@ def show(subject: Subject) -> None:
         table.add_column(title, justify="left" if title in ("", "note") else "right", max_width=60)
     for line in body:
         table.add_row(*line)
-    Console(width=160).print(table)
+    console.print(table)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +20,7 @@ from benchmarks import machine, peers, report, summary, tables, timing
 from benchmarks.harness import Contender, Results, Row, Subject, compare, kind, spread
 from benchmarks.ops import Op, agree
 
+ROOT = Path(__file__).parents[1]
 HERE = {"device": "A CPU 2 threads", "threads": 2, "cpu_capability": "AVX512", "isa": "avx512", "python": "3.11"}
 HERE |= {"versions": {"torch": "2.13.0", "flash-attn": "not installed"}}
 
@@ -181,6 +187,78 @@ def test_cells_name_what_was_not_measured() -> None:
     assert body[0] == ["phi_fast", "2.00", "50%", "1.00", "80%", "3", ""]
     assert body[1][3] == "2.00"  # repeat by repeat: 2, 1, 2; the medians' ratio is 2 as well, the means' is not
     assert body[2] == ["absent", "not measured", "", "", "", "", "not installed"]
+
+
+def results_file(folder: Path, name: str, day: str, subjects: dict[str, float], **extra: Any) -> None:
+    rows = [Row("phi_fast", [1.0]), Row("peer", [2.0])]
+    measured = {"measured": f"{day}T10:00:00", "commit": name}
+    found = [asdict(Subject(s, {}, [Row("phi_fast", [ms / 1000]), *rows[1:]])) | measured for s, ms in subjects.items()]
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}-{day}.json").write_text(json.dumps({"machine": HERE, "subjects": found, **extra}))
+
+
+WHOLE = {"rotary, fp32, forward": 10.0, "adam, fp32": 20.0}
+
+
+def test_a_part_never_replaces_a_whole_measurement(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, arguments = root / "results", ["--results", str(root / "results"), "--root", str(root)]
+    results_file(results, "part", "2026-11-20", {"rotary, fp32, forward": 1.0}, whole=False)
+    assert report.main(arguments) == 0
+    assert "forward 1.0 ms" in (root / "README.md").read_text(), "of a device without a whole one the part is shown"
+    assert "part-2026-11-20 is a part of the benchmarks" in capsys.readouterr().out
+
+    results_file(results, "old", "2026-11-21", WHOLE)  # of before the mark
+    results_file(results, "part", "2026-11-25", {"rotary, fp32, forward": 3.0}, whole=False)
+    assert report.main(arguments) == 0
+    readme = (root / "README.md").read_text()
+    assert "commit old" in readme and "forward 10.0 ms" in readme and "| adam | 20.0 ms" in readme
+    assert "forward 3.0" not in readme
+    assert "| phi_fast | 3.00 |" in (root / "docs" / "benchmarks.md").read_text()
+    assert (
+        "part-2026-11-25 is a part of the benchmarks: in docs/benchmarks.md, and not in the" in capsys.readouterr().out
+    )
+
+    results_file(results, "new", "2026-11-26", WHOLE | {"adam, fp32": 30.0}, whole=True)
+    assert report.main(arguments) == 0
+    readme = (root / "README.md").read_text()
+    assert "commit new" in readme and "| adam | 30.0 ms" in readme
+
+
+def test_a_file_is_whole_once_a_session_has_measured_all(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.add(subject("a", {"phi_fast": [1.0]}))
+    assert results.path is not None
+    assert json.loads(results.path.read_text())["whole"] is False
+    results.finish()
+    assert json.loads(results.path.read_text())["whole"] is True
+    Results(tmp_path).add(subject("a", {"phi_fast": [2.0]}))  # a part of the same day, machine and versions
+    document = json.loads(results.path.read_text())
+    assert document["whole"] is True and document["subjects"][0]["rows"][0]["seconds"] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ends_whole"),
+    [([], True), (["-k", "one"], False), (["test_one.py"], False), (["test_one.py::test_one", "test_two.py"], False)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_session_prints_its_tables_and_knows_whether_it_was_whole(
+    tmp_path: Path, arguments: list[str], ends_whole: bool
+) -> None:
+    """The real conftest.py beside two benchmarks that take no time."""
+    shutil.copy(Path(report.__file__).parent / "conftest.py", tmp_path)
+    for name in ("one", "two"):
+        row = f"Subject('{name}', {{}}, [Row('phi_fast', [0.001])])"
+        text = f"from benchmarks.harness import Row, Subject\ndef test_{name}(results): results.add({row})\n"
+        (tmp_path / f"test_{name}.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "--results", "out", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(file.read_text())["whole"] is ends_whole
+    assert "one: " in done.stdout and "median ms" in done.stdout and "phi_fast" in done.stdout
+    assert f"wrote out/{file.name}; python -m benchmarks.report" in done.stdout
+    assert ("two: " in done.stdout) == (not arguments or (len(arguments) == 2 and arguments[0] != "-k"))
 
 
 @pytest.fixture
