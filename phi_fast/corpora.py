@@ -15,7 +15,7 @@ from .data.manifest import Manifest
 from .data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .distributed import World
 from .errors import UsageError
-from .recipes import Recipe
+from .recipes import RECIPES, Recipe
 
 
 class Corpora:
@@ -27,6 +27,11 @@ class Corpora:
     def __init__(self, recipe: Recipe, world: World, console: Console) -> None:
         self.recipe, self.world = recipe, world
         if recipe.tokenizer == "stdlib":
+            if not recipe.data.exists() and recipe.data != RECIPES["tiny"].data:
+                raise UsageError(
+                    f"--data {recipe.data} is not there. Of itself the standard-library corpus is built at "
+                    f"{RECIPES['tiny'].data} only: correct the path, or leave --data out"
+                )
             if world.is_main:
                 stdlib_corpus.prepare(recipe.data, progress=lambda line: console.print(line, highlight=False))
             world.barrier()
@@ -82,6 +87,15 @@ class Corpora:
                     f"--model.{field.replace('_', '-')} out, and it is taken from them"
                 )
         return model.replace(bos_token_id=end, eos_token_id=end)
+
+    def need_validation(self) -> None:
+        """Raises UsageError for a corpus without a validation split."""
+        for name, manifest in self.manifests.items():
+            if "validation" not in manifest.splits:
+                raise UsageError(
+                    f"corpus {name!r} at {self.paths[name]} has no validation split, and --val-every wants its "
+                    "loss: give --val-every 0, or prepare it again with more documents or a larger --validation"
+                )
 
     def loader(self, micro_batch_size: int) -> TokenLoader:
         """This rank's micro-batches; `accumulation` of them over all ranks are a global batch's rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -13,11 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .errors import UsageError
 from .json_files import JsonFileError, read_object
 
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+"""What file systems without flock answer: NFS without a lock daemon, some FUSE and parallel ones."""
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 """What file systems without an fsync for directories answer (CIFS, some FUSE and shared folders): their renames are
 as durable as they can be."""
@@ -68,7 +71,7 @@ class Claim:
     when its process is gone. A file beside the lock says who holds it, for the message of whoever comes second.
     """
 
-    def __init__(self, lock: FileLock, holder: Path) -> None:
+    def __init__(self, lock: BaseFileLock, holder: Path) -> None:
         self._lock, self._holder = lock, holder
 
     @staticmethod
@@ -81,7 +84,7 @@ class Claim:
         Raises UsageError, which names the owner and what to do, where it is taken still; OSError where the lock file
         cannot be made.
         """
-        lock, holder = FileLock(lock_file, thread_local=False), lock_file.with_name(f"{lock_file.name}.holder")
+        lock, holder = _lock(lock_file), lock_file.with_name(f"{lock_file.name}.holder")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # filelock's, where it falls back to a marker file
             try:
@@ -105,7 +108,11 @@ class Claim:
         return Claim(lock, holder)
 
     def release(self) -> None:
+        """Give the path up, and leave nothing of the claim beside or in it."""
         self._holder.unlink(missing_ok=True)
+        if not isinstance(self._lock, SoftFileLock):  # a marker is removed by its own release
+            # While it is held: who waits for this file looks whether it still has its name, and takes the new one.
+            Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
     def __enter__(self) -> Claim:
@@ -115,6 +122,22 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _lock(file: Path) -> BaseFileLock:
+    """The kernel's lock, or a marker file where the file system has none: filelock alone knows one of its answers."""
+    probe = file.with_name(f".{file.name}.{os.getpid()}")
+    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return SoftFileLock(file, thread_local=False)
+    finally:
+        os.close(descriptor)
+        probe.unlink(missing_ok=True)
+    return FileLock(file, thread_local=False)
 
 
 def _owner(holder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +12,12 @@ import tyro
 
 from .errors import UsageError
 from .recipes import RECIPES, Recipe, RecipeName
+
+MUST_AGREE = (
+    *("model", "implementation", "decay"),
+    *("mixture", "sequence_length", "global_batch_size", "seed", "tokenizer"),
+)
+"""Options that a resumed run cannot change: the checkpoint would be of another model, or the data order another."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,10 @@ class Options(Recipe):
     run_dir: Path | None = None
     """Run directory: configuration, metrics, checkpoints. Default: runs/RECIPE, or the next free runs/RECIPE-N."""
     resume: bool = False
-    """Go on from the newest complete checkpoint of --run-dir (default: of the newest run of this recipe)."""
+    """Go on from the newest complete checkpoint of --run-dir (default: of the newest run of this recipe), with the
+    options that the checkpoint was made with; those that are given change them."""
+    allow_change: bool = False
+    """Let a run that goes on have other --tokens, or another schedule or optimizer, than it was begun with."""
     elastic: bool = False
     """Go on from the newest complete checkpoint of --run-dir where there is one, else start: for launchers and
     schedulers that start the same command again (torchrun --max-restarts, Slurm's requeue)."""
@@ -63,6 +73,8 @@ class Options(Recipe):
     """First questions of each task."""
     save_every: int = 0
     """Steps between checkpoints; one is always saved at the end and at a stop."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints, beside those of --save-every; 0: none by time."""
     keep_last: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     keep_every: int = 0
@@ -81,6 +93,8 @@ class Options(Recipe):
         super().check()
         if not 0 < self.rank_timeout <= 1e9:
             raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")
+        if not 0 <= self.save_minutes < math.inf:
+            raise UsageError(f"save_minutes={self.save_minutes}: must be minutes, at least 0 (0: never)")
         for name in ("val_rows", "eval_limit", "log_every", "stop_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -97,12 +111,16 @@ class Options(Recipe):
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k in names}
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Options from the command line; exits with status 2 and a message for one that is not understood."""
+def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
+    """Options from the command line; exits with status 2 and a message for one that is not understood.
+
+    default: what options that are not given are; otherwise the recipe's.
+    """
     arguments = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
-    name = _recipe_name(arguments)
-    recipe = RECIPES[name]
-    default = Options(recipe=name, **{field.name: getattr(recipe, field.name) for field in fields(Recipe)})
+    if default is None:
+        name = _recipe_name(arguments)
+        recipe = RECIPES[name]
+        default = Options(recipe=name, **{field.name: getattr(recipe, field.name) for field in fields(Recipe)})
     return tyro.cli(
         Options, args=arguments, default=default, prog="python -m phi_fast.train", config=(tyro.conf.AvoidSubcommands,)
     )
@@ -140,3 +158,12 @@ def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
             f"rows, but global_batch_size={batch}; change one of them so that the product is {batch}"
         )
     return micro, steps
+
+
+def plain(value: Any) -> Any:
+    """JSON-able: paths as text, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,30 @@ Mixture = Annotated[
 """Corpus -> integer weight; on the command line `docs=80,code=20`."""
 
 
+def parse_count(text: str) -> int:
+    """1000000000 from "1e9", "1_000_000_000" or "1000000000". Raises ValueError for anything but a whole number."""
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        value = Decimal("NaN")
+    if not value.is_finite() or abs(value) >= 2**63 or value != int(value):
+        raise ValueError(f"{text!r} is not a whole number, as 1000000 or 1e6")
+    return int(value)
+
+
+Count = Annotated[
+    int,
+    PrimitiveConstructorSpec[int](
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: parse_count(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A whole number, on the command line also as 1e9."""
+
+
 def _shape(preset: str) -> PhiConfig:
     """A preset whose special tokens are yet to come from a tokenizer."""
     return PhiConfig.preset(preset).replace(bos_token_id=None, eos_token_id=None)
@@ -65,7 +90,7 @@ class Recipe:
     """Corpus -> integer weight, in rows; the shares are weight ÷ sum of weights."""
     tokenizer: str = "phi-1.5"
     """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), or a path to a tokenizer."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens to see. Rounded up to whole steps."""
     sequence_length: int = 2048
     """Tokens a row: section 2.1, "context length 2048"."""

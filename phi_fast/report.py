@@ -22,7 +22,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories that phi_fast.train wrote; several are drawn side by side."""
     out: Path | None = None
-    """The page. Default: report.html in the first run's directory."""
+    """The page. Default: report.html in the run's directory; report-NAME-NAME.html beside the first of several."""
     png: Path | None = None
     """Draw the curves into this PNG too (needs matplotlib)."""
 
@@ -32,13 +32,21 @@ def run(options: Options) -> Path:
     if not options.runs:
         raise UsageError("give at least one run directory, as in: python -m phi_fast.report runs/tiny")
     found = read_runs(list(options.runs))
-    out = options.out or options.runs[0] / "report.html"
+    out = options.out or _default_page(options.runs)
     out.write_text(page(found), encoding="utf-8")
     if options.png is not None:
         from .reporting.picture import draw
 
         draw(found, options.png)
     return out
+
+
+def _default_page(runs: tuple[Path, ...]) -> Path:
+    """A run's own page is its own: several runs have one of their own, beside the first."""
+    if len(runs) == 1:
+        return runs[0] / "report.html"
+    names = "-".join(run.resolve().name for run in runs)
+    return runs[0].resolve().parent / f"report-{names[:150]}.html"
 
 
 def parse(arguments: list[str] | None = None) -> Options:

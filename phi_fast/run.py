@@ -11,6 +11,7 @@ tokenizer.json    so that the directory alone is enough to generate text; tokeni
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,24 +29,22 @@ from .data.vocabulary import TokenIds
 from .distributed import World
 from .errors import UsageError
 from .files import write_atomically, writing
-from .options import Options
+from .options import MUST_AGREE, Options, plain
+from .ownership import Owned
+from .resuming import changes
 from .zero import Zero2
-
-MUST_AGREE = (
-    *("model", "implementation", "decay"),
-    *("mixture", "sequence_length", "global_batch_size", "seed", "tokenizer"),
-)
-"""Options that a resumed run cannot change: the checkpoint would be of another model, or the data order another."""
 
 
 class Run:
     """An open run directory."""
 
-    def __init__(self, directory: Path, options: Options, world: World, source: Path | None) -> None:
+    def __init__(self, directory: Path, options: Options, world: World, owned: Owned | None) -> None:
         self.directory, self.options, self.world = directory, options, world
-        self.source = source
+        self._owned = owned
+        self.source: Path | None = None
         """The checkpoint to go on from, or None."""
         self._saver: Saver | None = None
+        self._saved_at = time.monotonic()
 
     @property
     def checkpoints(self) -> Path:
@@ -53,30 +52,39 @@ class Run:
 
     @staticmethod
     def open(options: Options, world: World, console: Console) -> Run:
-        """Choose the directory, the same on every rank; nothing is written yet.
+        """Choose the directory, the same on every rank, and own it; nothing of a run is written yet.
 
-        Raises UsageError where there is nothing to resume, or a named directory holds another run; CheckpointError
-        where the newest complete checkpoint is of another model or data order.
+        Raises UsageError where there is nothing to resume, or a named directory holds another run or is in use;
+        CheckpointError where the newest complete checkpoint is of another model or data order.
         """
-        choice = world.broadcast(_choose(options) if world.is_main else None)
+        owned, choice = _own(options) if world.is_main else (None, None)
+        choice = world.broadcast(choice)
         if isinstance(choice, str):
             raise UsageError(choice)
-        source = None
-        if options.resume or options.elastic:
-            source, skipped = checkpoint.newest(choice / "checkpoints", world)
-            for line in skipped:
-                console.print(line, style="yellow")
-            if source is None and (options.resume or skipped):
-                flag = "--resume" if options.resume else "--elastic"
-                raise UsageError(
-                    f"{flag}: {choice / 'checkpoints'} has no complete checkpoint; start without {flag}, in another "
-                    "--run-dir"
-                )
-        run = Run(choice, options, world, source)
-        if source is not None:
-            differ = _differences(checkpoint.load_state(source), options)
-            run.refuse("; ".join(differ), lambda state: not _differences(state, options))
+        run = Run(choice, options, world, owned)
+        try:
+            run._find_source(console)
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _find_source(self, console: Console) -> None:
+        """Set `source`: the newest complete checkpoint, where the options want one."""
+        options = self.options
+        if not (options.resume or options.elastic):
+            return
+        self.source, skipped = checkpoint.newest(self.checkpoints, self.world)
+        for line in skipped:
+            console.print(line, style="yellow")
+        if self.source is not None:
+            differ = _differences(checkpoint.load_state(self.source), options)
+            self.refuse("; ".join(differ), lambda state: not _differences(state, options))
+        elif options.resume or skipped:
+            flag = "--resume" if options.resume else "--elastic"
+            raise UsageError(
+                f"{flag}: {self.checkpoints} has no complete checkpoint; start without {flag}, in another --run-dir"
+            )
 
     def refuse(self, reason: str, fits: Callable[[dict[str, Any]], bool]) -> None:
         """Where there is a `reason` why `source` is not of this run: CheckpointError, naming the newest that `fits`."""
@@ -98,7 +106,7 @@ class Run:
         ids = TokenIds(model.bos_token_id, model.eos_token_id, model.eos_token_id)
         tokenizer_config = ids.config(tokenizer, model.max_position_embeddings)
         files = {
-            "config.json": json.dumps(_plain(asdict(self.options)), indent=1),
+            "config.json": json.dumps(plain(asdict(self.options)), indent=1),
             "tokenizer.json": tokenizer.to_str(True),
             "tokenizer_config.json": json.dumps(tokenizer_config, indent=2),
         }
@@ -106,18 +114,24 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             for name, text in files.items():  # a resume cannot leave half of what was whole
                 write_atomically(self.directory / name, text.encode())
+        if self._owned is not None:
+            self._owned.keep()
 
     def save(self, zero: Zero2, loader: TokenLoader, step: int) -> Path:
-        """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`."""
+        """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`.
+
+        The loader may have handed out rows of later steps already.
+        """
+        self._saved_at = time.monotonic()
         if self._saver is None:
             kept = {"keep_last": self.options.keep_last, "keep_every": self.options.keep_every}
             self._saver = Saver(self.checkpoints, self.world, **kept)
         state = {
             "step": step,
-            "options": _plain(asdict(self.options)),
+            "options": plain(asdict(self.options)),
             "zero": zero.state_dict(),
             "sizes": {name: whole for name, (_, whole) in zero.partition_sizes().items()},
-            "data": loader.state_dict(),
+            "data": {**loader.state_dict(), "row": step * self.options.global_batch_size},
         }
         weights: dict[str, Tensor] = dict(zero.model.named_parameters())
         return self._saver.save(Snapshot(state, weights, zero.partitions(), checked=zero.fused is not None))
@@ -138,18 +152,32 @@ class Run:
         pointer = self.checkpoints / "latest"
         return self.checkpoints / pointer.read_text(encoding="utf-8") if pointer.exists() else None
 
+    @property
+    def save_due(self) -> bool:
+        """By this rank's clock, it is --save-minutes since the last save began."""
+        minutes = self.options.save_minutes
+        return self.world.is_main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+
+    def close(self) -> None:
+        """Give up the directory; one that was made for a run that did not begin goes."""
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
+
     def __enter__(self) -> Run:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the checkpoint in flight; its own failure does not hide the error that ends the run."""
+        """Waits for the checkpoint in flight, whose own failure does not hide the error that ends the run; `close`."""
         try:
             self.wait()
         except CheckpointError:
             if error is None:
                 raise
+        finally:
+            self.close()
 
     def restore(self, zero: Zero2, loader: TokenLoader, console: Console) -> int:
         """Take up `source`, if there is one; returns the steps already done."""
@@ -172,31 +200,23 @@ class Run:
         zero.load(checkpoint.load_model(self.source), partitions, state["zero"])
         checkpoint.restore_random_states(self.source, self.world)
         console.print(f"resumed from {self.source}")
+        for line in changes(state["options"], self.options, state["step"]):
+            console.print(line)
         return state["step"]
 
 
-def _choose(options: Options) -> Path | str:
-    """The run directory, or the error that says why there is none."""
-    base = options.run_dir or Path("runs") / options.recipe
-    if options.run_dir is not None:
-        if not (options.resume or options.elastic) and (base / "checkpoints").exists():
-            return f"--run-dir {base} already holds checkpoints; add --resume to go on, or name another directory"
-        return base
-    if options.elastic:
-        return "--elastic starts the same command again and again: name its directory with --run-dir"
-    numbered = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 10_000))]
-    taken = [path for path in numbered if path.exists()]
-    if options.resume:
-        with_checkpoints = [path for path in taken if (path / "checkpoints").exists()]
-        if not with_checkpoints:
-            return f"--resume: there is no run with checkpoints at {base}; name one with --run-dir, or drop --resume"
-        return max(with_checkpoints, key=lambda path: (path / "checkpoints").stat().st_mtime)
-    return next(path for path in numbered if not path.exists())
+def _own(options: Options) -> tuple[Owned | None, Path | str]:
+    """The directory, owned, or the error that says why there is none: every rank raises it."""
+    try:
+        owned = Owned.choose(options)
+    except UsageError as error:
+        return None, str(error)
+    return owned, owned.directory
 
 
 def _differences(state: dict[str, Any], options: Options) -> list[str]:
     """What makes a checkpoint's state.json one of another model or data order: each field with both values."""
-    now, then = (_less_token_ids(fields) for fields in (_plain(asdict(options)), state["options"]))
+    now, then = (_less_token_ids(fields) for fields in (plain(asdict(options)), state["options"]))
     return [f"{name} is {then[name]}, now {now[name]}" for name in MUST_AGREE if then[name] != now[name]]
 
 
@@ -204,12 +224,3 @@ def _less_token_ids(options: dict[str, Any]) -> dict[str, Any]:
     """Options without the ids that come from the tokenizer, which must agree by itself."""
     model = {name: value for name, value in options["model"].items() if not name.endswith("_token_id")}
     return {**options, "model": model}
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

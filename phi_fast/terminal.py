@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from typing import Any
 
@@ -35,6 +36,19 @@ def announce(command: str, loading: str = "PyTorch") -> None:
     tolerate_encodings()
     if os.environ.get("RANK", "0") == "0":
         print(f"{command}: loading {loading}", file=sys.stderr, flush=True)
+
+
+def end_on_signals(command: str) -> None:
+    """End the process at once and with a word by SIGINT (status 130), SIGTERM and SIGHUP (75): for the imports, during
+    which there is nothing to save. What `nohup` ignores stays ignored."""
+
+    def end(number: int, frame: object) -> None:
+        print(f"{command}: ended by {signal.Signals(number).name}, before it began", file=sys.stderr, flush=True)
+        os._exit(130 if number == signal.SIGINT else 75)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def printable(text: str) -> str:

@@ -8,9 +8,10 @@ deepspeed --module phi_fast.train --recipe phi-1.5               DeepSpeed's lau
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from phi_fast.terminal import announce
+    from phi_fast.terminal import announce, end_on_signals
 
     announce("phi_fast.train", "PyTorch and DeepSpeed")
+    end_on_signals("phi_fast.train")
 
 import math
 import os
@@ -22,7 +23,6 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from tokenizers import Tokenizer
 from torch import nn
 
 from .checkpoint import CheckpointError
@@ -32,25 +32,26 @@ from .data.loader import CorpusError
 from .data.manifest import ManifestError
 from .data.vocabulary import TokenizerError
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
-from .display import Display, back_ends, show
-from .distributed import LostRank, World, join, leave, lost_rank
+from .display import Display
+from .distributed import LostRank, join, leave, lost_rank
 from .errors import UsageError
 from .evaluation.during_training import TasksDuringTraining
 from .generation import complete
 from .json_files import flatten
-from .kernels import BackendUnavailable, in_use, use
-from .kernels.backend import OPS, implementation
+from .kernels import BackendUnavailable
 from .layouts import to_merged
 from .metrics import MetricsLog, StepRecord, peak_flops
 from .model import Phi
-from .options import Options, parse, plan_batch
-from .reference import ReferencePhi
+from .options import Options, plan_batch
+from .resuming import parse_command
 from .run import Run
 from .sampling import Sampling
-from .signals import Signals
+from .signals import Signals, StoppedEarly
+from .start import build_model, choose_kernels, header, plan_sample
 from .terminal import console as screen
 from .terminal import printable, tolerate_encodings
-from .zero import DTYPES, Precision, Zero2, auto_precision
+from .trouble import Trouble
+from .zero import Precision, Zero2, auto_precision
 
 INTERRUPTED = 75
 """Exit status of a run that was stopped and saved, or lost a rank (EX_TEMPFAIL): start it again with --resume."""
@@ -58,25 +59,29 @@ INTERRUPTED = 75
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train by the command line; returns the exit status: 0 done, INTERRUPTED saved, 2 an error that was explained,
-    130 a second Ctrl-C."""
+    130 Ctrl-C before the first step, or a second one."""
     tolerate_encodings()
-    options = parse(sys.argv[1:] if arguments is None else arguments)
     rank = os.environ.get("RANK", "0")
     is_main = rank == "0"
     try:
-        options.check()
-        world = join(options.device, options.rank_timeout)
-        with Signals(world) as signals:
+        with Signals() as signals:
+            options = parse_command(sys.argv[1:] if arguments is None else arguments)
+            options.check()
+            signals.world = join(options.device, options.rank_timeout)
             return train(options, signals, screen(quiet=not is_main, soft_wrap=True))
     except (ValueError, OSError, RuntimeError) as raised:
         error = lost_rank(raised) or raised
         if not expected(error):
             raise
         # Those that every rank raises alike are told by one; what is wrong on one machine by its ranks.
-        if is_main or not isinstance(error, UsageError | CheckpointError | Diverged):
+        if is_main or isinstance(error, CorpusError) or not isinstance(error, UsageError | CheckpointError | Diverged):
             where = "" if is_main or isinstance(error, LostRank) else f" on rank {rank}"
             tell(f"error{where}: {error}")
         return INTERRUPTED if isinstance(error, LostRank) else 2
+    except StoppedEarly as stopped:
+        if is_main:
+            tell(str(stopped))
+        return stopped.status
     except KeyboardInterrupt:
         if is_main:
             tell("ended at once: what was not saved is lost; --resume goes on from the newest checkpoint")
@@ -94,8 +99,19 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     micro_batch_size, accumulation = plan_batch(options, world.size)
     choose_kernels(options.kernels, world)
     precision = auto_precision(world.device) if options.precision == "auto" else options.precision
-    run = Run.open(options, world, console)
+    with Run.open(options, world, console) as run:
+        signals.abandon = run.close
+        return go(run, signals, console, precision, micro_batch_size, accumulation)
+
+
+def go(
+    run: Run, signals: Signals, console: Console, precision: Precision, micro_batch_size: int, accumulation: int
+) -> int:
+    """The run that `train` opened."""
+    options, world = run.options, run.world
     corpora = Corpora(options, world, console)
+    if options.val_every:
+        corpora.need_validation()
     options = run.options = replace(options, model=corpora.model)
     model = build_model(options, world, precision)
     zero = Zero2(
@@ -116,45 +132,59 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     log = MetricsLog(run.directory, done, flatten(options.recipe_fields())) if world.is_main else None
     peak = peak_flops(world.device)
     flops_per_token = options.model.flops_per_token(options.sequence_length, causal=False)
-    batches = iter(loader)
+    trouble = Trouble(world)
+    batches = [next(loader) for _ in range(accumulation)]
     steps = options.steps
     last = min(steps, done + options.stop_after) if options.stop_after else steps
 
+    signals.ready()
     started, first = time.perf_counter(), done
-    with run, Display(console, steps, done, options.log_every) as display:
+    with Display(console, steps, done, options.log_every) as display:
         if done == 0 and options.val_every:
-            losses = validate(model, corpora, options.val_rows, micro_batch_size, signals)
+            losses = validate(model, corpora, options.val_rows, micro_batch_size, signals, trouble)
             if losses:
                 display.validation_before(corpora.weighted(losses))
                 if log:
-                    log.validation_before(corpora.weighted(losses), losses)
-        while done < last and not signals.stop:
+                    with trouble.kept():
+                        log.validation_before(corpora.weighted(losses), losses)
+        while done < last and not signals.stop and not signals.ended:
             tick = time.perf_counter()
             lr = options.learning_rate_at(done)
             loss = torch.zeros((), device=world.device)
-            for micro_step in range(accumulation):
-                batch = next(batches)
+            for micro_step, batch in enumerate(batches):
                 micro_loss = zero.loss(batch.input_ids.to(world.device), batch.labels.to(world.device))
                 zero.backward(micro_loss)
                 loss += micro_loss.detach() / accumulation
                 outcome = zero.step(lr, last_micro_batch=micro_step == accumulation - 1)
             assert outcome is not None
             done += 1
-            mean_loss = signals.agree(loss, failed=run.save_failed, broken=outcome.broken)
+            if done < last:  # the next step's rows, all of them: one that cannot be read does not break a step off
+                with trouble.kept():
+                    batches = [next(loader) for _ in range(accumulation)]
+            mean_loss = signals.agree(
+                loss, save=run.save_due, failed=run.save_failed, broken=outcome.broken, ended=trouble.here
+            )
             seconds = time.perf_counter() - tick
-            if signals.failed:
-                run.wait()
+            if signals.failed:  # on every rank, the save raises what went wrong in it; another is tried below
+                with trouble.kept():
+                    run.wait()
+                signals.ended = True
+                if outcome.hopeless or not math.isfinite(mean_loss):
+                    trouble.end()
             if signals.broken:
                 raise Diverged(explain_broken(model, done, lr, run.last_checkpoint()))
             if outcome.hopeless or not math.isfinite(mean_loss):
+                loader.seek(done * options.global_batch_size)
                 found = find_overflow(model, loader, accumulation, outcome.loss_scale, world)
                 raise Diverged(explain(found, done, mean_loss, outcome.loss_scale, precision, run.last_checkpoint()))
             val_losses = None
-            if options.val_every and (done % options.val_every == 0 or done == steps):
-                val_losses = validate(model, corpora, options.val_rows, micro_batch_size, signals)
+            if options.val_every and (done % options.val_every == 0 or done == steps) and not signals.ended:
+                val_losses = validate(model, corpora, options.val_rows, micro_batch_size, signals, trouble)
             scores = None
-            if tasks and (done % options.eval_every == 0 or done == steps):
-                scores = tasks(as_phi(model, options))
+            if tasks and (done % options.eval_every == 0 or done == steps) and not signals.ended:
+                with trouble.kept():  # on every rank
+                    scores = tasks(as_phi(model, options))
+                signals.ended |= trouble.here
             tokens_per_s = options.tokens_per_step / seconds
             record = StepRecord(
                 step=done,
@@ -172,12 +202,18 @@ def train(options: Options, signals: Signals, console: Console) -> int:
                 tasks=scores,
             )
             if log:
-                log.write(record)
+                with trouble.kept():
+                    log.write(record)
             display.step(record, (time.perf_counter() - started) / (done - first) * (steps - done))
             if signals.save or (options.save_every and done % options.save_every == 0 and done < last):
                 run.save(zero, loader, done)
-        saved = run.save(zero, loader, done)
+        with trouble.while_saving():
+            saved = run.save(zero, loader, done)
+            run.wait()
     loader.close()
+    if signals.ended or trouble.here:
+        console.print(f"saved {saved}")
+        trouble.end()
     if done == steps and sampling and world.is_main:
         text = sample(model, corpora, options, sampling)
         console.rule("sample")
@@ -198,51 +234,34 @@ def train(options: Options, signals: Signals, console: Console) -> int:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, corpora: Corpora, rows: int, batch: int, signals: Signals) -> dict[str, float]:
+def validate(
+    model: nn.Module, corpora: Corpora, rows: int, batch: int, signals: Signals, trouble: Trouble
+) -> dict[str, float]:
     """Mean loss over the first `rows` validation rows of each corpus, in nats a token; the ranks share the rows.
 
-    Empty where a rank was asked to stop meanwhile; `signals.stop` is then set on all.
+    Empty where a rank was asked to stop meanwhile, or could not read its rows; `signals.stop` or `ended` is then set on
+    all.
     """
     world = signals.world
     model.eval()
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in corpora.paths}
-    for name, input_ids, labels in corpora.validation(rows, batch):
-        if signals.stop_received:
-            break
-        loss = model(input_ids.to(world.device), labels.to(world.device)).loss
-        sums[name] += torch.tensor([float(loss) * labels.numel(), labels.numel()])
+    with trouble.kept():
+        for name, input_ids, labels in corpora.validation(rows, batch):
+            if signals.stop_received:
+                break
+            loss = model(input_ids.to(world.device), labels.to(world.device)).loss
+            sums[name] += torch.tensor([float(loss) * labels.numel(), labels.numel()])
     model.train()
-    asked = torch.tensor([float(signals.stop_received), 0.0], dtype=torch.float64)
+    asked = torch.tensor([float(signals.stop_received), float(trouble.here)], dtype=torch.float64)
     table = torch.stack([asked, *sums.values()]).to(world.device)  # (1 + corpora, [loss sum, labels])
     if world.size > 1:
         dist.all_reduce(table)
-    if table[0, 0] > 0:
-        signals.stop = True
+    signals.stop |= bool(table[0, 0] > 0)
+    signals.ended |= bool(table[0, 1] > 0)
+    if signals.stop or signals.ended:
         return {}
     means = (table[1:, 0] / table[1:, 1]).tolist()
     return {name: mean for name, mean in zip(sums, means, strict=True) if mean == mean}  # NaN: no validation rows
-
-
-def build_model(options: Options, world: World, precision: Precision) -> nn.Module:
-    """The model from its seed, the same on every rank, in the dtype it is trained in."""
-    torch.manual_seed(options.seed)
-    if options.implementation == "reference":
-        model: nn.Module = ReferencePhi(options.model)
-    else:
-        model = Phi(options.model, recompute=options.recompute)
-    return model.to(world.device, DTYPES[precision])
-
-
-def plan_sample(options: Options, tokenizer: Tokenizer) -> Sampling:
-    """How the sample at the end is drawn. Raises UsageError for a --sample-prompt that fills the model's context."""
-    prompt = len(tokenizer.encode(options.sample_prompt, add_special_tokens=False).ids)
-    context = options.model.max_position_embeddings
-    if prompt >= context:
-        raise UsageError(
-            f"--sample-prompt has {prompt} tokens, and the model's context of {context} leaves none to sample: shorten "
-            "it, or give --sample-tokens 0"
-        )
-    return Sampling(max_new_tokens=min(options.sample_tokens, context - prompt), temperature=0.8, seed=options.seed)
 
 
 def sample(model: nn.Module, corpora: Corpora, options: Options, sampling: Sampling) -> str:
@@ -260,56 +279,10 @@ def as_phi(model: nn.Module, options: Options) -> Phi:
     return phi
 
 
-def header(
-    console: Console,
-    options: Options,
-    world: World,
-    run: Run,
-    corpora: Corpora,
-    precision: Precision,
-    micro_batch_size: int,
-    accumulation: int,
-    done: int,
-) -> None:
-    """What is about to run, before the first step."""
-    config, left = options.model, options.steps - done
-    used = in_use(world.device)
-    if options.implementation == "reference":
-        used = {"adam": used["adam"]}
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
-    batch = f"{options.global_batch_size} rows = {micro_batch_size} × {accumulation} accumulated × {world.size} ranks"
-    lines = {
-        "recipe": f"{options.recipe} → {run.directory}",
-        "model": f"{config.num_parameters():,} parameters: {config.num_hidden_layers} layers, "
-        f"width {config.hidden_size}, vocabulary {config.vocab_size}, {options.implementation}",
-        "data": corpora.summary(),
-        "device": f"{world.size} × {device}{threads}, {precision}, DeepSpeed ZeRO-2, {options.zero_step} step",
-        "kernels": back_ends(used),
-        "batch": f"{batch}, of {options.sequence_length} tokens",
-        "to go": f"{left:,} steps, {left * options.tokens_per_step:,} tokens"
-        if left > 0
-        else f"nothing: {done:,} steps are done, and --tokens asks for {options.steps:,}",
-    }
-    show(console, lines)
-
-
 def expected(error: Exception) -> bool:
     """True for errors whose message is meant for the user; others keep their traceback."""
     explained = (UsageError, CheckpointError, BackendUnavailable, ManifestError, FormatError, TokenizerError)
     return isinstance(error, (*explained, CorpusError, Diverged, LostRank, OSError))
-
-
-def choose_kernels(choice: str, world: World) -> None:
-    """Carry out --kernels: "auto", or "BACKEND,op=BACKEND,…". Raises UsageError or BackendUnavailable."""
-    for part in choice.split(","):
-        left, equals, right = part.strip().partition("=")
-        try:
-            use(right, op=left) if equals else use(left)
-        except ValueError as error:
-            raise UsageError(f"--kernels {choice}: {error}") from None
-    for op in OPS:
-        implementation(op, world.device)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,7 @@ def test_a_signal_saves_and_says_how_to_go_on(stdlib: Path, tmp_path: Path, numb
 
 def test_the_second_ctrl_c_ends_it_now(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(options: Options, signals: Signals, console: Console) -> int:
+        signals.ready()
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.stop_received
         os.kill(os.getpid(), signal.SIGINT)

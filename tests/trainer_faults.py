@@ -132,3 +132,13 @@ def multiply_loss_at_steps(rank: int, given: list[int]) -> None:
         return loss(zero, *arguments) * (5 if taken in given and rank == 0 else 1)
 
     Zero2.loss = inject  # type: ignore[method-assign]
+
+
+def sleep_on(rank: int, given: list[float]) -> None:
+    """This rank sleeps given[rank] seconds before it begins."""
+    time.sleep(given[rank])
+
+
+def environment(rank: int, given: dict[str, str]) -> None:
+    """Variables of the environment that the trainer finds."""
+    os.environ.update(given)

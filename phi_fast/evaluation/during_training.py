@@ -38,16 +38,47 @@ class TasksDuringTraining:
             raise UsageError(f"--eval-every needs lm-eval: pip install 'phi-fast[eval]' ({error})") from error
         self.options, self.tokenizer, self.world = options, tokenizer, world
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if options.eval_data is None:
+            problem = world.broadcast(self._fetch() if world.is_main else None)
+            if problem is not None:
+                raise UsageError(problem)
+
+    def _fetch(self) -> str | None:
+        """Have the hub's data sets here, as every later score will find them; why that cannot be done."""
+        for task in self.options.eval_tasks:
+            try:
+                harness.fetch(task)
+            except Exception as error:  # of the hub, the network, the cache, of any kind
+                reason = " ".join(str(error).split())[:300]
+                return (
+                    f"--eval-tasks {task}: its questions cannot be had from the hub ({type(error).__name__}: {reason})."
+                    f" Give a folder with {task}.jsonl by --eval-data, or --eval-every 0"
+                )
+        return None
 
     def __call__(self, model: Phi) -> dict[str, float]:
         """Accuracy by task, on the first --eval-limit questions of each; the same on every rank."""
-        scores: dict[str, float] = {}
+        scores: dict[str, float] | str = {}
         if self.world.is_main:
-            from .lm import PhiFastLM
+            try:
+                scores = self._score(model)
+            except Exception as error:  # lm-eval's own are of any kind: every rank learns of it, and saves
+                if self.world.size == 1:
+                    raise
+                scores = f"the model could not be scored on --eval-tasks: {type(error).__name__}: {error}"
+        scores = self.world.broadcast(scores)
+        if isinstance(scores, str):
+            raise UsageError(scores)
+        return scores
 
-            model.eval()
-            lm = PhiFastLM(model=model, hf_tokenizer=self.tokenizer, console=Console(quiet=True))
-            for task in self.options.eval_tasks:
-                scores[task] = harness.run(task, lm, self.options.eval_data, self.options.eval_limit).score
-            model.train()
-        return self.world.broadcast(scores)
+    def _score(self, model: Phi) -> dict[str, float]:
+        from .lm import PhiFastLM
+
+        model.eval()
+        lm = PhiFastLM(model=model, hf_tokenizer=self.tokenizer, console=Console(quiet=True))
+        scores = {
+            task: harness.run(task, lm, self.options.eval_data, self.options.eval_limit).score
+            for task in self.options.eval_tasks
+        }
+        model.train()
+        return scores

@@ -61,6 +61,11 @@ def run(task: str, lm: Any, data: Path | None, limit: int | None, *, mmlu_shots:
     return TaskResult.of(task, "acc", questions, shots=shots, notes=notes)
 
 
+def fetch(task: str) -> None:
+    """Load the hub's questions of a task, which lm-eval downloads into its cache. Raises what the download raises."""
+    _load([task], local=False)
+
+
 def local_group(task: str, rows: list[Row], shots: int, notes: list[str]) -> dict[str, Any]:
     """lm-eval's specification of a task on local rows: the shipped definition, with another source of documents."""
     return {"group": f"phi_fast_{task}", "task": _local_tasks(task, rows, shots, notes)}
