@@ -79,7 +79,7 @@ def adam_step_(
         found_inf=found_inf,
         nonfinite=nonfinite,
     )
-    mark_written(params, *lists[2:])
+    mark_written(params, *lists[2:], [] if nonfinite is None else [nonfinite])
 
 
 def grad_norm_squared(grads: Tensor | Sequence[Tensor]) -> Tensor:

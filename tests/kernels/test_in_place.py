@@ -63,12 +63,13 @@ def test_fused_adam(dtype: torch.dtype) -> None:
 def test_adam_step_(compiled: bool) -> None:
     tensors = lists(5)
     step = torch.zeros((), device=DEVICE)
-    written = [*tensors[0], *tensors[2], *tensors[3], *tensors[4], step]
+    nonfinite = torch.zeros((), device=DEVICE)
+    written = [*tensors[0], *tensors[2], *tensors[3], *tensors[4], step, nonfinite]
     leaf = torch.ones((), requires_grad=True, device=DEVICE)
     stale = [(tensor * leaf).sum() for tensor in written]  # needs the tensor's value for the leaf's gradient
     versions = [grad._version for grad in tensors[1]]
     run = torch.compile(adam_step_, backend="aot_eager") if compiled else adam_step_
-    run(*tensors, step=step, lr=0.1)
+    run(*tensors, step=step, lr=0.1, nonfinite=nonfinite)
     for loss in stale:
         with pytest.raises(RuntimeError, match=STALE):
             loss.backward()

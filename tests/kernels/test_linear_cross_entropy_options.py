@@ -352,6 +352,14 @@ def test_operators_and_compile(reduction: str) -> None:
     assert all(torch.equal(eager[name], captured[name]) for name in eager)
 
 
+def test_a_second_derivative_of_the_rows_losses_is_refused() -> None:
+    inputs = {name: x.requires_grad_() for name, x in make(5, 8, 20, torch.float32, DEVICE).items()}
+    losses = linear_cross_entropy(**inputs, labels=make_labels(5, 20, DEVICE), reduction="none")
+    (first,) = torch.autograd.grad(losses.sum(), inputs["hidden"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy can be differentiated once"):
+        (losses.sum() + first.square().sum()).backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
