@@ -18,6 +18,7 @@ def attention(
     v: Tensor,
     *,
     causal: bool = True,
+    window: tuple[int, int] | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
@@ -25,17 +26,23 @@ def attention(
 ) -> Tensor:
     """softmax(scale q kᵀ + mask) v.
 
-    q (batch, sequence, heads, head_dim); k, v (batch, sequence, key_heads, head_dim), heads a multiple of key_heads
+    q (batch, sequence, heads, head_dim); k, v (batch, keys, key_heads, head_dim), heads a multiple of key_heads
     (grouped-query attention); one dtype of fp16, bf16, fp32, fp64 (Triton: not fp64); any strides with the last one 1,
     so slices of a packed buffer are read where they lie. Scores, softmax and sums are fp32 (fp64 for fp64). Returns
     (batch, sequence, heads, head_dim) in q's dtype.
 
-    causal: a row sees itself and the rows before it. scale: head_dim ** -0.5 where None.
-    cu_seqlens: (documents + 1,) int32, 0 = first <= ... <= last = sequence, with batch 1: documents joined end to end,
-    none of which sees another. Its values are the caller's word: checking them would wait for the device.
+    Rows are aligned with the last keys, as in flash-attention from version 2.1 on: row i stands at key
+    i + keys - sequence.
+    causal: a row sees the key it stands at and those before it.
+    window (left, right): of these, only so many keys before and behind the one it stands at; -1 leaves a side open.
+    Blocks of keys that no row of a block of rows sees are skipped, forward and backward. A row that sees no key gives
+    0, and its gradient is 0.
+    scale: head_dim ** -0.5 where None.
+    cu_seqlens: (documents + 1,) int32, 0 = first <= ... <= last = sequence = keys, with batch 1: documents joined end
+    to end, none of which sees another. Its values are the caller's word: checking them would wait for the device.
     cos, sin: (positions, rotary_dim / 2) fp32 from `rotary_table`: the first rotary_dim of each head's dims of q and k
-    are rotated in half-split pairs, by the row in its document, while they are read; the gradients come back unrotated.
-    The table must reach the longest document.
+    are rotated in half-split pairs while they are read, a key by its place in its document, a row by that of the key
+    it stands at; the gradients come back unrotated. The table must reach the longest document, and sequence <= keys.
 
     The backward is deterministic: no atomics, so two runs give the same bits.
 
@@ -43,29 +50,31 @@ def attention(
     """
     by_library = dispatch.by_library("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
     _check(q, k, v, cu_seqlens, cos, sin)
+    _check_window(window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive, finite number")
     if by_library:
-        return _forward_op(q, k, v, scale, causal, cu_seqlens, cos, sin)[0]
-    return _Attention.apply(q, k, v, scale, causal, cu_seqlens, cos, sin)
+        return _forward_op(q, k, v, scale, causal, window, cu_seqlens, cos, sin)[0]
+    return _Attention.apply(q, k, v, scale, causal, window, cu_seqlens, cos, sin)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, causal, cu_seqlens, cos, sin):
+    def forward(ctx, q, k, v, scale, causal, window, cu_seqlens, cos, sin):
         kernels = backend.implementation("attention", q.device)
-        out, lse = kernels.forward(q, k, v, scale=scale, causal=causal, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+        options = {"scale": scale, "causal": causal, "window": window, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
+        out, lse = kernels.forward(q, k, v, **options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin)
-        ctx.scale, ctx.causal = scale, causal
+        ctx.scale, ctx.causal, ctx.window = scale, causal, window
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
         backward = _backward_op if dispatch.backward_by_library("attention", dout) else _gradients
-        gradients = backward(dout, q, k, v, out, lse, ctx.scale, ctx.causal, cu_seqlens, cos, sin)
-        return *gradients, None, None, None, None, None
+        gradients = backward(dout, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, cu_seqlens, cos, sin)
+        return *gradients, None, None, None, None, None, None
 
 
 def _gradients(
@@ -77,6 +86,7 @@ def _gradients(
     lse: Tensor,
     scale: float,
     causal: bool,
+    window: list[int] | None,
     cu_seqlens: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -96,6 +106,7 @@ def _gradients(
         dv=dv,
         scale=scale,
         causal=causal,
+        window=window,
         cu_seqlens=cu_seqlens,
         cos=cos,
         sin=sin,
@@ -111,17 +122,19 @@ def _forward_op(
     v: Tensor,
     scale: float,
     causal: bool,
+    window: list[int] | None,
     cu_seqlens: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     kernels = backend.implementation("attention", q.device)
     out = q.new_empty(q.shape)
-    return kernels.forward(q, k, v, out=out, scale=scale, causal=causal, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+    options = {"scale": scale, "causal": causal, "window": window, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
+    return kernels.forward(q, k, v, out=out, **options)
 
 
 @_forward_op.register_fake
-def _(q, k, v, scale, causal, cu_seqlens, cos, sin):
+def _(q, k, v, scale, causal, window, cu_seqlens, cos, sin):
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=statistics)
 
@@ -136,32 +149,33 @@ def _backward_op(
     lse: Tensor,
     scale: float,
     causal: bool,
+    window: list[int] | None,
     cu_seqlens: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(dout, q, k, v, out, lse, scale, causal, cu_seqlens, cos, sin)
+    return _gradients(dout, q, k, v, out, lse, scale, causal, window, cu_seqlens, cos, sin)
 
 
 @_backward_op.register_fake
-def _(dout, q, k, v, out, lse, scale, causal, cu_seqlens, cos, sin):
+def _(dout, q, k, v, out, lse, scale, causal, window, cu_seqlens, cos, sin):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, scale, causal, cu_seqlens, cos, sin = inputs
+    q, k, v, scale, causal, window, cu_seqlens, cos, sin = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin)
-    ctx.scale, ctx.causal = scale, causal
+    ctx.scale, ctx.causal, ctx.window = scale, causal, window
     ctx.set_materialize_grads(False)
 
 
 def _op_backward(ctx, dout, dlse):
     q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
     if dout is None:
-        return (None,) * 8
-    gradients = _backward_op(dout, q, k, v, out, lse, ctx.scale, ctx.causal, cu_seqlens, cos, sin)
-    return *gradients, None, None, None, None, None
+        return (None,) * 9
+    gradients = _backward_op(dout, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, cu_seqlens, cos, sin)
+    return *gradients, None, None, None, None, None, None
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -183,18 +197,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tens
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v has {tuple(v.shape)}; expected the same")
     batch, sequence, heads, head_dim = q.shape
-    if k.shape[:2] != (batch, sequence) or k.shape[3] != head_dim:
+    if k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(
-            f"q has shape {tuple(q.shape)} and k has {tuple(k.shape)}; all but the number of heads must be the same"
+            f"q has shape {tuple(q.shape)} and k has {tuple(k.shape)}; batch and head_dim must be the same"
         )
     if heads == 0 or k.shape[2] == 0 or heads % k.shape[2]:
         raise ValueError(f"{heads} query heads cannot be shared out over {k.shape[2]} key heads; expected a multiple")
+    if k.shape[1] != sequence and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens needs as many keys as rows, not {k.shape[1]} for {sequence}; leave it out")
     if cu_seqlens is not None:
         _check_documents(cu_seqlens, q)
     if (cos is None) != (sin is None):
         raise ValueError(f"{'cos' if cos is None else 'sin'} is None and the other is not; give both or neither")
     if cos is not None and sin is not None:
-        _check_rotary(cos, sin, q, documents=cu_seqlens is not None)
+        _check_rotary(cos, sin, q, k.shape[1], documents=cu_seqlens is not None)
 
 
 def _check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
@@ -208,7 +224,7 @@ def _check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q is on {q.device}; move them to one device")
 
 
-def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, *, documents: bool) -> None:
+def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, keys: int, *, documents: bool) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape != cos.shape:
             raise ValueError(
@@ -220,7 +236,14 @@ def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, *, documents: bool) -> No
             raise ValueError(f"{name} is on {table.device} and q is on {q.device}; move them to one device")
     if 2 * cos.shape[1] > q.shape[3]:
         raise ValueError(f"cos and sin rotate {2 * cos.shape[1]} dims and head_dim is {q.shape[3]}; expected no more")
-    if not documents and cos.shape[0] < q.shape[1]:
+    if q.shape[1] > keys:
         raise ValueError(
-            f"cos and sin have {cos.shape[0]} positions for a sequence of {q.shape[1]}; make a longer table"
+            f"cos and sin need no more rows than keys, not {q.shape[1]} for {keys}: the first rows stand before key 0"
         )
+    if not documents and cos.shape[0] < keys:
+        raise ValueError(f"cos and sin have {cos.shape[0]} positions for a sequence of {keys}; make a longer table")
+
+
+def _check_window(window: tuple[int, int] | None) -> None:
+    if window is not None and (len(window) != 2 or min(window) < -1):
+        raise ValueError(f"window is {window}; expected (left, right), each a number of keys or -1 for no limit")

@@ -11,32 +11,50 @@ namespace phi_fast::cpu::PHI_ISA {
 /// the first-level cache.
 inline constexpr int64_t kBlock = 64;
 
-/// Rows of one batch entry that see each other and nothing else.
+/// Rows of one batch entry, and the keys that they see at most: both from `start` on.
 struct Segment {
-  int64_t batch, start, length;
+  int64_t batch, start, length, keys;
 };
 
 inline int64_t segment_count(const Attention& a) { return a.documents ? a.document_count : a.batch; }
 
 inline Segment segment_of(const Attention& a, int64_t index) {
-  if (!a.documents) return {index, 0, a.sequence};
-  return {0, a.documents[index], int64_t{a.documents[index + 1]} - a.documents[index]};
+  if (!a.documents) return {index, 0, a.sequence, a.keys};
+  const int64_t length = int64_t{a.documents[index + 1]} - a.documents[index];
+  return {0, a.documents[index], length, length};
 }
 
-inline int64_t longest_segment(const Attention& a) {
-  int64_t longest = 0;
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/// Room for any segment: the most rows and the most keys.
+inline Segment longest_segment(const Attention& a) {
+  Segment longest{0, 0, 0, 0};
   for (int64_t i = 0; i < segment_count(a); ++i) {
-    const int64_t length = segment_of(a, i).length;
-    if (length > longest) longest = length;
+    const Segment segment = segment_of(a, i);
+    longest.length = larger(longest.length, segment.length);
+    longest.keys = larger(longest.keys, segment.keys);
   }
   return longest;
 }
 
-/// Keys that row `row` of a segment of `length` rows sees: the first so many.
-inline int64_t visible_keys(const Attention& a, int64_t row, int64_t length) {
-  if (row >= length) return 0;
-  return a.causal ? row + 1 : length;
+/// Places first … end - 1 of a segment; first <= end.
+struct Span {
+  int64_t first, end;
+};
+
+/// Keys that row `row` of a segment sees. Neither end falls from one row to the next.
+inline Span visible_keys(const Attention& a, Segment segment, int64_t row) {
+  if (row >= segment.length) return {0, 0};
+  return {larger(0, row + a.least), larger(0, smaller(segment.keys, row + a.most + 1))};
 }
+
+/// Rows of a segment that see any of the keys first … end - 1.
+inline Span seeing_rows(const Attention& a, Segment segment, Span keys) {
+  const int64_t first = larger(0, keys.first - a.most);
+  return {first, larger(first, smaller(segment.length, keys.end - a.least))};
+}
+
+inline int64_t round_down(int64_t count, int64_t multiple) { return count / multiple * multiple; }
 
 /// Rows and dims padded with zeros to what the products' words want.
 template <class W>
@@ -75,12 +93,18 @@ class Arena {
 struct Part {
   Segment segment;
   int64_t head, first, count;
+  int64_t shift = 0;  // a row's position for the rotation, less its place
 };
+
+inline void rotate_row(const Attention& a, float* row, int64_t position, float direction) {
+  const int64_t at = position * a.half;
+  rotate_pairs(row, row + a.half, a.cos + at, a.sin + at, direction, a.half);
+}
 
 /// Packs a part, padded with zeros to whole W::kGrain rows. along: (rows, dims)
 /// with words along the dims; across: (rows, dims) with words across rows;
 /// either may be null. `rotate`: by the table, at the row's place in the
-/// segment.
+/// segment plus the part's shift.
 template <class T, class W>
 void pack(const Attention& a, const Heads& x, Part part, bool rotate, typename W::Word* along,
           typename W::Word* across) {
@@ -95,7 +119,7 @@ void pack(const Attention& a, const Heads& x, Part part, bool rotate, typename W
       if (there == 0) continue;
       const T* from = x.row<T>(part.segment.batch, part.segment.start + place, part.head);
       for_lanes(there, [=](int64_t d, auto lanes) { store(row + d, load(from + d, lanes), lanes); });
-      if (rotate) rotate_pairs(row, row + a.half, a.cos + place * a.half, a.sin + place * a.half, 1.0f, a.half);
+      if (rotate) rotate_row(a, row, place + part.shift, 1.0f);
     }
     for (int64_t d = 0; d < padded.dims; d += Vec::kLanes) {
       Vec lanes[kRows];
@@ -126,7 +150,7 @@ void unpack(const Attention& a, float* rows, int64_t width, const Heads& x, Part
   for (int64_t r = 0; r < part.count; ++r) {
     float* const row = rows + r * width;
     const int64_t place = part.first + r;
-    if (rotate) rotate_pairs(row, row + a.half, a.cos + place * a.half, a.sin + place * a.half, -1.0f, a.half);
+    if (rotate) rotate_row(a, row, place + part.shift, -1.0f);
     T* const to = x.row<T>(part.segment.batch, part.segment.start + place, part.head);
     for_lanes(a.head_dim, [=](int64_t i, auto lanes) { store(to + i, load(row + i, lanes) * Vec(factor), lanes); });
   }

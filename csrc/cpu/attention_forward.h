@@ -17,15 +17,15 @@ class ForwardWorker {
  public:
   using Session = typename W::Session;
 
-  static int64_t scratch(const Attention& a, int64_t longest) {
-    const Padded<W> all(a, longest), block(a, kBlock);
+  static int64_t scratch(const Attention& a, Segment longest) {
+    const Padded<W> all(a, longest.keys), block(a, kBlock);
     return Arena::need(all.numbers(), all.numbers(), all.numbers(), block.numbers(), kBlock * kBlock, kBlock * kBlock,
                        block.numbers(), kBlock, kBlock, kBlock, kBlock);
   }
 
-  ForwardWorker(const Attention& a, float* memory, int64_t longest) : a_(a) {
+  ForwardWorker(const Attention& a, float* memory, Segment longest) : a_(a) {
     Arena arena(memory);
-    const Padded<W> all(a, longest), block(a, kBlock);
+    const Padded<W> all(a, longest.keys), block(a, kBlock);
     keys_along_ = arena.take<Word>(all.numbers());
     keys_ = arena.take<Word>(all.numbers());
     values_ = arena.take<Word>(all.numbers());
@@ -40,15 +40,18 @@ class ForwardWorker {
   /// this key head.
   void run(Segment segment, int64_t key_head, int64_t first, int64_t step) {
     if (segment.length == 0) return;
-    const Padded<W> padded(a_, segment.length);
-    const Part keys{segment, key_head, 0, segment.length};
+    // Keys before the first row's window are not even packed.
+    packed_from_ = round_down(visible_keys(a_, segment, 0).first, kBlock);
+    const Part keys{segment, key_head, packed_from_, segment.keys - packed_from_};
+    const Padded<W> padded(a_, keys.count);
     pack<T, W>(a_, a_.k, keys, a_.cos != nullptr, keys_along_, nullptr);
     transpose_blocks(keys_along_, padded.rows, 1, padded.dims / kPer, keys_);
     pack<T, W>(a_, a_.v, keys, false, nullptr, values_);
     const int64_t group = a_.heads / a_.key_heads;
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
       for (int64_t start = first * kBlock; start < segment.length; start += step * kBlock) {
-        query_block({segment, head, start, smaller(kBlock, segment.length - start)}, padded);
+        const int64_t count = smaller(kBlock, segment.length - start);
+        query_block({segment, head, start, count, segment.keys - segment.length}, padded);
       }
     }
   }
@@ -56,37 +59,43 @@ class ForwardWorker {
  private:
   void query_block(Part part, Padded<W> padded) {
     const Segment segment = part.segment;
-    const int64_t rows = smaller(kBlock, padded.rows - part.first), words = padded.dims / kPer;
+    const int64_t rows = Padded<W>(a_, part.count).rows, words = padded.dims / kPer;
     pack<T, W>(a_, a_.q, part, a_.cos != nullptr, queries_, nullptr);
     fill(out_, rows * padded.dims, 0.0f);
     // The least finite number: a row of scores -inf leaves it, and is then seen by what it sums to.
     fill(max_, kBlock, std::numeric_limits<float>::lowest());
     fill(sum_, kBlock, 0.0f);
-    const int64_t seen = visible_keys(a_, part.first + part.count - 1, segment.length);
-    for (int64_t key = 0; key < seen; key += kBlock) {
-      const int64_t columns = smaller(kBlock, padded.rows - key);
-      multiply<W, false>(rows, columns, words, queries_, words, keys_ + key * words, kBlock, scores_, kBlock);
+    const int64_t first = round_down(visible_keys(a_, segment, part.first).first, kBlock);
+    const int64_t end = visible_keys(a_, segment, part.first + part.count - 1).end;
+    for (int64_t key = first; key < end; key += kBlock) {
+      const int64_t at = key - packed_from_, columns = smaller(kBlock, padded.rows - at);
+      multiply<W, false>(rows, columns, words, queries_, words, keys_ + at * words, kBlock, scores_, kBlock);
       for (int64_t r = 0; r < rows; ++r) {
-        find_maximum(r, visible_keys(a_, part.first + r, segment.length) - key, columns);
+        const Span seen = visible_keys(a_, segment, part.first + r);
+        find_maximum(r, {seen.first - key, seen.end - key}, columns);
       }
       shrink_to_maximum(rows, padded.dims);
       for (int64_t r = 0; r < rows; ++r) weigh(r, columns);
-      multiply<W, true>(rows, padded.dims, columns / kPer, weights_, kBlock / kPer, values_ + key / kPer * padded.dims,
+      multiply<W, true>(rows, padded.dims, columns / kPer, weights_, kBlock / kPer, values_ + at / kPer * padded.dims,
                         padded.dims, out_, padded.dims);
     }
     float* const lse = a_.lse + (segment.batch * a_.heads + part.head) * a_.sequence + segment.start + part.first;
     for (int64_t r = 0; r < part.count; ++r) {
-      lse[r] = max_[r] * a_.scale + std::log(sum_[r]);
+      lse[r] = max_[r] * a_.scale + std::log(sum_[r]);  // -inf where the row sees nothing
       const Part row{segment, part.head, part.first + r, 1};
-      unpack<T>(a_, out_ + r * padded.dims, padded.dims, a_.out, row, 1 / sum_[r], false);
+      const Span seen = visible_keys(a_, segment, row.first);
+      const float factor = seen.first == seen.end ? 0.0f : 1 / sum_[r];
+      unpack<T>(a_, out_ + r * padded.dims, padded.dims, a_.out, row, factor, false);
     }
   }
 
-  /// The row's maximum with this block's keys, of which it sees the first
-  /// `visible`; the scores of the others become -inf.
-  void find_maximum(int64_t r, int64_t visible, int64_t columns) {
+  /// The row's maximum with this block's keys, of which it sees those of the
+  /// span; the scores of the others become -inf.
+  void find_maximum(int64_t r, Span seen, int64_t columns) {
     float* const scores = scores_ + r * kBlock;
-    for (int64_t i = visible < 0 ? 0 : visible; i < columns; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+    constexpr float kHidden = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < smaller(seen.first, columns); ++i) scores[i] = kHidden;
+    for (int64_t i = larger(0, seen.end); i < columns; ++i) scores[i] = kHidden;
     Vec top(max_[r]);
     for (int64_t i = 0; i < columns; i += Vec::kLanes) top = max(load(scores + i), top);
     larger_[r] = max(top);
@@ -122,6 +131,7 @@ class ForwardWorker {
   }
 
   const Attention& a_;
+  int64_t packed_from_ = 0;
   Word *keys_along_, *keys_, *values_, *queries_, *weights_;
   float *scores_, *out_, *max_, *larger_, *shrink_, *sum_;
 };
@@ -129,11 +139,13 @@ class ForwardWorker {
 inline void attention_forward(const Attention& a) {
   with_type(a.dtype, [&](auto type) {
     using Worker = ForwardWorker<decltype(type)>;
-    const int64_t heads = segment_count(a) * a.key_heads, longest = longest_segment(a);
-    if (heads == 0 || longest == 0) return;
-    const int threads = threads_for(a.batch * a.sequence * a.heads * a.head_dim, a.threads);
+    const int64_t heads = segment_count(a) * a.key_heads,
+                  work = a.batch * larger(a.sequence, a.keys) * a.heads * a.head_dim;
+    const Segment longest = longest_segment(a);
+    if (heads == 0 || longest.length == 0) return;
+    const int threads = threads_for(work, a.threads);
     // Heads are cut where there are too few to go round; each cut packs the keys again.
-    const int64_t blocks = round_up(longest, kBlock) / kBlock;
+    const int64_t blocks = round_up(longest.length, kBlock) / kBlock;
     const int64_t cuts = threads == 1 ? 1 : smaller(blocks, (4 * threads + heads - 1) / heads);
     const int64_t each = Worker::scratch(a, longest);
     const Scratch memory(each * threads);

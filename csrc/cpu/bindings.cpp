@@ -109,17 +109,18 @@ void check_documents(const int32_t* ends, int64_t count, int64_t sequence) {
 void bind_attention(py::module_& module) {
   module.def(
       "attention",
-      [](int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> sizes, const std::vector<Strided>& tensors,
-         Address lse, Address documents, int64_t document_count, Address cos, Address sin, int64_t half, float scale,
-         bool causal, int threads) {
-        const auto [batch, sequence, heads, key_heads, head_dim] = sizes;
+      [](int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
+         const std::vector<Strided>& tensors, Address lse, Address documents, int64_t document_count, Address cos,
+         Address sin, int64_t half, float scale, int64_t least, int64_t most, int threads) {
+        const auto [batch, sequence, keys, heads, key_heads, head_dim] = sizes;
         Attention a{};
         a.dtype = DType(dtype);
-        a.batch = batch, a.sequence = sequence, a.heads = heads, a.key_heads = key_heads, a.head_dim = head_dim;
+        a.batch = batch, a.sequence = sequence, a.keys = keys, a.heads = heads, a.key_heads = key_heads,
+        a.head_dim = head_dim;
         a.lse = pointer<float>(lse);
         a.documents = pointer<int32_t>(documents), a.document_count = document_count;
         a.cos = pointer<float>(cos), a.sin = pointer<float>(sin), a.half = half;
-        a.scale = scale, a.causal = causal, a.threads = threads;
+        a.scale = scale, a.least = least, a.most = most, a.threads = threads;
         if (a.documents) check_documents(a.documents, document_count, sequence);
         Heads* const places[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
         for (size_t i = 0; i < tensors.size(); ++i) *places[i] = heads_of(tensors[i]);

@@ -94,7 +94,7 @@ struct Heads {
 
 struct Attention {
   DType dtype;
-  int64_t batch, sequence, heads, key_heads, head_dim;
+  int64_t batch, sequence, keys, heads, key_heads, head_dim;  // keys: rows of k and v
   Heads q, k, v, out;
   float* lse;                // (batch, heads, sequence)
   const int32_t* documents;  // ends of documents, 0 first, with batch 1; or null
@@ -102,7 +102,7 @@ struct Attention {
   const float *cos, *sin;  // (positions, half), or null: q and k are rotated
   int64_t half;
   float scale;
-  bool causal;
+  int64_t least, most;  // row i of a document sees its key j where least <= j - i <= most
   int threads;
   Heads dout, dq, dk, dv;  // of the backward
 };

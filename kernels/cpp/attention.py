@@ -11,6 +11,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
+from ..reference.attention import band
 from ._tensors import address, code
 
 _OP = "attention"
@@ -24,6 +25,7 @@ def forward(
     out: Tensor | None = None,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
@@ -31,7 +33,7 @@ def forward(
     """See `reference.attention.forward`. Raises TypeError for another dtype, ValueError for a stride or document."""
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    _call([q, k, v, out], lse, scale, causal, cu_seqlens, cos, sin)
+    _call([q, k, v, out], lse, scale, causal, window, cu_seqlens, cos, sin)
     return out, lse
 
 
@@ -48,12 +50,13 @@ def backward(
     dv: Tensor,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
     """See `reference.attention.backward`. Raises as `forward` does."""
-    _call([q, k, v, out, dout, dq, dk, dv], lse, scale, causal, cu_seqlens, cos, sin)
+    _call([q, k, v, out, dout, dq, dk, dv], lse, scale, causal, window, cu_seqlens, cos, sin)
 
 
 def _whole(x: Tensor) -> bool:
@@ -65,6 +68,7 @@ def _call(
     lse: Tensor,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None,
     cu_seqlens: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -86,7 +90,7 @@ def _call(
     tables = [None if table is None else table.float().contiguous() for table in (cos, sin)]
     cpu.attention(
         code(_OP, q.dtype),
-        (batch, sequence, heads, k.shape[2], head_dim),
+        (batch, sequence, k.shape[1], heads, k.shape[2], head_dim),
         [(address(x), *x.stride()[:3]) for x in tensors],
         address(lse),
         address(documents),
@@ -94,6 +98,6 @@ def _call(
         *(address(table) for table in tables),
         0 if cos is None else cos.shape[1],
         scale,
-        causal,
+        *band(sequence, k.shape[1], causal, window),
         torch.get_num_threads(),
     )

@@ -17,21 +17,26 @@ def forward(
     out: Tensor | None = None,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q kᵀ + mask) v -> (out, lse).
 
-    q (batch, sequence, heads, head_dim), k and v (batch, sequence, key_heads, head_dim), any strides. out as q; lse
+    q (batch, sequence, heads, head_dim), k and v (batch, keys, key_heads, head_dim), any strides. out as q; lse
     (batch, heads, sequence), natural logarithm, fp32 (fp64 for fp64). cu_seqlens (documents + 1,) int32 with batch 1:
     rows see only their own document. cos, sin (positions, rotary_dim / 2): q and k are rotated first, by the row in the
-    document.
+    document. Rows are aligned with the last keys: row i stands at key i + keys - sequence, for the mask and for the
+    rotation (which needs keys >= sequence). causal: a row sees its own key and those before it. window (left, right):
+    of these, only so many keys before and behind its own, -1 for all. A row that sees no key gets out 0 and lse -inf.
+    cu_seqlens needs keys = sequence.
     """
-    positions = document_positions(q.shape[1], cu_seqlens, q.device)
-    scores = _scores(*_rotated(q, k, cos, sin, positions), scale, causal, cu_seqlens)  # (B, Hkv, G, S, S)
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
+    hidden = _hidden(q, k, causal, window, cu_seqlens)
+    scores = _scores(*_rotated(q, k, cos, sin, positions), scale, hidden)  # (B, Hkv, G, S, keys)
     lse = scores.logsumexp(-1)  # (B, Hkv, G, S)
-    values = (scores - lse[..., None]).exp_() @ _wide(v).movedim(1, 2)[:, :, None]
+    values = _probabilities(scores, lse[..., None], hidden) @ _wide(v).movedim(1, 2)[:, :, None]
     result = values.flatten(1, 2).transpose(1, 2)  # (B, S, H, D)
     out = result.to(q.dtype) if out is None else out.copy_(result)
     return out, lse.flatten(1, 2)
@@ -50,16 +55,18 @@ def backward(
     dv: Tensor,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
     """Writes the gradients of q, k and v (before the rotation, where one was asked for) into dq, dk and dv."""
     key_heads = k.shape[2]
-    positions = document_positions(q.shape[1], cu_seqlens, q.device)
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
     rotated_q, rotated_k = _rotated(q, k, cos, sin, positions)
-    scores = _scores(rotated_q, rotated_k, scale, causal, cu_seqlens)
-    probabilities = (scores - _grouped(lse.transpose(1, 2)[..., None], key_heads)).exp_()
+    hidden = _hidden(q, k, causal, window, cu_seqlens)
+    scores = _scores(rotated_q, rotated_k, scale, hidden)
+    probabilities = _probabilities(scores, _grouped(lse.transpose(1, 2)[..., None], key_heads), hidden)
     grouped_dout = _grouped(_wide(dout), key_heads)  # (B, Hkv, G, S, D)
     dv.copy_((probabilities.mT @ grouped_dout).sum(2).transpose(1, 2))
     dprobabilities = grouped_dout @ _wide(v).movedim(1, 2)[:, :, None].mT
@@ -67,7 +74,7 @@ def backward(
     dscores = probabilities.mul_(dprobabilities.sub_(row_sums)).mul_(scale)
     drotated_q = (dscores @ rotated_k.movedim(1, 2)[:, :, None]).flatten(1, 2).transpose(1, 2)
     drotated_k = (dscores.mT @ _grouped(rotated_q, key_heads)).sum(2).transpose(1, 2)
-    dq.copy_(rotate(drotated_q, cos, sin, positions, inverse=True))
+    dq.copy_(rotate(drotated_q, cos, sin, positions[k.shape[1] - q.shape[1] :], inverse=True))
     dk.copy_(rotate(drotated_k, cos, sin, positions, inverse=True))
 
 
@@ -95,7 +102,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _rotated(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return rotate(_wide(q), cos, sin, positions), rotate(_wide(k), cos, sin, positions)
+    q_positions = positions[k.shape[1] - q.shape[1] :]  # rotary tables are refused where q is the longer
+    return rotate(_wide(q), cos, sin, q_positions), rotate(_wide(k), cos, sin, positions)
 
 
 def _grouped(x: Tensor, key_heads: int) -> Tensor:
@@ -103,10 +111,26 @@ def _grouped(x: Tensor, key_heads: int) -> Tensor:
     return x.movedim(1, 2).unflatten(1, (key_heads, -1))
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
     scores = (_grouped(q, k.shape[2]) @ k.movedim(1, 2)[:, :, None].mT).mul_(scale)
-    hidden = _hidden(q.shape[1], causal, cu_seqlens, q.device)
     return scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+
+
+def _probabilities(scores: Tensor, lse: Tensor, hidden: Tensor | None) -> Tensor:
+    """exp(scores - lse), 0 in rows that see nothing, where that would be exp(-inf + inf)."""
+    probabilities = (scores - lse).exp_()
+    return probabilities if hidden is None else probabilities.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
+
+
+def band(sequence: int, keys: int, causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
+    """(least, most): row i sees key j where least <= j - i <= most. Unbounded sides end where the scores do."""
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    own = keys - sequence  # rows are aligned with the last keys
+    return (
+        -sequence if left < 0 else max(own - left, -sequence),
+        keys if right < 0 else min(own + right, keys),
+    )
 
 
 def _documents(length: int, cu_seqlens: Tensor) -> Tensor:
@@ -115,11 +139,18 @@ def _documents(length: int, cu_seqlens: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens, rows, right=True) - 1
 
 
-def _hidden(length: int, causal: bool, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
-    """(length, length) bool: True where the row may not see the column."""
-    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1) if causal else None
+def _hidden(
+    q: Tensor, k: Tensor, causal: bool, window: tuple[int, int] | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """(sequence, keys) bool: True where the row may not see the key; None where every row sees all."""
+    sequence, keys = q.shape[1], k.shape[1]
+    least, most = band(sequence, keys, causal, window)
+    hidden = None
+    if least > 1 - sequence or most < keys - 1:
+        ahead = torch.arange(keys, device=q.device) - torch.arange(sequence, device=q.device)[:, None]
+        hidden = (ahead < least) | (ahead > most)
     if cu_seqlens is None:
         return hidden
-    document = _documents(length, cu_seqlens)
+    document = _documents(sequence, cu_seqlens)
     other = document[:, None] != document
     return other if hidden is None else hidden | other

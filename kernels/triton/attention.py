@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference.attention import band
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
 from .attention_tiles import HEAD_DIMS, architecture, tile
@@ -32,6 +33,7 @@ def forward(
     out: Tensor | None = None,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
@@ -41,8 +43,12 @@ def forward(
     batch, sequence, heads, _ = q.shape
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((batch, heads, sequence), dtype=torch.float32)
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
-    if q.numel():
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window}
+    options |= {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
+    if not k.numel():
+        out.zero_()
+        lse.fill_(-math.inf)
+    elif q.numel():
         launch("forward", architecture(q.device), q=q, k=k, v=v, out=out, lse=lse, **options)()
     return out, lse
 
@@ -60,6 +66,7 @@ def backward(
     dv: Tensor,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
@@ -68,8 +75,12 @@ def backward(
     _check(q, cos, sin)
     delta = torch.empty_like(lse)
     read: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta}
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
-    if q.numel():
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window}
+    options |= {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
+    if not (q.numel() and k.numel()):
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    else:
         target = architecture(q.device)
         launch("dq", target, **read, out=out, dq=dq, **options)()  # writes delta, which dkv reads
         launch("dkv", target, **read, dk=dk, dv=dv, **options)()
@@ -81,6 +92,7 @@ def launch(
     *,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -90,7 +102,10 @@ def launch(
     kernel = _KERNELS[name]
     q, k = tensors["q"], tensors["k"]
     batch, sequence, heads, head_dim = q.shape
-    key_heads = k.shape[2]
+    keys, key_heads = k.shape[1:3]
+    least, most = band(sequence, keys, causal, window)
+    whole = most >= keys - 1 or (causal and most == 0)  # what the flag CAUSAL, or none, says too
+    banded = keys != sequence or least > 1 - sequence or not whole
     chosen = tile(name, target, head_dim, q.element_size(), cos is not None)
     programs, block = (batch * key_heads, chosen.n) if name == "dkv" else (batch * heads, chosen.m)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -109,19 +124,23 @@ def launch(
         "heads": heads,
         "key_heads": key_heads,
         "sequence": sequence,
+        "keys": keys if banded else None,
+        "least": least if banded else None,
+        "most": most if banded else None,
         "scale": scale,
         "scale_log2": scale * math.log2(math.e),
     }
     return Launch(
         kernel=kernel,
-        grid=(programs, triton.cdiv(sequence, block)),
+        grid=(programs, triton.cdiv(keys if name == "dkv" else sequence, block)),
         arguments={name: value for name, value in arguments.items() if name in kernel.arg_names},
         constants={
             "GROUP": heads // key_heads,
             "D": head_dim,
             "HALF": 0 if cos is None else cos.shape[1],
-            "CAUSAL": causal,
+            "CAUSAL": causal and not banded,
             "VARLEN": cu_seqlens is not None,
+            "BANDED": banded,
             # fp32 products follow torch's own switch.
             "PRECISION": "tf32" if _tf32() else "ieee",
             "M": chosen.m,

@@ -16,8 +16,8 @@ from .rounding import narrow
 @triton.jit
 def _add_dq(
     dq, q, dout, lse, delta, k_tile, v_tile, stride_k, stride_v, start, end,
-    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
+    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, HALF: tl.constexpr,
     N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (M, D), without the scale, plus what the keys start..end give it."""
@@ -26,20 +26,20 @@ def _add_dq(
         columns = n + tl.arange(0, N)
         n_long = tl.cast(n, tl.int64)
         if MASKED:
-            inside = (columns < sequence)[:, None]
+            inside = (columns < keys)[:, None]
             k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)
             v = tl.load(v_tile + n_long * stride_v, mask=inside, other=0.0)
         else:
             k = tl.load(k_tile + n_long * stride_k)
             v = tl.load(v_tile + n_long * stride_v)
         if HALF > 0:
-            k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+            k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
         scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
         p = tl.exp2((scores - lse[:, None]) * scale_log2)
         dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32), PRECISION)
         dscores = p * (dp - delta[:, None])
         if MASKED:
-            seen = visible(rows[:, None], columns[None, :], first, last, sequence, CAUSAL, VARLEN)
+            seen = visible(rows[:, None], columns[None, :], first, last, keys, least, most, CAUSAL, VARLEN, BANDED)
             dscores = tl.where(seen, dscores, 0.0)
         dq = dot(narrow(dscores, k.dtype), k, dq, PRECISION)
     return dq
@@ -52,13 +52,15 @@ def dq_kernel(
     dq_pointer,  # (batch, sequence, heads, D) by stride
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h, stride_dq_b, stride_dq_s, stride_dq_h,
-    heads, sequence, documents, search_steps, scale, scale_log2,
+    heads, sequence, keys, least, most, documents, search_steps, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of M rows of one query head, and their delta. Grid (batch * heads, row blocks)."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)  # heads may lie a long sequence apart
+    if not BANDED:
+        keys = sequence
     block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # longest programs first
     rows = block_start + tl.arange(0, M)
     inside = (rows < sequence)[:, None]
@@ -82,10 +84,12 @@ def dq_kernel(
     lse = tl.load(lse_pointer + statistics, mask=rows < sequence, other=float("inf")) / scale
     q = tl.load(q_tile + local * stride_q_s + dims, mask=inside, other=0.0)
     if HALF > 0:
-        q = rotate(q, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+        q = rotate(
+            q, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF
+        )  # fmt: skip
 
     start = 0
-    end = sequence
+    end = keys
     first = rows[:, None]
     last = rows[:, None]
     if VARLEN:
@@ -96,24 +100,29 @@ def dq_kernel(
         last = last[:, None]
     if CAUSAL:
         end = tl.minimum(sequence, block_start + M)
+    if BANDED:  # only the blocks that some row sees
+        start = tl.maximum(start, block_start + least)
+        end = tl.minimum(end, block_start + M + most)
 
     dq = tl.zeros((M, D), tl.float32)
-    if not VARLEN:
-        masked_start = (block_start if CAUSAL else sequence) // N * N
+    if not VARLEN and not BANDED:
+        masked_start = (block_start if CAUSAL else keys) // N * N
         dq = _add_dq(
             dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
-            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
-            False, CAUSAL, VARLEN, HALF, N, PRECISION,
+            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
         )  # fmt: skip
         start = masked_start
     dq = _add_dq(
         dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
-        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
-        True, CAUSAL, VARLEN, HALF, N, PRECISION,
+        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
     )  # fmt: skip
     dq *= scale
     if HALF > 0:
-        dq = rotate(dq, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, True, VARLEN, HALF)
+        dq = rotate(
+            dq, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, True, VARLEN, HALF
+        )  # fmt: skip
     dq_tile = dq_pointer + batch * stride_dq_b + head * stride_dq_h + row_start * stride_dq_s
     tl.store(dq_tile + local * stride_dq_s + dims, narrow(dq, dq_pointer.dtype.element_ty), mask=inside)
 
@@ -122,9 +131,9 @@ def dq_kernel(
 def _add_dkv(
     dk, dv, k, v, q_tile, dout_tile, lse_row, delta_row,
     stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, end, columns, first, last,
-    cos, sin, cu_seqlens, documents, search_steps, sequence, scale, scale_log2,
-    GROUP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
-    M: tl.constexpr, PRECISION: tl.constexpr,
+    cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
+    GROUP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr,
+    HALF: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (N, D), without the scale, and dv (N, D) plus what the rows start..end of GROUP query heads give them.
 
@@ -144,12 +153,19 @@ def _add_dkv(
         lse = tl.load(lse_row + member * sequence + rows, mask=inside, other=float("inf")) / scale
         delta = tl.load(delta_row + member * sequence + rows, mask=inside, other=0.0)
         if HALF > 0:
-            q = rotate(q, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+            q = rotate(
+                q, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF
+            )  # fmt: skip
         scores = dot(k, tl.trans(q), tl.zeros((N, M), tl.float32), PRECISION)
         p = tl.exp2((scores - lse[None, :]) * scale_log2)
         if MASKED:
             # first and last bound the column's document: the row's too, wherever one may see the other.
-            seen = columns <= rows[None, :] if CAUSAL else rows[None, :] >= first
+            if BANDED:
+                seen = (columns - rows[None, :] >= least) & (columns - rows[None, :] <= most)
+                if VARLEN:
+                    seen = seen & (rows[None, :] >= first)
+            else:
+                seen = columns <= rows[None, :] if CAUSAL else rows[None, :] >= first
             if VARLEN:
                 seen = seen & (rows[None, :] < last)
             p = tl.where(seen, p, 0.0)
@@ -168,16 +184,18 @@ def dkv_kernel(
     dk_pointer, dv_pointer,  # (batch, sequence, key_heads, D) by stride
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_v_b, stride_v_s, stride_v_h, stride_dk_b, stride_dk_s, stride_dk_h, stride_dv_b, stride_dv_s, stride_dv_h,
-    key_heads, sequence, documents, search_steps, scale, scale_log2,
+    key_heads, sequence, keys, least, most, documents, search_steps, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of N keys of one key head, over GROUP query heads. Grid (batch * key_heads, blocks)."""
     batch = (tl.program_id(0) // key_heads).to(tl.int64)
     key_head = (tl.program_id(0) % key_heads).to(tl.int64)
+    if not BANDED:
+        keys = sequence
     block_start = tl.program_id(1) * N
     columns = block_start + tl.arange(0, N)
-    inside = (columns < sequence)[:, None]
+    inside = (columns < keys)[:, None]
     local = tl.arange(0, N)[:, None]
     dims = tl.arange(0, D)[None, :]
     column_start = tl.cast(block_start, tl.int64)
@@ -187,7 +205,7 @@ def dkv_kernel(
     k = tl.load(k_tile + local * stride_k_s + dims, mask=inside, other=0.0)  # (N, D)
     v = tl.load(v_tile + local * stride_v_s + dims, mask=inside, other=0.0)
     if HALF > 0:
-        k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+        k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
 
     start = block_start if CAUSAL else 0
     end = sequence
@@ -201,6 +219,10 @@ def dkv_kernel(
             start, _ = document_of(block_start, cu_seqlens, documents, search_steps, sequence)
         _, end = document_of(block_start + N - 1, cu_seqlens, documents, search_steps, sequence)
 
+    if BANDED:  # only the rows that see some key of the block
+        start = tl.maximum(start, block_start - most)
+        end = tl.maximum(start, tl.minimum(end, block_start + N - least))
+
     dk = tl.zeros((N, D), tl.float32)
     dv = tl.zeros((N, D), tl.float32)
     head = key_head * GROUP
@@ -210,24 +232,24 @@ def dkv_kernel(
     statistics = (batch * key_heads * GROUP + head) * sequence
     # Rows past the block see every key of it, unless documents end between.
     masked_end = end
-    if not VARLEN:
+    if not VARLEN and not BANDED:
         masked_end = tl.minimum(block_start + tl.cdiv(N, M) * M, sequence) if CAUSAL else start
     dk, dv = _add_dkv(
         dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
         stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, masked_end, columns[:, None], first, last,
-        cos, sin, cu_seqlens, documents, search_steps, sequence, scale, scale_log2,
-        GROUP, True, CAUSAL, VARLEN, HALF, M, PRECISION,
+        cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
+        GROUP, True, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION,
     )  # fmt: skip
-    if not VARLEN:
+    if not VARLEN and not BANDED:
         dk, dv = _add_dkv(
             dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
             stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, masked_end, end, columns[:, None], first, last,
-            cos, sin, cu_seqlens, documents, search_steps, sequence, scale, scale_log2,
-            GROUP, False, CAUSAL, VARLEN, HALF, M, PRECISION,
+            cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
+            GROUP, False, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION,
         )  # fmt: skip
     dk *= scale
     if HALF > 0:
-        dk = rotate(dk, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, True, VARLEN, HALF)
+        dk = rotate(dk, columns, cos, sin, cu_seqlens, documents, search_steps, keys, True, VARLEN, HALF)
     dk_tile = dk_pointer + batch * stride_dk_b + key_head * stride_dk_h + column_start * stride_dk_s
     tl.store(dk_tile + local * stride_dk_s + dims, narrow(dk, dk_pointer.dtype.element_ty), mask=inside)
     dv_tile = dv_pointer + batch * stride_dv_b + key_head * stride_dv_h + column_start * stride_dv_s

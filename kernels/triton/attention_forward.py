@@ -66,14 +66,20 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def visible(rows, columns, first, last, sequence, CAUSAL: tl.constexpr, VARLEN: tl.constexpr):
+def visible(
+    rows, columns, first, last, keys, least, most, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr
+):
     """True where a row may see a column: all broadcast against each other; first, last bound the row's document."""
-    if CAUSAL:  # rows that are stored are < sequence, so the columns they see are too
+    if BANDED:
+        seen = (columns - rows >= least) & (columns - rows <= most) & (columns < keys)
+        if VARLEN:
+            seen = seen & (columns < last)
+    elif CAUSAL:  # rows that are stored are < sequence, so the columns they see are too
         seen = columns <= rows
     elif VARLEN:
         seen = columns < last
     else:
-        seen = columns < sequence
+        seen = columns < keys
     if VARLEN:
         seen = seen & (columns >= first)
     return seen
@@ -82,8 +88,8 @@ def visible(rows, columns, first, last, sequence, CAUSAL: tl.constexpr, VARLEN: 
 @triton.jit
 def _attend(
     accumulator, total, maximum, q, k_tile, v_tile, stride_k, stride_v, start, end,
-    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
+    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, HALF: tl.constexpr,
     N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys start..end into accumulator (M, D), total (M,) and maximum (M,), the last before the scale."""
@@ -92,17 +98,17 @@ def _attend(
         columns = n + tl.arange(0, N)
         n_long = tl.cast(n, tl.int64)  # sequence * stride passes 2**31 in long packed buffers
         if MASKED:
-            inside = (columns < sequence)[:, None]
+            inside = (columns < keys)[:, None]
             k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)
             v = tl.load(v_tile + n_long * stride_v, mask=inside, other=0.0)
         else:
             k = tl.load(k_tile + n_long * stride_k)
             v = tl.load(v_tile + n_long * stride_v)
         if HALF > 0:
-            k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+            k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
         scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
         if MASKED:
-            seen = visible(rows[:, None], columns[None, :], first, last, sequence, CAUSAL, VARLEN)
+            seen = visible(rows[:, None], columns[None, :], first, last, keys, least, most, CAUSAL, VARLEN, BANDED)
             scores = tl.where(seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         # Where nothing was seen yet the maximum is -inf, and -inf - -inf is NaN: any finite number does.
@@ -122,15 +128,18 @@ def forward_kernel(
     lse_pointer,  # (batch, heads, sequence) fp32, natural logarithm
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
-    heads, sequence, documents, search_steps, scale, scale_log2,
+    heads, sequence, keys, least, most, documents, search_steps, scale, scale_log2,
     GROUP: tl.constexpr,  # query heads a key head
     D: tl.constexpr, HALF: tl.constexpr,  # rotary_dim / 2, 0: no rotation
-    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
+    BANDED: tl.constexpr,  # row i sees key j where least <= j - i <= most; else keys = sequence
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: M rows of one query head against all keys they see. Grid (batch * heads, row blocks)."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)  # heads may lie a long sequence apart
+    if not BANDED:
+        keys = sequence
     # The last rows see the most keys: they start first, so that no long program is left for the end.
     block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
     rows = block_start + tl.arange(0, M)
@@ -146,10 +155,12 @@ def forward_kernel(
 
     q = tl.load(q_tile, mask=(rows < sequence)[:, None], other=0.0)
     if HALF > 0:
-        q = rotate(q, rows, cos, sin, cu_seqlens, documents, search_steps, sequence, False, VARLEN, HALF)
+        q = rotate(
+            q, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF
+        )  # fmt: skip
 
     start = 0
-    end = sequence
+    end = keys
     first = rows[:, None]
     last = rows[:, None]
     if VARLEN:
@@ -160,22 +171,25 @@ def forward_kernel(
         last = last[:, None]
     if CAUSAL:
         end = tl.minimum(sequence, block_start + M)
+    if BANDED:  # only the blocks that some row sees
+        start = tl.maximum(start, block_start + least)
+        end = tl.minimum(end, block_start + M + most)
 
     total = tl.zeros((M,), tl.float32)
     maximum = tl.full((M,), float("-inf"), tl.float32)
     accumulator = tl.zeros((M, D), tl.float32)
-    if not VARLEN:  # blocks that every row sees whole need no mask
-        masked_start = (block_start if CAUSAL else sequence) // N * N
+    if not VARLEN and not BANDED:  # blocks that every row sees whole need no mask
+        masked_start = (block_start if CAUSAL else keys) // N * N
         accumulator, total, maximum = _attend(
             accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
-            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
-            False, CAUSAL, VARLEN, HALF, N, PRECISION,
+            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
         )  # fmt: skip
         start = masked_start
     accumulator, total, maximum = _attend(
         accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
-        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, sequence, scale_log2,
-        True, CAUSAL, VARLEN, HALF, N, PRECISION,
+        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
     )  # fmt: skip
 
     LN2: tl.constexpr = 0.6931471805599453
@@ -184,4 +198,6 @@ def forward_kernel(
     out_tile = out_pointer + batch * stride_out_b + head * stride_out_h + row_start * stride_out_s
     out_tile += tl.arange(0, M)[:, None] * stride_out_s + dims[None, :]
     out = accumulator / total[:, None]
+    if BANDED:  # a row that sees no key: 0, where 0 / 0 is NaN
+        out = tl.where((rows + most >= 0)[:, None], out, 0.0)
     tl.store(out_tile, narrow(out, out_pointer.dtype.element_ty), mask=(rows < sequence)[:, None])

@@ -27,18 +27,25 @@ def forward(
     out: Tensor | None = None,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.attention.forward`."""
-    positions = document_positions(q.shape[1], cu_seqlens, q.device)
-    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
+    own = positions[k.shape[1] - q.shape[1] :]
+    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     if cu_seqlens is None:
-        result, lse, *_ = _flash._flash_attn_forward(q, k, v, **_options(scale, causal), return_softmax=False)
+        result, lse, *_ = _flash._flash_attn_forward(q, k, v, **_options(scale, causal, window), return_softmax=False)
     else:
         result, lse, *_ = _flash._flash_attn_varlen_forward(
-            q[0], k[0], v[0], **_documents(cu_seqlens, q.shape[1]), **_options(scale, causal), return_softmax=False
+            q[0],
+            k[0],
+            v[0],
+            **_documents(cu_seqlens, q.shape[1]),
+            **_options(scale, causal, window),
+            return_softmax=False,
         )
         result, lse = result[None], lse[None]  # (1, T, heads, head_dim), (1, heads, T)
     return (result if out is None else out.copy_(result)), lse
@@ -57,35 +64,38 @@ def backward(
     dv: Tensor,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
     """As `reference.attention.backward`, by flash-attn's deterministic mode."""
-    positions = document_positions(q.shape[1], cu_seqlens, q.device)
-    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
+    own = positions[k.shape[1] - q.shape[1] :]
+    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     operands = (dout, q, k, v, out, lse, dq, dk, dv)
     if cu_seqlens is None:
-        _flash._flash_attn_backward(*operands, **_options(scale, causal), deterministic=True)
+        _flash._flash_attn_backward(*operands, **_options(scale, causal, window), deterministic=True)
     else:
         _flash._flash_attn_varlen_backward(
             *(x[0] for x in operands),
             **_documents(cu_seqlens, q.shape[1]),
-            **_options(scale, causal),
+            **_options(scale, causal, window),
             deterministic=True,
         )
     if cos is not None:
-        dq.copy_(rotate(dq.float(), cos, sin, positions, inverse=True))
+        dq.copy_(rotate(dq.float(), cos, sin, own, inverse=True))
         dk.copy_(rotate(dk.float(), cos, sin, positions, inverse=True))
 
 
-def _options(scale: float, causal: bool) -> dict[str, object]:
+def _options(scale: float, causal: bool, window: tuple[int, int] | None) -> dict[str, object]:
+    left, right = window or (-1, -1)
     return {
         "dropout_p": 0.0,
         "softmax_scale": scale,
         "causal": causal,
-        "window_size_left": -1,
-        "window_size_right": -1,
+        "window_size_left": left,
+        "window_size_right": right,
         "softcap": 0.0,
         "alibi_slopes": None,
     }

@@ -24,16 +24,19 @@ def forward(
     out: Tensor | None = None,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.attention.forward`."""
-    positions = document_positions(q.shape[1], cu_seqlens, q.device)
-    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
+    _refuse_band(q, k, causal, window)
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
+    own = positions[k.shape[1] - q.shape[1] :]
+    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_statistics(q.dtype))
-    for rows in _document_slices(q.shape[1], cu_seqlens):
+    for rows in _document_slices(max(q.shape[1], k.shape[1]), cu_seqlens):
         heads = (_by_head(x, rows, q.shape[2]) for x in (q, k, v))
         if q.device.type == "cpu":
             document, document_lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, causal, scale=scale)
@@ -57,14 +60,17 @@ def backward(
     dv: Tensor,
     scale: float,
     causal: bool,
+    window: tuple[int, int] | None = None,
     cu_seqlens: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
     """As `reference.attention.backward`."""
-    positions = document_positions(q.shape[1], cu_seqlens, q.device)
-    q, k = _rotated(q, cos, sin, positions), _rotated(k, cos, sin, positions)
-    for rows in _document_slices(q.shape[1], cu_seqlens):
+    _refuse_band(q, k, causal, window)
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
+    own = positions[k.shape[1] - q.shape[1] :]
+    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
+    for rows in _document_slices(max(q.shape[1], k.shape[1]), cu_seqlens):
         saved = [_by_head(x, rows, q.shape[2]) for x in (dout, q, k, v, out)]
         document_lse = lse[:, :, rows]
         if q.device.type == "cpu":
@@ -72,18 +78,26 @@ def backward(
                 *saved, document_lse, 0.0, causal, scale=scale
             )
         else:
-            length = saved[1].shape[2]
+            lengths = saved[1].shape[2], saved[2].shape[2]
             no_dropout = torch.empty(0, dtype=torch.uint64, device=q.device)
             gradients = _aten._scaled_dot_product_flash_attention_backward(
-                *saved, document_lse, None, None, length, length, 0.0, causal, no_dropout, no_dropout, scale=scale
+                *saved, document_lse, None, None, *lengths, 0.0, causal, no_dropout, no_dropout, scale=scale
             )
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             shared = gradient.unflatten(1, (target.shape[2], -1)).sum(2) if target.shape[2] != q.shape[2] else gradient
             target[:, rows] = shared.transpose(1, 2)
     if cos is not None:
         wide = _statistics(q.dtype)
-        dq.copy_(rotate(dq.to(wide), cos, sin, positions, inverse=True))
+        dq.copy_(rotate(dq.to(wide), cos, sin, own, inverse=True))
         dk.copy_(rotate(dk.to(wide), cos, sin, positions, inverse=True))
+
+
+def _refuse_band(q: Tensor, k: Tensor, causal: bool, window: tuple[int, int] | None) -> None:
+    if window not in (None, (-1, -1)) or (causal and q.shape[1] != k.shape[1]):
+        raise ValueError(
+            f"sdpa's kernels take no window and, where causal, no keys of another number: window={window}, "
+            f"{q.shape[1]} queries, {k.shape[1]} keys; use('cpp', 'triton' or 'reference', op='attention')"
+        )
 
 
 def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:

@@ -23,6 +23,19 @@ CASES: dict[str, dict[str, Any]] = {
     "130 rows, full, documents, rotary, grouped": {
         "sequence": 130, "causal": False, "documents": [0, 33, 97, 130], "rotary_dim": 64, "key_heads": 1,
     },
+    "1 row of 150 keys": {"sequence": 1, "keys": 150, "batch": 16},
+    "70 rows of 130 keys, rotary": {"sequence": 70, "keys": 130, "rotary_dim": 32, "key_heads": 1},
+    "130 rows of 67 keys": {"sequence": 130, "keys": 67},
+    "70 rows of 131 keys, full": {"sequence": 70, "keys": 131, "causal": False},
+    "200 rows, window 40": {"sequence": 200, "window": (40, -1)},
+    "150 rows of 90 keys, window on both sides": {"sequence": 150, "keys": 90, "causal": False, "window": (7, 20)},
+    "75 rows of 140 keys, window, rotary": {"sequence": 75, "keys": 140, "window": (0, 0), "rotary_dim": 64},
+    "130 rows, documents, window, rotary, grouped": {
+        "sequence": 130, "documents": [0, 5, 5, 90, 130], "window": (17, 0), "rotary_dim": 32, "key_heads": 1,
+    },
+    "130 rows, documents, window ahead": {
+        "sequence": 130, "causal": False, "documents": [0, 33, 97, 130], "window": (-1, 9),
+    },
 }  # fmt: skip
 
 
@@ -35,6 +48,8 @@ class Case:
         device: str,
         *,
         sequence: int,
+        keys: int | None = None,
+        window: tuple[int, int] | None = None,
         batch: int = 1,
         heads: int = 2,
         key_heads: int = 2,
@@ -46,36 +61,52 @@ class Case:
     ) -> None:
         generator = torch.Generator().manual_seed(sequence)
 
-        def draw(number: int, factor: float = 1.0) -> Tensor:
-            x = torch.randn(batch, sequence, number, head_dim, generator=generator, dtype=torch.float64) * factor
+        keys = sequence if keys is None else keys
+
+        def draw(length: int, number: int, factor: float = 1.0) -> Tensor:
+            x = torch.randn(batch, length, number, head_dim, generator=generator, dtype=torch.float64) * factor
             return x.to(device, dtype)
 
-        self.inputs = {"q": draw(heads, magnitude), "k": draw(key_heads, magnitude), "v": draw(key_heads)}
-        self.dout = draw(heads)
-        self.causal = causal
+        self.inputs = {
+            "q": draw(sequence, heads, magnitude),
+            "k": draw(keys, key_heads, magnitude),
+            "v": draw(keys, key_heads),
+        }
+        self.dout = draw(sequence, heads)
+        self.causal, self.window = causal, window
         self.cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32, device=device)
         self.cos = self.sin = None
         if rotary_dim:
             frequencies = 10000 ** (-torch.arange(rotary_dim // 2) / (rotary_dim // 2))
-            angles = torch.outer(torch.arange(sequence).float(), frequencies).to(device)
+            angles = torch.outer(torch.arange(keys).float(), frequencies).to(device)
             self.cos, self.sin = angles.cos(), angles.sin()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, causal=self.causal, cu_seqlens=self.cu_seqlens, cos=self.cos, sin=self.sin)
+        options = {"causal": self.causal, "window": self.window, "cu_seqlens": self.cu_seqlens}
+        return attention(q, k, v, **options, cos=self.cos, sin=self.sin)
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """By torch's public functions alone, nothing of phi_fast's."""
         sequence, heads = q.shape[1], q.shape[2]
-        rows = torch.arange(sequence, device=q.device)
-        seen = rows[:, None] >= rows if self.causal else torch.ones(sequence, sequence, dtype=torch.bool).to(q.device)
+        columns = torch.arange(k.shape[1], device=q.device)
+        rows = torch.arange(sequence, device=q.device) + k.shape[1] - sequence  # where each row stands among the keys
+        left, right = self.window or (-1, -1)
+        seen = torch.ones(sequence, len(columns), dtype=torch.bool, device=q.device)
+        if self.causal:
+            seen &= columns <= rows[:, None]
+        if left >= 0:
+            seen &= columns >= rows[:, None] - left
+        if right >= 0:
+            seen &= columns <= rows[:, None] + right
         if self.cu_seqlens is not None:
             lengths = self.cu_seqlens.diff().long()
             document = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
             seen = seen & (document[:, None] == document)
-            rows = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
-        q, k = self._rotated(q, rows), self._rotated(k, rows)
+            rows = columns = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
+        q, k = self._rotated(q, rows), self._rotated(k, columns)
         q, k, v = (x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return torch.where(seen.any(-1)[:, None], out, 0.0).transpose(1, 2)
 
     def composed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `plain`, in fp32 from a product, a softmax and a product: what the reference is made of."""

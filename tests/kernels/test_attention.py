@@ -36,9 +36,14 @@ def assert_case(name: str, case: Case) -> None:
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_errs_no_more_than_torch(name: str, options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    case = Case(dtype, device, **options)
+    if name == "sdpa" and (case.window or (case.causal and options["sequence"] != case.inputs["k"].shape[1])):
+        with pytest.raises(ValueError, match="sdpa's kernels take no window"):
+            run(name, case, case)
+        return
     if device == "cuda" and name == "sdpa" and dtype == torch.float32:
         pytest.skip("torch's FlashAttention takes fp16 and bf16")
-    assert_case(name, Case(dtype, device, **options))
+    assert_case(name, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,6 +187,29 @@ def test_spreads_nan_and_inf_as_plain_pytorch_does(name: str, tensor: str, value
         assert not (~x.isfinite() & most[result].isfinite()).any(), f"{result} is not finite where plain PyTorch is"
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_blocks_outside_the_window_are_not_touched(name: str, device: str) -> None:
+    """0 * NaN is NaN: a product with a hidden block would show it, in either pass."""
+    case = Case(torch.float32, device, sequence=400, window=(30, 0))
+    for x in (*case.inputs.values(), case.dout):
+        x[:, :64] = float("nan")
+    for tensor, x in run(name, case, case).items():
+        assert x[:, 256:].isfinite().all(), tensor
+
+
+@pytest.mark.parametrize("name", [*OURS, "reference"])
+@pytest.mark.parametrize("keys", [0, 3])
+def test_rows_that_see_nothing_give_zero(name: str, keys: int, device: str) -> None:
+    case = Case(torch.float32, device, sequence=70, keys=keys)
+    for tensor, x in run(name, case, case).items():
+        if tensor in ("out", "q"):  # the last `keys` rows see something
+            assert not x[:, : 70 - keys].any(), tensor
+    with use(name, op="attention"):
+        kernels = backend.implementation("attention", case.dout.device)
+    _, lse = kernels.forward(*case.inputs.values(), scale=0.125, causal=True)
+    assert (lse[:, :, : 70 - keys] == -torch.inf).all() and lse[:, :, 70 - keys :].isfinite().all()
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_two_backward_runs_give_the_same_bits(name: str, device: str) -> None:
     case = Case(torch.float16, device, sequence=130, heads=2, key_heads=1)
@@ -222,15 +250,17 @@ def test_triton_follows_torchs_switch_of_fp32_products(precision: str) -> None:
         matmul.fp32_precision = before
 
 
-def test_opcheck(device: str) -> None:
+@pytest.mark.parametrize("window", [None, [3, 0]], ids=str)
+def test_opcheck(window: list[int] | None, device: str) -> None:
     case = Case(torch.float32, device, sequence=9, documents=[0, 4, 9], rotary_dim=32)
     arguments = [x.requires_grad_() for x in case.inputs.values()]
-    options = (0.125, True, case.cu_seqlens, case.cos, case.sin)
+    options = (0.125, True, window, case.cu_seqlens, case.cos, case.sin)
     torch.library.opcheck(torch.ops.phi_fast.attention.default, (*arguments, *options))
 
 
-def test_compiles_without_a_break_and_with_the_same_bits(device: str) -> None:
-    case = Case(torch.float32, device, sequence=40, rotary_dim=32)
+@pytest.mark.parametrize("options", [{}, {"keys": 50, "window": (8, 0)}], ids=str)
+def test_compiles_without_a_break_and_with_the_same_bits(options: dict[str, Any], device: str) -> None:
+    case = Case(torch.float32, device, sequence=40, rotary_dim=32, **options)
     eager = gradients(case, case.inputs, case.dout)
     compiled = gradients(torch.compile(case.__call__, fullgraph=True, backend="aot_eager"), case.inputs, case.dout)
     assert all(torch.equal(eager[name], compiled[name]) for name in eager)
@@ -255,7 +285,18 @@ TABLE = torch.zeros(8, 16)
         (ok(k=ZEROS.to("meta")), ValueError, "k is on meta and q is on cpu"),
         (ok(q=ZEROS.mT.contiguous().mT), ValueError, "q's last stride is 2; expected 1"),
         (ok(v=ZEROS[:, :7]), ValueError, r"k has shape \(1, 8, 2, 64\) and v has \(1, 7, 2, 64\)"),
-        (ok(k=ZEROS[:, :7], v=ZEROS[:, :7]), ValueError, r"q has shape \(1, 8, 2, 64\) and k has \(1, 7, 2, 64\)"),
+        (
+            ok(k=ZEROS[..., :32], v=ZEROS[..., :32]),
+            ValueError,
+            r"k has \(1, 8, 2, 32\); batch and head_dim must",
+        ),
+        (ok(window=(-2, 0)), ValueError, r"window is \(-2, 0\); expected \(left, right\)"),
+        (
+            ok(k=ZEROS[:, :7], v=ZEROS[:, :7], cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)),
+            ValueError,
+            "cu_seqlens needs as many keys as rows, not 7 for 8",
+        ),
+        (ok(k=ZEROS[:, :7], v=ZEROS[:, :7], cos=TABLE, sin=TABLE), ValueError, "no more rows than keys, not 8 for 7"),
         (ok(q=torch.zeros(1, 8, 3, 64)), ValueError, "3 query heads cannot be shared out over 2 key heads"),
         (ok(scale=-1.0), ValueError, "scale is -1.0; expected a positive, finite number"),
         (ok(scale=float("nan")), ValueError, "scale is nan"),
