@@ -15,12 +15,11 @@ import pytest
 
 from phi_fast.data import Mixture, TokenLoader
 from phi_fast.metrics import MetricsLog, StepRecord
-from phi_fast.options import parse
+from phi_fast.options import parse, plain
 from phi_fast.report import main
 from phi_fast.reporting.curves import MOST, Scale, thin
 from phi_fast.reporting.mixture import draws
 from phi_fast.reporting.read import RunData, read_runs
-from phi_fast.run import _plain
 
 HOSTILE = "</pre><script>document.title = 'taken'</script>\"'&"
 METRICS = ["loss", "val_loss", "grad_norm", "loss_scale", "tokens_per_s", "lr", "tasks"]
@@ -30,7 +29,7 @@ def write_run(path: Path, steps: int = 12, sample: str = "The module", **options
     """A run directory by the trainer's own writers: step 3 skipped, validation at every fourth step."""
     path.mkdir(parents=True)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    (path / "config.json").write_text(json.dumps(_plain(asdict(parse(words)))))
+    (path / "config.json").write_text(json.dumps(plain(asdict(parse(words)))))
     log = MetricsLog(path, 0)
     for step in range(1, steps + 1):
         validated = step % 4 == 0
