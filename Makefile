@@ -8,7 +8,7 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow lint format bench sanitize clean
+.PHONY: help train test test-slow lint format bench sanitize attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
@@ -18,6 +18,7 @@ help:
 	@echo 'make format     ruff and clang-format, in place'
 	@echo 'make bench      the benchmarks, each beside its peers'
 	@echo 'make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make attack     kills, flipped bits, damaged headers, hostile programs and op calls, for an hour (ARGS="--minutes ... --seed ...")'
 
 train: $(VENV)/.run
 	$(BIN)/python -m phi_fast.train $(ARGS)
@@ -48,6 +49,10 @@ bench: $(VENV)/.bench
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/sanitize.py
 	PYTHON=$(BIN)/python sh csrc/cpu/sanitize.sh
+
+attack: export PYTHONPATH = tests
+attack: $(VENV)/.dev
+	$(BIN)/python -m attack $(ARGS)
 
 clean:
 	rm -rf build *.egg-info phi_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache

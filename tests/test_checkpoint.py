@@ -261,23 +261,26 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
+def flip_is_harmless(directory: Path, whole: bytes, bit: int) -> bool:
+    """Flip a bit of the manifest of the newer of two checkpoints; whether that is still taken. Asserts that it is only
+    where what is read is what was written, and that the older one is taken else."""
+    damaged = bytearray(whole)
+    damaged[bit // 8] ^= 1 << bit % 8
+    (directory / "step-2" / "manifest.json").write_bytes(damaged)
+    path, skipped = checkpoint.newest(directory, ALONE)
+    if path == directory / "step-2":
+        assert json.loads(damaged) == json.loads(whole), "taken, and means something else"
+        return True
+    assert path == directory / "step-1", f"{path} is taken"
+    assert skipped[0].startswith("step-2 is passed over: manifest.json")
+    return False
+
+
 def test_every_flipped_bit_of_a_manifest_is_found_or_changes_nothing(tmp_path: Path) -> None:
     """Accepted are only flips in white space: what is then read is what was written."""
     save(tmp_path, 1, 2)
-    file = tmp_path / "step-2" / "manifest.json"
-    whole = file.read_bytes()
-    accepted = 0
-    for bit in range(8 * len(whole)):
-        damaged = bytearray(whole)
-        damaged[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(damaged)
-        path, skipped = checkpoint.newest(tmp_path, ALONE)
-        if path == tmp_path / "step-2":
-            assert json.loads(damaged) == json.loads(whole)
-            accepted += 1
-        else:
-            assert path == tmp_path / "step-1"
-            assert skipped[0].startswith("step-2 is passed over: manifest.json")
+    whole = (tmp_path / "step-2" / "manifest.json").read_bytes()
+    accepted = sum(flip_is_harmless(tmp_path, whole, bit) for bit in range(8 * len(whole)))
     assert accepted < 8 * len(whole) / 20
 
 

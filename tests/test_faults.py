@@ -77,24 +77,30 @@ def end_of(trainer: Trainer, at: float | None) -> bool:
     return status != 0
 
 
+def killed_and_resumed(data: Path, run: Path, undisturbed: Path, choose: random.Random, most: int) -> int:
+    """One run, killed up to `most` times and resumed each time, at random moments and before random file operations,
+    until it ends as the undisturbed one; the number of kills."""
+    words = arguments(data, run, STEPS, **SAVES)
+    killed, ended = 0, False
+    while not ended:
+        steps = complete_steps(run)
+        by_time = choose.random() < 0.5
+        given = [0 if by_time or killed >= most else choose.randint(1, 150)]
+        (trainer,) = start(words, run.parent / "output", fault="die_at_file_operation", given=given)
+        ended = not end_of(trainer, choose.uniform(0.2, 1.5) if by_time and killed < most else None)
+        killed += not ended
+        if ended or "resumed from" in trainer.output:
+            expect_resume(trainer.output, steps)
+    assert_same(run, undisturbed)
+    return killed
+
+
 def survive_kills(data: Path, folder: Path, undisturbed: Path, kills: int, seed: int) -> None:
-    """Runs that are killed and resumed, at random moments and before random file operations, until `kills` kills."""
+    """Runs that are killed and resumed, until `kills` kills."""
     choose = random.Random(seed)
     killed, number = 0, 0
     while killed < kills:
-        run = folder / f"run-{number}"
-        words = arguments(data, run, STEPS, **SAVES)
-        ended = False
-        while not ended:
-            steps = complete_steps(run)
-            by_time = choose.random() < 0.5
-            given = [0 if by_time or killed >= kills else choose.randint(1, 150)]
-            (trainer,) = start(words, folder / "output", fault="die_at_file_operation", given=given)
-            ended = not end_of(trainer, choose.uniform(0.2, 1.5) if by_time and killed < kills else None)
-            killed += not ended
-            if ended or "resumed from" in trainer.output:
-                expect_resume(trainer.output, steps)
-        assert_same(run, undisturbed)
+        killed += killed_and_resumed(data, folder / f"run-{number}", undisturbed, choose, kills - killed)
         number += 1
 
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer beside the installed one, and runs the C++
-# kernels' tests on it. Usage, from the repository's root: PYTHON=.venv/bin/python sh csrc/cpu/sanitize.sh [pytest options]
+# kernels' tests on it, or a module. Usage, from the repository's root:
+# PYTHON=.venv/bin/python sh csrc/cpu/sanitize.sh [pytest options | -m MODULE [its arguments]]
 set -eu
 python=${PYTHON:-python}
 build=${TMPDIR:-/tmp}/phi_fast_sanitized
@@ -12,6 +13,7 @@ ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc
   "$python" - "$build" "$@" <<'PYTHON'
 import importlib.util
 import pathlib
+import runpy
 import sys
 
 import pytest
@@ -22,6 +24,10 @@ spec = importlib.util.spec_from_file_location("phi_fast._C", library)
 sys.modules["phi_fast._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["phi_fast._C"])
 print("sanitized:", sys.modules["phi_fast._C"].__file__)
+if options[:1] == ["-m"]:
+    sys.argv[1:] = options[2:]
+    runpy.run_module(options[1], run_name="__main__", alter_sys=True)
+    sys.exit()
 sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/kernels/test_cpp_kernels.py",
                       "tests/kernels/test_weight_gradient.py",
                       "tests/kernels/test_cpp_attention.py", *options]))

@@ -15,7 +15,8 @@ from phi_fast._C import tokens
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 IDS = draw_tokens(60, documents=3)
 NPY = b"\x93NUMPY\x01\x00"
-HUGE = st.sampled_from([0, 1, 2, 30, 60, 61, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+EXTREMES = [0, 1, 2, 30, 60, 61, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+HUGE = st.sampled_from(EXTREMES)
 SIZES = st.one_of(st.integers(0, 2000), HUGE)
 
 

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hostile_programs import AGAINST_THE_SUPERVISOR, NAMED
 
 from phi_fast.evaluation import sandbox
 from phi_fast.evaluation.generative import humaneval_program
@@ -41,21 +43,7 @@ def test_a_good_program_passes_with_an_empty_environment(monkeypatch):
     assert run("import subprocess\nassert subprocess.run(['/bin/true']).returncode == 0").passed
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("assert 1 == 2", "exit code 1"),
-        ("def broken(:", "exit code 1"),
-        ("import sys; sys.exit(0)", "exited before its last line"),
-        ("import os; os._exit(0)", "exited before its last line"),
-        ("while True: pass", "timeout"),
-        ("import time; time.sleep(60)", "timeout"),
-        ("import ctypes; ctypes.string_at(0)", "signal SIGSEGV"),
-        ("while True: print('x' * 10000)", "more than 64 KiB of output"),
-        ("import os\nif os.fork() == 0:\n    while True: pass", "left 1 process behind"),
-        ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),
-    ],
-)
+@pytest.mark.parametrize(("source", "reason"), NAMED)
 def test_what_went_wrong_is_named(source, reason):
     result = run(source, wall_seconds=1.5)
     assert (result.passed, result.reason) == (False, reason), result
@@ -307,26 +295,20 @@ else:
     limits = sandbox.Limits(wall_seconds=3.0)
     print(json.dumps([[r.passed, r.reason, r.output] for r in sandbox.run_programs(json.loads(sys.argv[2]), limits)]))
 """
-ATTACKS = (
-    "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
-    "import ctypes\nassert ctypes.CDLL(None).syscall(434, 1, 0) >= 0, 'denied'",  # pidfd_open
-    "import ctypes\nassert ctypes.CDLL(None).syscall(101, 16, 1, 0, 0) >= 0, 'denied'",  # ptrace
-    "open('/proc/1/mem', 'wb')",
-    "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, 1)\nfcntl.fcntl(r, 10, 9)\n"
-    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')\nwhile True: pass",
-)
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not SYSTEM_PYTHON.exists(), reason="becomes another user, whom Python must let")
-def test_without_root_the_supervisor_survives_the_program(tmp_path):
-    """Program and supervisor are one user there. Its results are failures of their own; the others' are kept."""
-    folder = tmp_path / "sandbox"
-    shutil.copytree(Path(sandbox.__file__).parent, folder)
-    for path in (*tmp_path.parents[:3], tmp_path, folder):
+def results_as_a_user(
+    folder: Path, programs: list[str], before: Callable[[], None] | None = None, timeout: float = 120
+) -> list[tuple[bool, str, str]] | str:
+    """`run_programs` as another user, from a copy in `folder`: (passed, reason, output) of each, or why none ran.
+
+    before: called in the process before it becomes the user's program.
+    """
+    shutil.copytree(Path(sandbox.__file__).parent, folder / "sandbox", dirs_exist_ok=True)
+    for path in (*folder.parents[:3], folder, folder / "sandbox"):
         path.chmod(path.stat().st_mode | 0o755)
-    programs = ["assert 1", *ATTACKS, "assert 1"]
     done = subprocess.run(
-        [SYSTEM_PYTHON, "-c", AS_A_USER, folder / "__init__.py", json.dumps(programs)],
+        [SYSTEM_PYTHON, "-c", AS_A_USER, folder / "sandbox" / "__init__.py", json.dumps(programs)],
         capture_output=True,
         text=True,
         user=61183,
@@ -334,13 +316,20 @@ def test_without_root_the_supervisor_survives_the_program(tmp_path):
         extra_groups=[],
         cwd="/",
         env={"TMPDIR": "/tmp"},
-        timeout=120,
+        preexec_fn=before,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not SYSTEM_PYTHON.exists(), reason="becomes another user, whom Python must let")
+def test_without_root_the_supervisor_survives_the_program(tmp_path):
+    """Program and supervisor are one user there. Its results are failures of their own; the others' are kept."""
+    results = results_as_a_user(tmp_path, ["assert 1", *AGAINST_THE_SUPERVISOR, "assert 1"])
     if isinstance(results, str):
         pytest.skip(results)
-    assert [passed for passed, _, _ in results] == [True, *[False] * len(ATTACKS), True], results
+    assert [passed for passed, _, _ in results] == [True, *[False] * len(AGAINST_THE_SUPERVISOR), True], results
     assert all("supervisor" not in reason for _, reason, _ in results), results
 
 
@@ -444,4 +433,4 @@ def assert_nothing_left() -> None:
         if not any(sandbox_uid in range(61184, 61184 + 4336) for sandbox_uid in owners):
             return
         threading.Event().wait(0.1)
-    pytest.fail("a process of the sandbox is still alive")
+    raise AssertionError("a process of the sandbox is still alive")

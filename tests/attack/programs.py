@@ -1,0 +1,107 @@
+"""Hostile programs in the sandbox: as root, as a user, and where the system refuses the namespaces."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import random
+import socket
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hostile_programs import HOSTILE
+from test_sandbox import SYSTEM_PYTHON, assert_nothing_left, results_as_a_user
+
+from phi_fast.evaluation.sandbox import Limits, run_program, seccomp
+
+from .tally import Tally
+
+LIMITS = Limits(wall_seconds=3.0, memory_mb=256)
+SECONDS = 30.0
+"""Given to one program and its sandbox, as a user."""
+
+
+def attack(tally: Tally, seed: int) -> None:
+    """A target above what there is counts each program in each way once."""
+    choices = [(program, way) for way in ways() for program in HOSTILE]
+    random.Random(seed).shuffle(choices)
+    tally.counts.target = min(tally.counts.target, len(choices))
+    with canaries() as port:
+        while tally.more():
+            program, way = choices[tally.counts.done]
+            program = program.replace("{port}", str(port))
+            try:
+                way(program)
+            except Exception as error:  # whatever it is, the program was not contained as it should be
+                tally.failed(f"{way.__name__}: {program!r}: {type(error).__name__}: {error}")
+            tally.did()
+        try:
+            assert_nothing_left()
+        except AssertionError as error:
+            tally.failed(str(error))
+
+
+def ways() -> list:
+    """What this system allows; becoming another user takes root."""
+    return [as_this_user, as_a_user, refused] if os.getuid() == 0 and SYSTEM_PYTHON.exists() else [as_this_user]
+
+
+def as_this_user(program: str) -> None:
+    contained(*vars(run_program(program, LIMITS)).values())
+
+
+def as_a_user(program: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as folder:
+        results = results_as_a_user(Path(folder), [program], timeout=SECONDS)
+    if not isinstance(results, str):  # a system that lets no user have namespaces: nothing ran
+        contained(*results[0])
+
+
+def contained(passed: bool, reason: str, output: str, *_: object) -> None:
+    assert not passed, f"it passed: {output}"
+    assert "supervisor" not in reason, reason
+
+
+def refused(program: str) -> None:
+    """Nothing may run without the namespaces: the answer is why, with the way out."""
+    with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as folder:
+        results = results_as_a_user(Path(folder), [program], before=refuse_unshare, timeout=SECONDS)
+    assert isinstance(results, str) and "unshare" in results, f"it ran: {results}"
+
+
+def refuse_unshare() -> None:
+    """Bind this process to a filter with which unshare(2) fails, as in a container without privileges."""
+    number = seccomp.DENIED["unshare"][seccomp.ARCHITECTURES[platform.machine()][0]]
+    instructions = (
+        (seccomp.LOAD, 0, 0, seccomp.NUMBER_OFFSET),
+        (seccomp.JUMP_EQUAL, 0, 1, number),
+        (seccomp.RETURN, 0, 0, seccomp.RET_ERRNO | errno.EPERM),
+        (seccomp.RETURN, 0, 0, seccomp.RET_ALLOW),
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *each) for each in instructions))
+    program = struct.pack("@HP", len(instructions), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(seccomp.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(seccomp.PR_SET_SECCOMP, seccomp.SECCOMP_MODE_FILTER, program, 0, 0) == 0
+
+
+@contextmanager
+def canaries() -> Iterator[int]:
+    """A server's port and a file; afterwards nobody has called there, and the file is what it was."""
+    with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as server:
+        file.write(b"untouched")
+        file.flush()
+        Path(file.name).chmod(0o666)
+        yield server.getsockname()[1]
+        server.settimeout(0.1)
+        assert Path(file.name).read_bytes() == b"untouched"
+        try:
+            server.accept()
+        except TimeoutError:
+            return
+        raise AssertionError("a program reached a server on this machine")

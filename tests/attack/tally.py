@@ -1,0 +1,55 @@
+"""What a campaign has done so far, kept in a file, so that its counts outlive a process that a fault ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+MOST_FAILURES = 20
+"""A campaign ends at so many: more of them tell no more."""
+WRITE_SECONDS = 0.2
+
+
+@dataclass
+class Counts:
+    """Counts of one campaign."""
+
+    target: int
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+class Tally:
+    """Counts towards a target, within a number of seconds."""
+
+    def __init__(self, file: Path, target: int, seconds: float) -> None:
+        self.counts, self._file = Counts(target), file
+        self._deadline = time.monotonic() + seconds
+        self._written = 0.0
+        self.write()
+
+    @property
+    def left(self) -> int:
+        """Attacks until the target is reached."""
+        return max(0, self.counts.target - self.counts.done)
+
+    def more(self) -> bool:
+        """Whether to go on: the target is not reached, there is time, and there are few failures so far."""
+        return self.left > 0 and time.monotonic() < self._deadline and len(self.counts.failures) < MOST_FAILURES
+
+    def did(self, attacks: int = 1) -> None:
+        self.counts.done += attacks
+        if time.monotonic() - self._written > WRITE_SECONDS:
+            self.write()
+
+    def failed(self, what: str) -> None:
+        self.counts.failures.append(what)
+        self.write()
+
+    def write(self) -> None:
+        self._written = time.monotonic()
+        beside = self._file.with_suffix(".new")
+        beside.write_text(json.dumps(asdict(self.counts)))
+        beside.replace(self._file)
