@@ -24,5 +24,5 @@ def attack(tally: Tally, seed: int) -> None:
             try:
                 flip_is_harmless(Path(name), whole, bit)
             except Exception as error:  # whatever it is, a damaged manifest raised it or was taken
-                tally.failed(f"bit {bit % 8} of byte {bit // 8}: {type(error).__name__}: {error}")
+                tally.raised(f"bit {bit % 8} of byte {bit // 8}", error)
             tally.did()

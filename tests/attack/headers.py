@@ -102,7 +102,7 @@ def attack(tally: Tally, seed: int) -> None:
                 if not str(error):
                     tally.failed(f"{header.name} {data[:1000].hex()}: {type(error).__name__} without a message")
             except BaseException as error:
-                tally.failed(f"{header.name} {data[:1000].hex()}: {type(error).__name__}: {error}")
+                tally.raised(f"{header.name} {data[:1000].hex()}", error)
                 if isinstance(error, KeyboardInterrupt):
                     raise
             header.write_bytes(whole)

@@ -26,5 +26,5 @@ def attack(tally: Tally, seed: int) -> None:
             try:
                 tally.did(killed_and_resumed(data, run, undisturbed, choose, most))
             except (AssertionError, OSError, ValueError) as error:  # a run that differs, hangs or left no such file
-                tally.failed(f"a run killed up to {most} times: {type(error).__name__}: {error}")
+                tally.raised(f"a run killed up to {most} times", error)
             shutil.rmtree(run, ignore_errors=True)

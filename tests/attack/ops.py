@@ -208,6 +208,6 @@ def attack(tally: Tally, seed: int) -> None:
             if not str(error):
                 tally.failed(f"{op.__name__}, seed {seed + number}: {type(error).__name__} without a message")
         except Exception as error:
-            tally.failed(f"{op.__name__}, seed {seed + number}: {type(error).__name__}: {error}")
+            tally.raised(f"{op.__name__}, seed {seed + number}", error)
         tally.did()
         tally.write()

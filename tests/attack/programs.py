@@ -38,7 +38,7 @@ def attack(tally: Tally, seed: int) -> None:
             try:
                 way(program)
             except Exception as error:  # whatever it is, the program was not contained as it should be
-                tally.failed(f"{way.__name__}: {program!r}: {type(error).__name__}: {error}")
+                tally.raised(f"{way.__name__}: {program!r}", error)
             tally.did()
         try:
             assert_nothing_left()

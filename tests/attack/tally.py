@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,11 @@ class Tally:
     def failed(self, what: str) -> None:
         self.counts.failures.append(what)
         self.write()
+
+    def raised(self, what: str, error: BaseException) -> None:
+        """A failure by an error: its type, message, and the line that raised it."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        self.failed(f"{what}: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}: {last.line})")
 
     def write(self) -> None:
         self._written = time.monotonic()
