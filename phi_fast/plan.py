@@ -132,7 +132,7 @@ def run(options: Options) -> Report:
         micro_batch_size=options.micro_batch_size,
         price=options.price,
     )
-    comparisons = compare() if recipe.model == PhiConfig.preset("phi-1.5") else []
+    comparisons = compare() if recipe.model == RECIPES["phi-1.5"].model else []
     return Report(job, _levels(job), scaling(job), comparisons, None)
 
 

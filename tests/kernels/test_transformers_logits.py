@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -188,8 +189,16 @@ def test_the_loss_is_saved_without_the_head() -> None:
     assert file.tell() < 4096
 
 
+@pytest.fixture(name="alone")
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's variables, which a trainer that ran in this process before has left: DDP would wrap the model."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_trainer_whose_loss_reads_them(bf16: bool, tmp_path: Path, fused: list[str]) -> None:
+def test_a_trainer_whose_loss_reads_them(bf16: bool, tmp_path: Path, fused: list[str], alone: None) -> None:
     """As TRL's does for its metrics. With bf16, accelerate's autocast rebuilds the output from its items."""
     shapes = []
 
