@@ -23,7 +23,7 @@ from .tally import Counts
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = [ROOT / "tests" / part for part in ("", "data", "evaluation")]
 """Where the tests' helpers are imported from."""
-GRACE_SECONDS = 120.0
+GRACE_SECONDS = 300.0
 """A campaign ends itself at its budget; for its start, its last attack and its tidying up."""
 BUILD_SECONDS = 1200.0
 """For the C++ under AddressSanitizer, beyond the budget."""
