@@ -1,16 +1,28 @@
-"""Bars a subject, a figure a group of them: medians with their interquartile range, from a results document."""
+"""Bars of every row of a subject, and a figure per group of subjects, from a results document.
+
+A bar is the median time with its interquartile range, or, for a group of `FIGURES`, the figure that it was measured for.
+"""
 
 from __future__ import annotations
 
 import re
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import kind
 
-COLORS = {"ours": "#c0392b", "peer": "#5b9bd5", "bound": "#9a9a9a"}
-INCHES_A_BAR, INCHES_A_TITLE, WIDTH = 0.26, 0.75, 8.0
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = {"ours": "#1f5fa8", "peer": "#a9c8e8", "bound": "#9a9a9a"}
+INCHES_A_BAR, INCHES_A_TITLE, INCHES_A_CAPTION, WIDTH = 0.26, 0.65, 0.3, 8.0
+TIME = "ms: median, and its quartiles as a line"
+FIGURES = {
+    "peak memory of a step": ("peak MB", "MB at the peak of the process"),
+    "stall share of a training step": ("waiting for data", "% of the step's time spent waiting for data"),
+}
+"""Groups whose figure is not the time: the column of `Row.extra` that is drawn, and what it is with its unit."""
 
 
 def group(name: str) -> str:
@@ -23,46 +35,68 @@ def file_name(group_name: str) -> str:
 
 
 def draw(document: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes a PNG for every group with something measured into `folder`; group -> path."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for subject in document["subjects"]:
-        if any(row["seconds"] for row in subject["rows"]):
-            groups.setdefault(group(subject["name"]), []).append(subject)
+    """Writes a PNG for every group with something measured into `folder`; group -> path. The file carries no date."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / file_name(name) for name in groups}
-    for name, subjects in groups.items():
-        _figure(subjects, document["machine"]["device"], paths[name])
+    paths = {}
+    for name, figure in figures(document).items():
+        paths[name] = folder / file_name(name)
+        figure.savefig(paths[name], dpi=100, metadata={"Software": None})
     return paths
 
 
-def _figure(subjects: list[dict[str, Any]], device: str, path: Path) -> None:
-    """One panel below the other, each with its own scale. Agg needs no display, and the file carries no date."""
+def figures(document: dict[str, Any]) -> dict[str, Figure]:
+    """The figure of every group with something measured, a panel per subject."""
+    groups: dict[str, list[tuple[str, list[dict[str, Any]]]]] = {}
+    for subject in document["subjects"]:
+        name = group(subject["name"])
+        rows = [row for row in subject["rows"] if row["seconds"] and _has_figure(name, row)]
+        if rows:
+            groups.setdefault(name, []).append((subject["name"], rows))
+    return {name: _figure(name, panels, document["machine"]["device"]) for name, panels in groups.items()}
+
+
+def _has_figure(group_name: str, row: dict[str, Any]) -> bool:
+    return group_name not in FIGURES or FIGURES[group_name][0] in row["extra"]
+
+
+def _bar(group_name: str, row: dict[str, Any]) -> tuple[float, float, float]:
+    """(value, its lower quartile, its upper quartile) of a row; all the same for a figure that was taken once."""
+    if group_name in FIGURES:
+        value = float(str(row["extra"][FIGURES[group_name][0]]).removesuffix("%"))
+        return value, value, value
+    low, high = _quartiles(row["seconds"])
+    return 1000 * statistics.median(row["seconds"]), 1000 * low, 1000 * high
+
+
+def _figure(name: str, panels: list[tuple[str, list[dict[str, Any]]]], device: str) -> Figure:
+    """One panel below the other, each with its own scale. Agg needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    measured = [[row for row in subject["rows"] if row["seconds"]] for subject in subjects]
-    heights = [INCHES_A_TITLE + INCHES_A_BAR * len(rows) for rows in measured]
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    heights = [INCHES_A_TITLE + INCHES_A_BAR * len(rows) for _, rows in panels]
+    figure = Figure(figsize=(WIDTH, sum(heights) + INCHES_A_CAPTION), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(subjects), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axis, subject, rows in zip(axes, subjects, measured, strict=True):
-        medians = [1000 * statistics.median(row["seconds"]) for row in rows]
-        lows, highs = zip(*(_quartiles(row["seconds"]) for row in rows), strict=True)
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, (title, rows) in zip(axes, panels, strict=True):
+        values, lows, highs = zip(*(_bar(name, row) for row in rows), strict=True)
         errors = [
-            [median - 1000 * low for median, low in zip(medians, lows, strict=True)],
-            [1000 * high - median for median, high in zip(medians, highs, strict=True)],
+            [value - low for value, low in zip(values, lows, strict=True)],
+            [high - value for value, high in zip(values, highs, strict=True)],
         ]
         names = [row["name"] for row in rows]
-        colors = [COLORS[kind(name)] for name in names]
-        bars = axis.barh(range(len(rows)), medians, xerr=errors, color=colors, error_kw={"lw": 0.8})
-        axis.bar_label(bars, [_label(median) for median in medians], padding=3, fontsize=7)
+        colors = [COLORS[kind(label)] for label in names]
+        spread = {} if name in FIGURES else {"xerr": errors, "error_kw": {"lw": 0.8}}
+        bars = axis.barh(range(len(rows)), values, color=colors, **spread)
+        axis.bar_label(bars, [_label(value) for value in values], padding=3, fontsize=7)
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.12)
-        axis.set_title(f"{subject['name']} — ms, {device}", fontsize=9, loc="left")
+        axis.set_title(title, fontsize=9, loc="left")
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    what = FIGURES[name][1] if name in FIGURES else TIME
+    figure.supxlabel(f"{what}; {device}", fontsize=8)
+    return figure
 
 
 def _quartiles(seconds: list[float]) -> tuple[float, float]:
@@ -72,5 +106,5 @@ def _quartiles(seconds: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def _label(milliseconds: float) -> str:
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

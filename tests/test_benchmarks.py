@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, peers, report, summary, tables, timing
-from benchmarks.harness import Contender, Results, Row, Subject, compare, kind, spread
+from benchmarks import machine, peers, plots, report, summary, tables, timing
+from benchmarks.harness import RESULTS, Contender, Results, Row, Subject, compare, kind, spread
 from benchmarks.ops import Op, agree
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +293,41 @@ def test_report_writes_tables_and_plots_and_nothing_else_of_the_readme(root: Pat
     before = {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
     assert report.main(arguments) == 0
     assert {file: file.read_bytes() for file in root.rglob("*") if file.is_file()} == before
+
+
+def figure_and_unit(name: str, row: dict[str, Any]) -> tuple[float, str]:
+    """What the subject's name promises, from its row, and the unit that must be said."""
+    if "memory" in name:
+        return row["extra"]["peak MB"], "MB"
+    if "share" in name:
+        return float(row["extra"]["waiting for data"].rstrip("%")), "%"
+    return float(np.median(row["seconds"])) * 1000, "ms"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_committed_plot_draws_what_its_name_says(path: Path) -> None:
+    document = report.read(path)
+    figures = plots.figures(document)
+    panels = {axis.get_title(loc="left"): (axis, figure) for figure in figures.values() for axis in figure.axes}
+    for subject in document["subjects"]:
+        rows = [row for row in subject["rows"] if row["seconds"]]
+        axis, figure = panels.pop(subject["name"])
+        assert [label.get_text() for label in axis.get_yticklabels()] == [row["name"] for row in rows]
+        expected, units = zip(*(figure_and_unit(subject["name"], row) for row in rows), strict=True)
+        assert [bar.get_width() for bar in axis.patches] == pytest.approx(expected)
+        assert [float(text.get_text().replace(",", "")) for text in axis.texts] == pytest.approx(expected, rel=0.006)
+        caption = figure.get_supxlabel()
+        assert caption.startswith(units[0]), subject["name"]
+        assert document["machine"]["device"] in caption
+    assert not panels
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        for axis in figure.axes:
+            for text in (axis.title, axis._left_title, *axis.texts, *axis.get_yticklabels(), figure._supxlabel):
+                box = text.get_window_extent()
+                assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, (name, text.get_text())
+        committed = ROOT / "docs" / "plots" / path.stem / plots.file_name(name)
+        assert committed.is_file()
 
 
 def test_the_readme_begins_with_what_was_measured_last(root: Path) -> None:
