@@ -1,6 +1,6 @@
 """Bars of every row of a subject, and a figure per group of subjects, from a results document.
 
-A bar is the median time with its interquartile range, or, for a group of `FIGURES`, the figure that it was measured for.
+A bar is the median time with its interquartile range or, in a group of `FIGURES`, the figure it was measured for.
 """
 
 from __future__ import annotations
