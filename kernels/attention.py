@@ -39,10 +39,11 @@ def attention(
     0, and its gradient is 0.
     scale: head_dim ** -0.5 where None.
     cu_seqlens: (documents + 1,) int32, 0 = first <= ... <= last = sequence = keys, with batch 1: documents joined end
-    to end, none of which sees another. Its values are the caller's word: checking them would wait for the device.
+    to end, none of which sees another. On a GPU its values are the caller's word: checking them would wait for it.
     cos, sin: (positions, rotary_dim / 2) fp32 from `rotary_table`: the first rotary_dim of each head's dims of q and k
     are rotated in half-split pairs while they are read, a key by its place in its document, a row by that of the key
-    it stands at; the gradients come back unrotated. The table must reach the longest document, and sequence <= keys.
+    it stands at; the gradients come back unrotated. The table must reach the longest document; on a GPU, where the
+    documents are not looked at, all keys; and sequence <= keys.
 
     The backward is deterministic: no atomics, so two runs give the same bits.
 
@@ -210,7 +211,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tens
     if (cos is None) != (sin is None):
         raise ValueError(f"{'cos' if cos is None else 'sin'} is None and the other is not; give both or neither")
     if cos is not None and sin is not None:
-        _check_rotary(cos, sin, q, k.shape[1], documents=cu_seqlens is not None)
+        _check_rotary(cos, sin, q, k.shape[1], documents=cu_seqlens is not None and q.device.type == "cpu")
 
 
 def _check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
@@ -225,6 +226,7 @@ def _check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
 
 
 def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, keys: int, *, documents: bool) -> None:
+    """documents: the kernel will look at their lengths, and the table needs no row beyond the longest."""
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 2 or table.shape != cos.shape:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend, dispatch
-from .reference.attention import document_positions
+from .reference.attention import check_documents, document_positions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -157,6 +157,10 @@ def _positions(
             )
         if batch != 1:
             raise ValueError(f"cu_seqlens needs batch 1, not {batch}: join the rows, or leave cu_seqlens out")
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and q is on {q.device}; move them to one device")
+        if look:
+            check_documents(sequence, cu_seqlens, None)
         positions = document_positions(sequence, cu_seqlens, q.device)[None]
     if positions is None:
         if offset < 0 or offset + sequence > cos.shape[0]:

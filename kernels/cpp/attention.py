@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ..reference.attention import band
+from ..reference.attention import band, check_documents
 from ._tensors import address, code
 
 _OP = "attention"
@@ -86,6 +86,7 @@ def _call(
         raise ValueError(
             f"{_OP}: lse is {lse.dtype} {tuple(lse.shape)}; expected contiguous float32 {(batch, heads, sequence)}"
         )
+    check_documents(sequence, cu_seqlens, cos)
     documents = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
     tables = [None if table is None else table.float().contiguous() for table in (cos, sin)]
     cpu.attention(

@@ -41,6 +41,7 @@ def _by_tiles(a: Tensor, b: Tensor) -> bool:
 
 def _call(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
     rows, m = a.shape
+    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
     if b.shape[0] != rows or out.shape != (m, b.shape[1]):
         raise ValueError(
             f"{_OP}: a {tuple(a.shape)}, b {tuple(b.shape)} and {tuple(out.shape)}; expected (rows, m), (rows, n) and "

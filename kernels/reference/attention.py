@@ -5,6 +5,8 @@ The backward forms the probabilities again from the saved log-sum-exp, as FlashA
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ def forward(
     of these, only so many keys before and behind its own, -1 for all. A row that sees no key gets out 0 and lse -inf.
     cu_seqlens needs keys = sequence.
     """
+    check_documents(q.shape[1], cu_seqlens, cos)
     positions = document_positions(k.shape[1], cu_seqlens, q.device)
     hidden = _hidden(q, k, causal, window, cu_seqlens)
     scores = _scores(*_rotated(q, k, cos, sin, positions), scale, hidden)  # (B, Hkv, G, S, keys)
@@ -61,6 +64,7 @@ def backward(
     sin: Tensor | None = None,
 ) -> None:
     """Writes the gradients of q, k and v (before the rotation, where one was asked for) into dq, dk and dv."""
+    check_documents(q.shape[1], cu_seqlens, cos)
     key_heads = k.shape[2]
     positions = document_positions(k.shape[1], cu_seqlens, q.device)
     rotated_q, rotated_k = _rotated(q, k, cos, sin, positions)
@@ -76,6 +80,25 @@ def backward(
     drotated_k = (dscores.mT @ _grouped(rotated_q, key_heads)).sum(2).transpose(1, 2)
     dq.copy_(rotate(drotated_q, cos, sin, positions[k.shape[1] - q.shape[1] :], inverse=True))
     dk.copy_(rotate(drotated_k, cos, sin, positions, inverse=True))
+
+
+def check_documents(length: int, cu_seqlens: Tensor | None, cos: Tensor | None) -> None:
+    """Raise ValueError, naming the value, unless cu_seqlens rises from 0 to `length` and cos has a row for each
+    position of the longest document (of the sequence, without documents). On a CPU; elsewhere the values are not read,
+    which would wait for the device."""
+    longest = length
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        for i, end in enumerate(ends):
+            least, most = (ends[i - 1], length) if i else (0, 0)
+            if not least <= end <= most or (i == len(ends) - 1 and end != length):
+                raise ValueError(
+                    f"cu_seqlens[{i}] is {end}; expected numbers that do not fall, from 0 to the sequence's {length}"
+                )
+        longest = max(end - start for start, end in itertools.pairwise(ends))
+    if cos is not None and cos.shape[0] < longest:
+        kind = "sequence" if cu_seqlens is None else "document"
+        raise ValueError(f"cos and sin have {cos.shape[0]} positions for a {kind} of {longest}; make a longer table")
 
 
 def document_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from numerics import DTYPES, assert_no_worse
 from torch import Tensor
 
 from phi_fast._C import cpu
+from phi_fast.kernels import linear_cross_entropy
 from phi_fast.kernels.cpp import weight_gradient
 from phi_fast.kernels.reference import weight_gradient as reference
 
@@ -79,7 +80,25 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     a, b = operands(8, 4, 5, torch.bfloat16)
     with pytest.raises(ValueError, match=r"a \(8, 4\), b \(7, 5\)"):
         weight_gradient.product(a, b[:7])
-    with pytest.raises(ValueError, match=r"expected torch\.bfloat16"):
-        weight_gradient.product(a.T.contiguous().T, b)
     with pytest.raises(ValueError, match=r"and \(4, 4\)"):
         weight_gradient.accumulate_(torch.zeros(4, 4), a, b, first=True)
+
+
+def test_operands_of_any_strides_reach_the_tiles_with_last_stride_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = operands(8, 4, 5, torch.bfloat16)
+    given, strided = [], [a.T.contiguous().T, b.T.contiguous().T]
+    monkeypatch.setattr(cpu, "has_weight_gradient", lambda: True)
+    monkeypatch.setattr(cpu, "weight_gradient", lambda *arguments: given.append(arguments))
+    weight_gradient.product(*strided)
+    weight_gradient.accumulate_(torch.zeros(4, 5), *strided, first=True)
+    assert [(arguments[3][1], arguments[4][1]) for arguments in given] == [(4, 5), (4, 5)]
+
+
+def test_strided_hidden_has_a_gradient_where_there_are_tiles() -> None:
+    weight, labels = torch.randn(5, 16, dtype=torch.bfloat16), torch.arange(8) % 5
+    hidden = torch.randn(16, 8, dtype=torch.bfloat16).t().requires_grad_()
+    whole = hidden.detach().contiguous().requires_grad_()
+    weights = [weight.clone().requires_grad_() for _ in range(2)]
+    for x, w in zip((hidden, whole), weights, strict=True):
+        linear_cross_entropy(x, w, None, labels).backward()
+    assert torch.equal(hidden.grad, whole.grad) and torch.equal(weights[0].grad, weights[1].grad)
