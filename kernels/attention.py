@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import backend, dispatch
+from . import autocast, backend, dispatch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,11 +45,14 @@ def attention(
     it stands at; the gradients come back unrotated. The table must reach the longest document; on a GPU, where the
     documents are not looked at, all keys; and sequence <= keys.
 
+    Under torch.autocast q, k and v are cast to its dtype, as torch's scaled_dot_product_attention does.
     The backward is deterministic: no atomics, so two runs give the same bits.
 
     Raises ValueError for a shape, stride or device that does not fit, TypeError for a dtype, each naming the value.
     """
     by_library = dispatch.by_library("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+    if autocast.active(q):
+        q, k, v = (autocast.lowered(x) for x in (q, k, v))
     _check(q, k, v, cu_seqlens, cos, sin)
     _check_window(window)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -78,6 +81,7 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
+@autocast.off
 def _gradients(
     dout: Tensor,
     q: Tensor,

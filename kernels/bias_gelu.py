@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend, dispatch
+from . import autocast, backend, dispatch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -17,10 +17,13 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh
     where x cannot be viewed as (rows, n) with last stride 1 it is copied. approximate: "tanh" (phi's "gelu_new"), or
     "none" for the form with erf. fp32 arithmetic, rounded once. Only x and bias are saved for backward.
 
+    Under torch.autocast bias is cast to x's dtype, as F.linear casts its own.
     The backward is deterministic: the bias's gradient is added up in a fixed order.
     Raises ValueError for a shape, device or `approximate` that does not fit, TypeError for a dtype.
     """
     by_library = dispatch.by_library("bias_gelu", x=x, bias=bias)
+    if bias is not None and autocast.active(x):
+        bias = bias.to(x.dtype)
     _check(x, bias, approximate)
     if by_library:
         return _forward_op(x, bias, approximate)

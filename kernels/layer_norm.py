@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from . import backend, dispatch
+from . import autocast, backend, dispatch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim.
 
-    x (..., d); weight, bias (d,) in x's dtype: fp16, bf16, fp32 or fp64 (Triton: not fp64). Rows at any stride; where x
+    x (..., d); weight (d,); bias (d,) or None; fp16, bf16, fp32 or fp64 (Triton: not fp64). The result has x's dtype.
+    Where weight or bias is of another one, all is computed in the promoted dtype and rounded once. Under torch.autocast
+    on a GPU the result is at least fp32, as F.layer_norm's. Rows at any stride; where x
     cannot be viewed as (rows, d) with last stride 1 it is copied. Statistics and arithmetic are fp32.
 
     residual, shaped as x: returns (layer_norm(x + residual), x + residual) from one pass, for blocks that carry the sum
@@ -25,7 +29,16 @@ def layer_norm(
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype, each naming the value.
     """
     by_library = dispatch.by_library("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    bias = x.new_zeros(x.shape[-1:]) if bias is None else bias
+    dtype = torch.promote_types(x.dtype, torch.float32) if x.is_cuda and autocast.active(x) else x.dtype
+    wide = functools.reduce(torch.promote_types, (weight.dtype, bias.dtype), dtype)
     _check(x, weight, bias, residual)
+    if wide != x.dtype:
+        x, weight, bias = (t.to(wide) for t in (x, weight, bias))
+        residual = None if residual is None else residual.to(wide)
+        out = layer_norm(x, weight, bias, eps, residual=residual)
+        return out.to(dtype) if isinstance(out, Tensor) else (out[0].to(dtype), out[1].to(dtype))
+    weight, bias = weight.to(wide), bias.to(wide)
     if by_library:
         out, summed, *_ = _forward_op(x, weight, bias, eps, residual)
     elif residual is None:
@@ -161,10 +174,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != x.shape[-1:]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},), x's last dim")
+        if vector.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {vector.dtype}; expected float16, bfloat16, float32 or float64")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; expected the same")
+    if residual is not None and residual.dtype != x.dtype:
+        raise TypeError(f"residual is {residual.dtype} and x is {x.dtype}; cast them to one dtype")
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}; cast them to one dtype")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}; move them to one device")

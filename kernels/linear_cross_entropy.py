@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import backend, dispatch
+from . import autocast, backend, dispatch
 from . import linear_cross_entropy_chunks as chunks
 from .linear_cross_entropy_rows import row_losses
 
@@ -64,6 +64,7 @@ def linear_cross_entropy(
     Returns the loss: fp32 (fp64 for fp64), a scalar unless reduction is "none". The mean is NaN where no
         position counts, with zero gradients, as in torch.
 
+    Under torch.autocast hidden, weight and bias are cast to its dtype, as F.linear does.
     Deterministic: two runs agree bit for bit. Where no gradient is wanted (no_grad, or nothing requires it) none is
     formed. Not differentiable twice.
 
@@ -74,6 +75,9 @@ def linear_cross_entropy(
     tensors = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels, "loss_scale": scale_tensor}
     tensors["class_weight"] = class_weight
     by_library = dispatch.by_library("linear_cross_entropy", **tensors)
+    if autocast.active(hidden):
+        hidden, weight = autocast.lowered(hidden), autocast.lowered(weight)
+        bias = None if bias is None else autocast.lowered(bias)
     _check(hidden, weight, bias, labels, label_smoothing, z_loss, reduction, chunk_size)
     class_weight = _checked_options(hidden, weight, class_weight, softcap)
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
+from . import autocast, backend
 from .reference.weight_gradient import wide_product
 
 
@@ -78,6 +78,7 @@ def label_weights(objective: Objective, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@autocast.off
 def losses_and_gradients(
     hidden: Tensor,
     weight: Tensor,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, dispatch
+from . import autocast, backend, dispatch
 
 RECOMPUTE = ("none", "norm_gelu", "all")
 """What backward computes again: nothing, LayerNorm's and GELU's outputs, or everything from x."""
@@ -62,12 +62,14 @@ def parallel_block(
     and [o|g], 6d + 2m; "norm_gelu" x, [q|k|v|u] and o, 5d + m; "all" x alone, d, and runs the block's forward
     again but for its last product.
 
-    The backward is deterministic where the matrix products are. Parameters that need no gradient cost no product.
+    Under torch.autocast the parameters are cast to x's dtype. The backward is deterministic where the matrix products
+    are. Parameters that need no gradient cost no product.
     Raises ValueError for a shape, stride, device or option that does not fit, TypeError for a dtype.
     """
-    parameters = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias_attention, out_bias_mlp)
-    named = dict(zip(_PARAMETERS, parameters, strict=True))
+    given = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias_attention, out_bias_mlp)
+    named = dict(zip(_PARAMETERS, given, strict=True))
     by_library = dispatch.by_library("parallel_block", x=x, **named, cos=cos, sin=sin)
+    parameters = tuple(p.to(x.dtype) for p in given) if autocast.active(x) else given
     _check(x, parameters, cos, sin, num_heads, recompute)
     # Ours rotates q and k as it reads them; the others are handed them already rotated, in place.
     rotary_inside = backend.name("attention", x.device) in ("triton", "cpp")
@@ -76,8 +78,7 @@ def parallel_block(
     if by_library:
         return _forward_op(*inputs, *options)[0]
     recording = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    with torch.autocast(x.device.type, enabled=False):
-        return _ParallelBlock.apply(options, *inputs) if recording else _forward(inputs, options, recording=False)[0]
+    return _ParallelBlock.apply(options, *inputs) if recording else _forward(inputs, options, recording=False)[0]
 
 
 class _Options(NamedTuple):
@@ -120,6 +121,7 @@ class _Heads:
         return wide.unflatten(-1, (blocks * self.heads, -1))
 
 
+@autocast.off
 def _activations(
     x: Tensor,
     norm_weight: Tensor,
@@ -189,6 +191,7 @@ def _forward(inputs: Sequence[Tensor], options: _Options, *, recording: bool = T
     return [out, kept.mean, kept.rstd, kept.packed, o, kept.lse]
 
 
+@autocast.off
 def _backward(
     dout: Tensor, saved: Sequence[Tensor], inputs: Sequence[Tensor], options: _Options, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -273,8 +276,7 @@ class _ParallelBlock(torch.autograd.Function):
         inputs, saved, wanted = kept[:8], kept[8:], ctx.needs_input_grad[1:9]
         if dispatch.backward_by_library("parallel_block", dout):
             return None, *_backward_by_library(dout, saved, inputs, ctx.options, wanted), None, None
-        with torch.autocast(dout.device.type, enabled=False):
-            return None, *_backward(dout, saved, inputs, ctx.options, wanted), None, None
+        return None, *_backward(dout, saved, inputs, ctx.options, wanted), None, None
 
 
 # Under torch.compile the graph holds one opaque op a block each way.

@@ -10,7 +10,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from ..autocast import off
 
+
+@off
 def forward(
     q: Tensor,
     k: Tensor,

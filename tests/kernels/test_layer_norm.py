@@ -171,7 +171,8 @@ X, W = torch.zeros(2, 8), torch.ones(8)
 BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X, W[:7], W), {}, ValueError, r"weight has shape \(7,\); expected \(8,\)"),
     ((X, W, W[:, None]), {}, ValueError, r"bias has shape \(8, 1\)"),
-    ((X.half(), W, W), {}, TypeError, "weight is torch.float32 and x is torch.float16"),
+    ((X, W.int(), W), {}, TypeError, "weight is torch.int32; expected float16"),
+    ((X, W, W), {"residual": X.half()}, TypeError, "residual is torch.float16 and x is torch.float32"),
     ((X.int(), W, W), {}, TypeError, "x is torch.int32"),
     ((X, W.to("meta"), W), {}, ValueError, "weight is on meta and x is on cpu"),
     ((X, W, W), {"residual": X[:1]}, ValueError, r"residual has shape \(1, 8\) and x \(2, 8\)"),
