@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(x, weight, bias, eps, residual):
-    statistics = x.new_empty(x.shape[:-1].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
+    statistics = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), statistics, statistics.clone()
 
 
