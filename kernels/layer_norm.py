@@ -14,32 +14,41 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim.
 
-    x (..., d); weight (d,); bias (d,) or None; fp16, bf16, fp32 or fp64 (Triton: not fp64). The result has x's dtype.
-    Where weight or bias is of another one, all is computed in the promoted dtype and rounded once. Under torch.autocast
-    on a GPU the result is at least fp32, as F.layer_norm's. Rows at any stride; where x
-    cannot be viewed as (rows, d) with last stride 1 it is copied. Statistics and arithmetic are fp32.
+    x (..., d); weight, bias (d,) or None; fp16, bf16, fp32 or fp64 (Triton: not fp64). The result has x's dtype. Where
+    another tensor has another one, all is computed in the promoted dtype and rounded once. Under torch.autocast on a
+    GPU the result is at least fp32, as F.layer_norm's. Rows at any stride; where x cannot be viewed as (rows, d) with
+    last stride 1 it is copied. Statistics and arithmetic are fp32.
 
     residual, shaped as x: returns (layer_norm(x + residual), x + residual) from one pass, for blocks that carry the sum
-    on; without it, the normalised tensor alone. Gradients of both outputs meet in the one backward pass.
+    on; without it, the normalised tensor alone. The sum has torch's dtype of x + residual. Gradients of both outputs
+    meet in the one backward pass.
 
-    The backward is deterministic: weight gradients are partial sums of fixed rows, added in a fixed order.
+    The backward is deterministic: weight gradients are partial sums of fixed rows, added in a fixed order. A second
+    derivative is refused (NotImplementedError).
     Raises ValueError for a shape or device that does not fit, TypeError for a dtype, each naming the value.
     """
     by_library = dispatch.by_library("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    weight = x.new_ones(x.shape[-1:]) if weight is None else weight
     bias = x.new_zeros(x.shape[-1:]) if bias is None else bias
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_cuda and autocast.active(x) else x.dtype
-    wide = functools.reduce(torch.promote_types, (weight.dtype, bias.dtype), dtype)
     _check(x, weight, bias, residual)
-    if wide != x.dtype:
-        x, weight, bias = (t.to(wide) for t in (x, weight, bias))
-        residual = None if residual is None else residual.to(wide)
-        out = layer_norm(x, weight, bias, eps, residual=residual)
-        return out.to(dtype) if isinstance(out, Tensor) else (out[0].to(dtype), out[1].to(dtype))
+    carried = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    wide = functools.reduce(torch.promote_types, (weight.dtype, bias.dtype, carried), dtype)
     weight, bias = weight.to(wide), bias.to(wide)
+    if wide != x.dtype:
+        residual = None if residual is None else residual.to(wide)
+        out = layer_norm(x.to(wide), weight, bias, eps, residual=residual)
+        return out.to(dtype) if isinstance(out, Tensor) else (out[0].to(dtype), out[1].to(carried))
+    residual = None if residual is None else residual.to(wide)
     if by_library:
         out, summed, *_ = _forward_op(x, weight, bias, eps, residual)
     elif residual is None:
@@ -179,8 +188,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
             raise TypeError(f"{name} is {vector.dtype}; expected float16, bfloat16, float32 or float64")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; expected the same")
-    if residual is not None and residual.dtype != x.dtype:
-        raise TypeError(f"residual is {residual.dtype} and x is {x.dtype}; cast them to one dtype")
+    if residual is not None and residual.dtype not in _DTYPES:
+        raise TypeError(f"residual is {residual.dtype}; expected float16, bfloat16, float32 or float64")
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}; move them to one device")

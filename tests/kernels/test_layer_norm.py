@@ -172,7 +172,7 @@ BAD: list[tuple[tuple, dict, type[Exception], str]] = [
     ((X, W[:7], W), {}, ValueError, r"weight has shape \(7,\); expected \(8,\)"),
     ((X, W, W[:, None]), {}, ValueError, r"bias has shape \(8, 1\)"),
     ((X, W.int(), W), {}, TypeError, "weight is torch.int32; expected float16"),
-    ((X, W, W), {"residual": X.half()}, TypeError, "residual is torch.float16 and x is torch.float32"),
+    ((X, W, W), {"residual": X.int()}, TypeError, "residual is torch.int32; expected float16"),
     ((X.int(), W, W), {}, TypeError, "x is torch.int32"),
     ((X, W.to("meta"), W), {}, ValueError, "weight is on meta and x is on cpu"),
     ((X, W, W), {"residual": X[:1]}, ValueError, r"residual has shape \(1, 8\) and x \(2, 8\)"),
@@ -194,3 +194,57 @@ def test_triton_names_what_it_cannot_do(device):
         wide = torch.zeros(1, 32769, device=device)
         with pytest.raises(ValueError, match="up to 32768 elements, not 32769"):
             layer_norm(wide, wide[0], wide[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("x_dtype", "residual_dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_tensors_of_several_dtypes(backend, device, x_dtype, residual_dtype, weight_dtype) -> None:
+    """The sum has torch's dtype of x + residual, the result x's, gradients their tensors'; no worse than torch's."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"x": (37, 96), "residual": (37, 96), "weight": (96,), "bias": (96,)}
+    dtypes = {"x": x_dtype, "residual": residual_dtype, "weight": weight_dtype, "bias": weight_dtype}
+    drawn = {name: torch.randn(shape, generator=generator).to(device, dtypes[name]) for name, shape in shapes.items()}
+    grads = [torch.randn(37, 96, generator=generator).to(device) for _ in range(2)]
+    carried = torch.promote_types(x_dtype, residual_dtype)
+
+    def run(function, wide=None):
+        leaves = {name: tensor.to(wide or tensor.dtype, copy=True).requires_grad_() for name, tensor in drawn.items()}
+        out, summed = function(**leaves)
+        (out * grads[0].to(out.dtype)).sum().add((summed * grads[1].to(summed.dtype)).sum()).backward()
+        return {"out": out.detach(), "summed": summed.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+    def theirs(x, residual, weight, bias):
+        summed = x + residual
+        wide = torch.promote_types(summed.dtype, weight.dtype)
+        out = torch.nn.functional.layer_norm(summed.to(wide), (96,), weight.to(wide), bias.to(wide))
+        return out.to(x.dtype), summed
+
+    with use(backend):
+        ours = run(lambda x, residual, weight, bias: layer_norm(x, weight, bias, residual=residual))
+    usual, exact = run(theirs), run(theirs, torch.float64)
+    assert ours["out"].dtype == x_dtype and ours["summed"].dtype == carried
+    for name, tensor in ours.items():
+        assert tensor.dtype == usual[name].dtype, name
+        assert_no_worse(tensor, usual[name], exact[name], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_and_bias_may_be_none(backend, device) -> None:
+    x = make(6, 64, torch.float32, device)["x"].detach().requires_grad_()
+    with use(backend):
+        out = layer_norm(x, None, None)
+        out.square().sum().backward()
+    y = x.detach().requires_grad_()
+    torch.nn.functional.layer_norm(y, (y.shape[-1],)).square().sum().backward()
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (x.shape[-1],)))
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ def test_a_document_longer_than_the_table_is_refused(backend: str, documents: tu
         attention(q, q, q, cos=cos, sin=sin, cu_seqlens=ends(*documents))
     op = torch.ops.phi_fast.attention  # as a compiled graph calls it
     with use(backend), pytest.raises(ValueError, match=TOO_SHORT.format(longest)):
-        op(q, q, q, 1.0, True, ends(*documents), cos, sin)
+        op(q, q, q, 1.0, True, None, ends(*documents), cos, sin)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
