@@ -48,7 +48,8 @@ def attention(
     Under torch.autocast q, k and v are cast to its dtype, as torch's scaled_dot_product_attention does.
     The backward is deterministic: no atomics, so two runs give the same bits.
 
-    Raises ValueError for a shape, stride or device that does not fit, TypeError for a dtype, each naming the value.
+    Raises ValueError for a shape, stride, device or window that does not fit, TypeError for a dtype, each naming
+    the value.
     """
     by_library = dispatch.by_library("attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
     if autocast.active(q):
@@ -251,5 +252,8 @@ def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, keys: int, *, documents: 
 
 
 def _check_window(window: tuple[int, int] | None) -> None:
-    if window is not None and (len(window) != 2 or min(window) < -1):
+    if window is None:
+        return
+    pair = isinstance(window, (tuple, list)) and len(window) == 2
+    if not pair or not all(isinstance(side, int) and side >= -1 for side in window):
         raise ValueError(f"window is {window}; expected (left, right), each a number of keys or -1 for no limit")

@@ -291,6 +291,10 @@ TABLE = torch.zeros(8, 16)
             r"k has \(1, 8, 2, 32\); batch and head_dim must",
         ),
         (ok(window=(-2, 0)), ValueError, r"window is \(-2, 0\); expected \(left, right\)"),
+        (ok(window=7), ValueError, r"window is 7; expected \(left, right\)"),
+        (ok(window=(None, 0)), ValueError, r"window is \(None, 0\); expected \(left, right\)"),
+        (ok(window=(1.5, 0)), ValueError, r"window is \(1.5, 0\); expected \(left, right\)"),
+        (ok(window="ab"), ValueError, r"window is ab; expected \(left, right\)"),
         (
             ok(k=ZEROS[:, :7], v=ZEROS[:, :7], cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)),
             ValueError,
