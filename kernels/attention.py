@@ -46,7 +46,8 @@ def attention(
     documents are not looked at, all keys; and sequence <= keys.
 
     Under torch.autocast q, k and v are cast to its dtype, as torch's scaled_dot_product_attention does.
-    The backward is deterministic: no atomics, so two runs give the same bits.
+    The backward is deterministic: no atomics, so two runs give the same bits. A second derivative is refused
+    (NotImplementedError).
 
     Raises ValueError for a shape, stride, device or window that does not fit, TypeError for a dtype, each naming
     the value.

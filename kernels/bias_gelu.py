@@ -18,7 +18,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh
     "none" for the form with erf. fp32 arithmetic, rounded once. Only x and bias are saved for backward.
 
     Under torch.autocast bias is cast to x's dtype, as F.linear casts its own.
-    The backward is deterministic: the bias's gradient is added up in a fixed order.
+    The backward is deterministic: the bias's gradient is added up in a fixed order. A second derivative is refused
+    (NotImplementedError).
     Raises ValueError for a shape, device or `approximate` that does not fit, TypeError for a dtype.
     """
     by_library = dispatch.by_library("bias_gelu", x=x, bias=bias)

@@ -56,8 +56,8 @@ def apply_rotary_(
     cu_seqlens (documents + 1,) int32 and batch 1, s less the start of its document. At most one of the three. A
     position outside the table raises on a CPU; on a GPU, where looking would be a sync, it makes the row NaN.
 
-    The arithmetic is fp32. The gradient is the inverse rotation. Raises ValueError for a shape, stride, device or
-    option that does not fit, TypeError for a dtype, each naming the value.
+    The arithmetic is fp32. The gradient is the inverse rotation, to any order. Raises ValueError for a shape, stride,
+    device or option that does not fit, TypeError for a dtype, each naming the value.
     """
     if sum((offset != 0, positions is not None, cu_seqlens is not None)) > 1:
         raise ValueError("offset, positions and cu_seqlens each say where the rows are; give one of them")

@@ -31,6 +31,8 @@ def accelerate(model: nn.Module, *, keep_logits: bool = False) -> Report:
     tuple of return_dict=False has them in their place, and in eval mode, as in Trainer's evaluation, every output has.
     keep_logits: leave the head and the loss to the model, so that each output has its logits from the start.
 
+    A second derivative, which the ops do not have, raises NotImplementedError.
+
     A model is accelerated once, before it is wrapped in FSDP2 or compiled; `restore` undoes it. pickle (torch.save of
     the model itself, not of its state_dict) wants it restored.
 
