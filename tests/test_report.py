@@ -17,8 +17,9 @@ from phi_fast.data import Mixture, TokenLoader
 from phi_fast.metrics import MetricsLog, StepRecord
 from phi_fast.options import parse, plain
 from phi_fast.report import main
-from phi_fast.reporting.curves import MOST, Scale, thin
+from phi_fast.reporting.curves import MOST, Scale, smoothed, thin
 from phi_fast.reporting.mixture import draws
+from phi_fast.reporting.picture import figure
 from phi_fast.reporting.read import RunData, read_runs
 
 HOSTILE = "</pre><script>document.title = 'taken'</script>\"'&"
@@ -159,6 +160,71 @@ def test_chromium_draws_the_curves(report: Path, tmp_path: Path) -> None:
 
 def test_the_picture_is_drawn(report: Path) -> None:
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_draws_the_records_with_labels_and_no_empty_cell(report: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for names in (["b"], ["a<b>", "b"]):
+        found = figure(read_runs([report.parent / name for name in names]))
+        assert len(found.axes) == len(METRICS) + 1  # and the mixture
+        assert all(axis.has_data() and axis.get_xlabel() and axis.get_title() for axis in found.axes)
+        lines = {(axis.get_title(), line.get_label()): line for axis in found.axes for line in axis.lines}
+        loss = lines["Loss, nats per token", "b"]
+        assert (list(loss.get_xdata()), list(loss.get_ydata())) == (list(range(1, 13)), [9.0 / n for n in range(1, 13)])
+        assert list(lines["Accuracy by task (--eval-every)", "b: piqa"].get_ydata()) == [0.54, 0.58, 0.62]
+        code = next(text.get_text() for text in found.axes[-1].get_yticklabels() if text.get_text() == "b: code")
+        at = [text.get_text() for text in found.axes[-1].get_yticklabels()].index(code)
+        assert found.axes[-1].patches[at].get_width() == pytest.approx(20, abs=1)
+        found.canvas.draw()
+        for axis in found.axes:
+            box = axis.title.get_window_extent()
+            assert found.bbox.x0 <= box.x0 < box.x1 <= found.bbox.x1
+
+
+def test_every_chart_says_that_its_x_is_steps(report: Path) -> None:
+    source = report.read_text(encoding="utf-8")
+    assert source.count('<svg class="chart"') == source.count(">optimizer step</text>") == len(METRICS)
+
+
+def test_the_validation_before_the_first_step_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=4)
+    before = '{"step": 0, "tokens": 0, "val_loss": 9.5, "val_losses": {"docs": 9.25, "code": 9.75}}\n'
+    (run / "metrics.jsonl").write_text(before + (run / "metrics.jsonl").read_text())
+    assert main([str(run)]) == 0
+    found = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert found.curves["val_loss", "run"] == ([0, 4], [9.5, 2.0])
+    assert found.curves["val_loss", "run: docs"] == ([0, 4], [9.25, 1.75])
+    assert found.curves["loss", "run"][0] == [1, 2, 3, 4]
+    (run / "metrics.jsonl").write_text(before)  # killed within the first step
+    assert main([str(run), "--png", str(tmp_path / "page.png")]) == 0
+    found = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert found.curves["val_loss", "run"] == ([0], [9.5])
+
+
+def test_a_loss_scale_that_never_moved_has_no_card(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2)  # step 3 is the one skipped
+    assert main([str(run)]) == 0
+    assert "Loss scale" not in (run / "report.html").read_text(encoding="utf-8")
+    assert "Loss scale" not in {axis.get_title() for axis in figure(read_runs([run])).axes}
+
+
+def test_the_loss_is_smoothed_over_the_raw_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=160)
+    assert main([str(run)]) == 0
+    source = (run / "report.html").read_text(encoding="utf-8")
+    loss = source[source.index('id="chart-loss"') : source.index('id="chart-val_loss"')]
+    assert loss.index('<g class="raw">') < loss.index('<g class="smooth">')
+    steps = list(range(400))
+    average = smoothed((steps, [1.0, None] * 200))  # of ones, whatever is missing
+    assert average is not None
+    assert average[1][::2] == pytest.approx([1.0] * 200)
+    assert average[1][1::2] == [None] * 200
+    average = smoothed((steps, [float(step % 2) for step in steps]))
+    assert average is not None
+    weights = [0.9**age for age in range(400)]  # 400 steps ÷ 40: over about 10
+    by_hand = sum(w * ((399 - age) % 2) for age, w in enumerate(weights)) / sum(weights)
+    assert average[1][399] == pytest.approx(by_hand)
+    assert smoothed((steps[:20], [1.0] * 20)) is None
 
 
 def test_draws_are_the_loaders(stdlib: Path, report: Path) -> None:

@@ -8,10 +8,13 @@ from html import escape
 
 from .read import Curve
 
-WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 30
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 88, 32, 12, 62
 MOST = 1200
 """Points of a curve that are drawn; a longer one is thinned to the least and the greatest of each stretch."""
+X_LABEL = "optimizer step"
+SMOOTHING = 40
+"""A smoothed curve averages over about the steps ÷ SMOOTHING before each step; a shorter curve is not smoothed."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Series:
     curve: Curve
     style: int = 0
     """Index of the dash pattern."""
+    smooth: bool = False
+    """Drawn faintly, with its moving average over it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,21 @@ def thin(curve: Curve) -> Curve:
     return [steps[i] for i in order], [values[i] for i in order]
 
 
+def smoothed(curve: Curve) -> Curve | None:
+    """The exponential moving average, corrected for its beginning; None where the curve is too short for one."""
+    steps, values = curve
+    if len(steps) < 2 * SMOOTHING:
+        return None
+    decay = 1 - SMOOTHING / len(steps)
+    total = weight = 0.0
+    averages: list[float | None] = []
+    for value in values:
+        if value is not None:
+            total, weight = decay * total + value, decay * weight + 1
+        averages.append(None if value is None else total / weight)
+    return steps, averages
+
+
 def number(value: float) -> str:
     """Short, for people."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -102,8 +122,15 @@ def _series(metric: str, one: Series, curve: Curve, x: Scale, y: Scale) -> str:
         "values": ",".join("" if value is None else repr(value) for value in values),
     }
     attributes = " ".join(f'data-{key}="{escape(value, quote=True)}"' for key, value in data.items())
-    lines = [_line(stretch, x, y) for stretch in _stretches(steps, values, positive=y.log)]
-    return f'<g class="series c{one.color % 6} s{one.style % 4}" {attributes}>{"".join(lines)}</g>'
+    lines = _lines(curve, x, y)
+    average = smoothed(one.curve) if one.smooth else None
+    if average is not None:
+        lines = f'<g class="raw">{lines}</g><g class="smooth">{_lines(thin(average), x, y)}</g>'
+    return f'<g class="series c{one.color % 6} s{one.style % 4}" {attributes}>{lines}</g>'
+
+
+def _lines(curve: Curve, x: Scale, y: Scale) -> str:
+    return "".join(_line(stretch, x, y) for stretch in _stretches(*curve, positive=y.log))
 
 
 def _line(points: list[tuple[int, float]], x: Scale, y: Scale) -> str:
@@ -130,7 +157,9 @@ def _axes(x: Scale, y: Scale) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at}" dy="0.32em" text-anchor="end">{number(tick)}</text>')
     for tick in x.ticks():
-        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 36}" text-anchor="middle">{number(tick)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{X_LABEL}</text>')
     return "".join(parts)
 
 

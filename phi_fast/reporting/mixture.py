@@ -37,9 +37,9 @@ class Draw:
 
 
 def draws(run: RunData) -> list[Draw]:
-    """Of each corpus with a weight, up to the run's last step; empty where the config has no mixture."""
+    """Counts for each corpus with a weight, up to the run's last step; empty without a mixture or before a step."""
     weights = {name: weight for name, weight in run.mixture.items() if weight}
-    if not weights:
+    if not weights or not run.records[-1]["step"]:
         return []
     divisor = math.gcd(*weights.values())
     period = np.asarray(_tokens.chairman([weight // divisor for weight in weights.values()]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from .curves import chart
@@ -28,7 +29,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .grid-of-cards section { margin: 0; } .grid-of-cards { margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } tr:last-child > * { border-bottom: 0; } td { overflow-wrap: anywhere; }
+th { font-weight: 600; } tr:last-child > * { border-bottom: 0; } td { overflow-wrap: break-word; }
+#differences td, #configurations td { overflow-wrap: anywhere; }
 svg.chart { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 13px; }
 .grid { stroke: var(--line); } .cursor { stroke: var(--soft); stroke-dasharray: 2 3; }
 .series { fill: none; stroke-width: 1.6; stroke-linejoin: round; } .series circle { stroke: none; }
@@ -36,11 +38,16 @@ svg.chart { width: 100%; height: auto; display: block; } svg text { fill: var(--
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; font-size: .85rem; color: var(--soft); }
 .legend svg { width: 22px; height: 8px; vertical-align: middle; margin-right: .35rem; }
 .legend output { color: var(--ink); font-variant-numeric: tabular-nums; margin-left: .35rem; }
-.bar { position: relative; height: 12px; background: var(--line); border-radius: 6px; min-width: 8rem; }
+.raw { opacity: .35; stroke-width: 1; } .smooth { stroke-width: 2; }
+.bar { position: relative; height: 12px; background: var(--line); border-radius: 6px; min-width: 6rem; }
 .bar i { position: absolute; inset: 0 auto 0 0; border-radius: 6px; }
 .bar b { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--ink); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0; font: 13px/1.5 ui-monospace, monospace; }
 summary { cursor: pointer; color: var(--soft); } .none { font-style: italic; }
+@media (max-width: 600px) { svg.chart text { font-size: 22px; } body { padding: 1rem .7rem; }
+  #mixture thead { display: none; } #mixture tr { display: block; padding: .4rem 0; }
+  #mixture td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; }
+  #mixture td::before { content: attr(data-label); color: var(--soft); } #mixture .bar { width: 100%; } }
 """
 _STYLE += "".join(
     f".c{i} {{ stroke: var(--c{i}); }} .c{i} circle {{ fill: var(--c{i}); }} .b{i} {{ background: var(--c{i}); }}\n"
@@ -101,11 +108,8 @@ def page(runs: list[RunData]) -> str:
 
 def _overview(runs: list[RunData]) -> str:
     summaries = [figures(run) for run in runs]
-    head = ["run", *summaries[0]]
-    rows = [
-        [_key(i, 0) + escape(run.name), *map(escape, summary.values())]
-        for i, (run, summary) in enumerate(zip(runs, summaries, strict=True))
-    ]
+    head = ["", *(_key(i, 0) + escape(run.name) for i, run in enumerate(runs))]
+    rows = [[escape(name), *(escape(summary[name]) for summary in summaries)] for name in summaries[0]]
     return f'<section id="overview">{_table(head, rows)}</section>'
 
 
@@ -140,7 +144,7 @@ def _draw(index: int, run: RunData, draw: Draw) -> list[str]:
         f'<b style="left:{100 * draw.intended:.2f}%"></b></div>'
     )
     shares = [f"{100 * draw.intended:.2f}%", f"{100 * draw.share:.2f}%"]
-    names = [_key(index, 0) + escape(run.name), escape(draw.corpus)]
+    names = [f"<span>{_key(index, 0)}{escape(run.name)}</span>", escape(draw.corpus)]
     return [*names, *shares, bar, f"{draw.drawn:,} of {draw.rows:,}", f"{draw.worst:.2f} rows"]
 
 
@@ -178,7 +182,11 @@ def _key(color: int, style: int) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML already."""
+    """Cells are HTML already; each carries its column's title for where the head is not shown."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, head, row)) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(title: str, cell: str) -> str:
+    return f'<td data-label="{escape(re.sub("<.*?>", "", title), quote=True)}">{cell}</td>'

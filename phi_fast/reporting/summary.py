@@ -20,16 +20,16 @@ class Chart:
 
 
 def charts(runs: list[RunData]) -> list[Chart]:
-    """Loss, validation (also by corpus), gradient norm, loss scale, throughput, learning rate: a curve a run; and
-    accuracies by task where a run measured them."""
+    """Loss, validation (also by corpus), gradient norm, throughput, learning rate: a curve per run. The loss scale
+    where it was at work in a run, and accuracies by task where a run measured them."""
     validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
     validation += _members(runs, "val_losses")
     tasks = _members(runs, "tasks")
     return [
-        Chart("Loss, nats a token", "loss", _all(runs, "loss")),
-        Chart("Validation loss, nats a token", "val_loss", validation),
+        Chart("Loss, nats per token", "loss", _all(runs, "loss", smooth=True)),
+        Chart("Validation loss, nats per token", "val_loss", validation),
         Chart("Gradient norm before clipping", "grad_norm", _all(runs, "grad_norm"), log=True),
-        Chart("Loss scale", "loss_scale", _all(runs, "loss_scale"), log=True),
+        *([Chart("Loss scale", "loss_scale", _all(runs, "loss_scale"), log=True)] if _scaled(runs) else []),
         Chart("Throughput, tokens/s", "tokens_per_s", _all(runs, "tokens_per_s")),
         Chart("Learning rate", "lr", _all(runs, "lr")),
         *([Chart("Accuracy by task (--eval-every)", "tasks", tasks)] if tasks else []),
@@ -47,7 +47,7 @@ def figures(run: RunData) -> dict[str, str]:
     return {
         "steps": f"{last['step']:,}",
         "tokens": f"{last['tokens']:,}" if "tokens" in last else "–",
-        "last loss": _loss(last.get("loss")),
+        "last loss": _loss(last["loss"]) if "loss" in last else "–",
         "best validation loss": _loss(min(validation)) if validation else "not measured",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "–",
         "MFU, median": f"{100 * statistics.median(mfu):.1f}%" if mfu else "not measured",
@@ -63,8 +63,15 @@ def differences(runs: list[RunData]) -> dict[str, list[str]]:
     return {key: values for key, values in rows.items() if len(set(values)) > 1 and key != "run_dir"}
 
 
-def _all(runs: list[RunData], field: str) -> list[Series]:
-    return [Series(run.name, i, run.curve(field)) for i, run in enumerate(runs)]
+def _scaled(runs: list[RunData]) -> bool:
+    """True where a loss scale changed, or a step was skipped: a constant one tells nothing."""
+    return any(
+        len(set(run.curve("loss_scale")[1])) > 1 or any(record.get("skipped") for record in run.records) for run in runs
+    )
+
+
+def _all(runs: list[RunData], field: str, *, smooth: bool = False) -> list[Series]:
+    return [Series(run.name, i, run.curve(field), smooth=smooth) for i, run in enumerate(runs)]
 
 
 def _members(runs: list[RunData], field: str) -> list[Series]:
