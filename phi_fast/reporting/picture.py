@@ -50,11 +50,10 @@ def _curves(axis: Axes, one: Chart) -> None:
     for series in one.series:
         average = smoothed(series.curve) if series.smooth else None
         style, color = _DASHES[series.style % len(_DASHES)], f"C{series.color % 10}"
-        label = {"label": series.label}
         if average is not None:
-            axis.plot(average[0], _numbers(average), style, color=color, lw=1.8, zorder=3, **label)
-        raw = {"lw": 0.8, "alpha": 0.35} if average is not None else {"lw": 1.2, **label}
-        axis.plot(series.curve[0], _numbers(series.curve), style, color=color, **raw)
+            axis.plot(average[0], _numbers(average), style, color=color, lw=1.8, zorder=3, label=series.label)
+        width, opacity, label = (1.2, 1.0, series.label) if average is None else (0.8, 0.35, None)
+        axis.plot(series.curve[0], _numbers(series.curve), style, color=color, lw=width, alpha=opacity, label=label)
     axis.set_title(one.title, fontsize=10)
     axis.set_xlabel(X_LABEL, fontsize=8)
     axis.set_yscale("log" if one.log else "linear")
