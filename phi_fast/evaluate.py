@@ -202,7 +202,8 @@ def draw(done: dict[str, TaskResult], name: str, out: Path, console: Console) ->
         return
     scores = {task: result.score for task, result in done.items() if task in paper.TASKS}
     if scores:
-        plots.benchmarks(scores, name, out)
+        spread = {task: (done[task].stderr, done[task].questions) for task in scores}
+        plots.benchmarks(scores, name, out, spread=spread)
     if "toxigen" in done and done["toxigen"].groups:
         plots.safety({name: done["toxigen"].groups}, out)
 

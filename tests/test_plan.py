@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,12 @@ from phi_fast.distributed import join
 from phi_fast.errors import UsageError
 from phi_fast.model import Phi
 from phi_fast.plan import LEVELS, Options, main, parse, run
+from phi_fast.planning import plot
 from phi_fast.planning.communication import communication
 from phi_fast.planning.devices import DEVICES
 from phi_fast.planning.estimate import Job, largest_micro_batch, plan
 from phi_fast.planning.measure import Step, kept_for_backward, peak_bytes
-from phi_fast.planning.memory import activations, memory
+from phi_fast.planning.memory import Memory, activations, memory
 from phi_fast.planning.published import compare
 from phi_fast.planning.scaling import scaling
 from phi_fast.planning.work import Recompute, Shape, micro_batch
@@ -235,3 +236,17 @@ def test_the_planned_step_is_the_measured_one(model: str, rows: int, precision: 
     assert judged.ratio == pytest.approx(1, abs=0.25)
     assert judged.predicted_peak_bytes == pytest.approx(judged.measured_peak_bytes, rel=0.1)
     assert judged.predicted_activation_bytes == pytest.approx(judged.measured_activation_bytes, rel=0.1)
+
+
+def test_the_picture_draws_every_part_of_the_memory_with_its_figure() -> None:
+    from matplotlib.figure import Figure
+
+    report = run(Options(recipe="phi-1.5", gpu="H100", gpus=8))
+    axis = Figure().subplots()
+    plot._memory(axis, report.job, report.plans)
+    parts = [field.name for field in fields(Memory) if field.name != "moment"]
+    assert [label.get_text().replace(" ", "_") for label in axis.get_yticklabels()] == parts
+    for bars, found in zip(axis.containers, report.plans.values(), strict=True):
+        expected = [getattr(found.memory, part) / 1e9 for part in parts]
+        assert [bar.get_width() for bar in bars] == expected
+        assert {f"{value:.2f}" for value in expected} <= {text.get_text() for text in axis.texts}

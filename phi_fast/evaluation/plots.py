@@ -20,7 +20,13 @@ PANELS = {
     "Multi-step reasoning": ("gsm8k", "humaneval", "mbpp"),
 }
 LABELS = {task: label for table in paper.TABLES for task, label in table.tasks.items()}
-COLORS = ("#c0392b", "#1f5fa8", "#5b9bd5", "#a9c8e8", "#7f7f7f", "#b5b5b5", "#d9a441", "#8c6bb1")
+CHANCE = {
+    **dict.fromkeys(("arc_easy", "arc_challenge", "openbookqa", "hellaswag", "mmlu"), 1 / 4),
+    **dict.fromkeys(("winogrande", "boolq", "piqa"), 1 / 2),
+    "social_iqa": 1 / 3,
+}
+"""Accuracy of guessing, by the number of choices; the other tasks have none to guess among."""
+COLORS = ("#0b6e4f", "#1f5fa8", "#5b9bd5", "#a9c8e8", "#7f7f7f", "#b5b5b5", "#d9a441", "#8c6bb1")
 FORMATS = ("png", "svg")
 LEGEND_INCHES = 1.9
 """Width of a legend's column: a mark and "phi-1.5-web-only (report)"."""
@@ -28,10 +34,19 @@ TITLE_INCHES = 0.1
 """Width of a title's character, with room to spare."""
 
 
-def benchmarks(ours: Mapping[str, float], name: str, folder: Path, stem: str = "benchmarks") -> list[Path]:
-    """Grouped bars, a group a task: our scores (fractions; tasks not measured are left out) and the report's models.
+def benchmarks(
+    ours: Mapping[str, float],
+    name: str,
+    folder: Path,
+    stem: str = "benchmarks",
+    *,
+    spread: Mapping[str, tuple[float, int]] | None = None,
+) -> list[Path]:
+    """Grouped bars, one group per task: our scores (fractions; tasks not measured are left out) beside the report's.
 
-    Uncertain figures of the report are hatched. Writes `stem`.png and `stem`.svg; returns their paths.
+    spread: task -> (standard error, questions) of ours, drawn as an error bar and told under the task's name. A dotted
+    line is what guessing gives. Uncertain figures of the report are hatched. Writes `stem`.png and `stem`.svg; returns
+    their paths.
     """
     from matplotlib.patches import Patch
 
@@ -42,7 +57,7 @@ def benchmarks(ours: Mapping[str, float], name: str, folder: Path, stem: str = "
     figure, axes = _subplots([len(tasks) for tasks in panels.values()])
     width = figure.get_figwidth()
     for axis, (title, tasks) in zip(axes, panels.items(), strict=True):
-        _grouped_bars(axis, ours, name, tasks)
+        _grouped_bars(axis, ours, name, tasks, spread or {})
         panel_inches = width * len(tasks) / sum(map(len, panels.values()))
         axis.set_title(textwrap.fill(title, int(panel_inches / TITLE_INCHES)), fontsize=10)
     axes[0].set_ylabel("accuracy / pass@1")
@@ -52,7 +67,7 @@ def benchmarks(ours: Mapping[str, float], name: str, folder: Path, stem: str = "
         loc="outside lower center",
         ncols=int(width / LEGEND_INCHES),
         fontsize=8,
-        title=f"other models: {paper.SOURCE}; hatched: not checked against a primary source",
+        title=f"other models: {paper.SOURCE}; hatched: not checked against a primary source; dotted: chance",
         title_fontsize=6,
     )
     return _save(figure, folder, stem)
@@ -79,7 +94,9 @@ def safety(groups: Mapping[str, Mapping[str, float]], folder: Path, stem: str = 
     return _save(figure, folder, stem)
 
 
-def _grouped_bars(axis: Axes, ours: Mapping[str, float], name: str, tasks: list[str]) -> None:
+def _grouped_bars(
+    axis: Axes, ours: Mapping[str, float], name: str, tasks: list[str], spread: Mapping[str, tuple[float, int]]
+) -> None:
     series: dict[str, list[tuple[int, float, bool]]] = {name: [(j, ours[task], True) for j, task in enumerate(tasks)]}
     for model in paper.models():
         cells = [(j, paper.score(model, task)) for j, task in enumerate(tasks)]
@@ -93,7 +110,14 @@ def _grouped_bars(axis: Axes, ours: Mapping[str, float], name: str, tasks: list[
         for bar, (_, _, certain) in zip(bars, cells_of_model, strict=True):
             if not certain:
                 bar.set_hatch("////")
-    axis.set_xticks(range(len(tasks)), [LABELS[task] for task in tasks], rotation=20, ha="right", fontsize=8)
+    for j, task in enumerate(tasks):
+        if task in spread:
+            middle = j - (len(series) - 1) / 2 * width
+            axis.errorbar([middle], [ours[task]], [spread[task][0]], color="black", lw=1, capsize=2)
+        if task in CHANCE:
+            axis.hlines(CHANCE[task], j - 0.45, j + 0.45, color="black", ls=":", lw=1)
+    names = [LABELS[task] + (f"\nn = {spread[task][1]:,}" if task in spread else "") for task in tasks]
+    axis.set_xticks(range(len(tasks)), names, rotation=20, ha="right", fontsize=8)
     axis.set_ylim(0, 1)
     axis.grid(axis="y", lw=0.3)
     axis.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""The plan as a picture: scaling, memory by recompute level, where a step's time goes."""
+"""The plan as a picture: scaling, each part of the memory by recompute level, where a step's time goes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from .estimate import Job, Plan
 from .scaling import Scaling
 from .work import Recompute
 
-_PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "loss_chunk", "working", "context")
+_PARTS = (
+    *("weights", "gradients", "optimizer", "buckets", "activations", "loss_chunk", "working", "context"),
+    *("fragmentation", "peak"),
+)
 
 
 def draw(job: Job, plans: dict[Recompute, Plan], result: Scaling | None, path: Path) -> None:
@@ -16,7 +19,7 @@ def draw(job: Job, plans: dict[Recompute, Plan], result: Scaling | None, path: P
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13 if result else 8.5, 4.2), dpi=140, layout="constrained")
+    figure = Figure(figsize=(16 if result else 11, 5.2), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, 3 if result else 2, squeeze=False)[0])
     used = plans[job.recompute]
@@ -35,19 +38,23 @@ def draw(job: Job, plans: dict[Recompute, Plan], result: Scaling | None, path: P
     parts = used.times
     axes[1].barh(list(parts), [1000 * value for value in parts.values()])
     axes[1].invert_yaxis()
-    axes[1].set(xlabel="ms a step", title="where a step goes")
+    axes[1].set(xlabel="ms per step", title="where a step goes")
     figure.savefig(path)
 
 
 def _memory(axis, job: Job, plans: dict[Recompute, Plan]) -> None:
-    bottom = [0.0] * len(plans)
-    for part in _PARTS:
-        heights = [getattr(p.memory, part) / 1e9 for p in plans.values()]
-        axis.bar(list(plans), heights, bottom=bottom, label=part.replace("_", " "))
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axis.plot(list(plans), [p.memory.peak / 1e9 for p in plans.values()], "k_", ms=28, label="peak")
+    """A bar with its figure for each part and recompute level, so that small parts can be read beside large ones."""
+    height = 0.8 / len(plans)
+    for i, (level, plan) in enumerate(plans.items()):
+        values = [getattr(plan.memory, part) / 1e9 for part in _PARTS]
+        places = [at + (i - (len(plans) - 1) / 2) * height for at in range(len(_PARTS))]
+        bars = axis.barh(places, values, height, label=level)
+        axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=6, padding=2)
     if job.device.memory is not None:
-        axis.axhline(job.device.memory.value / 1e9, color="red", lw=1, label=job.device.name)
-    axis.set(ylabel="GB a device", xlabel="--recompute", title="memory (parts are not all held at once)")
+        axis.axvline(job.device.memory.value / 1e9, color="black", ls="--", lw=1, label=job.device.name)
+    axis.set_yticks(range(len(_PARTS)), [part.replace("_", " ") for part in _PARTS], fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set(xlabel="GB per device", title="memory (parts are not all held at once)")
     axis.title.set_fontsize(9)
-    axis.legend(fontsize=6, markerscale=0.3)
+    axis.legend(fontsize=7, title="--recompute", title_fontsize=7)

@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.container import BarContainer, ErrorbarContainer
+
 from phi_fast.evaluation import paper, plots
 
 
@@ -26,13 +28,21 @@ def test_benchmarks_show_ours_beside_the_report(tmp_path):
 
 def test_bars_have_the_heights_of_the_scores():
     _, (axis,) = plots._subplots([2])
-    plots._grouped_bars(axis, {"arc_easy": 0.4, "boolq": 0.6}, "mine", ["arc_easy", "boolq"])
-    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
+    spread = {"arc_easy": (0.05, 1200)}
+    plots._grouped_bars(axis, {"arc_easy": 0.4, "boolq": 0.6}, "mine", ["arc_easy", "boolq"], spread)
+    heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers if isinstance(c, BarContainer)}
     assert heights["mine"] == [0.4, 0.6]
+    bars = [bar for bar in axis.containers if isinstance(bar, ErrorbarContainer)]
+    [[segment]] = [bar[2][0].get_segments() for bar in bars]
+    assert segment[:, 1].tolist() == pytest.approx([0.35, 0.45])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["ARC-Easy\nn = 1,200", "BoolQ"]
+    lines = [y for c in axis.collections if c.get_linestyle()[0][1] for (_, y), _ in c.get_segments()]
+    assert lines == [0.25, 0.5]  # four choices, and two
     assert heights["phi-1.5 (report)"] == [0.756, 0.758]
-    vicuna = next(c for c in axis.containers if c.get_label().startswith("Vicuna"))
+    bar_groups = [c for c in axis.containers if isinstance(c, BarContainer)]
+    vicuna = next(c for c in bar_groups if c.get_label().startswith("Vicuna"))
     assert [bar.get_hatch() for bar in vicuna] == ["////", "////"]
-    assert all(bar.get_hatch() is None for bar in axis.containers[0])
+    assert all(bar.get_hatch() is None for bar in bar_groups[0])
 
 
 @pytest.mark.parametrize(
