@@ -24,6 +24,9 @@ from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
 from .evaluation.sandbox import SandboxError
+from .recipes import Names
+from .terminal import console as screen
+from .terminal import tolerate_encodings
 
 SUITES = {
     "paper": (*harness.TASKS, *generative.TASKS),
@@ -37,8 +40,8 @@ class EvaluateOptions:
 
     model: str
     """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
-    tasks: tuple[str, ...] = ("paper",)
-    """Tasks, or the suites "paper" (the report's fourteen) and "cheap"."""
+    tasks: Names = ("paper",)
+    """Tasks, with commas or spaces between them, or the suites "paper" (the report's fourteen) and "cheap"."""
     data: Path | None = None
     """Folder with TASK.jsonl files of questions (docs/evaluation.md). Default: the hub's data sets."""
     out: Path | None = None
@@ -64,8 +67,9 @@ class EvaluateOptions:
 
 
 def main() -> int:
+    tolerate_encodings()
     options = tyro.cli(EvaluateOptions, prog="python -m phi_fast.evaluate", config=(tyro.conf.AvoidSubcommands,))
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     try:
         evaluate(options, console)
     except (UsageError, SandboxError, TokenizerError, OSError) as error:
@@ -116,7 +120,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
         done[task] = run_task(task, lm, options)
         seconds = time.perf_counter() - start
         results.write(out, name, done, {"limit": options.limit, "seconds": seconds, "not_run": left_out})
-    show(done, name, Console())
+    show(done, name, screen())
     if options.plot:
         draw(done, name, out, console)
     console.print(f"results in {out}", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import tyro
 
 from .errors import UsageError
-from .recipes import RECIPES, Recipe, RecipeName
+from .recipes import RECIPES, Names, Recipe, RecipeName
 
 MUST_AGREE = (
     *("model", "implementation", "decay"),
@@ -65,7 +65,7 @@ class Options(Recipe):
     eval_every: int = 0
     """Steps between scores on --eval-tasks, also taken after the last; 0: never. Other ranks wait for rank 0, no longer
     than --rank-timeout."""
-    eval_tasks: tuple[str, ...] = ("arc_easy", "piqa", "winogrande")
+    eval_tasks: Names = ("arc_easy", "piqa", "winogrande")
     """Multiple-choice tasks of the report (docs/evaluation.md)."""
     eval_data: Path | None = None
     """Folder with TASK.jsonl files of questions. Default: the hub's data sets."""

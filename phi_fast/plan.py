@@ -21,14 +21,16 @@ from .config import PhiConfig
 from .errors import UsageError
 from .kernels import backend
 from .planning import show
-from .planning.devices import DEVICES, GPU, Figure
+from .planning.devices import Figure, find_device
 from .planning.estimate import Job, Plan, plan
 from .planning.host import probe
 from .planning.measure import Judged, judge
 from .planning.published import Comparison, compare
 from .planning.scaling import Scaling, scaling
 from .planning.work import Recompute, Shape
-from .recipes import RECIPES, Recipe, RecipeName
+from .recipes import RECIPES, Count, Recipe, RecipeName
+from .terminal import console as screen
+from .terminal import tolerate_encodings
 from .zero import Precision, auto_precision
 
 LEVELS: tuple[Recompute, ...] = ("none", "norm_gelu", "all")
@@ -42,8 +44,15 @@ class Options:
     """What is to be trained. Default: "phi-1.5"; on a CPU "tiny"."""
     device: Literal["gpu", "cpu"] = "gpu"
     """gpu: the one that --gpu names. cpu: this machine, whose rates are measured first."""
-    gpu: GPU = "H100"
-    """Which GPU; SXM modules where there are several kinds."""
+    gpu: str = "H100"
+    """Which GPU, in any case: A100-40, A100-80, H100, H200, B200, L40S, RTX-3090, RTX-4090, RTX-5090, MI300X; SXM
+    modules where there are several kinds. Any other name with --memory, --flops and --bandwidth."""
+    memory: float | None = None
+    """Of one GPU, GB. Default: the data sheet's."""
+    flops: float | None = None
+    """Of one GPU, dense 16-bit TFLOP/s with fp32 sums. Default: the data sheet's."""
+    bandwidth: float | None = None
+    """Of one GPU's memory, GB/s. Default: the data sheet's."""
     gpus: int = 8
     """How many, in nodes of 8."""
     model: Literal["phi-1.5", "phi-small", "phi-tiny"] | None = None
@@ -52,7 +61,7 @@ class Options:
     """Rows a device handles at once. Default: the largest that fits; on a CPU at most 8."""
     global_batch_size: int | None = None
     """Rows a step. Default: the recipe's."""
-    tokens: int | None = None
+    tokens: Count | None = None
     """Tokens to see. Default: the recipe's."""
     recompute: Recompute = "norm_gelu"
     """As in `phi_fast.train`."""
@@ -120,7 +129,7 @@ def run(options: Options) -> Report:
     recipe = _recipe(options)
     if options.device == "cpu":
         return _cpu_report(options, recipe)
-    device = DEVICES[options.gpu]
+    device = find_device(options.gpu, options.memory, options.flops, options.bandwidth)
     if options.matmul_efficiency is not None:
         stated = Figure(options.matmul_efficiency, "", "--matmul-efficiency")
         device = replace(device, efficiency={**device.efficiency, "product": stated})
@@ -171,8 +180,9 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
+    tolerate_encodings()
     options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False)
+    console = screen(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
     try:
         report = run(options)
         if options.json_file is not None:

@@ -68,6 +68,19 @@ Count = Annotated[
 """A whole number, on the command line also as 1e9."""
 
 
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec[tuple[str, ...]](
+        nargs="*",
+        metavar="NAME[,NAME...]",
+        instance_from_str=lambda words: tuple(name for word in words for name in word.split(",") if name),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+        str_from_instance=lambda value: list(value),
+    ),
+]
+"""Names with commas or spaces between them."""
+
+
 def _shape(preset: str) -> PhiConfig:
     """A preset whose special tokens are yet to come from a tokenizer."""
     return PhiConfig.preset(preset).replace(bos_token_id=None, eos_token_id=None)

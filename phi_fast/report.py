@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from .errors import UsageError
 from .reporting.page import page
 from .reporting.read import read_runs
+from .terminal import console, tolerate_encodings
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
+    tolerate_encodings()
     options = parse(arguments)
     try:
         out = run(options)
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Console(highlight=False, soft_wrap=True).print(f"wrote {out}", markup=False)
+    console(soft_wrap=True).print(f"wrote {out}")
     return 0
 
 

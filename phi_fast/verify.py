@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import terminal
 from .errors import UsageError
 from .kernels import in_use
 from .kernels.backend import BACKENDS, VENDORS, interpreting
@@ -57,8 +58,9 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
+    terminal.tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = terminal.console(width=None if sys.stdout.isatty() else 160, markup=True)  # what is not ours is escaped
     try:
         report = run(options, console)
     except (UsageError, OSError) as error:

@@ -136,7 +136,8 @@ def test_time_cost_and_both_mfus_hang_together() -> None:
 def test_no_plan_beats_its_device() -> None:
     for device in DEVICES.values():
         for found in scaling(Job(PHI, device, 8)).plans:
-            assert 0.2 < found.mfu_causal < device.efficiency["product"].value
+            least = 0.2 if device.link.value > 1e11 else 0.1  # a card without NVLink waits for a slow network
+            assert least < found.mfu_causal < device.efficiency["product"].value
 
 
 def test_scaling_ends_and_says_why() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from rich.console import Console
 from tokenizers import Tokenizer
 
 from ..distributed import World
 from ..errors import UsageError
 from ..model import Phi
 from ..options import Options
+from ..terminal import console
 from . import harness
 from .local_data import find_file, read_rows
 
@@ -75,7 +75,7 @@ class TasksDuringTraining:
         from .lm import PhiFastLM
 
         model.eval()
-        lm = PhiFastLM(model=model, hf_tokenizer=self.tokenizer, console=Console(quiet=True))
+        lm = PhiFastLM(model=model, hf_tokenizer=self.tokenizer, console=console(quiet=True))
         scores = {
             task: harness.run(task, lm, self.options.eval_data, self.options.eval_limit).score
             for task in self.options.eval_tasks

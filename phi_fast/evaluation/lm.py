@@ -257,7 +257,7 @@ class PhiFastLM(TemplateLM):
 
     def progress(self) -> Progress:
         """A bar with the time that is left."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal
 
-GPU = Literal["A100-40", "A100-80", "H100", "H200", "B200", "MI300X"]
+from ..errors import UsageError
+
 Kind = Literal["product", "attention forward", "attention backward", "memory"]
 
 ASSUMPTION = "assumption"
@@ -134,6 +136,24 @@ def _variant(base: Device, name: str, sheet: str, *, memory: float, bandwidth: f
     )
 
 
+def _consumer(name: str, sheet: str, *, memory: float, flops: float, bandwidth: float, link: float) -> Device:
+    """A card in a PCIe slot. flops: dense fp16 with fp32 sums, half of the rate with fp16 sums on these cards."""
+    return _gpu(
+        name,
+        sheet,
+        memory=memory,
+        flops=flops,
+        bandwidth=bandwidth,
+        link=link,
+        network=12.5,
+        network_source=f"{ASSUMPTION}: 100 Gb/s per node",
+        efficiency=_efficiencies(0.65, 0.30, 0.22, "no published figure for this project's kind of Triton kernel"),
+        price=0.5,
+    )
+
+
+_OTHER = _consumer("other", "given by options", memory=1, flops=1, bandwidth=1, link=32)
+
 DEVICES: dict[str, Device] = {
     "A100-40": _A100,
     "A100-80": _variant(_A100, "A100-80", "NVIDIA A100 data sheet (SXM 80 GB)", memory=80, bandwidth=2039, price=2.0),
@@ -151,6 +171,16 @@ DEVICES: dict[str, Device] = {
         efficiency=_efficiencies(0.65, 0.22, 0.16, "no published figure for this project's kind of Triton kernel"),
         price=5.0,
     ),
+    "L40S": _consumer("L40S", "NVIDIA L40S data sheet", memory=48, flops=362, bandwidth=864, link=32),
+    "RTX-3090": _consumer(
+        "RTX-3090", "NVIDIA Ampere GA102 whitepaper, GeForce RTX 3090", memory=24, flops=71, bandwidth=936, link=32
+    ),
+    "RTX-4090": _consumer(
+        "RTX-4090", "NVIDIA Ada whitepaper, GeForce RTX 4090", memory=24, flops=165.2, bandwidth=1008, link=32
+    ),
+    "RTX-5090": _consumer(
+        "RTX-5090", "NVIDIA RTX Blackwell whitepaper, GeForce RTX 5090", memory=32, flops=209.5, bandwidth=1792, link=64
+    ),
     "MI300X": _gpu(
         "MI300X",
         "AMD Instinct MI300X data sheet",
@@ -166,4 +196,33 @@ DEVICES: dict[str, Device] = {
 }
 """By the name of `--gpu`."""
 
-assert set(DEVICES) == set(get_args(GPU))
+_SHORT = {"a100": "A100-80", "3090": "RTX-3090", "4090": "RTX-4090", "5090": "RTX-5090", "mi300": "MI300X"}
+
+
+def find_device(name: str, memory: float | None, flops: float | None, bandwidth: float | None) -> Device:
+    """The device of a name in any case, with what is given (GB, TFLOP/s, GB/s) in place of its data sheet's figures.
+
+    A name that is not known needs all three. Raises UsageError, with the nearest names, where they are not given.
+    """
+    given = {"memory": memory, "flops": flops, "bandwidth": bandwidth}
+    for option, value in given.items():
+        if value is not None and not 0 < value < 1e9:
+            raise UsageError(f"--{option} {value}: expected a positive number")
+    names = {known.casefold(): known for known in DEVICES} | _SHORT
+    key = name.casefold().replace(" ", "-")
+    known = names.get(key) or names.get(f"rtx-{key}")
+    if known is None and None in given.values():
+        near = [names[each] for each in difflib.get_close_matches(key, names, 3, 0.5)]
+        guess = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+        raise UsageError(
+            f"--gpu {name} is not known: {guess}Known are {', '.join(DEVICES)}; for another, give --memory, --flops "
+            "and --bandwidth"
+        )
+    device = DEVICES[known] if known else replace(_OTHER, name=name)
+    scales = {"memory": (1e9, "B"), "flops": (1e12, "FLOP/s"), "bandwidth": (1e9, "B/s")}
+    figures: dict[str, Any] = {
+        option: Figure(value * scales[option][0], scales[option][1], f"--{option}")
+        for option, value in given.items()
+        if value is not None
+    }
+    return replace(device, **figures)

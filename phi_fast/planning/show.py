@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from . import devices
 from .devices import Device, Figure
@@ -60,7 +60,8 @@ def memory(job: Job, plans: dict[Recompute, Plan], console: Console) -> None:
         table.add_row(name.replace("_", " "), *values, end_section=name == "fragmentation")
     if job.device.memory is not None:
         table.add_row(
-            f"of {_bytes(job.device.memory.value)}", *("fits" if p.fits else "[red]no[/red]" for p in plans.values())
+            f"of {_bytes(job.device.memory.value)}",
+            *("fits" if p.fits else Text("no", style="red") for p in plans.values()),
         )
         table.add_row("largest micro-batch", *(str(p.largest_micro_batch) for p in plans.values()))
     table.add_row("step", *(_time(p.step_seconds) for p in plans.values()))
@@ -166,7 +167,7 @@ def assumptions(device: Device, price: float | None, console: Console) -> None:
     """Every figure that the plan rests on, with its source."""
     table = _table("what this rests on", "", "value", "source")
     for name, figure in sources(device, price).items():
-        table.add_row(name, quantity(figure), escape(figure.source))
+        table.add_row(name, quantity(figure), figure.source)
     console.print(table)
 
 
