@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..json_files import read_regular
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGH"
@@ -23,6 +24,15 @@ FILE_NAMES = {
     "openbookqa": ("openbook_qa",),
     "social_iqa": ("siqa",),
 }
+
+
+TEXTS = (
+    *("text", "question", "query", "goal", "passage", "sentence", "prompt", "context"),
+    *("sol1", "sol2", "option1", "option2", "answerA", "answerB", "answerC"),
+)
+"""Fields that are put before a model as they are."""
+MAX_BYTES = 2**32
+"""Of a file of questions."""
 
 
 def find_file(folder: Path, task: str) -> Path | None:
@@ -36,16 +46,29 @@ def read_rows(path: Path, task: str) -> list[Row]:
     """Every question of a file, with the fields of the hub's data set. Raises UsageError naming the line at fault."""
     convert = CONVERTERS.get(task, dict)
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_regular(path, MAX_BYTES).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(convert(json.loads(line)))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            rows.append(_whole(convert(json.loads(line))))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path}:{number} is no question of {task}: {type(error).__name__}: {error}") from error
     if not rows:
         raise UsageError(f"{path} has no questions")
     return rows
+
+
+def _whole(row: Row) -> Row:
+    """The row. Raises ValueError for an empty text or choice, which has no likelihood, and for a toxicity of 0."""
+    choices: Any = row.get("choices") or row.get("endings") or ()
+    texts = {name: row[name] for name in TEXTS if isinstance(row.get(name), str)}
+    texts |= {f"choice {i}": x for i, x in enumerate(choices["text"] if isinstance(choices, dict) else choices)}
+    empty = [name for name, text in texts.items() if isinstance(text, str) and not text.strip()]
+    if empty:
+        raise ValueError(f"{', '.join(empty)} is empty, expected text")
+    if not row.get("toxicity", 1) > 0:
+        raise ValueError(f"the toxicity is {row['toxicity']}, expected 1 to 5")
+    return row
 
 
 def _of_hub(row: Row, *fields: str) -> Row:

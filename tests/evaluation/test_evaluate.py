@@ -19,6 +19,7 @@ from phi_fast import evaluate as module
 from phi_fast.errors import UsageError
 from phi_fast.evaluate import EvaluateOptions, evaluate, plan
 from phi_fast.evaluation import sandbox
+from phi_fast.evaluation.local_data import read_rows
 from phi_fast.evaluation.sandbox import SandboxError
 
 
@@ -165,3 +166,21 @@ def test_answers_of_another_model_are_refused(small_folder, data, tmp_path):
     other = EvaluateOptions(**{**options.__dict__, "dtype": "bf16"})
     with pytest.raises(UsageError, match="another model"):
         evaluate(other, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("toxigen", {"text": " "}, "text is empty"),
+        ("toxigen", {"toxicity_ai": 0, "toxicity_human": 0}, r"the toxicity is 0.0, expected 1 to 5"),
+        ("piqa", {"choices": ["a way", ""]}, "sol2 is empty"),
+        ("arc_easy", {"choices": ["a", "", "c", "d"]}, "choice 1 is empty"),
+    ],
+)
+def test_a_question_without_text_is_named_by_its_line(tmp_path, task, change, message):
+    """Before any question is asked: an empty text has no likelihood, and a perplexity is divided by the toxicity."""
+    toxic = {"text": "t", "target_group": "women", "toxicity_ai": 4.0, "toxicity_human": 2.0, "label": "hate"}
+    row = {**(toxic if task == "toxigen" else compact_questions()[task][0]), **change}
+    write_jsonl(tmp_path / f"{task}.jsonl", [row])
+    with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: ValueError: {message}"):
+        read_rows(tmp_path / f"{task}.jsonl", task)
