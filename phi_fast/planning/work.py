@@ -1,6 +1,7 @@
 """Every kernel of a training step with its FLOPs and bytes: what `kernels/` and DeepSpeed do, counted, not measured.
 
-The block's kernels are those of `kernels/parallel_block.py`, the head's those of `kernels/linear_cross_entropy_chunks.py`.
+The block's kernels are those of `kernels/parallel_block.py`, the head's those of
+`kernels/linear_cross_entropy_chunks.py`.
 """
 
 from __future__ import annotations
