@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..json_files import parse_json, read_regular
+
+MAX_BYTES = 2**32
+"""Of a file of answers."""
 
 
 class Responses:
@@ -45,22 +49,23 @@ class Responses:
                 file.writelines(json.dumps([key, answer]) + "\n" for key, answer in answers.items())
 
     def _read(self, path: Path, fingerprint: str) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        data = read_regular(path, MAX_BYTES)
+        lines = data.split(b"\n")
         try:
-            found = json.loads(lines[0])["model"]
-        except (IndexError, ValueError, KeyError, TypeError) as error:
+            found = parse_json(lines[0], str(path))["model"]
+        except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} does not begin as a file of answers: name another --out, or delete it") from error
         if found != fingerprint:
             raise UsageError(
                 f"{path} holds the answers of another model ({found}; this one is {fingerprint}); name another --out, "
                 "or delete it"
             )
-        if not path.read_bytes().endswith(b"\n"):
+        if not data.endswith(b"\n"):
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
         for line in lines[1:]:
             try:
-                key, answer = json.loads(line)
-            except ValueError:  # the line that was being written when the process was stopped
+                key, answer = parse_json(line, str(path))
+            except (ValueError, TypeError):  # the line that was being written when the process was stopped
                 continue
             self.known[key] = answer

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..json_files import flatten
+from ..json_files import flatten, parse_json, read_json, read_regular
 
+MAX_BYTES = 2**32
+"""Of a metrics.jsonl: some ten million steps."""
 Curve = tuple[list[int], list[float | None]]
 """Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
 
@@ -66,10 +67,7 @@ def _read(path: Path, name: str) -> RunData:
     for file in (metrics, config):
         if not file.is_file():
             raise UsageError(f"{file} does not exist: {path} is no run directory; give one that phi_fast.train wrote")
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{config} is not JSON: {error}") from error
+    fields = read_json(config)
     if not isinstance(fields, dict):
         raise UsageError(f"{config} holds {type(fields).__name__}, not the options of a run; give one that train wrote")
     records = _records(metrics)
@@ -80,11 +78,11 @@ def _read(path: Path, name: str) -> RunData:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """The lines; a last one that was cut short, as by a kill, is left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_regular(path, MAX_BYTES).rstrip(b"\n").split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, "it")
             _check(record)
         except ValueError as error:
             if number == len(lines):
