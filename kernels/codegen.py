@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import pkgutil
 import sys
@@ -216,6 +217,9 @@ def _print(found: list[Row]) -> None:
 
 def main(options: Options) -> int:
     """Prints the table and writes the files asked for; the exit status of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # dashes and × on an encoding that lacks them
+            stream.reconfigure(errors="backslashreplace")
     found = []
     try:
         for row in rows(options):

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from ...files import sync_directory
+from ...terminal import printable
 from ..formats import TokenLayout, open_layout
 from ..manifest import BLOCK_BYTES, DTYPES, Delimiter, Manifest, Split
 from ..plain_reads import read_array, read_blocks
@@ -84,7 +85,7 @@ def _wrap(
     ends = _indexed_ends(layout)
     if ends is None:
         if not len(places):
-            console.print(f"{layout.path} is one document: id {delimiter} is not in it")
+            console.print(f"{printable(str(layout.path))} is one document: id {delimiter} is not in it")
         ends = _delimited_ends(places, layout.tokens)
     (aside / f"{name}.ends").write_bytes(ends.astype("<u8").tobytes())
     split = Split(
