@@ -1,4 +1,4 @@
-"""What torch.autocast means for the ops: their inputs are cast, and no product inside them is cast again."""
+"""Casts under torch.autocast: the ops' inputs are cast, and no product inside an op is cast again."""
 
 from __future__ import annotations
 

@@ -63,9 +63,8 @@ def parallel_block(
     again but for its last product.
 
     Under torch.autocast the parameters are cast to x's dtype. The backward is deterministic where the matrix products
-    are. Parameters that need no gradient cost no product.
-    Raises ValueError for a shape, stride, device or option, TypeError for a dtype, NotImplementedError for a second
-    derivative.
+    are. Parameters that need no gradient cost no product. Raises ValueError for a shape, stride, device or option,
+    TypeError for a dtype, NotImplementedError for a second derivative.
     """
     given = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias_attention, out_bias_mlp)
     named = dict(zip(_PARAMETERS, given, strict=True))

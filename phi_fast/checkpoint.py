@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .distributed import World
+from .files import sha256_of, sync_directory, sync_file
 from .json_files import Fields, JsonFileError, read_object
 
 FORMAT = 2
@@ -247,8 +248,8 @@ def _write_rank(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dic
         (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
         names += ["model.safetensors", "state.json"]
     for name in names:
-        _sync(folder / name)
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+        sync_file(folder / name)
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
 def _publish(aside: Path, final: Path, files: dict[str, Any], world_size: int, keep_last: int, keep_every: int) -> None:
@@ -256,7 +257,7 @@ def _publish(aside: Path, final: Path, files: dict[str, Any], world_size: int, k
     manifest = {"format": FORMAT, "world_size": world_size, "files": files}
     manifest["sha256"] = _own_sha256(manifest)
     _write_synced(aside / "manifest.json", json.dumps(manifest, indent=1))
-    _sync(aside)
+    sync_directory(aside)
     if final.exists() and _problem(final) is None:
         shutil.rmtree(aside)  # a run that was stopped before it took a step; to replace the old one would risk it
     else:
@@ -266,7 +267,7 @@ def _publish(aside: Path, final: Path, files: dict[str, Any], world_size: int, k
     pointer = final.parent / "latest"
     _write_synced(pointer.with_suffix(".tmp"), final.name)
     pointer.with_suffix(".tmp").replace(pointer)
-    _sync(final.parent)
+    sync_directory(final.parent)
     # Newer ones than this are damaged ones that a resume passed over: they do not count among the newest kept.
     step = int(final.name.removeprefix("step-"))
     older = [(number, path) for number, path in _numbered(final.parent) if number <= step]
@@ -294,7 +295,7 @@ def _problem(path: Path) -> str | None:
                 return f"{name} is not a regular file"
             if status.st_size != entry.whole("bytes"):
                 return f"{name} has {status.st_size:,} bytes, the manifest says {entry.whole('bytes'):,}"
-            if _sha256(path / name) != entry.text("sha256"):
+            if sha256_of(path / name) != entry.text("sha256"):
                 return f"{name} does not have the manifest's SHA-256"
         step = read_object(path / "state.json").whole("step")
         if path.name != f"step-{step}":
@@ -364,17 +365,4 @@ def _fresh(folder: Path) -> None:
 
 def _write_synced(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sync_file(path)

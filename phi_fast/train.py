@@ -27,10 +27,7 @@ from torch import nn
 
 from .checkpoint import CheckpointError
 from .corpora import Corpora
-from .data import FormatError
 from .data.loader import CorpusError
-from .data.manifest import ManifestError
-from .data.vocabulary import TokenizerError
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .display import Display
 from .distributed import LostRank, join, leave, lost_rank
@@ -281,8 +278,7 @@ def as_phi(model: nn.Module, options: Options) -> Phi:
 
 def expected(error: Exception) -> bool:
     """True for errors whose message is meant for the user; others keep their traceback."""
-    explained = (UsageError, CheckpointError, BackendUnavailable, ManifestError, FormatError, TokenizerError)
-    return isinstance(error, (*explained, CorpusError, Diverged, LostRank, OSError))
+    return isinstance(error, UsageError | CheckpointError | BackendUnavailable | Diverged | LostRank | OSError)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -144,7 +146,7 @@ def test_a_failure_in_the_background_is_raised_once_at_the_next_call(
 ) -> None:
     background = saver(tmp_path)
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "_sync", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        broken.setattr(checkpoint, "sync_file", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
         background.save(snapshot(1))
         background._thread.join()
     assert background.failed
@@ -393,3 +395,19 @@ def test_partitions_of_a_smaller_model_are_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"master\.0 has 10 elements, this model needs 12"):
         checkpoint.load_partitions(tmp_path / "step-1", {"master.0": (12, 12)}, ALONE)
+
+
+def test_a_file_system_without_a_sync_of_directories_takes_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CIFS and some shared folders answer EINVAL."""
+    fsync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", refusing)
+    save(tmp_path, 1, 2, keep_last=1)
+    assert checkpoint.newest(tmp_path, ALONE) == (tmp_path / "step-2", [])

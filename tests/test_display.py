@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import shlex
 from pathlib import Path
@@ -10,29 +9,13 @@ from pathlib import Path
 import pytest
 import tyro
 from rich.console import Console
+from step_records import at
 
 from phi_fast import report
 from phi_fast.convert import ConvertOptions
 from phi_fast.display import Display, back_ends, show
 from phi_fast.generate import GenerateOptions
 from phi_fast.metrics import StepRecord
-
-RECORD = StepRecord(
-    step=1,
-    tokens=2048,
-    loss=9.01,
-    lr=1e-3,
-    grad_norm=2.5,
-    loss_scale=1.0,
-    skipped=False,
-    tokens_per_s=4000.4,
-    step_ms=512.1,
-    mfu=None,
-)
-
-
-def at(step: int, **changes: object) -> StepRecord:
-    return dataclasses.replace(RECORD, step=step, **changes)
 
 
 def shown(records: list[StepRecord], *, terminal: bool) -> str:

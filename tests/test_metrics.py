@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from step_records import at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from phi_fast.errors import UsageError
-from phi_fast.metrics import MetricsLog, StepRecord, peak_flops
-
-RECORD = StepRecord(
-    step=1,
-    tokens=2048,
-    loss=9.01,
-    lr=1e-3,
-    grad_norm=2.5,
-    loss_scale=1.0,
-    skipped=False,
-    tokens_per_s=4000.4,
-    step_ms=512.1,
-    mfu=None,
-)
-
-
-def at(step: int, **changes: object) -> StepRecord:
-    return dataclasses.replace(RECORD, step=step, **changes)
+from phi_fast.metrics import MetricsLog, peak_flops
 
 
 def steps_in(run: Path) -> list[int]:

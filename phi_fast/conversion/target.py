@@ -6,15 +6,13 @@ folder is somebody's, and nothing in it is touched.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..files import sync_directory, write_atomically
+from ..files import sha256_of, sync_directory, sync_file, write_atomically
 from . import inside
 from .errors import ConversionError
 
@@ -68,7 +66,10 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
         new = aside / "new"
         new.mkdir()
         fill(new)
-        files = {path.name: [_sync_and_hash(path)] for path in sorted(new.iterdir())}
+        files = {}
+        for path in sorted(new.iterdir()):
+            sync_file(path)
+            files[path.name] = [sha256_of(path)]
         if out.exists():
             _move_into(out, new, files)
         else:
@@ -106,7 +107,7 @@ def _is_ours(path: Path, written: dict[str, list[str]]) -> bool:
         return False
     if path.is_dir():
         return path.name.startswith(ASIDE)
-    return path.name == MARK or (path.name in written and path.is_file() and _hash(path) in written[path.name])
+    return path.name == MARK or (path.name in written and path.is_file() and sha256_of(path) in written[path.name])
 
 
 def _mark(out: Path, aside: Path, files: dict[str, list[str]]) -> None:
@@ -114,14 +115,3 @@ def _mark(out: Path, aside: Path, files: dict[str, list[str]]) -> None:
     document = {"written_by": "python -m phi_fast.convert", "files": files}
     write_atomically(aside / MARK, json.dumps(document, indent=1).encode() + b"\n")
     (aside / MARK).replace(out / MARK)
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ may be far larger than memory. (An external sort whose keys are uniform, so that
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import sync_directory
+from ...files import sync_directory, sync_file
 from ..manifest import BLOCK_BYTES, Split
 from .units import VALIDATION_KEY, Unit
 
@@ -77,7 +76,7 @@ def _merge_split(
     for _ in run(partial(_merge_range, units, file, ends, dtype), places):
         pass
     for path in (file, ends):
-        _sync(path)
+        sync_file(path)
     blocks = list(run(partial(check_block, file, dtype), range(0, tokens * dtype.itemsize, BLOCK_BYTES)))
     return Split(
         file=file.name,
@@ -122,8 +121,3 @@ def check_block(file: Path, dtype: np.dtype[Any], offset: int) -> tuple[str, int
         tokens.seek(offset)
         data = tokens.read(BLOCK_BYTES)
     return hashlib.sha256(data).hexdigest(), int(np.frombuffer(data, dtype).max())
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
