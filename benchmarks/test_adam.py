@@ -18,9 +18,9 @@ from benchmarks.harness import Contender, Results, compare
 from benchmarks.ops import Cost, bounds
 from benchmarks.peers import NOT_COMPILED, absent, backends
 from benchmarks.timing import device
-from phi_fast.distributed import deepspeed
 from phi_fast.kernels import FusedAdam, use
 from phi_fast.kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
+from phi_fast.training.distributed import deepspeed
 
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}
 CLIP = 1.0
@@ -59,7 +59,7 @@ def build_deepspeed_adam(kind: str) -> str | None:
     the next one would wait for ever."""
     name = "FusedAdam" if kind == "cuda" else "DeepSpeedCPUAdam"
     code = (
-        f"import torch; from phi_fast.distributed import deepspeed; deepspeed('{kind}'); "
+        f"import torch; from phi_fast.training.distributed import deepspeed; deepspeed('{kind}'); "
         f"from deepspeed.ops.adam import {name}; {name}([torch.nn.Parameter(torch.zeros(8, device='{kind}'))])"
     )
     try:

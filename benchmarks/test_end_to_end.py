@@ -19,7 +19,7 @@ from benchmarks.harness import Contender, Results, Row, Subject, compare
 from benchmarks.ops import DTYPES
 from benchmarks.test_training_step import ROWS, ours, with_rates
 from phi_fast import PhiConfig
-from phi_fast.distributed import join
+from phi_fast.training.distributed import join
 
 PRESET = "phi-tiny"
 

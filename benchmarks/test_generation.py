@@ -12,9 +12,8 @@ from benchmarks.harness import Results, compare
 from benchmarks.timing import device
 from phi_fast import Phi, PhiConfig
 from phi_fast.conversion.hf_config import phi_config
-from phi_fast.generation import generate
-from phi_fast.layouts import to_split
-from phi_fast.sampling import Sampling
+from phi_fast.generation import Sampling, generate
+from phi_fast.model.merged import to_split
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 64
 

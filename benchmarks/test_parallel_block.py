@@ -19,8 +19,8 @@ from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, compiled, peer
 from benchmarks.timing import device
 from phi_fast import Phi, PhiConfig
-from phi_fast.layouts import to_split
-from phi_fast.reference import ReferencePhi, rotary_cos_sin
+from phi_fast.model.merged import to_split
+from phi_fast.model.reference import ReferencePhi, rotary_cos_sin
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
 

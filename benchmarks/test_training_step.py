@@ -28,7 +28,7 @@ from phi_fast import Phi, PhiConfig
 from phi_fast.kernels import FusedAdam
 from phi_fast.kernels.adam import grad_norm_squared, unscale_and_clip
 from phi_fast.recipes import RECIPES
-from phi_fast.zero import parameter_groups
+from phi_fast.training.zero import parameter_groups
 
 ROWS = {"phi-tiny": 8, "phi-small": 4}
 RECIPE = RECIPES["tiny"]

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks import timing, yardsticks
 from benchmarks.harness import Results, Row, Subject
-from phi_fast.distributed import World, join
+from phi_fast.model.output import Output
 from phi_fast.recipes import RECIPES
-from phi_fast.reference import Output
-from phi_fast.zero import Zero2
+from phi_fast.training.distributed import World, join
+from phi_fast.training.zero import Zero2
 
 GRADIENT, STATE = 2, 4  # bytes an element: the fp16 gradient as autograd made it; master, m and v are fp32
 UPDATE_BYTES = GRADIENT + 2 * 3 * STATE + 2
@@ -47,7 +47,7 @@ def contender(n: int, world: World, *, fused: bool, torch_adam: bool = False) ->
     """Seconds of one step, after an untimed backward pass."""
     recipe = RECIPES["tiny"].replace(gradient_clipping=0.5, initial_loss_scale=256.0)
     optimizer = functools.partial(torch.optim.AdamW, fused=True)
-    with mock.patch("phi_fast.zero.FusedAdam", optimizer) if torch_adam else mock.MagicMock():
+    with mock.patch("phi_fast.training.zero.FusedAdam", optimizer) if torch_adam else mock.MagicMock():
         zero = Zero2(
             Flat(n).half().to(world.device),
             recipe,

@@ -16,8 +16,9 @@ import torch
 from benchmarks import models
 from benchmarks.test_training_step import RECIPE, ROWS, Step
 from phi_fast import Phi, PhiConfig
-from phi_fast.distributed import World, deepspeed, join, leave
-from phi_fast.zero import Precision, Zero2, parameter_groups
+from phi_fast.precision import Precision
+from phi_fast.training.distributed import World, deepspeed, join, leave
+from phi_fast.training.zero import Zero2, parameter_groups
 
 
 def trainer(config: PhiConfig, rows: int, world: World, dtype: Precision, *, fused: bool) -> Step:

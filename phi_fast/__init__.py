@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .config import PhiConfig
 
 if TYPE_CHECKING:
-    from .model import Phi
+    from .model.phi import Phi
 
 __version__ = "0.1.0"
 __all__ = ["Phi", "PhiConfig", "__version__"]
@@ -16,7 +16,7 @@ __all__ = ["Phi", "PhiConfig", "__version__"]
 def __getattr__(name: str) -> Any:
     """`Phi` is imported when it is asked for: commands that need no torch start without it."""
     if name == "Phi":
-        from .model import Phi
+        from .model.phi import Phi
 
         return Phi
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

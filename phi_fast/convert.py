@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from torch import Tensor
 
-from .conversion import card, layout, target, writer
 from .conversion import folder as beside
+from .conversion import model_card, published_layouts, target, writer
 from .conversion.errors import ConversionError
 from .conversion.masters import use_masters
 from .conversion.source import Source
 from .files import writing
+from .precision import DTYPES
 from .terminal import console, printable, tolerate_encodings
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GIGABYTE = 10**9
 
 
@@ -83,14 +82,14 @@ def _fill(
     progress: Callable[[int, int], None] | None,
     tell: Callable[[str], None],
 ) -> None:
-    table = layout.layout(options.to, source.config)
+    table = published_layouts.layout(options.to, source.config)
     entries = []
     for name, joined in table.items():
         dtypes = {source.dtype(part) for part in joined.parts}
         if len(dtypes) > 1 and options.dtype == "keep":
             raise ConversionError(f"{name} would join {', '.join(map(str, dtypes))}: choose one with --dtype")
         dtype = DTYPES.get(options.dtype) or dtypes.pop()
-        entries.append(writer.Entry(name, layout.joined_shape(joined, source.parts), dtype))
+        entries.append(writer.Entry(name, published_layouts.joined_shape(joined, source.parts), dtype))
     dtype_of = {entry.name: entry.dtype for entry in entries}
     done = 0
 
@@ -113,7 +112,7 @@ def _fill(
     beside.write_config(folder, options.to, config, entries[0].dtype, ids)
     for line in beside.write_tokenizer(folder, source, options.tokenizer, tokenizer, ids):
         tell(line)
-    card.write(folder, source, options.to, options.out)
+    model_card.write(folder, source, options.to, options.out)
     writer.write(folder, entries, read, int(options.max_shard_gb * GIGABYTE))
 
 

@@ -14,12 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from . import paper
 from .conversion.folder import find_tokenizer
 from .conversion.source import Source
 from .data import vocabulary
 from .data.vocabulary import TokenizerError
 from .errors import UsageError
-from .evaluation import generative, harness, paper, plots, results, sandbox
+from .evaluation import generative, multiple_choice, plots, results, sandbox
 from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
@@ -29,7 +30,7 @@ from .terminal import console as screen
 from .terminal import tolerate_encodings
 
 SUITES = {
-    "paper": (*harness.TASKS, *generative.TASKS),
+    "paper": (*multiple_choice.TASKS, *generative.TASKS),
     "cheap": ("arc_easy", "piqa", "winogrande", "openbookqa"),
 }
 
@@ -50,7 +51,7 @@ class EvaluateOptions:
     """First questions of each task only; for a quick look, not for a figure to quote."""
     allow_code_execution: bool = False
     """Run the programs that the model writes (gsm8k, humaneval, mbpp), in a sandbox. Off: those tasks are not run."""
-    mmlu_shots: int = harness.MMLU_SHOTS
+    mmlu_shots: int = multiple_choice.MMLU_SHOTS
     """Examples before each MMLU question; the report has 2."""
     batch_tokens: int = 4096
     """Tokens a scoring batch; the results do not depend on it."""
@@ -154,7 +155,7 @@ def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
                 reason = f"{options.data} has no {task}.jsonl"
             else:  # read once before the first question is asked: a wrong line ends it here
                 rows = read_rows(path, task)
-                reason = harness.missing_examples(rows, options.mmlu_shots) if task == "mmlu" else None
+                reason = multiple_choice.missing_examples(rows, options.mmlu_shots) if task == "mmlu" else None
         if reason and task in named:
             raise UsageError(f"{task}: {reason}")
         if reason:
@@ -163,8 +164,8 @@ def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
 
 
 def run_task(task: str, lm: Any, options: EvaluateOptions) -> TaskResult:
-    if task in harness.TASKS:
-        return harness.run(task, lm, options.data, options.limit, mmlu_shots=options.mmlu_shots)
+    if task in multiple_choice.TASKS:
+        return multiple_choice.run(task, lm, options.data, options.limit, mmlu_shots=options.mmlu_shots)
     path = find_file(options.data, task) if options.data else None
     rows = read_rows(path, task) if path else generative.hub_rows(task)
     return generative.run(task, lm, rows[: options.limit])

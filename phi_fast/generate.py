@@ -20,10 +20,9 @@ from tokenizers import Tokenizer
 from .conversion.load import load
 from .errors import UsageError
 from .files import write_atomically, writing
-from .generation import Completion, complete
+from .generation import Completion, Sampling, complete
 from .json_files import Fields, JsonFileError, parse_json
-from .model import Phi
-from .sampling import Sampling
+from .model.phi import Phi
 from .terminal import console as open_console
 from .terminal import printable, tolerate_encodings
 

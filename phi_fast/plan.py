@@ -28,10 +28,10 @@ from .planning.measure import Judged, judge
 from .planning.published import Comparison, compare
 from .planning.scaling import Scaling, scaling
 from .planning.work import Recompute, Shape
+from .precision import Precision, auto_precision
 from .recipes import RECIPES, Count, Recipe, RecipeName
 from .terminal import console as screen
 from .terminal import tolerate_encodings
-from .zero import Precision, auto_precision
 
 LEVELS: tuple[Recompute, ...] = ("none", "norm_gelu", "all")
 

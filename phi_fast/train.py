@@ -25,30 +25,30 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from .checkpoint import CheckpointError
-from .corpora import Corpora
 from .data.loader import CorpusError
-from .diagnosis import Diverged, explain, explain_broken, find_overflow
-from .display import Display
-from .distributed import LostRank, join, leave, lost_rank
 from .errors import UsageError
-from .evaluation.during_training import TasksDuringTraining
-from .generation import complete
+from .generation import Sampling, complete
 from .json_files import flatten
 from .kernels import BackendUnavailable
-from .layouts import to_merged
-from .metrics import MetricsLog, StepRecord, peak_flops
-from .model import Phi
-from .options import Options, plan_batch
-from .resuming import parse_command
-from .run import Run
-from .sampling import Sampling
-from .signals import Signals, StoppedEarly
-from .start import build_model, choose_kernels, header, plan_sample
+from .model.merged import to_merged
+from .model.phi import Phi
+from .precision import Precision, auto_precision
 from .terminal import console as screen
 from .terminal import printable, tolerate_encodings
-from .trouble import Trouble
-from .zero import Precision, Zero2, auto_precision
+from .training.checkpoint import CheckpointError
+from .training.corpora import Corpora
+from .training.diagnosis import Diverged, explain, explain_broken, find_overflow
+from .training.display import Display
+from .training.distributed import LostRank, join, leave, lost_rank
+from .training.metrics import MetricsLog, StepRecord, peak_flops
+from .training.options import Options, plan_batch
+from .training.resuming import parse_command
+from .training.run_directory import Run
+from .training.signals import Signals, StoppedEarly
+from .training.start import build_model, choose_kernels, header, plan_sample
+from .training.task_scores import TasksDuringTraining
+from .training.trouble import Trouble
+from .training.zero import Zero2
 
 INTERRUPTED = 75
 """Exit status of a run that was stopped and saved, or lost a rank (EX_TEMPFAIL): start it again with --resume."""

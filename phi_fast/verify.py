@@ -25,11 +25,11 @@ from . import terminal
 from .errors import UsageError
 from .kernels import in_use
 from .kernels.backend import BACKENDS, VENDORS, interpreting
+from .precision import DTYPES
 from .verification import golden
 from .verification.cases import cases
 from .verification.judge import Case, Verdict, judge
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Op = Literal["rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "model"]
 Backend = Literal["triton", "cpp", "reference", "sdpa", "flash-attn", "apex"]
 OPS_AND_MODEL: tuple[Op, ...] = get_args(Op)

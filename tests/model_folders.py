@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi_fast.config import PhiConfig
-from phi_fast.conversion import layout as layouts
 from phi_fast.conversion.hf_config import old_config, phi_config
-from phi_fast.layouts import to_merged
+from phi_fast.model.merged import to_merged
 
 CONFIG = PhiConfig(
     vocab_size=320,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from phi_fast.metrics import StepRecord
+from phi_fast.training.metrics import StepRecord
 
 RECORD = StepRecord(
     step=1,

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import tyro
 
-from phi_fast import options, plan
+from phi_fast import plan
 from phi_fast.errors import UsageError
 from phi_fast.evaluate import EvaluateOptions
 from phi_fast.planning.devices import find_device
+from phi_fast.training import options
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "prepare", "generate", "evaluate", "convert", "report", "plan", "verify")

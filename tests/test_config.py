@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phi_fast import PhiConfig
-from phi_fast.reference import ReferencePhi
+from phi_fast.model.reference import ReferencePhi
 
 
 @pytest.mark.parametrize("preset", ["phi-1.5", "phi-small", "phi-tiny"])

@@ -13,15 +13,14 @@ from model_folders import CONFIG, make_run, make_source, random_weights, tiny_to
 from safetensors.torch import load_file, save_file
 
 from phi_fast.config import PhiConfig
-from phi_fast.conversion import layout as layouts
 from phi_fast.conversion import writer
 from phi_fast.conversion.errors import ConversionError
 from phi_fast.conversion.folder import find_tokenizer
 from phi_fast.conversion.hf_config import phi_config
 from phi_fast.conversion.source import Source
 from phi_fast.convert import ConvertOptions, convert
-from phi_fast.layouts import to_merged
-from phi_fast.reference import ReferencePhi
+from phi_fast.model.merged import to_merged
+from phi_fast.model.reference import ReferencePhi
 
 transformers = pytest.importorskip("transformers")
 

@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch.distributed.run import parse_args as torchrun_options
 
-from phi_fast.distributed import deepspeed
+from phi_fast.training.distributed import deepspeed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

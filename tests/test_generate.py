@@ -18,9 +18,9 @@ from phi_fast.conversion.hf_config import phi_config
 from phi_fast.conversion.load import load
 from phi_fast.convert import ConvertOptions, convert
 from phi_fast.generate import GenerateOptions, chat, from_prompts, main, read_prompts, unescape
-from phi_fast.generation import Decoding, TextStream, complete, generate
+from phi_fast.generation import Decoding, Sampling, TextStream, complete, generate
+from phi_fast.generation.sampling import filtered_probabilities, penalised
 from phi_fast.model import Phi
-from phi_fast.sampling import Sampling, filtered_probabilities, penalised
 
 GREEDY = ["--max-new-tokens", "6", "--temperature", "0"]
 CONFIG = PhiConfig(

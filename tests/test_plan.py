@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from phi_fast.config import PhiConfig
-from phi_fast.distributed import join
 from phi_fast.errors import UsageError
 from phi_fast.model import Phi
 from phi_fast.plan import LEVELS, Options, main, parse, run
@@ -23,8 +22,10 @@ from phi_fast.planning.memory import Memory, activations, memory
 from phi_fast.planning.published import compare
 from phi_fast.planning.scaling import scaling
 from phi_fast.planning.work import Recompute, Shape, micro_batch
+from phi_fast.precision import DTYPES, Precision
 from phi_fast.recipes import RECIPES
-from phi_fast.zero import DTYPES, Precision, Zero2
+from phi_fast.training.distributed import join
+from phi_fast.training.zero import Zero2
 
 PHI = RECIPES["phi-1.5"]
 H100 = DEVICES["H100"]

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from phi_fast.data import Mixture, TokenLoader
-from phi_fast.metrics import MetricsLog, StepRecord
-from phi_fast.options import parse, plain
 from phi_fast.report import main
 from phi_fast.reporting.curves import MOST, Scale, smoothed, thin
 from phi_fast.reporting.mixture import draws
 from phi_fast.reporting.picture import figure
 from phi_fast.reporting.read import RunData, read_runs
+from phi_fast.training.metrics import MetricsLog, StepRecord
+from phi_fast.training.options import parse, plain
 
 HOSTILE = "</pre><script>document.title = 'taken'</script>\"'&"
 METRICS = ["loss", "val_loss", "grad_norm", "loss_scale", "tokens_per_s", "lr", "tasks"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from phi_fast.corpora import Corpora
-from phi_fast.zero import Zero2
+from phi_fast.training.corpora import Corpora
+from phi_fast.training.zero import Zero2
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
 

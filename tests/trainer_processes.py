@@ -25,7 +25,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from phi_fast import train
 from phi_fast.data import stdlib_corpus, vocabulary
-from phi_fast.distributed import deepspeed, leave
+from phi_fast.training.distributed import deepspeed, leave
 
 TINY = {
     "model.vocab-size": 320,

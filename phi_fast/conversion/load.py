@@ -8,12 +8,11 @@ import torch
 from tokenizers import Tokenizer
 
 from ..errors import UsageError
-from ..model import Phi
-from . import layout
+from ..model.phi import Phi
+from ..precision import DTYPES
+from . import published_layouts
 from .folder import find_tokenizer, token_ids
 from .source import Source
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -60,6 +59,6 @@ def load(
     model = model.to(choose_dtype(dtype, target)).to_empty(device=target)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, joined in layout.layout("merged", source.config).items():
+        for name, joined in published_layouts.layout("merged", source.config).items():
             parameters[name].copy_(source.read_joined(joined))
     return model.eval(), found

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model import Phi
+from ..model.phi import Phi
+from ..model.reference import ReferencePhi
 from ..recipes import decays
-from ..reference import ReferencePhi
 from . import inside
 from .errors import ConversionError
 from .source import Source

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import PhiConfig
-from . import inside, layout
+from . import inside, published_layouts
 from .errors import ConversionError
 from .hf_config import read_config, run_config
 from .tensor_files import FLOATS, Header, SafetensorsFile, TensorFile, TorchFile
@@ -34,19 +34,19 @@ class Source:
         self.headers: dict[str, Header] = {
             name: header for _, names in headers for name, header in names.items() if _is_parameter(name)
         }
-        name = layout.detect(self.headers)
+        name = published_layouts.detect(self.headers)
         if name is None:
             raise ConversionError(
                 f"{folder}: the keys ({', '.join(sorted(self.headers)[:4])}, …) are of no phi layout; known are "
-                f"{', '.join(layout.NAMES)}"
+                f"{', '.join(published_layouts.NAMES)}"
             )
         self.layout = name
         self.config = _find_config(folder, run)
         self._check_layers()
-        self.table = layout.layout(name, self.config)
-        self.parts = layout.shapes(self.config)
+        self.table = published_layouts.layout(name, self.config)
+        self.parts = published_layouts.shapes(self.config)
         self._check()
-        self.pieces = layout.pieces(self.table, self.parts)
+        self.pieces = published_layouts.pieces(self.table, self.parts)
 
     @staticmethod
     def open(name_or_path: str | Path) -> Source:
@@ -78,7 +78,7 @@ class Source:
         piece = self.pieces[part]
         return self.files[piece.name].read(piece.name, piece.dim, piece.start, piece.length)
 
-    def read_joined(self, joined: layout.Joined) -> Tensor:
+    def read_joined(self, joined: published_layouts.Joined) -> Tensor:
         """A tensor of any layout."""
         if len(joined.parts) == 1:
             return self.read(joined.parts[0])
@@ -86,7 +86,7 @@ class Source:
 
     def _check_layers(self) -> None:
         """Before anything is made for each layer: the configuration has no more of them than the weights have."""
-        present = layout.count_layers(self.layout, self.headers)
+        present = published_layouts.count_layers(self.layout, self.headers)
         if self.config.num_hidden_layers > present:
             raise ConversionError(
                 f"{self.folder} describes {self.config.num_hidden_layers:,} layers, and its weights ({self.layout} "
@@ -94,7 +94,7 @@ class Source:
             )
 
     def _check(self) -> None:
-        expected = {name: layout.joined_shape(joined, self.parts) for name, joined in self.table.items()}
+        expected = {name: published_layouts.joined_shape(joined, self.parts) for name, joined in self.table.items()}
         found = {name: self.headers[name] for name in expected if name in self.headers}
         problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
         problems += [f"extra: {name} {header.shape}" for name, header in self.headers.items() if name not in expected]

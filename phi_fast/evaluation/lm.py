@@ -28,9 +28,8 @@ from ..conversion.load import load
 from ..conversion.source import Source
 from ..data.vocabulary import TokenizerError
 from ..errors import UsageError
-from ..generation import complete
-from ..model import Phi
-from ..sampling import Sampling
+from ..generation import Sampling, complete
+from ..model.phi import Phi
 from . import chat
 from .responses import Responses
 from .scoring import BATCH_TOKENS, Request, log_likelihoods

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import paper
+from .. import paper
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

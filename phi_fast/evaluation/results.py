@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import paper
 from ..files import write_atomically
-from . import paper
 
 
 @dataclass(frozen=True)

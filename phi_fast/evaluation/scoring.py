@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model import KeyValueCache, Phi
+from ..model.cache import KeyValueCache
+from ..model.phi import Phi
 
 BATCH_TOKENS = 4096
 """Default size of a batch: rows × longest row, in tokens."""

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import attention, bias_gelu
 from ..kernels.backend import implementation
-from ..zero import DTYPES, Precision
+from ..precision import DTYPES, Precision
 from .devices import Device, Figure, Kind
 from .work import Shape
 

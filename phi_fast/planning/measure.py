@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ..distributed import join
-from ..model import Phi
-from ..zero import DTYPES, Precision, Zero2
+from ..model.phi import Phi
+from ..precision import DTYPES, Precision
+from ..training.distributed import join
+from ..training.zero import Zero2
 from .estimate import Job, plan
 from .host import probe
 from .memory import activations

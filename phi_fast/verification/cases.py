@@ -12,9 +12,9 @@ from torch import Generator, Tensor
 from ..config import PhiConfig
 from ..kernels import apply_rotary_, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary_table
 from ..kernels.adam import adam_step_
-from ..layouts import to_merged, to_split
-from ..model import Phi
-from ..reference import ReferencePhi, rotary_cos_sin, rotate
+from ..model.merged import to_merged, to_split
+from ..model.phi import Phi
+from ..model.reference import ReferencePhi, rotary_cos_sin, rotate
 from .judge import Case, Tensors, differentiate
 
 RECIPE: dict[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}  # phi-1.5's Adam

@@ -14,7 +14,7 @@ from trainer_processes import arguments, finish, latest, make_corpora
 
 from phi_fast.conversion.errors import ConversionError
 from phi_fast.convert import ConvertOptions, convert
-from phi_fast.layouts import to_split
+from phi_fast.model.merged import to_split
 
 
 @pytest.fixture(scope="module")

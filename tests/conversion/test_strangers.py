@@ -18,7 +18,7 @@ from phi_fast.conversion.errors import ConversionError
 from phi_fast.conversion.load import load
 from phi_fast.conversion.source import Source
 from phi_fast.convert import ConvertOptions, convert
-from phi_fast.layouts import to_merged
+from phi_fast.model.merged import to_merged
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
 

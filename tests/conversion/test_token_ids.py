@@ -20,11 +20,10 @@ from phi_fast.convert import ConvertOptions, convert
 from phi_fast.data import stdlib_corpus, vocabulary
 from phi_fast.data.manifest import Delimiter, Manifest
 from phi_fast.evaluation.lm import PhiFastLM
-from phi_fast.generation import complete, generate
-from phi_fast.options import parse
-from phi_fast.run import _differences
-from phi_fast.sampling import Sampling
+from phi_fast.generation import Sampling, complete, generate
 from phi_fast.train import main
+from phi_fast.training.options import parse
+from phi_fast.training.run_directory import _differences
 
 
 def tokenizer_of(special: list[str]) -> Tokenizer:

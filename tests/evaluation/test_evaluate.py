@@ -62,7 +62,7 @@ def test_the_suite_on_local_questions(small_folder, data, tmp_path, monkeypatch,
 
     report = json.loads((out / "results.json").read_text(), parse_constant=refuse)
     assert report["tasks"]["toxigen"]["stderr"] is None
-    ran = {*module.harness.TASKS, "squad", "toxigen"}
+    ran = {*module.multiple_choice.TASKS, "squad", "toxigen"}
     assert report["tasks"].keys() == ran
     assert report["not_run"].keys() == {"gsm8k", "humaneval", "mbpp"}
     assert report["tasks"]["mmlu"]["shots"] == 2
@@ -91,19 +91,19 @@ def test_the_suite_on_local_questions(small_folder, data, tmp_path, monkeypatch,
 
 def test_a_stopped_evaluation_goes_on(small_folder, data, tmp_path, monkeypatch):
     options = EvaluateOptions(str(small_folder), ("cheap",), data=data, out=tmp_path / "out", plot=False)
-    real = module.harness.run
+    real = module.multiple_choice.run
 
     def stop_at_piqa(task, *arguments, **keywords):
         if task == "piqa":
             raise KeyboardInterrupt
         return real(task, *arguments, **keywords)
 
-    monkeypatch.setattr(module.harness, "run", stop_at_piqa)
+    monkeypatch.setattr(module.multiple_choice, "run", stop_at_piqa)
     with pytest.raises(KeyboardInterrupt):
         evaluate(options, Console(file=io.StringIO()))
     answered = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"].keys() == {"arc_easy"}
-    monkeypatch.setattr(module.harness, "run", real)
+    monkeypatch.setattr(module.multiple_choice, "run", real)
     evaluate(options, Console(file=io.StringIO()))
     after = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
     assert after[: len(answered)] == answered

@@ -8,7 +8,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.container import BarContainer, ErrorbarContainer
 
-from phi_fast.evaluation import paper, plots
+from phi_fast import paper
+from phi_fast.evaluation import plots
 
 
 def check_images(paths, *words):

@@ -46,8 +46,7 @@ def test_scores_are_those_of_plain_forwards_for_any_batch_size(small_phi):
 
 
 def test_greedy_continuations_are_recognised(small_phi):
-    from phi_fast.generation import generate
-    from phi_fast.sampling import Sampling
+    from phi_fast.generation import Sampling, generate
 
     context = [5, 6, 7, 8]
     (best,) = generate(small_phi, [context], Sampling(max_new_tokens=6), end=-1)

@@ -1,0 +1,145 @@
+"""Text that goes on from prompts: whole characters as they come, stop strings, batches by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from ..model.phi import Phi
+from .decode import Decoding
+from .sampling import Sampling
+
+INCOMPLETE = "�"
+"""What a decoder gives for bytes that do not (yet) make a character."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was added to one prompt."""
+
+    text: str
+    """Without the stop string or the end-of-text token."""
+    tokens: list[int]
+    """All that were generated, end-of-text included."""
+    reason: str
+    """"end" (of text), "stop" (string), "length" (max_new_tokens) or "context" (the model's is full)."""
+
+
+class TextStream:
+    """Tokens of one text in, printable text out: whole characters, and nothing that may be part of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.tokens: list[int] = []
+        self.text = ""
+        """All characters so far, up to the stop string."""
+        self.stopped = False
+        self._released = 0
+        self._anchor = 0
+        self._decoded = 0  # tokens whose characters are in `text`; those from _anchor give the decoder its left context
+
+    def push(self, token: int, *, last: bool = False) -> str:
+        """Text that the token completes ("" while a character or a possible stop string is open)."""
+        self.tokens.append(token)
+        known = self.tokenizer.decode(self.tokens[self._anchor : self._decoded])
+        whole = self.tokenizer.decode(self.tokens[self._anchor :])
+        if not whole.endswith(INCOMPLETE) or last:
+            self.text += whole[len(known) :]
+            self._anchor, self._decoded = self._decoded, len(self.tokens)
+        return self.release(last=last)
+
+    def release(self, *, last: bool = False) -> str:
+        """New text that cannot be taken back; with `last`, all of it."""
+        at = min((found for s in self.stop if (found := self.text.find(s)) >= 0), default=-1)
+        if at >= 0:
+            self.text, self.stopped = self.text[:at], True
+        held = 0 if last or self.stopped else self._open_length()
+        new = self.text[self._released : len(self.text) - held]
+        self._released += len(new)
+        return new
+
+    def _open_length(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(s) for s in self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(s.startswith(self.text[-length:]) for s in self.stop):
+                return length
+        return 0
+
+
+def complete(
+    model: Phi,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    on_text: Callable[[int, str], None] | None = None,
+    on_done: Callable[[int, Completion], None] | None = None,
+    end: int | None = None,
+) -> list[Completion]:
+    """Continue texts, or their token ids, batched by length; results in the order of `prompts`, and the same for any
+    batch size.
+
+    on_text(i, text) gets each prompt's text as it comes, on_done(i, completion) each result as its batch ends. A prompt
+    that leaves no room is cut on its left to the context less max_new_tokens (at least half of the context).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    context = model.config.max_position_embeddings
+    keep = max(context - sampling.max_new_tokens, context // 2)
+    end = model.config.eos_token_id if end is None else end
+    ids = [_encode(model, tokenizer, prompt)[-keep:] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
+    results: list[Completion | None] = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        done = _complete_batch(model, tokenizer, [ids[i] for i in batch], batch, sampling, end, on_text)
+        for i, completion in zip(batch, done, strict=True):
+            results[i] = completion
+            if on_done:
+                on_done(i, completion)
+    return [result for result in results if result is not None]
+
+
+def _encode(model: Phi, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Ids as a corpus has them: what a tokenizer adds to a text of its own accord is left out, and an empty text begins
+    with the token that stands before a document's first. Ids stay as they are."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
+    if ids:
+        return ids
+    if model.config.bos_token_id is None:
+        raise ValueError("a prompt is empty, and no token of this model's tokenizer begins a text: give it some text")
+    return [model.config.bos_token_id]
+
+
+def _complete_batch(
+    model: Phi,
+    tokenizer: Tokenizer,
+    ids: list[list[int]],
+    numbers: list[int],
+    sampling: Sampling,
+    end: int | None,
+    on_text: Callable[[int, str], None] | None,
+) -> list[Completion]:
+    decoding = Decoding(model, ids, sampling, end=end, numbers=numbers)
+    streams = [TextStream(tokenizer, sampling.stop) for _ in ids]
+    for step in decoding:
+        for row, token in step:
+            stream = streams[row]
+            ended = decoding.reasons[row] == "end"
+            if ended:
+                stream.tokens.append(token)
+                new = stream.release(last=True)
+            else:
+                new = stream.push(token, last=decoding.reasons[row] is not None)
+            if stream.stopped:
+                decoding.reasons[row] = "stop"
+            if on_text and new:
+                on_text(numbers[row], new)
+    return [
+        Completion(stream.text, stream.tokens, reason or "length")
+        for stream, reason in zip(streams, decoding.reasons, strict=True)
+    ]

@@ -1,0 +1,124 @@
+"""phi in plain PyTorch, to be read beside the paper: separate q, k and v, no kernels, no tricks.
+
+Everything else in this project is measured against this file. Module names are Hugging Face's, so that a state dict of
+`transformers.PhiForCausalLM` loads as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PhiConfig
+from .output import Output
+
+
+def rotary_cos_sin(config: PhiConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position × frequency, each (length, rotary_dim / 2): RoFormer (arXiv 2104.09864), eq. 34.
+
+    The angles are taken in fp32 whatever `dtype` is (fp64 for fp64): a bf16 angle at position 2047 is off by radians.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency).to(wide)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dims of every head by its position; the rest pass through.
+
+    x: (batch, heads, sequence, head_dim). Dim i pairs with dim i + rotary_dim/2 (the half-split, "NeoX" order).
+    """
+    half = cos.shape[-1]
+    x1, x2, through = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, through), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention with partial rotary embeddings; every projection has a bias."""
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.dense = nn.Linear(d, d)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, d = h.shape
+        heads = (batch, length, self.config.num_attention_heads, self.config.head_dim)
+        q, k, v = (proj(h).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        o = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.dense(o.transpose(1, 2).reshape(batch, length, d))
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(h))), GELU in its tanh form ("gelu_new")."""
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+class ParallelBlock(nn.Module):
+    """x + attention(h) + mlp(h) with one h = LayerNorm(x): both branches read the same normalised input."""
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        h = self.input_layernorm(x)
+        return self.self_attn(h, cos, sin) + self.mlp(h) + x
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final LayerNorm."""
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ParallelBlock(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        cos, sin = rotary_cos_sin(self.config, input_ids.shape[1], x.device, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.final_layernorm(x)
+
+
+class ReferencePhi(nn.Module):
+    """phi of `config`: `transformers.PhiForCausalLM` without transformers."""
+
+    def __init__(self, config: PhiConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)  # with a bias, and not tied to the embedding
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+        """input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out."""
+        logits = self.lm_head(self.model(input_ids))
+        loss = None
+        if labels is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten())
+        return Output(loss, logits)

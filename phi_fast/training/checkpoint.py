@@ -1,0 +1,368 @@
+"""Checkpoints that a crash at any moment cannot spoil.
+
+A checkpoint is written beside its final place, synced, listed in a manifest with sizes and SHA-256, and renamed; then
+`latest` is replaced. So a folder named `step-N` is complete or was damaged later, and the manifest tells which. `Saver`
+does this beside the training: it copies to host memory, and a thread writes.
+
+    checkpoints/
+      latest                         "step-400"
+      step-400/
+        manifest.json                sizes and hashes of the files below, and its own; written last
+        state.json                   step, configuration, data position, loss scale
+        model.safetensors            weights as the model uses them, by parameter name
+        rank-0-of-2.safetensors      fp32 master, exp_avg, exp_avg_sq: this rank's flat ZeRO partition of each group
+        rank-0-of-2.json             Python's, NumPy's and torch's random states of this rank
+
+Only plain tensors (safetensors) and JSON are read back: no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import sha256_of, sync_directory, sync_file
+from ..json_files import Fields, JsonFileError, read_object
+from .distributed import World
+
+FORMAT = 2
+_NAME = re.compile(r"step-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message names the file and what to do."""
+
+
+@dataclass
+class Snapshot:
+    """What one rank puts into a checkpoint, or finds in one."""
+
+    state: dict[str, Any]
+    """JSON-able; the same on every rank."""
+    model: dict[str, Tensor]
+    """Weights by parameter name; the same on every rank."""
+    partitions: dict[str, Tensor]
+    """This rank's flat partition of each optimizer tensor, e.g. "master.0"; 1-D."""
+    random_states: dict[str, Any] = field(default_factory=lambda: random_states())
+    """This rank's, JSON-able, as `random_states` gives them."""
+    checked: bool = False
+    """The weights and the optimizer's tensors are known to be finite; else `save` looks at each."""
+
+    def on_host(self, world: World) -> Snapshot:
+        """A copy in host memory, with no more than this rank writes; training can go on."""
+        weights = self.model if world.is_main else {}
+        model, partitions = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (weights, self.partitions)
+        )
+        return replace(self, model=model, partitions=partitions)
+
+
+class Saver:
+    """Saves off the training's path: `save` takes a copy and returns, a thread writes it; one save at a time.
+
+    Every rank makes one and calls it alike. A save that failed raises CheckpointError at the next `save` or `wait`, on
+    every rank; `failed` tells of it before.
+    """
+
+    def __init__(self, directory: Path, world: World, *, keep_last: int, keep_every: int = 0) -> None:
+        self.directory, self.keep_last, self.keep_every = directory, keep_last, keep_every
+        # The thread's collectives must not fall between the training's: a group of its own, over host memory.
+        self.world = replace(world, group=dist.new_group(backend="gloo")) if world.size > 1 else world
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Begin to write `snapshot` once the save before has ended; returns the folder that it will be in."""
+        self.wait()
+        copy = snapshot.on_host(self.world)
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
+        self._thread.start()
+        return self.directory / f"step-{snapshot.state['step']}"
+
+    def wait(self) -> None:
+        """Until the save in flight has ended; raises what went wrong in it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            save(self.directory, snapshot, self.world, keep_last=self.keep_last, keep_every=self.keep_every)
+        except Exception as error:  # of any kind: it is raised again by `wait`
+            self._error = error
+
+
+def save(directory: Path, snapshot: Snapshot, world: World, *, keep_last: int, keep_every: int = 0) -> Path:
+    """Write `directory/step-N`, N = snapshot.state["step"], and keep the newest `keep_last` (0: all) up to N, and
+    those whose step is a multiple of `keep_every` (0: none).
+
+    A complete `step-N` that is there already stays. Every rank calls it. Raises CheckpointError on every rank where one
+    of them could not write, or has a weight or a moment that is not finite; earlier checkpoints stay as they were.
+    """
+    final = directory / f"step-{snapshot.state['step']}"
+    aside = directory / f".{final.name}.partial"
+    error = None
+    if world.is_main:
+        error = _attempt(lambda: _fresh(aside))
+    error = world.broadcast(error)
+    entries: dict[str, dict[str, Any]] = {}
+    if error is None:
+        error = _not_finite(snapshot) or _attempt(lambda: entries.update(_write_rank(aside, snapshot, world)))
+    gathered = _gather((error, entries), world)
+    errors = [message for message, _ in gathered if message]
+    if not errors and world.is_main:
+        files = {name: entry for _, part in gathered for name, entry in part.items()}
+        error = _attempt(lambda: _publish(aside, final, files, world.size, keep_last, keep_every))
+        errors = [error] if error else []
+    errors = world.broadcast(errors)
+    if errors:
+        if world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{final} was not saved: {errors[0]}. Earlier checkpoints are untouched")
+    return final
+
+
+def newest(
+    directory: Path, world: World, *, fits: Callable[[dict[str, Any]], bool] = lambda state: True
+) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint below `directory`, and a line about each damaged one that was passed over.
+
+    fits: of those, only one whose state.json it holds for.
+    """
+    found, skipped = None, []
+    if world.is_main:
+        for _, path in reversed(_numbered(directory)):
+            problem = _problem(path)
+            if problem is not None:
+                skipped.append(f"{path.name} is passed over: {problem}")
+            elif fits(load_state(path)):
+                found = path
+                break
+    return world.broadcast((found, skipped))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises JsonFileError and OSError."""
+    return read_object(path / "state.json").values
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint by parameter name. Raises CheckpointError where the file is not plain tensors."""
+    try:
+        return load_file(path / "model.safetensors")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / 'model.safetensors'} is not a safetensors file: {error}") from error
+
+
+def load_partitions(path: Path, sizes: dict[str, tuple[int, int]], world: World) -> dict[str, Tensor]:
+    """This rank's part of each flat optimizer tensor, whatever number of ranks wrote them.
+
+    sizes: name -> (elements of this rank's partition now, elements of the whole without the tail's padding).
+    Raises CheckpointError where a file is not plain tensors, or the whole on disk is shorter than the model's.
+    """
+    writers = _read_manifest(path).whole("world_size", least=1)
+    shards = [_open(path / f"rank-{rank}-of-{writers}.safetensors") for rank in range(writers)]
+    parts = {}
+    for name, (length, whole) in sizes.items():
+        pieces = [shard.get_slice(name) for shard in shards]
+        stride = pieces[0].get_shape()[0]
+        if stride * writers < whole:
+            raise CheckpointError(f"{path}: {name} has {stride * writers:,} elements, this model needs {whole:,}")
+        begin, end = world.rank * length, min((world.rank + 1) * length, whole)
+        part = torch.zeros(length)
+        for rank, piece in enumerate(pieces):
+            low, high = max(begin, rank * stride), min(end, (rank + 1) * stride)
+            if low < high:
+                part[low - begin : high - begin] = piece[low - rank * stride : high - rank * stride]
+        parts[name] = part
+    return parts
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+
+
+def restore_random_states(path: Path, world: World) -> None:
+    """Set this rank's random states, where the same number of ranks wrote the checkpoint."""
+    file = path / f"rank-{world.rank}-of-{world.size}.json"
+    if not file.exists():
+        return
+    states = read_object(file).values
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+def random_states() -> dict[str, Any]:
+    """Python's, NumPy's and torch's, JSON-able."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
+    }
+
+
+def _write_rank(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dict[str, Any]]:
+    """Write this rank's files; returns file name -> {bytes, sha256}."""
+    stem = f"rank-{world.rank}-of-{world.size}"
+    save_file({name: tensor.cpu() for name, tensor in snapshot.partitions.items()}, folder / f"{stem}.safetensors")
+    (folder / f"{stem}.json").write_text(json.dumps(snapshot.random_states), encoding="utf-8")
+    names = [f"{stem}.safetensors", f"{stem}.json"]
+    if world.is_main:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.model.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
+        names += ["model.safetensors", "state.json"]
+    for name in names:
+        sync_file(folder / name)
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+
+
+def _publish(aside: Path, final: Path, files: dict[str, Any], world_size: int, keep_last: int, keep_every: int) -> None:
+    """Manifest, rename, `latest`, and the removal of what is too old."""
+    manifest = {"format": FORMAT, "world_size": world_size, "files": files}
+    manifest["sha256"] = _own_sha256(manifest)
+    _write_synced(aside / "manifest.json", json.dumps(manifest, indent=1))
+    sync_directory(aside)
+    if final.exists() and _problem(final) is None:
+        shutil.rmtree(aside)  # a run that was stopped before it took a step; to replace the old one would risk it
+    else:
+        if final.exists():
+            shutil.rmtree(final)  # damaged, passed over by the resume, and its step trained again
+        aside.rename(final)
+    pointer = final.parent / "latest"
+    _write_synced(pointer.with_suffix(".tmp"), final.name)
+    pointer.with_suffix(".tmp").replace(pointer)
+    sync_directory(final.parent)
+    # Newer ones than this are damaged ones that a resume passed over: they do not count among the newest kept.
+    step = int(final.name.removeprefix("step-"))
+    older = [(number, path) for number, path in _numbered(final.parent) if number <= step]
+    for number, old in older[:-keep_last] if keep_last else []:
+        if not keep_every or number % keep_every:
+            hidden = old.with_name(f".{old.name}.removed")  # so that no half of it looks like a damaged checkpoint
+            old.rename(hidden)
+            shutil.rmtree(hidden)
+
+
+def _numbered(directory: Path) -> list[tuple[int, Path]]:
+    """(N, path) of every `step-N` in `directory`, in order of N."""
+    return sorted((int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name)))
+
+
+def _problem(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None. Reads and hashes every file."""
+    try:
+        manifest = _read_manifest(path)
+        files = manifest.inner("files")
+        for name in files.values:
+            entry = files.inner(name)
+            status = (path / name).stat()
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is not a regular file"
+            if status.st_size != entry.whole("bytes"):
+                return f"{name} has {status.st_size:,} bytes, the manifest says {entry.whole('bytes'):,}"
+            if sha256_of(path / name) != entry.text("sha256"):
+                return f"{name} does not have the manifest's SHA-256"
+        step = read_object(path / "state.json").whole("step")
+        if path.name != f"step-{step}":
+            return f"state.json is of step {step}"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except JsonFileError as error:
+        return str(error).replace(f"{path}{os.sep}", "")
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def _read_manifest(path: Path) -> Fields:
+    """A checkpoint's manifest.json: of this format, with the hash of its own content, listing each rank's files and no
+    other. Raises JsonFileError and OSError."""
+    manifest = read_object(path / "manifest.json")
+    if manifest.whole("format") != FORMAT:
+        manifest.refuse("format", f"{FORMAT}, which this version writes and reads")
+    content = {name: value for name, value in manifest.values.items() if name != "sha256"}
+    if manifest.text("sha256") != _own_sha256(content):
+        manifest.refuse("sha256", f"{_own_sha256(content)}, its content's: the file is damaged")
+    world_size = manifest.whole("world_size", least=1, most=2**20)
+    ranks = {f"rank-{rank}-of-{world_size}{end}" for rank in range(world_size) for end in (".safetensors", ".json")}
+    if set(manifest.inner("files").values) != {"model.safetensors", "state.json", *ranks}:
+        manifest.refuse("files", f"model.safetensors, state.json, and two files of each of {world_size} ranks")
+    return manifest
+
+
+def _own_sha256(content: dict[str, Any]) -> str:
+    """Hex digest of a manifest without its own hash, whatever its white space."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _not_finite(snapshot: Snapshot) -> str | None:
+    """Which tensor is not finite, where it is not known that all are."""
+    if snapshot.checked:
+        return None
+    tensors = {**{f"the weights of {name}": x for name, x in snapshot.model.items()}, **snapshot.partitions}
+    broken = next((name for name, x in tensors.items() if not bool(torch.isfinite(x).all())), None)
+    return None if broken is None else f"{broken} is not finite; go on with --resume and a lower --learning-rate"
+
+
+def _attempt(action: Any) -> str | None:
+    """The error of an action as text, so that it can be told to every rank; None where it went well."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    if world.size == 1:
+        return [value]
+    box: list[Any] = [None] * world.size
+    dist.all_gather_object(box, value, group=world.group)
+    return box
+
+
+def _fresh(folder: Path) -> None:
+    """Make `folder`, and clear away what a killed save left beside it."""
+    for leftover in folder.parent.glob(".step-*"):
+        shutil.rmtree(leftover)
+    folder.mkdir(parents=True)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    sync_file(path)

@@ -1,0 +1,141 @@
+"""The data of a run: the corpora its recipe names, the loader over their mixture, their validation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..config import PhiConfig
+from ..data import Mixture, TokenLoader, count_rows, sequential_rows, stdlib_corpus
+from ..data.manifest import Manifest
+from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
+from ..errors import UsageError
+from ..recipes import RECIPES, Recipe
+from .distributed import World
+
+
+class Corpora:
+    """Opens what `recipe.mixture` names below `recipe.data`; makes the standard-library corpus where it is asked for.
+
+    Raises FileNotFoundError for a corpus that is not there, UsageError or TokenizerError for one that does not fit.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, console: Console) -> None:
+        self.recipe, self.world = recipe, world
+        if recipe.tokenizer == "stdlib":
+            if not recipe.data.exists() and recipe.data != RECIPES["tiny"].data:
+                raise UsageError(
+                    f"--data {recipe.data} is not there. Of itself the standard-library corpus is built at "
+                    f"{RECIPES['tiny'].data} only: correct the path, or leave --data out"
+                )
+            if world.is_main:
+                stdlib_corpus.prepare(recipe.data, progress=lambda line: console.print(line, highlight=False))
+            world.barrier()
+        self.tokenizer: Tokenizer = tokenizer(recipe.data if recipe.tokenizer == "stdlib" else recipe.tokenizer)
+        self.paths: dict[str, Path] = {name: recipe.data / name for name in recipe.mixture}
+        self.manifests: dict[str, Manifest] = {}
+        for name, path in self.paths.items():
+            if not (path / "manifest.json").exists():
+                raise FileNotFoundError(
+                    f"corpus {name!r} is not at {path}; make it with `python -m phi_fast.prepare INPUTS --tokenizer "
+                    f"{recipe.tokenizer} --out {path}`, or name other corpora with --data and --mixture"
+                )
+            self.manifests[name] = Manifest.read(path)
+            if self.manifests[name].tokenizer_sha256 != digest(self.tokenizer):
+                raise TokenizerError(
+                    f"corpus {name!r} at {path} was made with tokenizer {self.manifests[name].tokenizer!r}, which "
+                    f"is not this run's, {recipe.tokenizer!r}; give its tokenizer with --tokenizer, or prepare it again"
+                )
+            largest = max(split.max_id for split in self.manifests[name].splits.values())
+            if largest >= recipe.model.vocab_size:
+                raise UsageError(
+                    f"corpus {name!r} at {path} has token id {largest}, but the model's vocabulary has "
+                    f"{recipe.model.vocab_size} entries; use the corpus's tokenizer or raise --model.vocab-size"
+                )
+        self.model = self._with_token_ids(recipe.model)
+        """The recipe's model with the ids that begin and end a text in these corpora."""
+
+    def _with_token_ids(self, model: PhiConfig) -> PhiConfig:
+        """The ids are the corpora's delimiter or else the tokenizer's `<|endoftext|>`; None where there is neither.
+
+        Raises UsageError where corpora, tokenizer, the model's own ids and its vocabulary contradict each other.
+        """
+        size = vocab_size(self.tokenizer)
+        if size > model.vocab_size:
+            raise UsageError(
+                f"tokenizer {self.recipe.tokenizer!r} has {size} ids, but the model's vocabulary has "
+                f"{model.vocab_size} entries; raise --model.vocab-size, or use another --tokenizer"
+            )
+        ends = {name: manifest.delimiter.id for name, manifest in self.manifests.items() if manifest.delimiter}
+        if len(set(ends.values())) > 1:
+            each = ", ".join(f"{name} with {id}" for name, id in ends.items())
+            raise UsageError(f"the corpora end their documents with different ids, {each}: prepare them again alike")
+        end = next(iter(ends.values()), self.tokenizer.token_to_id(END_OF_TEXT))
+        if end is not None and self.tokenizer.id_to_token(end) is None:
+            raise UsageError(
+                f"the corpora end their documents with id {end}, which tokenizer {self.recipe.tokenizer!r} does not "
+                "have; prepare them again, or name their tokenizer with --tokenizer"
+            )
+        for field, given in (("bos_token_id", model.bos_token_id), ("eos_token_id", model.eos_token_id)):
+            if given is not None and given != end:
+                raise UsageError(
+                    f"model.{field}={given}, but these corpora and their tokenizer have {end} between documents; leave "
+                    f"--model.{field.replace('_', '-')} out, and it is taken from them"
+                )
+        return model.replace(bos_token_id=end, eos_token_id=end)
+
+    def need_validation(self) -> None:
+        """Raises UsageError for a corpus without a validation split."""
+        for name, manifest in self.manifests.items():
+            if "validation" not in manifest.splits:
+                raise UsageError(
+                    f"corpus {name!r} at {self.paths[name]} has no validation split, and --val-every wants its "
+                    "loss: give --val-every 0, or prepare it again with more documents or a larger --validation"
+                )
+
+    def loader(self, micro_batch_size: int) -> TokenLoader:
+        """This rank's micro-batches; `accumulation` of them over all ranks are a global batch's rows."""
+        weights = {name: (self.paths[name], weight) for name, weight in self.recipe.mixture.items()}
+        return TokenLoader(
+            Mixture.of(weights, split="train"),
+            self.recipe.sequence_length,
+            micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            seed=self.recipe.seed,
+            max_token_id=self.recipe.model.vocab_size - 1,
+        )
+
+    def validation(self, rows: int, batch: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """This rank's share of the first `rows` validation rows of each corpus: (corpus, input_ids, labels)."""
+        for name, path in self.paths.items():
+            there = min(rows, count_rows(path, "validation", self.recipe.sequence_length))
+            start, stop = (there * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
+            if start < stop:
+                shares = sequential_rows(
+                    path,
+                    "validation",
+                    self.recipe.sequence_length,
+                    batch=batch,
+                    start=start,
+                    stop=stop,
+                    max_token_id=self.recipe.model.vocab_size - 1,
+                )
+                yield from ((name, input_ids, labels) for input_ids, labels in shares)
+
+    def weighted(self, losses: dict[str, float]) -> float:
+        """Mean of per-corpus losses by the mixture's weights."""
+        total = sum(self.recipe.mixture[name] for name in losses)
+        return sum(self.recipe.mixture[name] * loss for name, loss in losses.items()) / total
+
+    def summary(self) -> str:
+        """One line for the header: each corpus with its share and its training tokens."""
+        total = sum(self.recipe.mixture.values())
+        return ", ".join(
+            f"{name} {100 * weight / total:.0f}% ({self.manifests[name].splits['train'].tokens:,} tokens)"
+            for name, weight in self.recipe.mixture.items()
+        )

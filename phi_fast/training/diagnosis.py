@@ -1,0 +1,239 @@
+"""Why a step could not be taken: the first layer and op whose output or gradient was not finite, and the data in it.
+
+The step's micro-batches are run again with hooks on every module and autograd node. This costs one more step, once, at
+the end of a run that has nothing better to do. The model is left as it is: no gradient reaches its parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..data import TokenLoader
+from ..model.merged import OUTSIDE, to_split
+from ..model.phi import Block
+from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin
+from .distributed import World
+
+
+class Diverged(RuntimeError):
+    """The run cannot go on: a loss that is not finite, or gradients that overflow at the lowest loss scale."""
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """The first tensor that was not finite."""
+
+    what: str
+    """Such as "the output of gelu in layers.2.mlp"."""
+    forward: bool
+    """In the forward pass, or in the weights; else in the backward pass."""
+    rows: tuple[int, ...]
+    """Rows of the micro-batch in which it is not finite; all where the tensor does not tell."""
+    largest: float
+    """Largest finite magnitude in it."""
+    data: str = ""
+    """Rank, rows of the stream, and their corpora."""
+
+
+def find_overflow(
+    model: nn.Module, loader: TokenLoader, micro_batches: int, scale: float, world: World
+) -> Overflow | None:
+    """Run the last `micro_batches` of `loader` again, with the loss times `scale`; what is found first, on every rank.
+
+    None where everything was finite this time: then it is the sum over micro-batches or ranks that overflowed.
+    """
+    loader.seek(loader.row - micro_batches * loader.batch * world.size)
+    found = None
+    for _ in range(micro_batches):
+        batch = next(loader)
+        found = first_overflow(model, batch.input_ids.to(world.device), batch.labels.to(world.device), scale)
+        if found is not None:
+            corpora = loader.mixture.components
+            rows = ", ".join(f"{batch.rows[i]} ({corpora[int(batch.components[i])].name})" for i in found.rows)
+            found = replace(found, data=f"on rank {world.rank}, rows {rows} of the training stream")
+            break
+    everyones: list[Overflow | None] = [found]
+    if world.size > 1:
+        everyones = [None] * world.size
+        dist.all_gather_object(everyones, found)
+    return next((each for each in everyones if each is not None), None)
+
+
+def first_overflow(model: nn.Module, input_ids: Tensor, labels: Tensor, scale: float = 1.0) -> Overflow | None:
+    """The first tensor of `model(input_ids, labels)` or of the backward pass of loss × scale that is not finite.
+
+    Inside a block of `Phi`, which is one op, the block is run again as `reference.ParallelBlock` to name the op; where
+    plain PyTorch in the same dtype does not overflow, the block is named.
+    """
+    batch = len(input_ids)
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return Overflow(f"the weights of {name}, before the step", True, tuple(range(batch)), _largest(parameter))
+    with Probe(model, batch, functions=isinstance(model, ReferencePhi)) as probe:
+        loss = model(input_ids, labels).loss
+        probe.look(loss, "the loss, from lm_head's logits", forward=True)
+        probe.claim(loss, "lm_head and the loss")
+    if probe.found is None:
+        torch.autograd.grad(loss * scale, list(model.parameters()), allow_unused=True)
+    if probe.found is not None and isinstance(probe.module, Block):
+        inside = _inside(probe.module, probe.name, probe.inputs[probe.module], probe.gradient)
+        return inside or probe.found
+    return probe.found
+
+
+class Probe(TorchFunctionMode):
+    """Looks at the output of every module of `module`, and at every gradient on the way back, until one is not finite.
+
+    functions: look at every torch function's result too; not for kernels, which begin with uninitialised memory.
+    """
+
+    def __init__(self, module: nn.Module, batch: int, *, functions: bool, prefix: str = "") -> None:
+        super().__init__()
+        self.found: Overflow | None = None
+        self.module: nn.Module | None = None
+        """The module it was found in."""
+        self.name = ""
+        self.gradient: Tensor | None = None
+        """What came into the node whose gradients were not finite; None in the forward pass."""
+        self.inputs: dict[nn.Module, Tensor] = {}
+        """First input of each module."""
+        self._batch, self._functions = batch, functions
+        self._names = {child: (prefix + name).rstrip(".") or "the model" for name, child in module.named_modules()}
+        self._running: list[nn.Module] = []
+        self._claimed: set[Any] = set()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Probe:
+        for module in self._names:
+            self._handles.append(module.register_forward_pre_hook(self._begin))
+            self._handles.append(module.register_forward_hook(self._end))
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(kind, error, trace)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._functions and self._running and isinstance(result, Tensor):
+            where = self._names[self._running[-1]]
+            self.look(result, f"the output of {func.__name__} in {where}", forward=True, module=self._running[-1])
+        return result
+
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._running.append(module)
+        if inputs and isinstance(inputs[0], Tensor):
+            self.inputs[module] = inputs[0]
+
+    def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._running.pop()
+        if isinstance(output, Tensor):
+            self.look(output, f"the output of {self._names[module]}", forward=True, module=module)
+            self.claim(output, self._names[module], module)
+
+    def look(
+        self,
+        tensor: Tensor,
+        what: str,
+        *,
+        forward: bool,
+        module: nn.Module | None = None,
+        gradient: Tensor | None = None,
+    ) -> None:
+        """Keep `tensor` as what was found, if it is the first that is not finite."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if self.found is not None or not tensor.is_floating_point() or _finite(tensor):
+                return
+            rows = list(range(self._batch))
+            if tensor.dim() > 1 and len(tensor) == self._batch:
+                rows = [i for i in rows if not _finite(tensor[i])]
+            self.found = Overflow(what, forward, tuple(rows), _largest(tensor))
+            self.module, self.name, self.gradient = module, self._names.get(module, ""), gradient
+
+    def claim(self, output: Tensor, where: str, module: nn.Module | None = None) -> None:
+        """Watch the backward nodes that lead to `output` and are not yet watched: they were made by `where`."""
+        waiting = [output.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in self._claimed or hasattr(node, "variable"):
+                continue
+            self._claimed.add(node)
+            waiting += [next_node for next_node, _ in node.next_functions]
+
+            def watch(computed: Any, incoming: Any, name: str = node.name()) -> None:
+                op = name.rstrip("0123456789").removesuffix("Backward").lstrip("_")
+                for tensor in computed:
+                    if tensor is not None:
+                        what = f"the gradient of {op} in {where}"
+                        self.look(tensor, what, forward=False, module=module, gradient=incoming[0])
+
+            node.register_hook(watch)
+
+
+def _inside(block: Block, name: str, x: Tensor, gradient: Tensor | None) -> Overflow | None:
+    """What is first not finite inside a block with input x (batch, sequence, d) and the gradient of its output."""
+    merged = {f"layers.0.{key}": value for key, value in block.state_dict().items()}
+    split = to_split({**dict.fromkeys(OUTSIDE, x), **merged})
+    layer = "model.layers.0."
+    plain = ParallelBlock(block.config).to(x)
+    plain.load_state_dict({key.removeprefix(layer): value for key, value in split.items() if key.startswith(layer)})
+    x = x.detach().requires_grad_()
+    with Probe(plain, len(x), functions=True, prefix=f"{name}.") as probe:
+        out = plain(x, *rotary_cos_sin(block.config, x.shape[1], x.device, x.dtype))
+    if probe.found is None and gradient is not None:
+        torch.autograd.grad(out, [x, *plain.parameters()], gradient)
+    return probe.found
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(torch.nan_to_num(tensor.detach().float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max())
+
+
+def explain(
+    found: Overflow | None, step: int, loss: float, scale: float, precision: str, checkpoint: Path | None
+) -> str:
+    """The message of a run that ends in step `step`, from what was found to what to try."""
+    text = f"step {step} cannot be taken: the loss is {loss:g}, "
+    text += f"the loss scale {scale:g}. " if precision == "fp16" else f"in {precision}. "
+    if found is None:
+        text += "Run again, every micro-batch was finite: their sum overflowed, or the machine erred. "
+    else:
+        text += f"First not finite: {found.what} (largest finite value {found.largest:.3g}), {found.data}. "
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    return text + f"This step updated nothing; {kept}. To try: {_advice(found, precision)}"
+
+
+def explain_broken(model: nn.Module, step: int, lr: float, checkpoint: Path | None) -> str:
+    """The message of a run whose update in step `step`, at learning rate `lr`, left a value that is not finite."""
+    broken = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
+    what = f"the weights of {broken}" if broken else "an optimizer moment"
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    return (
+        f"the update of step {step}, at learning rate {lr:g}, left {what} not finite. Nothing of it is saved; {kept}. "
+        "To try: --resume with a lower --learning-rate"
+    )
+
+
+def _advice(found: Overflow | None, precision: str) -> str:
+    if found is not None and found.what.startswith("the weights"):
+        return "go on from an earlier checkpoint (move the newest away) with a lower --learning-rate"
+    if precision == "fp16" and found is not None and found.forward:
+        return "--precision bf16, or --resume with a lower --learning-rate; a lower loss scale does not help"
+    if precision == "fp16":
+        return "--precision bf16, a lower --min-loss-scale, or --resume with a lower --learning-rate"
+    return "--resume with a lower --learning-rate, a lower --gradient-clipping, or --skip-spikes 6"

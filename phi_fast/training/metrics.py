@@ -1,0 +1,152 @@
+"""What a run writes of its steps: metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_atomically, writing
+from ..json_files import Fields, read_lines
+
+PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+"""Dense 16-bit tensor-core FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl."""
+
+    step: int
+    """Optimizer steps taken, this one included."""
+    tokens: int
+    """Tokens seen by all ranks so far."""
+    loss: float
+    """Mean cross entropy over the global batch, in nats a token."""
+    lr: float
+    grad_norm: float | None
+    """Global gradient norm before clipping; null where it overflowed and the step was skipped."""
+    loss_scale: float
+    """The scale that this step's gradients carried; 1 unless fp16."""
+    skipped: bool
+    """True where a gradient overflowed, or --skip-spikes left the step out, and nothing was updated."""
+    tokens_per_s: float
+    step_ms: float
+    mfu: float | None
+    """Share of the device's peak, attention counted in full (PaLM's convention); null where the peak is not known."""
+    val_loss: float | None = None
+    """Mean cross entropy over the validation rows of all corpora, by the mixture's weights; null where not measured."""
+    val_losses: dict[str, float] | None = None
+    """The same by corpus."""
+    tasks: dict[str, float] | None = None
+    """Accuracy by task, a fraction of 1; null where not measured (--eval-every)."""
+
+
+TAGS = {
+    "loss": "loss/train",
+    "val_loss": "loss/validation",
+    "val_losses": "loss/validation",
+    "tasks": "tasks",
+    "lr": "optimizer/lr",
+    "grad_norm": "optimizer/grad_norm",
+    "loss_scale": "optimizer/loss_scale",
+    "skipped": "optimizer/skipped",
+    "tokens_per_s": "speed/tokens_per_s",
+    "step_ms": "speed/step_ms",
+    "mfu": "speed/mfu",
+}
+"""TensorBoard's tags, in groups, by field of a record; of a field with members, what stands before their names."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """16-bit FLOP/s of the device's data sheet, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and TensorBoard in a run directory; only rank 0 has one.
+
+    A line per step, and a first one with step 0, without a loss, for the validation before the first step.
+    """
+
+    def __init__(self, run: Path, resume_step: int, hyperparameters: Mapping[str, Any] | None = None) -> None:
+        """resume_step: lines after it are dropped; 0: a new run's. hyperparameters: for TensorBoard, by dotted name.
+
+        Raises UsageError where the files cannot be written, or a line of metrics.jsonl is no step's record.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = run / "metrics.jsonl"
+        with self._writing():
+            _drop_after(self._path, resume_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+            if hyperparameters:
+                self._write_hyperparameters(hyperparameters)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._path, "make room, and go on from the newest checkpoint with --resume")
+
+    def validation_before(self, val_loss: float, val_losses: Mapping[str, float]) -> None:
+        """The validation before the first step, as of step 0."""
+        self._write({"step": 0, "tokens": 0, "val_loss": val_loss, "val_losses": dict(val_losses)})
+
+    def write(self, record: StepRecord) -> None:
+        optional = ("val_loss", "val_losses", "tasks")
+        self._write({key: value for key, value in asdict(record).items() if key not in optional or value is not None})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._writing():
+            self._file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+            self._file.flush()
+            for key, tag in TAGS.items():
+                for name, value in _members(tag, line.get(key)):
+                    self._board.add_scalar(name, value, line["step"])
+
+    def _write_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """In the run's own events, for TensorBoard's HPARAMS page; `add_hparams` would begin a second run."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in values.items()}
+        writer = self._board._get_file_writer()
+        for summary in hparams(plain, {TAGS["loss"]: 0.0, TAGS["val_loss"]: 0.0}):
+            writer.add_summary(summary)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        self._board.add_text(tag, text, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN: it is written as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _members(tag: str, value: Any) -> list[tuple[str, float]]:
+    """(tag, scalar) of a record's value: one, one per member of a group, or none for null."""
+    if isinstance(value, dict):
+        return [(f"{tag}/{name}", float(one)) for name, one in value.items()]
+    return [] if value is None else [(tag, float(value))]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the lines after `step`: steps that a killed run took after its last checkpoint are taken again, and so is
+    the validation before the first step where there is none. A last line that was cut short goes too."""
+    if not path.exists():
+        return
+    way_out = f"Correct or remove that line, or move {path.name} away to go on without the earlier steps' records"
+    lines = [(Fields.of(value, where, way_out).whole("step"), value) for where, value in read_lines(path)]
+    kept = [json.dumps(value) + "\n" for at, value in lines if step and at <= step]
+    write_atomically(path, "".join(kept).encode())

@@ -1,0 +1,169 @@
+"""The command line of `python -m phi_fast.train`: a recipe, any of its fields, and what concerns the machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import tyro
+
+from ..errors import UsageError
+from ..recipes import RECIPES, Names, Recipe, RecipeName
+
+MUST_AGREE = (
+    *("model", "implementation", "decay"),
+    *("mixture", "sequence_length", "global_batch_size", "seed", "tokenizer"),
+)
+"""Options that a resumed run cannot change: the checkpoint would be of another model, or the data order another."""
+
+
+@dataclass(frozen=True)
+class Options(Recipe):
+    """Train phi on real text under DeepSpeed ZeRO-2.
+
+    The defaults are those of the recipe named by --recipe; every field can be overridden.
+    """
+
+    recipe: RecipeName = "tiny"
+    """The recipe that sets the other defaults: "tiny", or one of the paper's three."""
+    run_dir: Path | None = None
+    """Run directory: configuration, metrics, checkpoints. Default: runs/RECIPE, or the next free runs/RECIPE-N."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint of --run-dir (default: of the newest run of this recipe), with the
+    options that the checkpoint was made with; those that are given change them."""
+    allow_change: bool = False
+    """Let a run that goes on have other --tokens, or another schedule or optimizer, than it was begun with."""
+    elastic: bool = False
+    """Go on from the newest complete checkpoint of --run-dir where there is one, else start: for launchers and
+    schedulers that start the same command again (torchrun --max-restarts, Slurm's requeue)."""
+    rank_timeout: float = 600.0
+    """Seconds that a rank waits for the others before the run ends with an error."""
+    micro_batch_size: int | None = None
+    """Rows a rank handles at once. Default: what --gradient-accumulation-steps leaves, or at most 8."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches a rank adds up a step. Default: global batch ÷ (ranks × micro-batch)."""
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """auto: fp16 on CUDA (as the paper), bf16 on a CPU with bf16 instructions, else fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA where torch sees a GPU."""
+    implementation: Literal["phi", "reference"] = "phi"
+    """phi: the packed parallel block on this project's kernels. reference: plain PyTorch."""
+    kernels: str = "auto"
+    """Back end of every op (auto, triton, cpp, reference), or a list by op: "auto,attention=sdpa,adam=reference"."""
+    recompute: Literal["none", "norm_gelu", "all"] = "norm_gelu"
+    """What backward recomputes instead of keeping: nothing; LayerNorm's and GELU's outputs; whole blocks (activation
+    checkpointing)."""
+    zero_step: Literal["fused", "deepspeed"] = "fused"
+    """Who updates the weights after DeepSpeed reduced the gradients: this project's fused pass, or DeepSpeed."""
+    val_every: int = 100
+    """Steps between validation losses, which are also taken before the first and after the last; 0: never."""
+    val_rows: int = 32
+    """Validation rows a corpus, from the start of its validation split."""
+    eval_every: int = 0
+    """Steps between scores on --eval-tasks, also taken after the last; 0: never. Other ranks wait for rank 0, no longer
+    than --rank-timeout."""
+    eval_tasks: Names = ("arc_easy", "piqa", "winogrande")
+    """Multiple-choice tasks of the report (docs/evaluation.md)."""
+    eval_data: Path | None = None
+    """Folder with TASK.jsonl files of questions. Default: the hub's data sets."""
+    eval_limit: int = 100
+    """First questions of each task."""
+    save_every: int = 0
+    """Steps between checkpoints; one is always saved at the end and at a stop."""
+    save_minutes: float = 30.0
+    """Minutes between checkpoints, beside those of --save-every; 0: none by time."""
+    keep_last: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0: none."""
+    log_every: int = 10
+    """Steps between printed lines where the output is not a terminal; metrics.jsonl has every step."""
+    sample_tokens: int = 120
+    """Length of the text sampled at the end, in tokens; 0: none."""
+    sample_prompt: str = "The"
+    """What the sample goes on from."""
+    stop_after: int | None = None
+    """Stop (save, and say how to resume) after this many steps of this start; for schedulers with time slots."""
+
+    def check(self) -> None:
+        """As Recipe's, and for what concerns the machine."""
+        super().check()
+        if not 0 < self.rank_timeout <= 1e9:
+            raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")
+        if not 0 <= self.save_minutes < math.inf:
+            raise UsageError(f"save_minutes={self.save_minutes}: must be minutes, at least 0 (0: never)")
+        for name in ("val_rows", "eval_limit", "log_every", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}={value}: must be at least 1")
+        for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.skip_spikes and self.zero_step == "deepspeed":
+            raise UsageError("--skip-spikes needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
+
+    def recipe_fields(self) -> dict[str, Any]:
+        """JSON-able: the fields that decide the losses."""
+        names = {field.name for field in fields(Recipe)}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k in names}
+
+
+def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
+    """Options from the command line; exits with status 2 and a message for one that is not understood.
+
+    default: what options that are not given are; otherwise the recipe's.
+    """
+    arguments = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
+    if default is None:
+        name = _recipe_name(arguments)
+        recipe = RECIPES[name]
+        default = Options(recipe=name, **{field.name: getattr(recipe, field.name) for field in fields(Recipe)})
+    return tyro.cli(
+        Options, args=arguments, default=default, prog="python -m phi_fast.train", config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _recipe_name(arguments: Sequence[str]) -> RecipeName:
+    """The value of --recipe, read first because it sets the rest's defaults; tyro refuses bad values itself."""
+    for i, argument in enumerate(arguments):
+        name = argument.removeprefix("--recipe=") if argument.startswith("--recipe=") else None
+        if argument == "--recipe" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        if name in RECIPES:
+            return cast(RecipeName, name)
+    return "tiny"
+
+
+def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
+    """(micro-batch size, accumulation steps) that give the global batch on `ranks`; UsageError where none do."""
+    batch, micro, steps = options.global_batch_size, options.micro_batch_size, options.gradient_accumulation_steps
+    for name, value in (("micro_batch_size", micro), ("gradient_accumulation_steps", steps)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value}: must be at least 1")
+    if batch % ranks:
+        raise UsageError(
+            f"global_batch_size={batch} rows cannot be shared out over {ranks} ranks; use --global-batch-size "
+            f"{batch + ranks - batch % ranks}, or a number of ranks that divides {batch}"
+        )
+    rows = batch // ranks
+    if micro is None:
+        micro = rows // steps if steps else next(size for size in range(min(8, rows), 0, -1) if rows % size == 0)
+    steps = steps or max(1, rows // micro)
+    if micro * steps * ranks != batch:
+        raise UsageError(
+            f"micro_batch_size={micro} × ranks={ranks} × gradient_accumulation_steps={steps} = {micro * steps * ranks} "
+            f"rows, but global_batch_size={batch}; change one of them so that the product is {batch}"
+        )
+    return micro, steps
+
+
+def plain(value: Any) -> Any:
+    """JSON-able: paths as text, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

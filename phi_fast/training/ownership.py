@@ -1,0 +1,147 @@
+"""Which run directory a start of the trainer gets, and its ownership: one process group per directory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import UsageError
+from ..files import Claim, writing
+from ..json_files import flatten, read_object
+from .options import MUST_AGREE, Options, plain
+
+LEFT_BY_A_RUN = ("metrics.jsonl", "config.json", "tensorboard")
+"""What tells a directory in which a run began from one that a person made."""
+RESTART_SECONDS = 15.0
+"""How long --elastic waits for the start before it to end: a launcher starts anew while the old ranks still die."""
+
+
+class Owned:
+    """A run directory that this process owns, by a lock inside it, until it is closed or killed."""
+
+    def __init__(self, directory: Path, claim: Claim, made: bool) -> None:
+        self.directory = directory
+        self._claim, self._made = claim, made
+
+    @staticmethod
+    def choose(options: Options) -> Owned:
+        """Choose the directory by the options and take its ownership, before anything is written there.
+
+        Raises UsageError where another process owns it, it holds another run, or there is none to resume.
+        """
+        base = options.run_dir or Path("runs") / options.recipe
+        if options.elastic and options.run_dir is None:
+            raise UsageError("--elastic starts the same command again and again: name its directory with --run-dir")
+        if options.resume:
+            return Owned._take(newest_run(options), options)
+        if options.run_dir is not None:
+            return Owned._take(base, options)
+        for n in range(1, 10_000):
+            directory = base if n == 1 else base.with_name(f"{base.name}-{n}")
+            if not directory.exists() and _make(directory):  # of two starts, one makes it
+                return Owned(directory, _claim(directory, wait=0), made=True)
+        raise UsageError(f"{base} … {base}-9999 are all taken: name a directory with --run-dir")
+
+    @staticmethod
+    def _take(directory: Path, options: Options) -> Owned:
+        """Own a directory that was named. A start that resumes needs it to be there."""
+        if options.resume and not directory.exists():
+            raise UsageError(
+                f"--resume: {directory / 'checkpoints'} has no complete checkpoint; start without --resume, in another "
+                "--run-dir"
+            )
+        made = _make(directory)
+        owned = Owned(directory, _claim(directory, wait=RESTART_SECONDS if options.elastic else 0), made)
+        try:
+            if not options.resume:
+                _refuse_another_run(directory, options)
+        except BaseException:
+            owned.close()
+            raise
+        return owned
+
+    def keep(self) -> None:
+        """The directory holds a run from now on: `close` leaves it."""
+        self._made = False
+
+    def close(self) -> None:
+        """Give up the ownership; a directory that was made for a run that did not begin goes."""
+        self._claim.release()
+        if self._made and not any(self.directory.iterdir()):
+            self.directory.rmdir()
+
+    def __enter__(self) -> Owned:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def newest_run(options: Options) -> Path:
+    """The directory that --resume goes on in. Raises UsageError where none is named and there is no run."""
+    if options.run_dir is not None:
+        return options.run_dir
+    base = Path("runs") / options.recipe
+    numbered = [base, *base.parent.glob(f"{base.name}-[0-9]*")]
+    found = [path for path in numbered if (path / "checkpoints").exists()]
+    if not found:
+        raise UsageError(
+            f"--resume: there is no run with checkpoints at {base}; name one with --run-dir, or drop --resume"
+        )
+    return max(found, key=lambda path: (path / "checkpoints").stat().st_mtime)
+
+
+def _make(directory: Path) -> bool:
+    """Make a directory unless it is there; whether it was made."""
+    with writing(directory, "make room or give the right to, or name another --run-dir"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            if not directory.is_dir():
+                raise
+            return False
+    return True
+
+
+def _claim(directory: Path, wait: float) -> Claim:
+    way_out = "wait for it to end, or name another --run-dir"
+    with writing(directory, "give the right to write there, or name another --run-dir"):
+        return Claim.take(directory / ".lock", f"the run directory {directory}", wait=wait, way_out=way_out)
+
+
+def _refuse_another_run(directory: Path, options: Options) -> None:
+    """Nothing that another run left is overwritten or mixed with this one's. --elastic starts its own run anew."""
+    if any((directory / "checkpoints").glob("step-*")):
+        if not options.elastic:
+            raise UsageError(
+                f"--run-dir {directory} already holds checkpoints; add --resume to go on, or name another directory"
+            )
+        return
+    left = [name for name in LEFT_BY_A_RUN if (directory / name).exists()]
+    if not left:
+        return
+    if not options.elastic:
+        raise UsageError(
+            f"--run-dir {directory} holds {', '.join(left)} of a run that saved no checkpoint: name another directory, "
+            "or remove those (--elastic starts such a run anew by itself)"
+        )
+    if (directory / "config.json").exists():
+        then, now = (
+            flatten({name: fields[name] for name in MUST_AGREE if name in fields})
+            for fields in (read_object(directory / "config.json").values, plain(asdict(options)))
+        )
+        differ = [
+            f"{name} is {then[name]}, now {now[name]}"
+            for name in now
+            if not name.endswith("_token_id") and name in then and then[name] != now[name]
+        ]
+        if differ:
+            raise UsageError(f"--run-dir {directory} is of another run: {'; '.join(differ)}. Name another directory")
+    shutil.rmtree(
+        directory / "tensorboard", ignore_errors=True
+    )  # the steps are taken anew, and metrics.jsonl begins so

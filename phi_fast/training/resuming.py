@@ -1,0 +1,100 @@
+"""Going on with a run by its own options: what --resume takes over, and what may be changed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import PhiConfig
+from ..errors import UsageError
+from ..json_files import Fields, read_object
+from ..recipes import Recipe
+from .options import MUST_AGREE, Options, parse, plain
+from .ownership import newest_run
+
+OF_ONE_START = ("run_dir", "resume", "elastic", "allow_change", "stop_after")
+"""Options of a single start, which the next one does not take over."""
+AS_IT_GOES = (
+    *("skip_spikes", "gradient_clipping", "initial_loss_scale"),
+    *("loss_scale_window", "loss_scale_hysteresis", "min_loss_scale"),
+)
+"""What may be changed while a run goes on: the run is still the one it was. A constant learning rate may, too."""
+
+
+def parse_command(arguments: Sequence[str]) -> Options:
+    """Options of a start: with --resume, those that the run's newest checkpoint was made with, and what is given.
+
+    Raises UsageError where there is no run to go on with.
+    """
+    options = parse(arguments)
+    if not options.resume:
+        return options
+    directory = newest_run(options)
+    saved = saved_options(directory)
+    if saved is not None and (saved.recipe == options.recipe or not _names_recipe(arguments)):
+        options = parse(arguments, saved)
+    return replace(options, run_dir=directory)
+
+
+def saved_options(directory: Path) -> Options | None:
+    """The options of a run's newest checkpoint, or of its config.json; None where neither is there.
+
+    The checkpoint's come first: config.json may be of a later start, which failed.
+    Raises JsonFileError for files that hold no options.
+    """
+    way_out = "Give all options of the run, or go on from a copy of it that is whole"
+    pointer = directory / "checkpoints" / "latest"
+    try:
+        name = pointer.read_text(encoding="utf-8")[:100] if pointer.is_file() else "none"
+        found = read_object(pointer.with_name(name) / "state.json", way_out=way_out).inner("options")
+    except (OSError, ValueError):  # the search for a complete checkpoint, later, says what is wrong with this one
+        try:
+            found = read_object(directory / "config.json", way_out=way_out)
+        except OSError:
+            return None
+    return _options(found)
+
+
+def _options(found: Fields) -> Options:
+    known = [field.name for field in fields(Options) if field.name not in OF_ONE_START]
+    values: dict[str, Any] = {name: found.values[name] for name in known if name in found.values}
+    try:
+        model = PhiConfig(**values.pop("model"))
+        for name in ("betas", "eval_tasks"):
+            values[name] = tuple(values[name])
+        for name in ("data", "eval_data"):
+            values[name] = None if values.get(name) is None else Path(values[name])
+        return Options(model=model, **values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{found.where} does not hold a run's options ({error}). {found.way_out}") from None
+
+
+def changes(then: dict[str, Any], options: Options, step: int) -> list[str]:
+    """A line about each option that decides losses and is another than in the checkpoint that `then` is of.
+
+    Raises UsageError for one that changes what the run as a whole is, unless --allow-change is given.
+    """
+    before, now = then, plain(asdict(options))
+    names = [field.name for field in fields(Recipe) if field.name not in (*MUST_AGREE, "data")]
+    lines = {
+        name: f"{name} was {before[name]}, is now {now[name]}"
+        for name in names
+        if name in before and before[name] != now[name]
+    }
+    free = {*AS_IT_GOES}
+    if options.schedule == then["schedule"] == "constant":
+        free |= {"learning_rate", "final_learning_rate"}
+        free |= {"warmup_steps"} if step >= max(then["warmup_steps"], options.warmup_steps) else set()
+    other = [line for name, line in lines.items() if name not in free]
+    if other and not options.allow_change:
+        raise UsageError(
+            f"the run would be another from step {step} on: {'; '.join(other)}. Leave the option out to go on as "
+            "before, or add --allow-change"
+        )
+    return list(lines.values())
+
+
+def _names_recipe(arguments: Sequence[str]) -> bool:
+    return any(word == "--recipe" or word.startswith("--recipe=") for word in arguments)

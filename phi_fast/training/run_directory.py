@@ -1,0 +1,226 @@
+"""A run directory: which one, what is saved in it, and going on from it.
+
+config.json       the options it was started with
+metrics.jsonl     a line a step
+checkpoints/      see phi_fast.training.checkpoint
+tensorboard/
+tokenizer.json    so that the directory alone is enough to generate text; tokenizer_config.json names the tokens that
+                  begin and end one
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..data import TokenLoader
+from ..data.vocabulary import TokenIds
+from ..errors import UsageError
+from ..files import write_atomically, writing
+from . import checkpoint
+from .checkpoint import CheckpointError, Saver, Snapshot
+from .distributed import World
+from .options import MUST_AGREE, Options, plain
+from .ownership import Owned
+from .resuming import changes
+from .zero import Zero2
+
+
+class Run:
+    """An open run directory."""
+
+    def __init__(self, directory: Path, options: Options, world: World, owned: Owned | None) -> None:
+        self.directory, self.options, self.world = directory, options, world
+        self._owned = owned
+        self.source: Path | None = None
+        """The checkpoint to go on from, or None."""
+        self._saver: Saver | None = None
+        self._saved_at = time.monotonic()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @staticmethod
+    def open(options: Options, world: World, console: Console) -> Run:
+        """Choose the directory, the same on every rank, and own it; nothing of a run is written yet.
+
+        Raises UsageError where there is nothing to resume, or a named directory holds another run or is in use;
+        CheckpointError where the newest complete checkpoint is of another model or data order.
+        """
+        owned, choice = _own(options) if world.is_main else (None, None)
+        choice = world.broadcast(choice)
+        if isinstance(choice, str):
+            raise UsageError(choice)
+        run = Run(choice, options, world, owned)
+        try:
+            run._find_source(console)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _find_source(self, console: Console) -> None:
+        """Set `source`: the newest complete checkpoint, where the options want one."""
+        options = self.options
+        if not (options.resume or options.elastic):
+            return
+        self.source, skipped = checkpoint.newest(self.checkpoints, self.world)
+        for line in skipped:
+            console.print(line, style="yellow")
+        if self.source is not None:
+            differ = _differences(checkpoint.load_state(self.source), options)
+            self.refuse("; ".join(differ), lambda state: not _differences(state, options))
+        elif options.resume or skipped:
+            flag = "--resume" if options.resume else "--elastic"
+            raise UsageError(
+                f"{flag}: {self.checkpoints} has no complete checkpoint; start without {flag}, in another --run-dir"
+            )
+
+    def refuse(self, reason: str, fits: Callable[[dict[str, Any]], bool]) -> None:
+        """Where there is a `reason` why `source` is not of this run: CheckpointError, naming the newest that `fits`."""
+        if not reason:
+            return
+        other, _ = checkpoint.newest(self.checkpoints, self.world, fits=fits)
+        way_out = (
+            f"{other} is complete and of this run: to go on from it, move {self.source} away"
+            if other
+            else "Give the options and corpora it was started with, or start a new run in another --run-dir"
+        )
+        raise CheckpointError(f"{self.source} is of another run: {reason}. {way_out}")
+
+    def create(self, tokenizer: Tokenizer) -> None:
+        """Make the directory, with the options and the tokenizer in it: once nothing but training can go wrong."""
+        if not self.world.is_main:
+            return
+        model = self.options.model
+        ids = TokenIds(model.bos_token_id, model.eos_token_id, model.eos_token_id)
+        tokenizer_config = ids.config(tokenizer, model.max_position_embeddings)
+        files = {
+            "config.json": json.dumps(plain(asdict(self.options)), indent=1),
+            "tokenizer.json": tokenizer.to_str(True),
+            "tokenizer_config.json": json.dumps(tokenizer_config, indent=2),
+        }
+        with writing(self.directory, "make room or give the right to, or name another --run-dir"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():  # a resume cannot leave half of what was whole
+                write_atomically(self.directory / name, text.encode())
+        if self._owned is not None:
+            self._owned.keep()
+
+    def save(self, zero: Zero2, loader: TokenLoader, step: int) -> Path:
+        """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`.
+
+        The loader may have handed out rows of later steps already.
+        """
+        self._saved_at = time.monotonic()
+        if self._saver is None:
+            kept = {"keep_last": self.options.keep_last, "keep_every": self.options.keep_every}
+            self._saver = Saver(self.checkpoints, self.world, **kept)
+        state = {
+            "step": step,
+            "options": plain(asdict(self.options)),
+            "zero": zero.state_dict(),
+            "sizes": {name: whole for name, (_, whole) in zero.partition_sizes().items()},
+            "data": {**loader.state_dict(), "row": step * self.options.global_batch_size},
+        }
+        weights: dict[str, Tensor] = dict(zero.model.named_parameters())
+        return self._saver.save(Snapshot(state, weights, zero.partitions(), checked=zero.fused is not None))
+
+    @property
+    def save_failed(self) -> bool:
+        """A save in the background failed on this rank: `wait` says how."""
+        return self._saver is not None and self._saver.failed
+
+    def wait(self) -> None:
+        """Until the checkpoint in flight is written; raises CheckpointError where it could not be."""
+        if self._saver is not None:
+            self._saver.wait()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest that is written, once the one in flight is."""
+        self.wait()
+        pointer = self.checkpoints / "latest"
+        return self.checkpoints / pointer.read_text(encoding="utf-8") if pointer.exists() else None
+
+    @property
+    def save_due(self) -> bool:
+        """By this rank's clock, it is --save-minutes since the last save began."""
+        minutes = self.options.save_minutes
+        return self.world.is_main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+
+    def close(self) -> None:
+        """Give up the directory; one that was made for a run that did not begin goes."""
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Waits for the checkpoint in flight, whose own failure does not hide the error that ends the run; `close`."""
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:
+                raise
+        finally:
+            self.close()
+
+    def restore(self, zero: Zero2, loader: TokenLoader, console: Console) -> int:
+        """Take up `source`, if there is one; returns the steps already done."""
+        if self.source is None:
+            return 0
+        state = checkpoint.load_state(self.source)
+        here = {name: whole for name, (_, whole) in zero.partition_sizes().items()}
+        differ = [
+            f"{name} has {state['sizes'].get(name)} elements, now {here.get(name)}"
+            for name in {**here, **state["sizes"]}
+            if here.get(name) != state["sizes"].get(name)
+        ]
+        self.refuse("; ".join(differ), lambda state: state["sizes"] == here)
+        try:
+            loader.load_state_dict(state["data"])
+        except ValueError as error:
+            corpora = loader.state_dict()["corpora"]
+            self.refuse(str(error), lambda state: state["data"]["corpora"] == corpora)
+        partitions = checkpoint.load_partitions(self.source, zero.partition_sizes(), self.world)
+        zero.load(checkpoint.load_model(self.source), partitions, state["zero"])
+        checkpoint.restore_random_states(self.source, self.world)
+        console.print(f"resumed from {self.source}")
+        for line in changes(state["options"], self.options, state["step"]):
+            console.print(line)
+        return state["step"]
+
+
+def _own(options: Options) -> tuple[Owned | None, Path | str]:
+    """The directory, owned, or the error that says why there is none: every rank raises it."""
+    try:
+        owned = Owned.choose(options)
+    except UsageError as error:
+        return None, str(error)
+    return owned, owned.directory
+
+
+def _differences(state: dict[str, Any], options: Options) -> list[str]:
+    """What makes a checkpoint's state.json one of another model or data order: each field with both values."""
+    now, then = (_less_token_ids(fields) for fields in (plain(asdict(options)), state["options"]))
+    return [f"{name} is {then[name]}, now {now[name]}" for name in MUST_AGREE if then[name] != now[name]]
+
+
+def _less_token_ids(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the ids that come from the tokenizer, which must agree by itself."""
+    model = {name: value for name, value in options["model"].items() if not name.endswith("_token_id")}
+    return {**options, "model": model}

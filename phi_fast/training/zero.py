@@ -1,0 +1,351 @@
+"""DeepSpeed ZeRO-2, and the optimizer step that replaces its own.
+
+DeepSpeed partitions and communicates: every rank ends a backward pass with the averaged gradient of its flat partition
+(one rank alone, with the gradients as autograd made them: `local_gradients`).
+`FusedStep` owns what happens next. One pass finds the norm and any overflow; one pass unscales, clips, applies Adam
+and writes the 16-bit weights, and skips all of it by a flag on the device. DeepSpeed's own step makes a pass of each
+and waits for the host before the first. The scale that unscales is the one that scaled: DeepSpeed 0.19.8 updates the
+scale first, so that its step halves the update whenever the scale grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from ..kernels import FusedAdam
+from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
+from ..precision import Precision
+from ..recipes import Recipe, decays
+from .distributed import World, deepspeed
+from .local_gradients import LocalGradients
+from .spikes import SpikeFilter
+
+INTERNALS = (
+    *("bit16_groups", "bit16_groups_flat", "parallel_partitioned_bit16_groups", "single_partition_of_fp32_groups"),
+    *("averaged_gradients", "all_grad_tensors", "_get_preflattened_grad_partition"),
+    *("_release_preflattened_grad_buffers", "flatten", "round_robin_bit16_meta", "round_robin_bit16_offsets"),
+    *("loss_scaler", "_update_scale", "overflow", "_global_grad_norm", "micro_step_id"),
+    *("nccl_start_alignment_factor", "allgather_bucket_size", "real_dp_process_group"),
+    *("process_gradients", "overlapping_partition_gradients_reduce_epilogue", "round_robin_bit16_groups"),
+)
+"""What `FusedStep` reads and writes of DeepSpeed's ZeRO-2 optimizer: a version without one of them is refused."""
+
+
+@dataclass
+class StepOutcome:
+    """What the last optimizer step did."""
+
+    grad_norm: float | None
+    """Global gradient norm, unscaled, before clipping; None where the step was skipped."""
+    loss_scale: float
+    """The scale that this step's gradients carried."""
+    skipped: bool
+    """Nothing was updated: a gradient overflowed, or the loss was a spike."""
+    spike: bool
+    """The loss was a spike (`spikes.SpikeFilter`)."""
+    hopeless: bool
+    """A gradient overflowed and the loss scale can go no lower (it is always so without one): the same will happen on
+    the next steps."""
+    broken: bool
+    """A weight or a moment in this rank's partition is not finite after the update: nothing of it may be saved. Always
+    False with DeepSpeed's own step, which does not look: `checkpoint.save` does then."""
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups with and without weight decay (`recipe.decay`); parameters in the model's order within each."""
+    decayed = [p for p in model.parameters() if decays(recipe.decay, p.dim())]
+    others = [p for p in model.parameters() if not decays(recipe.decay, p.dim())]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Zero2:
+    """A model under DeepSpeed ZeRO-2: `backward(loss)` a micro-batch, then `step(lr)`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        world: World,
+        *,
+        precision: Precision,
+        micro_batch_size: int,
+        accumulation: int,
+        fused: bool = True,
+    ) -> None:
+        optimizer = FusedAdam(
+            parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
+        )
+        config = _config(recipe, world, precision, micro_batch_size, accumulation, _numel(model.parameters()))
+        self.engine = deepspeed(world.device.type).initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.world = world
+        self.model = model
+        self.zero = self.engine.optimizer
+        self.accumulation = accumulation
+        self.dynamic = precision == "fp16"
+        if self.dynamic:
+            self.zero.loss_scaler.raise_error_at_min_scale = (
+                False  # `StepOutcome.hopeless` says it, with the weights whole
+            )
+        self.fused: FusedStep | None = None
+        if fused:
+            _require_internals(self.zero, world)
+            spikes = SpikeFilter(recipe.skip_spikes, world.device) if recipe.skip_spikes else None
+            local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
+            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, spikes, local)
+            self.zero.step = self.fused
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale that the next gradients will carry; 1 unless fp16."""
+        return float(self.zero.loss_scale) if self.dynamic else 1.0
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of one micro-batch; input_ids, labels: (batch, sequence) int64 on the model's device."""
+        return self.engine(input_ids, labels).loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch; the last of `accumulation` leaves the averaged gradients for `step`."""
+        if self.fused:
+            self.fused.loss += loss.detach() / (self.accumulation * self.world.size)
+        self.engine.backward(loss)
+
+    def step(self, lr: float, *, last_micro_batch: bool) -> StepOutcome | None:
+        """End a micro-batch; after the last one, update the weights at rate `lr` and say what happened."""
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        scale, at_minimum = self.loss_scale, self._scale_is_at_minimum()
+        self.engine.step()
+        if not last_micro_batch:
+            return None
+        norm = self.engine.get_global_grad_norm()
+        overflow, spike = bool(self.zero.overflow), self.fused is not None and self.fused.spike
+        return StepOutcome(
+            grad_norm=None if overflow or norm is None else float(norm),
+            loss_scale=scale,
+            skipped=overflow or spike,
+            spike=spike,
+            hopeless=overflow and at_minimum,
+            broken=self.fused is not None and self.fused.broken,
+        )
+
+    def _scale_is_at_minimum(self) -> bool:
+        """The next overflow would lower the scale, and cannot."""
+        scaler = self.zero.loss_scaler
+        return not self.dynamic or (scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
+
+    def partitions(self) -> dict[str, Tensor]:
+        """This rank's flat optimizer tensors, by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …"""
+        tensors = {}
+        for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
+            state = self.zero.optimizer.state[master]
+            tensors[f"master.{group}"] = master.detach()
+            for name in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{group}"] = state[name] if name in state else torch.zeros_like(master)
+        return tensors
+
+    def partition_sizes(self) -> dict[str, tuple[int, int]]:
+        """Name as in `partitions` -> (elements of this rank's part, elements of the whole less the tail's padding)."""
+        sizes = {}
+        for name, tensor in self.partitions().items():
+            group = int(name.rsplit(".", 1)[1])
+            last = self.zero.round_robin_bit16_offsets[group][-1] + self.zero.round_robin_bit16_meta[group][-1].numel()
+            sizes[name] = (tensor.numel(), last)
+        return sizes
+
+    def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Take weights, optimizer tensors and `state_dict()` of a checkpoint."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(model[name])
+            for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
+                master.copy_(partitions[f"master.{group}"])
+                slot = self.zero.optimizer.state[master]
+                slot["step"] = torch.tensor(float(state["updates"]), device=master.device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    slot[name] = partitions[f"{name}.{group}"].to(master.device)
+        if self.dynamic:
+            for name, value in state["loss_scaler"].items():
+                setattr(self.zero.loss_scaler, name, value)
+        if self.fused and self.fused.spikes and "spikes" in state:
+            self.fused.spikes.load_state_dict(state["spikes"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able: the number of updates, in fp16 the loss scaler's state (scale, hysteresis, window position), and
+        the averages that spikes are told by."""
+        master = self.zero.single_partition_of_fp32_groups[0]
+        state = self.zero.optimizer.state[master]
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if self.dynamic else ()
+        scaler = {name: getattr(self.zero.loss_scaler, name) for name in names}
+        spikes = {"spikes": self.fused.spikes.state_dict()} if self.fused and self.fused.spikes else {}
+        return {"updates": int(state["step"]) if "step" in state else 0, "loss_scaler": scaler, **spikes}
+
+
+class FusedStep:
+    """Replaces `DeepSpeedZeroOptimizer.step`: from averaged gradients to updated weights on every rank.
+
+    local: where the gradients are on one rank; None: DeepSpeed has reduced them.
+    """
+
+    def __init__(
+        self,
+        zero: Any,
+        world: World,
+        clip: float,
+        spikes: SpikeFilter | None = None,
+        local: LocalGradients | None = None,
+    ) -> None:
+        self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
+        self.loss = torch.zeros((), device=world.device)
+        """This rank's part of the step's mean loss; `Zero2.backward` adds each micro-batch's."""
+        self.spike = False
+        """The last step was left out because its loss was a spike."""
+        self.nonfinite = torch.zeros((), device=world.device)
+        """1 from the first update on that left a weight or a moment of this rank's partition not finite."""
+        self.broken = False
+        """`nonfinite`, as the host knows it after the last step."""
+
+    def __call__(self, closure: None = None) -> None:
+        zero = self.zero
+        zero.micro_step_id = -1
+        grads = [self._gradients(group) for group in range(len(zero.bit16_groups))]
+        sums = torch.stack([grad_norm_squared([grad for group in grads for _, grad in group]), self.loss])
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        self.loss = torch.zeros_like(self.loss)
+        norm_squared, loss = sums
+        scale = float(zero.loss_scale)
+        grad_scale, found_inf, norm = unscale_and_clip(norm_squared, loss_scale=scale, max_norm=self.clip or None)
+        spike = self.spikes.judge(loss) if self.spikes else torch.zeros_like(found_inf)
+        self._update(grads, grad_scale, found_inf + spike)
+        del grads
+        self._release_gradients()
+        self._gather_weights()
+        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
+        increment_version([p for group in zero.bit16_groups for p in group])
+        # The first wait for the device: the update above is already queued.
+        overflow, spiked, unscaled, nonfinite = torch.stack([found_inf, spike, norm, self.nonfinite]).tolist()
+        self.spike, zero.overflow, self.broken = spiked > 0, overflow > 0, nonfinite > 0
+        zero._global_grad_norm = float("inf") if zero.overflow else unscaled
+        zero._update_scale(zero.overflow)
+
+    def _gradients(self, group: int) -> list[tuple[int, Tensor]]:
+        """(first element of this rank's flat partition, gradient from there on), all of them: of every parameter where
+        they are local, in one piece where DeepSpeed accumulated them, in fp32 for 16-bit models."""
+        if self.local:
+            return list(self.local.of(group))
+        flat = self.zero._get_preflattened_grad_partition(group)
+        return [(0, self.zero.flatten(self.zero.averaged_gradients[group]) if flat is None else flat)]
+
+    def _update(self, grads: list[list[tuple[int, Tensor]]], grad_scale: Tensor, found_inf: Tensor) -> None:
+        zero = self.zero
+        for group, options in enumerate(zero.optimizer.param_groups):
+            master = zero.single_partition_of_fp32_groups[group]
+            weights = zero.parallel_partitioned_bit16_groups[group][self.world.rank]
+            state = zero.optimizer.state[master]
+            if not state:
+                state["step"] = torch.zeros((), device=master.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            flat = (weights.data, state["exp_avg"], state["exp_avg_sq"], master.data)
+            params, exp_avgs, exp_avg_sqs, masters = (
+                [x.narrow(0, at, grad.numel()) for at, grad in grads[group]] for x in flat
+            )
+            adam_step_(
+                params,
+                [grad for _, grad in grads[group]],
+                exp_avgs,
+                exp_avg_sqs,
+                masters,
+                step=state["step"],
+                lr=options["lr"],
+                betas=options["betas"],
+                eps=options["eps"],
+                weight_decay=options["weight_decay"],
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                nonfinite=self.nonfinite,
+            )
+
+    def _release_gradients(self) -> None:
+        zero = self.zero
+        if self.local:
+            self.local.clear()
+        zero._release_preflattened_grad_buffers()
+        for group in range(len(zero.bit16_groups)):
+            zero.averaged_gradients[group] = None
+            zero.all_grad_tensors[group] = None
+            for parameter in zero.bit16_groups[group]:
+                parameter.grad = None
+                parameter.grad_accum = None
+
+    def _gather_weights(self) -> None:
+        """Every rank's updated part to every rank. Alone, the weights are already in place."""
+        if self.world.size == 1:
+            return
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        zero = self.zero
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+
+
+def _require_internals(zero: Any, world: World) -> None:
+    """Raises RuntimeError where this DeepSpeed lacks one of `INTERNALS`."""
+    missing = [name for name in INTERNALS if not hasattr(zero, name)]
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed(world.device.type).__version__}'s ZeRO-2 optimizer has no {', '.join(missing)}; "
+            "install deepspeed>=0.19.8,<0.20, or use --zero-step deepspeed"
+        )
+
+
+def _config(
+    recipe: Recipe, world: World, precision: Precision, micro_batch_size: int, accumulation: int, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, with nothing left to defaults that surprise (clipping, accumulation dtype)."""
+    # A bucket of 500 M elements is DeepSpeed's default; a small model's buffer need not be larger than the model.
+    bucket = min(500_000_000, max(1_000_000, parameters))
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * world.size,
+        "gradient_clipping": recipe.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "overlap_comm": world.device.type == "cuda",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "round_robin_gradients": False,
+        },
+        "fp16": {
+            "enabled": precision == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": int(recipe.initial_loss_scale).bit_length() - 1,
+            "loss_scale_window": recipe.loss_scale_window,
+            "hysteresis": recipe.loss_scale_hysteresis,
+            "min_loss_scale": recipe.min_loss_scale,
+        },
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,65 @@
+"""--eval-every: the report's tasks while a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from samples import compact_questions, write_jsonl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainer_processes import arguments, finish, latest, losses, make_corpora
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    for task in ("arc_easy", "piqa"):
+        write_jsonl(folder / f"{task}.jsonl", compact_questions()[task])
+    return folder
+
+
+def test_scores_are_written_and_change_nothing_of_the_run(data: Path, questions: Path, tmp_path: Path) -> None:
+    """On two ranks, of which one scores. The last score is that of the checkpoint, by `evaluate`'s own path."""
+    from phi_fast.conversion.load import load
+    from phi_fast.evaluation import multiple_choice
+    from phi_fast.evaluation.lm import PhiFastLM
+
+    finish(arguments(data, tmp_path / "plain", 5), tmp_path / "output", ranks=2)
+    words = arguments(data, tmp_path / "run", 5, eval_every=2, eval_tasks="arc_easy", eval_data=questions, eval_limit=4)
+    output = finish([*words, "--precision", "fp32"], tmp_path / "output", ranks=2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [line.get("tasks") for line in lines]
+    assert [score is not None for score in scores] == [False, True, False, True, True]
+    assert f"arc_easy {100 * scores[-1]['arc_easy']:.1f}%" in output
+    model, tokenizer = load(latest(tmp_path / "run"), device="cpu", dtype="fp32", tokenizer=None)
+    expected = multiple_choice.run("arc_easy", PhiFastLM(model=model, hf_tokenizer=tokenizer), questions, 4).score
+    assert scores[-1] == {"arc_easy": expected}
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("tasks/arc_easy")] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval-tasks", "gsm8k"], "--eval-tasks gsm8k: expected some of winogrande, arc_easy"),
+        (["--eval-tasks", "arc_easy", "boolq"], "has no boolq.jsonl"),
+        (["--eval-limit", "0"], "eval_limit=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_first_step(
+    data: Path, questions: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    given = arguments(data, tmp_path / "run", 5, eval_every=2, eval_data=questions)
+    output = finish([*given, *words], tmp_path / "output", expect=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
