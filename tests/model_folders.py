@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi_fast.config import PhiConfig
+from phi_fast.conversion import published_layouts
 from phi_fast.conversion.hf_config import old_config, phi_config
 from phi_fast.model.merged import to_merged
 
@@ -26,7 +27,9 @@ CONFIG = PhiConfig(
 
 def random_weights(dtype=torch.float32, config=CONFIG, seed=0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {n: (torch.randn(s, generator=generator) * 0.02).to(dtype) for n, s in layouts.shapes(config).items()}
+    return {
+        n: (torch.randn(s, generator=generator) * 0.02).to(dtype) for n, s in published_layouts.shapes(config).items()
+    }
 
 
 def old_weights(hf: dict[str, torch.Tensor], *, mixformer: bool) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from model_folders import CONFIG, make_run, make_source, random_weights, tiny_to
 from safetensors.torch import load_file, save_file
 
 from phi_fast.config import PhiConfig
-from phi_fast.conversion import writer
+from phi_fast.conversion import published_layouts, writer
 from phi_fast.conversion.errors import ConversionError
 from phi_fast.conversion.folder import find_tokenizer
 from phi_fast.conversion.hf_config import phi_config
@@ -26,11 +26,11 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("start", layouts.NAMES)
+@pytest.mark.parametrize("start", published_layouts.NAMES)
 def test_every_layout_into_every_other_and_back_bit_for_bit(tmp_path, start, dtype):
     source = make_source(tmp_path / "source", start, random_weights(dtype))
     original = load_file(source / "model.safetensors")
-    for to in layouts.NAMES:
+    for to in published_layouts.NAMES:
         there = convert(ConvertOptions(str(source), tmp_path / to, to=to))
         back = convert(ConvertOptions(str(there), tmp_path / f"{to}-back", to=start))
         returned = load_file(back / "model.safetensors")
@@ -290,7 +290,7 @@ def test_phi_1_5_converts_in_little_memory(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(phi_config(config, torch.float16)))
     tiny_tokenizer().save(str(tmp_path / "source" / "tokenizer.json"))
-    shapes = layouts.shapes(config)
+    shapes = published_layouts.shapes(config)
     entries = [writer.Entry(name, shape, torch.float16) for name, shape in shapes.items()]
     writer.write(tmp_path / "source", entries, lambda name: torch.zeros(shapes[name], dtype=torch.float16), 10**10)
     command = [
