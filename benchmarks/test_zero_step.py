@@ -63,7 +63,7 @@ def contender(n: int, world: World, *, fused: bool, torch_adam: bool = False) ->
         zero.backward(zero.loss(tokens, tokens))
         _settle(world.device)
         begin = time.perf_counter()
-        outcome = zero.step(1e-4, last_micro_batch=True)
+        outcome = zero.step(1e-4)
         _settle(world.device)
         seconds = time.perf_counter() - begin
         assert outcome is not None

@@ -29,7 +29,7 @@ def trainer(config: PhiConfig, rows: int, world: World, dtype: Precision, *, fus
 
     def step() -> None:
         zero.backward(zero.loss(*batch))
-        zero.step(1e-4, last_micro_batch=True)
+        zero.step(1e-4)
 
     return step
 

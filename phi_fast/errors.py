@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 75
+"""Exit status of a run that was stopped and saved, or lost a rank (EX_TEMPFAIL): start it again with --resume."""
 
-class UsageError(ValueError):
+
+class PhiFastError(Exception):
+    """The base of all errors that explain themselves: a command prints the message, without a traceback."""
+
+    status = 2
+    """Exit status of a command that the error ends."""
+    one_rank = False
+    """False: every rank raises it alike, and rank 0 reports it. True: the rank that raises it reports it."""
+
+
+class UsageError(PhiFastError, ValueError):
     """What was asked for cannot be carried out; the message says what to change."""
+
+
+class MachineError(UsageError):
+    """As UsageError, for what is wrong on the machine of the rank that raises it."""
+
+    one_rank = True

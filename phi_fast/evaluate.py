@@ -18,13 +18,11 @@ from . import paper
 from .conversion.folder import find_tokenizer
 from .conversion.source import Source
 from .data import vocabulary
-from .data.vocabulary import TokenizerError
-from .errors import UsageError
+from .errors import PhiFastError, UsageError
 from .evaluation import generative, multiple_choice, plots, results, sandbox
 from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
-from .evaluation.sandbox import SandboxError
 from .recipes import Names
 from .terminal import console as screen
 from .terminal import tolerate_encodings
@@ -73,7 +71,7 @@ def main() -> int:
     console = screen(stderr=True)
     try:
         evaluate(options, console)
-    except (UsageError, SandboxError, TokenizerError, OSError) as error:
+    except (PhiFastError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from .config import PhiConfig
-from .errors import UsageError
+from .errors import PhiFastError, UsageError
 from .kernels import backend
 from .planning import show
 from .planning.devices import Figure, find_device
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"error: --plot needs matplotlib: pip install 'phi-fast[eval]' ({error})", file=sys.stderr)
         return 2
-    except (UsageError, OSError) as error:
+    except (PhiFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _print(report, console)

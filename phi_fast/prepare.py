@@ -18,7 +18,7 @@ from .data.preparation.containers import PrepareError
 from .data.preparation.inspection import inspect
 from .data.preparation.pipeline import Settings, prepare
 from .data.vocabulary import END_OF_TEXT
-from .errors import UsageError
+from .errors import PhiFastError
 from .terminal import console, printable, tolerate_encodings
 
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.prepare", description=__doc__)
     try:
         run(options, console(soft_wrap=True))
-    except (UsageError, OSError) as error:
+    except (PhiFastError, OSError) as error:
         print(f"phi_fast.prepare: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

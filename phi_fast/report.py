@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from .errors import UsageError
+from .errors import PhiFastError, UsageError
 from .reporting.page import page
 from .reporting.read import read_runs
 from .terminal import console, tolerate_encodings
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"error: --png needs matplotlib: pip install 'phi-fast[eval]' ({error})", file=sys.stderr)
         return 2
-    except (UsageError, OSError) as error:
+    except (PhiFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console(soft_wrap=True).print(f"wrote {out}")

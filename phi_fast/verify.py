@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import terminal
-from .errors import UsageError
+from .errors import PhiFastError, UsageError
 from .kernels import in_use
 from .kernels.backend import BACKENDS, VENDORS, interpreting
 from .precision import DTYPES
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = terminal.console(width=None if sys.stdout.isatty() else 160, markup=True)  # what is not ours is escaped
     try:
         report = run(options, console)
-    except (UsageError, OSError) as error:
+    except (PhiFastError, OSError) as error:
         print(f"phi_fast.verify: {error}", file=sys.stderr)
         return 2
     return 0 if report["ok"] else 1

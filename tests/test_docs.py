@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -331,6 +333,53 @@ def test_the_drawing_is_the_imports() -> None:
     missing = {f"{a} --> {b}": files[0] for (a, b), files in real.items() if (a, b) not in arrows}
     assert not missing, "imports that are not drawn"
     assert not arrows - set(real), "arrows without an import"
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of a graph of imports, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_rooms_import_downwards_only() -> None:
+    _, arrows = drawing()
+    graph: dict[str, set[str]] = defaultdict(set)
+    for room, other in arrows:
+        graph[room].add(other)
+    assert not circle(graph)
+
+
+@pytest.mark.parametrize("package", ["phi_fast", "kernels", "benchmarks"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    """Imports inside functions count; those for annotations alone do not."""
+    files = {path.relative_to(ROOT).with_suffix("").parts: path for path in sorted((ROOT / package).rglob("*.py"))}
+    names = {".".join(parts).removesuffix(".__init__"): (parts, path) for parts, path in files.items()}
+    graph = {}
+    for name, (parts, path) in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                node.body = []
+        targets = {".".join(target) for target in _members(tree, parts)}
+        graph[name] = {target for target in targets if target in names and target != name}
+        # `from package import name` of a module is that module, of anything else it is the package.
+        graph[name] |= {t.rpartition(".")[0] for t in targets if t not in names} & set(names) - {name}
+    assert any(graph.values())
+    assert not circle(graph)
+
+
+def _members(tree: ast.Module, parts: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Dotted names of what a file imports, each with the name that is taken from it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: -node.level] if node.level else ()
+            base += tuple((node.module or "").split(".")) if node.module else ()
+            yield from ((*base, alias.name) for alias in node.names)
 
 
 def test_kernels_know_no_trainer() -> None:

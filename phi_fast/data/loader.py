@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +41,13 @@ class Batch:
     """int64 (batch, sequence_length), 0 at each document's start; None where documents are not isolated."""
     cu_seqlens: Tensor | None = None
     """int32 (segments + 1,): where documents start in the flattened (batch × sequence_length), and its end; or None."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its ids, labels and documents on a device; from page-locked memory without waiting for the
+        copy. That memory is torch's own, which is used again only after an event says that the copy has read it."""
+        moved = {name: getattr(self, name) for name in ("input_ids", "labels", "positions", "cu_seqlens")}
+        there = {name: x.to(device, non_blocking=True) for name, x in moved.items() if x is not None}
+        return replace(self, **there)
 
 
 class TokenLoader:

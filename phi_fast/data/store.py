@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phi_fast._C import tokens as _tokens
 
-from ..errors import UsageError
+from ..errors import MachineError
 from .formats import Dtype, FormatError, TokenLayout, open_layout
 from .mixture import Mixture
 
@@ -29,7 +29,7 @@ pread 2.4 (and nothing to hand back, and no signal where a file is cut short).
 """
 
 
-class CorpusError(UsageError, RuntimeError):
+class CorpusError(MachineError, RuntimeError):
     """A token file was cut short or changed while it was read, or holds ids it should not; the message names it."""
 
 

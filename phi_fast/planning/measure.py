@@ -78,9 +78,9 @@ class Step:
     accumulation: int
 
     def __call__(self) -> None:
-        for micro_step in range(self.accumulation):
+        for _ in range(self.accumulation):
             self.zero.backward(self.zero.loss(*_tokens(self.shape)))
-            self.zero.step(self.learning_rate, last_micro_batch=micro_step == self.accumulation - 1)
+        self.zero.step(self.learning_rate)
 
 
 def peak_bytes(step: Step) -> int:

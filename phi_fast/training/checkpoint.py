@@ -38,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import PhiFastError
 from ..files import sha256_of, sync_directory, sync_file
 from ..json_files import Fields, JsonFileError, read_object
 from .distributed import World
@@ -46,7 +47,7 @@ FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PhiFastError, RuntimeError):
     """A checkpoint could not be written or read; the message names the file and what to do."""
 
 

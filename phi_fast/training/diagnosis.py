@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..data import TokenLoader
+from ..errors import PhiFastError
 from ..model.merged import OUTSIDE, to_split
 from ..model.phi import Block
 from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin
 from .distributed import World
 
 
-class Diverged(RuntimeError):
+class Diverged(PhiFastError, RuntimeError):
     """The run cannot go on: a loss that is not finite, or gradients that overflow at the lowest loss scale."""
 
 

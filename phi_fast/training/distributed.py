@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from ..errors import UsageError
+from ..errors import INTERRUPTED, PhiFastError, UsageError
 from ..kernels import keep_freed_memory
 
 
@@ -58,8 +58,11 @@ RESOLVE_SECONDS = 30.0
 """How long MASTER_ADDR may take to have an address."""
 
 
-class LostRank(RuntimeError):
+class LostRank(PhiFastError, RuntimeError):
     """A rank died, hung, or never came; the message says what to do."""
+
+    status = INTERRUPTED
+    one_rank = True
 
 
 def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0) -> World:

@@ -14,6 +14,9 @@ import torch
 
 from ..files import write_atomically, writing
 from ..json_files import Fields, read_lines
+from ..recipes import Recipe
+from .distributed import World
+from .zero import StepOutcome
 
 PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense 16-bit tensor-core FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
@@ -28,7 +31,7 @@ class StepRecord:
     tokens: int
     """Tokens seen by all ranks so far."""
     loss: float
-    """Mean cross entropy over the global batch, in nats a token."""
+    """Mean cross entropy over the global batch, in nats per token."""
     lr: float
     grad_norm: float | None
     """Global gradient norm before clipping; null where it overflowed and the step was skipped."""
@@ -70,6 +73,32 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+class Meter:
+    """Makes the record of a step from what the step did and how long it took."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self._tokens_per_step, self._size = recipe.tokens_per_step, world.size
+        self._flops_per_token = recipe.model.flops_per_token(recipe.sequence_length, causal=False)
+        self._peak = peak_flops(world.device)
+
+    def record(self, step: int, outcome: StepOutcome, lr: float, seconds: float, **measured: Any) -> StepRecord:
+        """measured: the fields of StepRecord that only some steps have."""
+        tokens_per_s = self._tokens_per_step / seconds
+        return StepRecord(
+            step=step,
+            tokens=step * self._tokens_per_step,
+            loss=outcome.loss,
+            lr=lr,
+            grad_norm=outcome.grad_norm,
+            loss_scale=outcome.loss_scale,
+            skipped=outcome.skipped,
+            tokens_per_s=tokens_per_s,
+            step_ms=1000 * seconds,
+            mfu=None if self._peak is None else tokens_per_s * self._flops_per_token / (self._peak * self._size),
+            **measured,
+        )
 
 
 class MetricsLog:

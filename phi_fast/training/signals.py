@@ -19,7 +19,6 @@ from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .distributed import World
 
@@ -71,6 +70,11 @@ class Signals:
         self._save_received = False
         self._previous: dict[int, object] = {}
 
+    @property
+    def go_on(self) -> bool:
+        """No rank wants the run to end after this step."""
+        return not self.stop and not self.ended
+
     def ready(self) -> None:
         """There is something to save from now on: a stop is agreed on, and taken after a step."""
         self._starting = False
@@ -118,17 +122,15 @@ class Signals:
             raise KeyboardInterrupt  # the second Ctrl-C means now
         self.stop_received = True
 
-    def agree(
-        self, loss: Tensor, *, save: bool = False, failed: bool = False, broken: bool = False, ended: bool = False
-    ) -> float:
-        """End of a step: the mean of the ranks' scalar `loss`; sets `stop`, `save`, `failed`, `broken` and `ended` on
-        every rank where one of them has it. The one all-reduce and wait for the device of a step outside the optimizer.
+    def agree(self, *, save: bool, failed: bool, broken: bool, ended: bool) -> None:
+        """End of a step: sets `stop`, `save`, `failed`, `broken` and `ended` on every rank where one of them has it.
+
+        The one all-reduce of a step outside the optimizer.
         """
         flags = [self.stop_received, self._save_received or save, failed, broken, ended]
         self._save_received = False
-        sums = torch.cat([loss.float().view(1) / self.world.size, loss.new_tensor(flags, dtype=torch.float32)])
         if self.world.size > 1:
-            dist.all_reduce(sums)
-        mean_loss, *asked = sums.tolist()
-        self.stop, self.save, self.failed, self.broken, self.ended = (count > 0 for count in asked)
-        return mean_loss
+            counts = torch.tensor(flags, dtype=torch.float32, device=self.world.device)
+            dist.all_reduce(counts)
+            flags = [count > 0 for count in counts.tolist()]
+        self.stop, self.save, self.failed, self.broken, self.ended = flags

@@ -38,10 +38,12 @@ INTERNALS = (
 """What `FusedStep` reads and writes of DeepSpeed's ZeRO-2 optimizer: a version without one of them is refused."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepOutcome:
-    """What the last optimizer step did."""
+    """What an optimizer step did, the same on every rank but for `broken`."""
 
+    loss: float
+    """Mean loss of the global batch, in nats per token."""
     grad_norm: float | None
     """Global gradient norm, unscaled, before clipping; None where the step was skipped."""
     loss_scale: float
@@ -67,7 +69,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 class Zero2:
-    """A model under DeepSpeed ZeRO-2: `backward(loss)` a micro-batch, then `step(lr)`."""
+    """A model under DeepSpeed ZeRO-2: `loss` and `backward` for each of `accumulation` micro-batches, then `step`."""
 
     def __init__(
         self,
@@ -89,6 +91,10 @@ class Zero2:
         self.model = model
         self.zero = self.engine.optimizer
         self.accumulation = accumulation
+        self._micro_batches = 0
+        """Backward passes since the last step."""
+        self._loss = torch.zeros((), device=world.device)
+        """This rank's part of the step's mean loss."""
         self.dynamic = precision == "fp16"
         if self.dynamic:
             self.zero.loss_scaler.raise_error_at_min_scale = (
@@ -99,7 +105,7 @@ class Zero2:
             _require_internals(self.zero, world)
             spikes = SpikeFilter(recipe.skip_spikes, world.device) if recipe.skip_spikes else None
             local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
-            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, spikes, local)
+            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, local)
             self.zero.step = self.fused
 
     @property
@@ -113,21 +119,28 @@ class Zero2:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; the last of `accumulation` leaves the averaged gradients for `step`."""
-        if self.fused:
-            self.fused.loss += loss.detach() / (self.accumulation * self.world.size)
+        self._loss += loss.detach() / (self.accumulation * self.world.size)
         self.engine.backward(loss)
+        self._micro_batches += 1
+        if self._micro_batches < self.accumulation:
+            self.engine.step()  # DeepSpeed counts micro-batches by its steps; nothing is updated
 
-    def step(self, lr: float, *, last_micro_batch: bool) -> StepOutcome | None:
-        """End a micro-batch; after the last one, update the weights at rate `lr` and say what happened."""
+    def step(self, lr: float) -> StepOutcome:
+        """Update the weights at learning rate `lr`, once after `accumulation` backward passes.
+
+        Raises RuntimeError after another number of them.
+        """
+        if self._micro_batches != self.accumulation:
+            raise RuntimeError(f"step after {self._micro_batches} backward passes; expected {self.accumulation}")
+        self._micro_batches = 0
         for group in self.zero.param_groups:
             group["lr"] = lr
         scale, at_minimum = self.loss_scale, self._scale_is_at_minimum()
         self.engine.step()
-        if not last_micro_batch:
-            return None
         norm = self.engine.get_global_grad_norm()
         overflow, spike = bool(self.zero.overflow), self.fused is not None and self.fused.spike
         return StepOutcome(
+            loss=self.fused.mean_loss if self.fused else self._mean_loss(),
             grad_norm=None if overflow or norm is None else float(norm),
             loss_scale=scale,
             skipped=overflow or spike,
@@ -135,6 +148,14 @@ class Zero2:
             hopeless=overflow and at_minimum,
             broken=self.fused is not None and self.fused.broken,
         )
+
+    def _mean_loss(self) -> float:
+        """The step's mean loss over the ranks, where DeepSpeed's own step does not see it; begins the next one's."""
+        if self.world.size > 1:
+            dist.all_reduce(self._loss)
+        mean = float(self._loss)
+        self._loss.zero_()
+        return mean
 
     def _scale_is_at_minimum(self) -> bool:
         """The next overflow would lower the scale, and cannot."""
@@ -191,6 +212,7 @@ class Zero2:
 class FusedStep:
     """Replaces `DeepSpeedZeroOptimizer.step`: from averaged gradients to updated weights on every rank.
 
+    loss: scalar, this rank's part of the step's mean loss; set to 0 for the next step.
     local: where the gradients are on one rank; None: DeepSpeed has reduced them.
     """
 
@@ -199,12 +221,14 @@ class FusedStep:
         zero: Any,
         world: World,
         clip: float,
+        loss: Tensor,
         spikes: SpikeFilter | None = None,
         local: LocalGradients | None = None,
     ) -> None:
         self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
-        self.loss = torch.zeros((), device=world.device)
-        """This rank's part of the step's mean loss; `Zero2.backward` adds each micro-batch's."""
+        self.loss = loss
+        self.mean_loss = 0.0
+        """Mean loss of the last step over the ranks."""
         self.spike = False
         """The last step was left out because its loss was a spike."""
         self.nonfinite = torch.zeros((), device=world.device)
@@ -219,7 +243,7 @@ class FusedStep:
         sums = torch.stack([grad_norm_squared([grad for group in grads for _, grad in group]), self.loss])
         if self.world.size > 1:
             dist.all_reduce(sums)
-        self.loss = torch.zeros_like(self.loss)
+        self.loss.zero_()
         norm_squared, loss = sums
         scale = float(zero.loss_scale)
         grad_scale, found_inf, norm = unscale_and_clip(norm_squared, loss_scale=scale, max_norm=self.clip or None)
@@ -231,7 +255,8 @@ class FusedStep:
         # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
         increment_version([p for group in zero.bit16_groups for p in group])
         # The first wait for the device: the update above is already queued.
-        overflow, spiked, unscaled, nonfinite = torch.stack([found_inf, spike, norm, self.nonfinite]).tolist()
+        known = torch.stack([found_inf, spike, norm, self.nonfinite, loss]).tolist()
+        overflow, spiked, unscaled, nonfinite, self.mean_loss = known
         self.spike, zero.overflow, self.broken = spiked > 0, overflow > 0, nonfinite > 0
         zero._global_grad_norm = float("inf") if zero.overflow else unscaled
         zero._update_scale(zero.overflow)

@@ -314,7 +314,7 @@ def test_runs_are_numbered_where_none_is_named(stdlib: Path, tmp_path: Path, mon
 def test_the_sample_sets_no_terminals_title(
     stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("phi_fast.train.sample", lambda *_: "a\x1b]0;owned\x07b [bold]c[/nothing]")
+    monkeypatch.setattr("phi_fast.training.loop.sample", lambda *_: "a\x1b]0;owned\x07b [bold]c[/nothing]")
     assert main(arguments(stdlib, tmp_path / "run", 1, sample_tokens=3)) == 0
     out = capsys.readouterr().out
     assert r"a\x1b]0;owned\x07b [bold]c[/nothing]" in out

@@ -74,7 +74,7 @@ def test_trajectory_is_torch_adamws(world: World, clip: float) -> None:
 
         ours = zero.loss(input_ids, labels)
         zero.backward(ours)
-        outcome = zero.step(1e-3, last_micro_batch=True)
+        outcome = zero.step(1e-3)
         assert abs(loss.item() - ours.item()) < 1e-5
         assert outcome is not None
         assert outcome.grad_norm == pytest.approx(norm.item(), rel=1e-5)
@@ -92,7 +92,7 @@ def test_the_scale_that_unscales_is_the_one_that_scaled(world: World, fused: boo
     seen = []
     for input_ids, labels in batches(9):
         zero.backward(zero.loss(input_ids, labels))
-        outcome = zero.step(1e-3, last_micro_batch=True)
+        outcome = zero.step(1e-3)
         assert outcome is not None
         seen.append((zero.loss_scale / outcome.loss_scale, zero.partitions()["exp_avg.0"].unique().tolist()))
     grew = [gradients for growth, gradients in seen if growth == 2]
@@ -108,7 +108,7 @@ def test_a_graph_of_the_old_weights_raises_after_a_step(world: World) -> None:
     ((input_ids, labels),) = batches(1)
     old = sum(p.square().sum() for p in zero.model.parameters())
     zero.backward(zero.loss(input_ids, labels))
-    zero.step(1e-3, last_micro_batch=True)
+    zero.step(1e-3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         old.backward()
 
@@ -122,7 +122,7 @@ def test_overflow_skips_that_step_and_nothing_else(world: World) -> None:
         weights = copy.deepcopy(zero.model.state_dict())
         loss = zero.loss(input_ids, labels)
         zero.backward(loss * float("inf") if step in poisoned else loss)
-        outcome = zero.step(1e-3, last_micro_batch=True)
+        outcome = zero.step(1e-3)
         assert outcome is not None
         assert outcome.skipped == (step in poisoned)
         assert (outcome.grad_norm is None) == (step in poisoned)
@@ -141,7 +141,7 @@ def test_the_scales_state_survives_a_resume(world: World) -> None:
         for step in steps:
             loss = zero.loss(*data[step])
             zero.backward(loss * float("inf") if step in (1, 4) else loss)
-            outcome = zero.step(1e-3, last_micro_batch=True)
+            outcome = zero.step(1e-3)
             assert outcome is not None
             seen.append((outcome.loss_scale, outcome.skipped))
         return seen
@@ -172,7 +172,7 @@ def test_nothing_waits_for_the_device_before_the_update(world: World, monkeypatc
     zero.backward(zero.loss(*batches(1)[0]))
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         count(name)
-    zero.step(1e-3, last_micro_batch=True)
+    zero.step(1e-3)
     assert before_the_update == []
     assert asked == ["tolist"]
 
@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_in_another_precision_keeps_no_scale(world: World, be
     """As the diagnosis of an overflow advises, and back."""
     saved, resumed = (zero2(model().to(DTYPES[name]), RECIPE, world, precision=name) for name in (before, after))
     saved.backward(saved.loss(*batches(1)[0]))
-    saved.step(1e-3, last_micro_batch=True)
+    saved.step(1e-3)
     resumed.load(dict(saved.model.named_parameters()), saved.partitions(), saved.state_dict())
     assert float(resumed.zero.loss_scale) == (RECIPE.initial_loss_scale if after == "fp16" else 1)
 
@@ -199,10 +199,10 @@ def test_gradients_are_added_up_in_fp32(world: World, precision: str) -> None:
         accumulation=2,
     )
     zero.model.to(DTYPES[precision])
-    for micro_step, slope in enumerate(slopes):
+    for slope in slopes:
         zero.model.slope = slope
         zero.backward(zero.loss(*batches(1)[0]))
-        zero.step(1e-3, last_micro_batch=micro_step == 1)
+    zero.step(1e-3)
     assert zero.partitions()["exp_avg.0"].unique().tolist() == [sum(slopes) / 2]
 
 
@@ -219,7 +219,7 @@ def test_one_rank_takes_gradients_as_autograd_made_them(world: World, precision:
     by_shape = sorted(zip(expected, zero.model.parameters(), strict=True), key=lambda pair: pair[1].dim() < 2)
     assert all(torch.equal(gradient, own) for gradient, (own, _) in zip(taken, by_shape, strict=True))
     assert not any(bucket.buffer for bucket in zero.zero.ipg_buckets.values())
-    zero.step(1e-3, last_micro_batch=True)
+    zero.step(1e-3)
     assert not any(bool(gradient.any()) for _, gradient in zero.fused.local.of(0))
 
 
@@ -231,7 +231,7 @@ def test_a_parameter_that_takes_no_part_has_no_gradient(world: World) -> None:
 
     zero = zero2(Half(), RECIPE.replace(weight_decay=0.0), world)
     zero.backward(zero.loss(*batches(1)[0]))
-    zero.step(1e-3, last_micro_batch=True)
+    zero.step(1e-3)
     assert bool((zero.model.idle == 1).all()) and bool((zero.model.weight != 0).all())
 
 
@@ -240,13 +240,14 @@ def test_accumulation_gives_the_whole_batchs_step(world: World) -> None:
     parts = zero2(model(), RECIPE, world, micro_batch_size=1, accumulation=4)
     for input_ids, labels in batches(4):
         whole.backward(whole.loss(input_ids, labels))
-        expected = whole.step(1e-3, last_micro_batch=True)
+        expected = whole.step(1e-3)
         for row in range(4):
+            if row:
+                with pytest.raises(RuntimeError, match=f"step after {row} backward passes; expected 4"):
+                    parts.step(1e-3)
             parts.backward(parts.loss(input_ids[row : row + 1], labels[row : row + 1]))
-            actual = parts.step(1e-3, last_micro_batch=row == 3)
-            assert (actual is None) == (row < 3)
-        assert expected is not None
-        assert actual is not None
+        actual = parts.step(1e-3)
+        assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
         assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     for name, tensor in whole.partitions().items():
         torch.testing.assert_close(parts.partitions()[name], tensor, rtol=0, atol=2e-5)

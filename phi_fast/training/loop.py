@@ -1,0 +1,184 @@
+"""The training loop: steps, and between them validation, scores, records and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from ..data import Batch
+from ..errors import INTERRUPTED
+from ..json_files import flatten
+from ..terminal import printable
+from .corpora import Corpora
+from .diagnosis import Diverged, explain, explain_broken, find_overflow
+from .display import Display
+from .metrics import Meter, MetricsLog
+from .options import Options
+from .run_directory import Run
+from .sample import as_phi, plan_sample, sample
+from .signals import Signals
+from .start import Setup, build_model, header
+from .step import train_step
+from .task_scores import TasksDuringTraining
+from .trouble import Trouble
+from .validation import validate
+from .zero import StepOutcome, Zero2
+
+
+def train(options: Options, signals: Signals, console: Console) -> int:
+    """One run, or the rest of one; every rank calls it. Returns 0 at the last step, INTERRUPTED at a stop."""
+    setup = Setup.of(options, signals.world)
+    with Run.open(options, signals.world, console) as run:
+        signals.abandon = run.close
+        return Trainer(setup, run, signals, console).train()
+
+
+class Trainer:
+    """A run that is open: all that it needs is made and checked before its first step."""
+
+    def __init__(self, setup: Setup, run: Run, signals: Signals, console: Console) -> None:
+        world = setup.world
+        self.corpora = Corpora(setup.options, world, console)
+        if setup.options.val_every:
+            self.corpora.need_validation()
+        self.options = options = run.options = replace(setup.options, model=self.corpora.model)
+        self.setup = setup = setup._replace(options=options)
+        self.run, self.signals, self.console, self.trouble = run, signals, console, Trouble(world)
+        self.model = build_model(setup)
+        self.zero = Zero2(
+            self.model,
+            options,
+            world,
+            precision=setup.precision,
+            micro_batch_size=setup.micro_batch_size,
+            accumulation=setup.accumulation,
+            fused=options.zero_step == "fused",
+        )
+        self.sampling = plan_sample(options, self.corpora.tokenizer) if options.sample_tokens else None
+        self.loader = self.corpora.loader(setup.micro_batch_size)
+        self.done = run.restore(self.zero, self.loader, console)
+        self.tasks = TasksDuringTraining(options, self.corpora.tokenizer, world) if options.eval_every else None
+        run.create(self.corpora.tokenizer)
+        header(console, setup, run, self.corpora, self.done)
+        self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields())) if world.is_main else None
+        self.meter = Meter(options, world)
+
+    def train(self) -> int:
+        """Take the steps that are left; returns the exit status."""
+        options, signals, run = self.options, self.signals, self.run
+        steps, first = options.steps, self.done
+        last = min(steps, first + options.stop_after) if options.stop_after else steps
+        batches = self.next_batches()
+        signals.ready()
+        with Display(self.console, steps, first, options.log_every) as display:
+            if first == 0 and options.val_every:
+                self.validate_before(display)
+            started = time.perf_counter()
+            while self.done < last and signals.go_on:
+                tick = time.perf_counter()
+                lr = options.learning_rate_at(self.done)
+                outcome = train_step(self.zero, batches, lr)
+                self.done += 1
+                if self.done < last:  # one batch that cannot be read does not break off the step before it
+                    with self.trouble.kept():
+                        batches = self.next_batches()
+                signals.agree(save=run.save_due, failed=run.save_failed, broken=outcome.broken, ended=self.trouble.here)
+                seconds = time.perf_counter() - tick
+                self.refuse_to_diverge(outcome, lr)
+                losses = self.validate() if self.is_due(options.val_every) else {}
+                scores = self.score() if self.is_due(options.eval_every) else None
+                val_loss = self.corpora.weighted(losses) if losses else None
+                record = self.meter.record(
+                    self.done, outcome, lr, seconds, val_loss=val_loss, val_losses=losses or None, tasks=scores
+                )
+                if self.log:
+                    with self.trouble.kept():
+                        self.log.write(record)
+                display.step(record, (time.perf_counter() - started) / (self.done - first) * (steps - self.done))
+                if signals.save or (options.save_every and self.done % options.save_every == 0 and self.done < last):
+                    run.save(self.zero, self.loader, self.done)
+            with self.trouble.while_saving():
+                saved = run.save(self.zero, self.loader, self.done)
+                run.wait()
+        return self.finish(saved, display)
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step."""
+        return [next(self.loader) for _ in range(self.setup.accumulation)]
+
+    def is_due(self, every: int) -> bool:
+        """What happens every so many steps (0: never), and after the last, happens after this one."""
+        return bool(every) and (self.done % every == 0 or self.done == self.options.steps) and not self.signals.ended
+
+    def refuse_to_diverge(self, outcome: StepOutcome, lr: float) -> None:
+        """Raises Diverged where the step left, or the next ones would leave, nothing that may be saved."""
+        hopeless = outcome.hopeless or not math.isfinite(outcome.loss)
+        if self.signals.failed:  # on every rank, the save raises what went wrong in it; another is tried at the end
+            with self.trouble.kept():
+                self.run.wait()
+            self.signals.ended = True
+            if hopeless:
+                self.trouble.end()
+        if self.signals.broken:
+            raise Diverged(explain_broken(self.model, self.done, lr, self.run.last_checkpoint()))
+        if hopeless:
+            self.loader.seek(self.done * self.options.global_batch_size)
+            found = find_overflow(
+                self.model, self.loader, self.setup.accumulation, outcome.loss_scale, self.setup.world
+            )
+            kept = self.run.last_checkpoint()
+            raise Diverged(explain(found, self.done, outcome.loss, outcome.loss_scale, self.setup.precision, kept))
+
+    def validate(self) -> dict[str, float]:
+        """Loss by corpus; empty where the run is about to stop."""
+        rows, batch = self.options.val_rows, self.setup.micro_batch_size
+        return validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
+
+    def validate_before(self, display: Display) -> None:
+        """The validation before the first step."""
+        losses = self.validate()
+        if not losses:
+            return
+        display.validation_before(self.corpora.weighted(losses))
+        if self.log:
+            with self.trouble.kept():
+                self.log.validation_before(self.corpora.weighted(losses), losses)
+
+    def score(self) -> dict[str, float] | None:
+        """Accuracy on --eval-tasks."""
+        assert self.tasks is not None
+        scores = None
+        with self.trouble.kept():  # on every rank
+            scores = self.tasks(as_phi(self.model, self.options))
+        self.signals.ended |= self.trouble.here
+        return scores
+
+    def finish(self, saved: Path, display: Display) -> int:
+        """Say where the run is saved, or why it ended; sample from a model that is done. Returns the exit status."""
+        steps, console = self.options.steps, self.console
+        self.loader.close()
+        if self.signals.ended or self.trouble.here:
+            console.print(f"saved {saved}")
+            self.trouble.end()
+        if self.done == steps and self.sampling and self.setup.world.is_main:
+            text = sample(self.model, self.corpora.tokenizer, self.options, self.sampling)
+            console.rule("sample")
+            console.print(printable(text))
+            console.rule()
+            if self.log:
+                self.log.text("sample", text, self.done)
+        if self.log:
+            self.log.close()
+        if self.done == steps:
+            display.summary(saved, self.run.directory)
+            return 0
+        console.print(f"saved {saved}")
+        console.print(
+            f"stopped at step {self.done} of {steps}; to go on, give the same options and --run-dir "
+            f"{self.run.directory} --resume"
+        )
+        return INTERRUPTED
