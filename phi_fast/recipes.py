@@ -44,6 +44,29 @@ Mixture = Annotated[
 """Corpus -> integer weight; on the command line `docs=80,code=20`."""
 
 
+def parse_stage(text: str) -> tuple[int, dict[str, int]]:
+    """(1000, {"docs": 1}) from "1000:docs=1". Raises ValueError for anything else."""
+    step, colon, mixture = text.partition(":")
+    if not (colon and step.isdecimal()):
+        raise ValueError(f"mixture stage {text!r} is not STEP:CORPUS=INTEGER,…, as in 1000:docs=50,code=50")
+    return int(step), parse_mixture(mixture)
+
+
+Stages = Annotated[
+    tuple[tuple[int, dict[str, int]], ...],
+    PrimitiveConstructorSpec[tuple[tuple[int, dict[str, int]], ...]](
+        nargs="*",
+        metavar="STEP:CORPUS=WEIGHT,…",
+        instance_from_str=lambda words: tuple(parse_stage(word) for word in words),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda stages: [
+            f"{step}:{','.join(f'{name}={weight}' for name, weight in weights.items())}" for step, weights in stages
+        ],
+    ),
+]
+"""(first step, weights) in order; on the command line `1000:docs=50,code=50 2000:code=1`."""
+
+
 def parse_count(text: str) -> int:
     """1000000000 from "1e9", "1_000_000_000" or "1000000000". Raises ValueError for anything but a whole number."""
     try:
@@ -101,6 +124,10 @@ class Recipe:
     """Directory that holds one prepared corpus (`phi_fast.prepare`) a mixture entry, under the entry's name."""
     mixture: Mixture = field(default_factory=dict)
     """Corpus -> integer weight, in rows; the shares are weight ÷ sum of weights."""
+    mixture_stages: Stages = ()
+    """Weights that replace those of the mixture from a step on, such as 1000:docs=50,code=50. A corpus that a stage
+    does not name is not read in it, and goes on later where it was. One that is read in a later stage only has weight 0
+    in --mixture."""
     tokenizer: str = "phi-1.5"
     """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), or a path to a tokenizer."""
     tokens: Count | None = None
@@ -162,6 +189,16 @@ class Recipe:
         share = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
 
+    @property
+    def mixture_schedule(self) -> list[tuple[int, dict[str, int]]]:
+        """(first step, weights) of the mixture and of its stages."""
+        return [(0, self.mixture), *self.mixture_stages]
+
+    def mixture_at(self, step: int) -> dict[str, int]:
+        """The positive weights of the rows of step `step` (counted from 0)."""
+        weights = [weights for start, weights in self.mixture_schedule if start <= step][-1]
+        return {name: weight for name, weight in weights.items() if weight}
+
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -198,14 +235,27 @@ class Recipe:
             raise UsageError(f"seed={self.seed}: must not be negative, and fit in 63 bits")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas={self.betas}: each must be in [0, 1)")
-        weights = self.mixture.values()
-        if not self.mixture or min(weights) < 1:
-            raise UsageError(f"mixture={self.mixture}: give at least one corpus, each with a positive integer weight")
-        if sum(weights) // math.gcd(*weights) > 2**20:
-            raise UsageError(
-                f"mixture={self.mixture}: the weights, divided by their greatest common divisor, add up to more than "
-                "2^20; round them"
-            )
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
+        starts = [start for start, _ in self.mixture_stages]
+        if any(start <= before for before, start in zip([0, *starts], starts, strict=False)):
+            raise UsageError(f"mixture_stages start at steps {starts}: each must be above the one before, and above 0")
+        for start, mixture in self.mixture_schedule:
+            where = f"mixture_stages: from step {start} on, {mixture}" if start else f"mixture={mixture}"
+            weights = mixture.values()
+            if unknown := ", ".join(sorted(set(mixture) - set(self.mixture))):
+                raise UsageError(f"{where}: --mixture does not name {unknown}; give it weight 0 there")
+            if not any(weights) or min(weights) < 0:
+                raise UsageError(f"{where}: give at least one corpus a positive integer weight, none a negative one")
+            if sum(weights) // math.gcd(*weights) > 2**20:
+                raise UsageError(
+                    f"{where}: the weights, divided by their greatest common divisor, add up to more than 2^20; round "
+                    "them"
+                )
+        read = {name for _, mixture in self.mixture_schedule for name, weight in mixture.items() if weight}
+        if idle := ", ".join(sorted(set(self.mixture) - read)):
+            raise UsageError(f"mixture={self.mixture}: {idle} has weight 0 throughout; leave it out")
 
 
 _PHI_1_5 = Recipe(

@@ -242,6 +242,21 @@ def test_draws_are_the_loaders(stdlib: Path, report: Path) -> None:
     assert Page(report.read_text(encoding="utf-8")).bars["b", "docs"] == pytest.approx((0.8, docs.drawn / 96), abs=1e-5)
 
 
+def test_draws_of_a_mixture_with_stages_are_the_loaders(stdlib: Path) -> None:
+    stages = [(3, {"code": 1}), (7, {"docs": 1, "code": 3})]
+    corpora = {"docs": (stdlib / "docs", 3), "code": (stdlib / "code", 1)}
+    mixture = Mixture.of(corpora, stages=[(step * 8, weights) for step, weights in stages])
+    with TokenLoader(mixture, sequence_length=32, batch=8) as loader:
+        rows = [next(loader).components.tolist() for _ in range(10)]
+    config = {"mixture.docs": 3, "mixture.code": 1, "mixture_stages": stages, "global_batch_size": 8}
+    for steps in (2, 5, 10):
+        found = draws(RunData("x", Path(), config, [{"step": step + 1} for step in range(steps)], []))
+        drawn = [index for batch in rows[:steps] for index in batch]
+        assert [draw.drawn for draw in found] == [drawn.count(0), drawn.count(1)]
+    docs = 3 * 8 * 0.75 + 3 * 8 * 0.25
+    assert [draw.intended for draw in found] == pytest.approx([docs / 80, 1 - docs / 80])
+
+
 def test_draws_follow_other_weights() -> None:
     config = {"mixture.web": 40, "mixture.code": 20, "mixture.none": 0, "mixture.synthetic": 40, "global_batch_size": 7}
     found = draws(RunData("x", Path(), config, [{"step": 1}, {"step": 100}], []))

@@ -22,7 +22,7 @@ class Draw:
 
     corpus: str
     intended: float
-    """Share by the weights."""
+    """Share by the weights, and by the rows of each stage where they change."""
     drawn: int
     """Rows of it that the run has read."""
     rows: int
@@ -38,18 +38,31 @@ class Draw:
 
 def draws(run: RunData) -> list[Draw]:
     """Counts for each corpus with a weight, up to the run's last step; empty without a mixture or before a step."""
-    weights = {name: weight for name, weight in run.mixture.items() if weight}
-    if not weights or not run.records[-1]["step"]:
+    last = run.records[-1]["step"]
+    if not run.mixture or not last:
         return []
-    divisor = math.gcd(*weights.values())
-    period = np.asarray(_tokens.chairman([weight // divisor for weight in weights.values()]))
     batch = int(run.config["global_batch_size"])
     ends = np.array([record["step"] for record in run.records], dtype=np.int64) * batch  # rows read after each step
-    found = []
-    for index, (name, weight) in enumerate(weights.items()):
-        before = np.concatenate(([0], np.cumsum(period == index)))  # of the period's first n slots
-        drawn = ends // len(period) * before[-1] + before[ends % len(period)]
-        share = weight / sum(weights.values())
-        worst = float(np.abs(drawn - share * ends).max())
-        found.append(Draw(name, share, int(drawn[-1]), int(ends[-1]), worst))
-    return found
+    schedule = run.mixture_schedule
+    starts = np.array([step for step, _ in schedule]) * batch
+    drawn = {name: np.zeros(len(ends), dtype=np.int64) for name in run.mixture}
+    intended = {name: np.zeros(len(ends)) for name in run.mixture}
+    for (_, weights), start, end in zip(schedule, starts, [*starts[1:], ends[-1]], strict=True):
+        divisor = math.gcd(*weights.values())
+        period = np.asarray(_tokens.chairman([weight // divisor for weight in weights.values()]))
+        rows = np.clip(ends, start, max(start, end)) - start  # of this stage, after each step
+        for index, (name, weight) in enumerate(weights.items()):
+            before = np.concatenate(([0], np.cumsum(period == index)))  # of the period's first n slots
+            drawn[name] += rows // len(period) * before[-1] + before[rows % len(period)]
+            intended[name] += rows * (weight / sum(weights.values()))
+    return [
+        Draw(
+            name,
+            intended=float(intended[name][-1] / ends[-1]),
+            drawn=int(drawn[name][-1]),
+            rows=int(ends[-1]),
+            worst=float(np.abs(drawn[name] - intended[name]).max()),
+        )
+        for name in run.mixture
+        if any(intended[name])
+    ]

@@ -51,6 +51,12 @@ class RunData:
         start = "mixture."
         return {key.removeprefix(start): int(value) for key, value in self.config.items() if key.startswith(start)}
 
+    @property
+    def mixture_schedule(self) -> list[tuple[int, dict[str, int]]]:
+        """(first step, weights) of the mixture and of its stages, without the weights that are 0."""
+        stages = [(0, self.mixture), *self.config.get("mixture_stages", [])]
+        return [(int(step), {name: int(w) for name, w in weights.items() if int(w)}) for step, weights in stages]
+
 
 def read_runs(paths: list[Path]) -> list[RunData]:
     """Raises UsageError for a directory that is no run, a run without a step, or a line that cannot be read."""

@@ -99,9 +99,11 @@ class Corpora:
 
     def loader(self, micro_batch_size: int) -> TokenLoader:
         """This rank's micro-batches; `accumulation` of them over all ranks are a global batch's rows."""
-        weights = {name: (self.paths[name], weight) for name, weight in self.recipe.mixture.items()}
+        recipe = self.recipe
+        weights = {name: (self.paths[name], weight) for name, weight in recipe.mixture.items()}
+        stages = [(step * recipe.global_batch_size, later) for step, later in recipe.mixture_stages]
         return TokenLoader(
-            Mixture.of(weights, split="train"),
+            Mixture.of(weights, "train", stages),
             self.recipe.sequence_length,
             micro_batch_size,
             rank=self.world.rank,
@@ -127,15 +129,19 @@ class Corpora:
                 )
                 yield from ((name, input_ids, labels) for input_ids, labels in shares)
 
-    def weighted(self, losses: dict[str, float]) -> float:
-        """Mean of per-corpus losses by the mixture's weights."""
-        total = sum(self.recipe.mixture[name] for name in losses)
-        return sum(self.recipe.mixture[name] * loss for name, loss in losses.items()) / total
+    def weighted(self, losses: dict[str, float], step: int) -> float:
+        """Mean of per-corpus losses by the mixture's weights in step `step`."""
+        weights = {name: weight for name, weight in self.recipe.mixture_at(step).items() if name in losses}
+        return sum(weight * losses[name] for name, weight in weights.items()) / sum(weights.values())
 
     def summary(self) -> str:
-        """One line for the header: each corpus with its share and its training tokens."""
-        total = sum(self.recipe.mixture.values())
-        return ", ".join(
-            f"{name} {100 * weight / total:.0f}% ({self.manifests[name].splits['train'].tokens:,} tokens)"
-            for name, weight in self.recipe.mixture.items()
-        )
+        """One line for the header: each corpus with its share and its training tokens, then later stages' shares."""
+        sizes = {name: f" ({manifest.splits['train'].tokens:,} tokens)" for name, manifest in self.manifests.items()}
+        lines = [_shares(self.recipe.mixture, sizes)]
+        lines += [f"from step {step} on {_shares(weights, {})}" for step, weights in self.recipe.mixture_stages]
+        return "; ".join(lines)
+
+
+def _shares(weights: dict[str, int], sizes: dict[str, str]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{name} {100 * weight / total:.0f}%{sizes.get(name, '')}" for name, weight in weights.items())

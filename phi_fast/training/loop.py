@@ -91,7 +91,7 @@ class Trainer:
                 self.refuse_to_diverge(outcome, lr)
                 losses = self.validate() if self.is_due(options.val_every) else {}
                 scores = self.score() if self.is_due(options.eval_every) else None
-                val_loss = self.corpora.weighted(losses) if losses else None
+                val_loss = self.corpora.weighted(losses, self.done - 1) if losses else None
                 record = self.meter.record(
                     self.done, outcome, lr, seconds, val_loss=val_loss, val_losses=losses or None, tasks=scores
                 )
@@ -143,10 +143,11 @@ class Trainer:
         losses = self.validate()
         if not losses:
             return
-        display.validation_before(self.corpora.weighted(losses))
+        val_loss = self.corpora.weighted(losses, 0)
+        display.validation_before(val_loss)
         if self.log:
             with self.trouble.kept():
-                self.log.validation_before(self.corpora.weighted(losses), losses)
+                self.log.validation_before(val_loss, losses)
 
     def score(self) -> dict[str, float] | None:
         """Accuracy on --eval-tasks."""

@@ -64,6 +64,9 @@ def _options(found: Fields) -> Options:
         model = PhiConfig(**values.pop("model"))
         for name in ("betas", "eval_tasks"):
             values[name] = tuple(values[name])
+        values["mixture_stages"] = tuple(
+            (int(step), dict(weights)) for step, weights in values.get("mixture_stages", ())
+        )
         for name in ("data", "eval_data"):
             values[name] = None if values.get(name) is None else Path(values[name])
         return Options(model=model, **values)

@@ -216,7 +216,9 @@ def _own(options: Options) -> tuple[Owned | None, Path | str]:
 
 def _differences(state: dict[str, Any], options: Options) -> list[str]:
     """What makes a checkpoint's state.json one of another model or data order: each field with both values."""
-    now, then = (_less_token_ids(fields) for fields in (plain(asdict(options)), state["options"]))
+    # An option that the checkpoint does not know had its default.
+    state_options = {**plain({name: getattr(Options, name, None) for name in MUST_AGREE}), **state["options"]}
+    now, then = (_less_token_ids(fields) for fields in (plain(asdict(options)), state_options))
     return [f"{name} is {then[name]}, now {now[name]}" for name in MUST_AGREE if then[name] != now[name]]
 
 

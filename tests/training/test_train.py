@@ -116,6 +116,21 @@ def test_the_plain_loop_gives_the_same_losses(stdlib: Path, tmp_path: Path) -> N
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-4)
 
 
+def test_stages_of_a_mixture(stdlib: Path, tmp_path: Path) -> None:
+    """Code alone from step 2 on, both from step 4 on: the rows are those of the loader, also after a resume."""
+    words = arguments(stdlib, tmp_path / "run", 6, precision="fp32", val_every=3, mixture="docs=1,code=0")
+    words += ["--mixture-stages", "2:code=1", "4:docs=1,code=3"]
+    options = parse(words)
+    expected = plain_losses(options, start_weights(options))
+    assert main([*words, "--stop-after", "3"]) == INTERRUPTED
+    assert main(["--run-dir", str(tmp_path / "run"), "--resume"]) == 0
+    assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    before, third, last = (line for line in lines if "val_losses" in line)
+    assert (before["val_loss"], third["val_loss"]) == (before["val_losses"]["docs"], third["val_losses"]["code"])
+    assert last["val_loss"] == pytest.approx((last["val_losses"]["docs"] + 3 * last["val_losses"]["code"]) / 4)
+
+
 def start_weights(options: Options) -> dict[str, torch.Tensor]:
     """The trainer's initial weights, under the reference model's names."""
     torch.manual_seed(options.seed)
@@ -128,7 +143,10 @@ def plain_losses(options: Options, state: dict[str, torch.Tensor]) -> list[float
     optimizer = torch.optim.AdamW(
         parameter_groups(model, options), lr=options.learning_rate, betas=options.betas, eps=options.eps
     )
-    mixture = Mixture.of({name: (options.data / name, weight) for name, weight in options.mixture.items()})
+    mixture = Mixture.of(
+        {name: (options.data / name, weight) for name, weight in options.mixture.items()},
+        stages=[(step * options.global_batch_size, weights) for step, weights in options.mixture_stages],
+    )
     result = []
     with TokenLoader(mixture, options.sequence_length, options.global_batch_size, seed=options.seed) as loader:
         for _ in range(options.steps):
