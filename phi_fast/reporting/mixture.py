@@ -47,6 +47,7 @@ def draws(run: RunData) -> list[Draw]:
     starts = np.array([step for step, _ in schedule]) * batch
     drawn = {name: np.zeros(len(ends), dtype=np.int64) for name in run.mixture}
     intended = {name: np.zeros(len(ends)) for name in run.mixture}
+    shares = dict.fromkeys(run.mixture, 0.0)
     for (_, weights), start, end in zip(schedule, starts, [*starts[1:], ends[-1]], strict=True):
         divisor = math.gcd(*weights.values())
         period = np.asarray(_tokens.chairman([weight // divisor for weight in weights.values()]))
@@ -54,15 +55,17 @@ def draws(run: RunData) -> list[Draw]:
         for index, (name, weight) in enumerate(weights.items()):
             before = np.concatenate(([0], np.cumsum(period == index)))  # of the period's first n slots
             drawn[name] += rows // len(period) * before[-1] + before[rows % len(period)]
-            intended[name] += rows * (weight / sum(weights.values()))
+            share = weight / sum(weights.values())
+            intended[name] += rows * share
+            shares[name] += share * float(rows[-1] / ends[-1])
     return [
         Draw(
             name,
-            intended=float(intended[name][-1] / ends[-1]),
+            intended=shares[name],
             drawn=int(drawn[name][-1]),
             rows=int(ends[-1]),
             worst=float(np.abs(drawn[name] - intended[name]).max()),
         )
         for name in run.mixture
-        if any(intended[name])
+        if shares[name]
     ]
