@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: docs/benchmarks.md, its plots, and the README's table, from results files alone.
+"""`python -m benchmarks.report`: docs/benchmarks.md, its plots, and the README's picture, from results files alone.
 
 `--compare A.json B.json` instead says what became slower from A to B, and ends with status 1 where something did.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from benchmarks import plots, regressions, summary
+from benchmarks import overview, plots, regressions, summary
 from benchmarks.harness import RESULTS, whole
 from benchmarks.tables import cells, describe, markdown
 from phi_fast.errors import UsageError
@@ -87,7 +87,7 @@ def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs
 
 
 def newest(documents: dict[str, dict[str, Any]]) -> list[str]:
-    """The file of each device that the README shows, by its stem, the newest first.
+    """The file of each device that the summary shows, by its stem, the newest first.
 
     The newest that is whole, however many parts (`pytest benchmarks -k rotary --benchmark`) were measured after it.
     Where no file of a device is whole, the newest part.
@@ -117,19 +117,32 @@ def write(results: Path, root: Path) -> None:
         section(document, stem, plots.draw(document, docs / "plots" / stem), docs)
         for stem, document in sorted(documents.items(), reverse=True)
     ]
-    (docs / "benchmarks.md").write_text("\n\n".join((TITLE, HOW, *sections)) + "\n", encoding="utf-8")
-    head, rest = text.split(BEGIN, 1)
     shown = newest(documents)
-    short = [f"{machine_line(documents[stem])}\n\n{summary.tables(documents[stem])}" for stem in shown]
-    short.append("All rows, spreads and plots: [docs/benchmarks.md](docs/benchmarks.md).")
-    body = "\n\n".join(short)
-    readme.write_text(f"{head}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    short = [f"**{stem}.** {machine_line(documents[stem])}\n\n{summary.tables(documents[stem])}" for stem in shown]
+    parts = (TITLE, HOW, "## In short", *short, *sections)
+    (docs / "benchmarks.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    head, rest = text.split(BEGIN, 1)
+    readme.write_text(
+        f"{head}{BEGIN}\n{_picture(results, documents, shown, docs)}\n{END}{rest.split(END, 1)[1]}", "utf-8"
+    )
     for stem, document in sorted(documents.items()):
         if not whole(document):
-            place = (
-                "all that was measured of its device, so the README has it" if stem in shown else "not in the README"
+            place = "all that was measured of its device, so" if stem in shown else "not"
+            print(
+                f"{stem} is a part of the benchmarks: {place} in the summary of docs/benchmarks.md. Whole: make bench"
             )
-            print(f"{stem} is a part of the benchmarks: in docs/benchmarks.md, and {place}. Whole: make bench")
+
+
+def _picture(results: Path, documents: dict[str, dict[str, Any]], shown: list[str], docs: Path) -> str:
+    """Draw the README's picture, of the first of `shown` that has a training step; Markdown that shows it."""
+    drawn = next((stem for stem in shown if overview.has_step(documents[stem])), None)
+    if drawn is None:
+        return "No training step has been measured yet: `make bench`."
+    overview.draw(results, documents[drawn], docs / "plots" / "overview.png")
+    return (
+        f"![loss of make train, and a training step beside its peers](docs/plots/overview.png)\n\n"
+        f"{machine_line(documents[drawn])}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The README's two short tables: whole steps, and a line a kernel."""
+"""The two short tables of a machine: whole steps, and one line per kernel."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def tables(document: dict[str, Any]) -> str:
-    """Markdown of what a results file has of `STEPS` and `KERNELS`; the rest is left to docs/benchmarks.md."""
+    """Markdown of what a results file has of `STEPS` and `KERNELS`."""
     subjects = document["subjects"]
     return "\n\n".join(table for table in (_steps(subjects), _kernels(subjects)) if table)
 
 
 def _steps(subjects: list[dict[str, Any]]) -> str:
-    """ms a step: a line a subject, this project's first, and every other as a multiple of it."""
+    """One line per subject: this project's ms per step, and every other's time as a multiple of it."""
     body = []
     for subject in subjects:
         own = _ours(subject)
@@ -34,7 +34,7 @@ def _steps(subjects: list[dict[str, Any]]) -> str:
 
 
 def _kernels(subjects: list[dict[str, Any]]) -> str:
-    """A line a kernel and shape, a column a dtype: ms, the fastest peer's time as a multiple, share of the bound."""
+    """A line per kernel and shape, a column per dtype: ms, the fastest peer's multiple of it, share of the bound."""
     lines: dict[str, dict[str, list[str]]] = {}
     for subject in subjects:
         parts = subject["name"].split(", ")
@@ -46,7 +46,7 @@ def _kernels(subjects: list[dict[str, Any]]) -> str:
         lines.setdefault(", ".join(parts[:at]), {}).setdefault(dtype, []).append(cell)
     columns = [dtype for dtype in DTYPES if any(dtype in line for line in lines.values())]
     body = [[name, *("<br>".join(line.get(dtype, [])) for dtype in columns)] for name, line in lines.items()]
-    legend = "A kernel: ms, the fastest peer's time as a multiple of it, and the share of what the bound allows."
+    legend = "For each kernel: ms, the fastest peer's time as a multiple of it, and the share of what the bound allows."
     return f"{legend}\n\n{markdown(['', *columns], body)}" if body else ""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import machine, peers, plots, report, summary, tables, timing
+from benchmarks import machine, overview, peers, plots, report, summary, tables, timing
 from benchmarks.harness import RESULTS, Contender, Results, Row, Subject, compare, kind, spread
 from benchmarks.ops import Op, agree
 
@@ -201,28 +201,35 @@ def results_file(folder: Path, name: str, day: str, subjects: dict[str, float], 
 WHOLE = {"rotary, fp32, forward": 10.0, "adam, fp32": 20.0}
 
 
+def in_short(root: Path) -> str:
+    """The summary of docs/benchmarks.md."""
+    text = (root / "docs" / "benchmarks.md").read_text()
+    return text[text.index("## In short") :].split("\n## ")[0]
+
+
 def test_a_part_never_replaces_a_whole_measurement(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, arguments = root / "results", ["--results", str(root / "results"), "--root", str(root)]
     results_file(results, "part", "2026-11-20", {"rotary, fp32, forward": 1.0}, whole=False)
     assert report.main(arguments) == 0
-    assert "forward 1.0 ms" in (root / "README.md").read_text(), "of a device without a whole one the part is shown"
-    assert "part-2026-11-20 is a part of the benchmarks" in capsys.readouterr().out
+    assert "forward 1.0 ms" in in_short(root), "of a device without a whole one the part is shown"
+    assert (
+        "part-2026-11-20 is a part of the benchmarks: all that was measured of its device, so in the summary"
+        in capsys.readouterr().out
+    )
 
     results_file(results, "old", "2026-11-21", WHOLE)  # of before the mark
     results_file(results, "part", "2026-11-25", {"rotary, fp32, forward": 3.0}, whole=False)
     assert report.main(arguments) == 0
-    readme = (root / "README.md").read_text()
-    assert "commit old" in readme and "forward 10.0 ms" in readme and "| adam | 20.0 ms" in readme
-    assert "forward 3.0" not in readme
+    shown = in_short(root)
+    assert "commit old" in shown and "forward 10.0 ms" in shown and "| adam | 20.0 ms" in shown
+    assert "forward 3.0" not in shown
     assert "| phi_fast | 3.00 |" in (root / "docs" / "benchmarks.md").read_text()
-    assert (
-        "part-2026-11-25 is a part of the benchmarks: in docs/benchmarks.md, and not in the" in capsys.readouterr().out
-    )
+    assert "part-2026-11-25 is a part of the benchmarks: not in the summary" in capsys.readouterr().out
 
     results_file(results, "new", "2026-11-26", WHOLE | {"adam, fp32": 30.0}, whole=True)
     assert report.main(arguments) == 0
-    readme = (root / "README.md").read_text()
-    assert "commit new" in readme and "| adam | 30.0 ms" in readme
+    shown = in_short(root)
+    assert "commit new" in shown and "| adam | 30.0 ms" in shown
 
 
 def test_a_file_is_whole_once_a_session_has_measured_all(tmp_path: Path) -> None:
@@ -272,18 +279,20 @@ def root(tmp_path: Path) -> Path:
 
 def test_report_writes_tables_and_plots_and_nothing_else_of_the_readme(root: Path) -> None:
     results = root / "results"
-    step = subject("training step, phi-tiny, bf16", {"phi_fast": [0.1, 0.1], "transformers eager": [0.2, 0.3]})
+    step = subject("training step, phi-small, bf16", {"phi_fast": [0.1, 0.1], "transformers eager": [0.2, 0.3]})
     kernel = subject("rotary, fp32, forward", {"phi_fast cpp": [0.01], "torch eager": [0.03], "Liger-Kernel": None})
     path = written(results, step, kernel, subject("token loader, cold", {"phi_fast": [0.5]}))
     arguments = ["--results", str(results), "--root", str(root)]
     assert report.main(arguments) == 0
-    readme = (root / "README.md").read_text()
-    assert readme.startswith(f"before\n\n{report.BEGIN}\n")
+    readme, shown = (root / "README.md").read_text(), in_short(root)
+    assert readme.startswith(f"before\n\n{report.BEGIN}\n![")
     assert readme.endswith(f"{report.END}\nafter\n")
-    assert "| training step, phi-tiny, bf16 | 100.0 | 0 | transformers eager 2.50× |" in readme
-    assert "| rotary | forward 10.0 ms, torch eager 3.00× |" in readme
+    assert "(docs/plots/overview.png)" in readme
+    assert (root / "docs" / "plots" / "overview.png").read_bytes().startswith(b"\x89PNG")
+    assert "| training step, phi-small, bf16 | 100.0 | 0 | transformers eager 2.50× |" in shown
+    assert "| rotary | forward 10.0 ms, torch eager 3.00× |" in shown
     assert "old" not in readme
-    assert "token loader" not in readme
+    assert "token loader" not in shown
     docs = (root / "docs" / "benchmarks.md").read_text()
     assert "| Liger-Kernel | not measured |" in docs
     for name in ("training-step", "rotary", "token-loader"):
@@ -330,7 +339,33 @@ def test_every_committed_plot_draws_what_its_name_says(path: Path) -> None:
         assert committed.is_file()
 
 
-def test_the_readme_begins_with_what_was_measured_last(root: Path) -> None:
+def test_the_picture_draws_the_committed_figures() -> None:
+    """The loss of every step, and each row's time over phi_fast's, of the newest results."""
+    document = report.read(max(RESULTS.glob("*.json"), key=lambda path: path.stem[-10:]))
+    drawn = overview.figure(RESULTS, document)
+    curve, bars = drawn.axes
+    lines = [json.loads(line) for line in (RESULTS / overview.CURVE).read_text().splitlines()]
+    steps, losses = zip(*((line["step"], line["loss"]) for line in lines if "loss" in line), strict=True)
+    assert list(curve.lines[0].get_xdata()) == list(steps) == list(range(1, 341))
+    assert list(curve.lines[0].get_ydata()) == list(losses)
+    assert curve.lines[1].get_ydata()[99] == pytest.approx(np.mean(losses[90:100]))
+    validated = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    assert list(zip(*curve.lines[2].get_data(), strict=True)) == validated
+    expected = {}
+    for found in document["subjects"]:
+        for row in found["rows"]:
+            if found["name"].startswith("training step, phi-small") and row["seconds"] and "alone" not in row["name"]:
+                ratios = np.array(row["seconds"]) / np.array(found["rows"][0]["seconds"])
+                expected[f"{row['name']}, {found['name'].split(', ')[2]}"] = float(np.median(ratios))
+    labels = [label.get_text() for label in bars.get_yticklabels()]
+    assert dict(zip(labels, (bar.get_width() for bar in bars.patches), strict=True)) == pytest.approx(expected)
+    drawn.canvas.draw()
+    for text in (curve._left_title, bars._left_title, *bars.get_yticklabels(), *bars.texts, bars.xaxis.label):
+        box = text.get_window_extent()
+        assert drawn.bbox.x0 <= box.x0 <= box.x1 <= drawn.bbox.x1, text.get_text()
+
+
+def test_the_summary_begins_with_what_was_measured_last(root: Path) -> None:
     results, files = root / "results", []
     for device, day in (("first", "2026-11-24"), ("last", "2026-11-26"), ("middle", "2026-11-25")):
         path = written(root / device, subject(f"training step, {device}, fp32", {"phi_fast": [0.1], "peer": [0.2]}))
@@ -341,10 +376,10 @@ def test_the_readme_begins_with_what_was_measured_last(root: Path) -> None:
         results.mkdir(exist_ok=True)
         files[-1].write_text(json.dumps(document))
     assert report.main(["--results", str(results), "--root", str(root)]) == 0
-    readme = (root / "README.md").read_text()
-    places = [readme.index(f"step, {device}, fp32") for device in ("last", "middle", "first")]
+    shown = in_short(root)
+    places = [shown.index(f"step, {device}, fp32") for device in ("last", "middle", "first")]
     assert places == sorted(places)
-    assert "Measured on 2026-11-26, commit c-last, on last (" in readme
+    assert "Measured on 2026-11-26, commit c-last, on last (" in shown
 
 
 def test_report_reads_results_of_before_there_were_bounds(root: Path) -> None:
@@ -356,7 +391,7 @@ def test_report_reads_results_of_before_there_were_bounds(root: Path) -> None:
         del row["moved"], row["flops"], row["of_bound"]
     path.write_text(json.dumps(document))
     assert report.main(["--results", str(results), "--root", str(root)]) == 0
-    assert "peer 2.00×" in (root / "README.md").read_text()
+    assert "peer 2.00×" in in_short(root)
 
 
 @pytest.mark.parametrize(
