@@ -8,7 +8,7 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow lint format bench sanitize attack clean
+.PHONY: help train test test-slow lint format docs bench sanitize attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-slow  run the tests marked slow'
 	@echo 'make lint       ruff, mypy, clang-format'
 	@echo 'make format     ruff and clang-format, in place'
+	@echo 'make docs       the documentation as a site, in build/site; warnings are errors'
 	@echo 'make bench      the benchmarks, each beside its peers'
 	@echo 'make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make attack     kills, flipped bits, damaged headers, hostile programs and op calls, for an hour (ARGS="--minutes ... --seed ...")'
@@ -42,6 +43,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)

@@ -1,1 +1,1 @@
-"""The parts of `phi_fast.evaluate`: lm-eval's adapter, tasks, the sandbox, the report's tables and the figures."""
+"""The parts of `phi_fast.evaluate`: lm-eval's adapter, tasks, the sandbox, and the figures."""
