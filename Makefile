@@ -24,7 +24,7 @@ help:
 train: $(VENV)/.run
 	$(BIN)/python -m phi_fast.train $(ARGS)
 
-# One thread a process: the tests run two at a time, and threads that wait for each other would slow both down.
+# One thread per process: the tests run two at a time, and threads that wait for each other would slow both down.
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.dev

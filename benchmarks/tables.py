@@ -63,7 +63,7 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
 
 def describe(config: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in config.items())
+    return ", ".join(f"{key.replace(' a ', ' per ')} {value}" for key, value in config.items())
 
 
 def show(subject: Subject, console: Console) -> None:

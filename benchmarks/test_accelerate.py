@@ -110,7 +110,7 @@ def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None
     subject = compare(
         f"accelerate, {name}, {dtype}",
         contenders,
-        config={"rows": rows, "tokens a row": length, "optimizer": "torch fused AdamW"},
+        config={"rows": rows, "tokens per row": length, "optimizer": "torch fused AdamW"},
         repeats=9 if full else 1,
         budget=15.0,
     )

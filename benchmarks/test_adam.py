@@ -108,7 +108,7 @@ def test_adam_fp32(full: bool, results: Results) -> None:
     subject = compare(
         "adam, fp32",
         running | bounds(cost, grad, full),
-        config={"parameters": n, "bytes a parameter": 28},
+        config={"parameters": n, "bytes per parameter": 28},
         repeats=11 if full else 1,
         budget=10,
     )
@@ -134,7 +134,7 @@ def test_whole_update_of_bf16_weights(full: bool, results: Results) -> None:
     subject = compare(
         "adam, bf16, whole update",
         running | bounds(cost, grad, full),
-        config={"parameters": n, "bytes a parameter": 30, "clip": CLIP},
+        config={"parameters": n, "bytes per parameter": 30, "clip": CLIP},
         repeats=11 if full else 1,
         budget=10,
     )

@@ -140,7 +140,7 @@ class Times:
     """Of one contender."""
 
     rounds: list[float] = field(default_factory=list)
-    """Wall seconds a batch, mean of each round."""
+    """Wall seconds per batch, mean of each round."""
     batches: list[float] = field(default_factory=list)
     cpu: float = 0.0
 

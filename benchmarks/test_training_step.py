@@ -149,7 +149,7 @@ def test_training_step(preset: str, dtype: str, full: bool, results: Results) ->
     subject = compare(
         f"training step, {preset}, {dtype}",
         {name: run if isinstance(run, str) else Contender(run, flops=flops) for name, run in contenders.items()},
-        config={"rows": rows, "tokens a row": config.max_position_embeddings, "FLOPs": flops},
+        config={"rows": rows, "tokens per row": config.max_position_embeddings, "FLOPs": flops},
         repeats=9 if full else 1,
         warmup=2 if full and preset == "phi-tiny" else 1,
         budget={"phi-tiny": 15.0, "phi-small": 40.0}[preset],

@@ -24,7 +24,7 @@ from phi_fast.recipes import RECIPES
 from phi_fast.training.distributed import World, join
 from phi_fast.training.zero import Zero2
 
-GRADIENT, STATE = 2, 4  # bytes an element: the fp16 gradient as autograd made it; master, m and v are fp32
+GRADIENT, STATE = 2, 4  # bytes per element: the fp16 gradient as autograd made it; master, m and v are fp32
 UPDATE_BYTES = GRADIENT + 2 * 3 * STATE + 2
 """Bytes a parameter of the update: gradient read; master, m, v read and written; the 16-bit weight written."""
 BYTES = UPDATE_BYTES + GRADIENT
@@ -96,7 +96,7 @@ def test_fused_step_beside_deepspeeds(full: bool, results: Results) -> None:
     measure, yardstick = timing.timer(world.device), yardsticks.copy(8 * n, world.device)
     copies = [measure(yardstick.run) for _ in range(rounds)]
     rows = [*(Row(name, times) for name, times in seconds.items()), Row("copy", copies, moved=yardstick.moved)]
-    subject = Subject("ZeRO-2 step on a flat partition", {"parameters": n, "bytes a parameter": BYTES}, rows)
+    subject = Subject("ZeRO-2 step on a flat partition", {"parameters": n, "bytes per parameter": BYTES}, rows)
     least = BYTES * n / yardstick.moved * statistics.median(copies)
     for row in rows[:-1]:
         row.moved, row.of_bound = BYTES * n, least / statistics.median(row.seconds or [])

@@ -1,6 +1,6 @@
 """What the machine can do at most, measured in the same rounds as what is held against it.
 
-As contenders named "copy" and "matrix product" they give a subject's bounds: bytes and FLOPs a second.
+As contenders named "copy" and "matrix product" they give a subject's bounds: bytes and FLOPs per second.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which implementation runs an op.
 
-Every op has the same primitives, under the same names, in one module a back end: `reference/rotary.py`,
+Every op has the same primitives, under the same names, in one module per back end: `reference/rotary.py`,
 `triton/rotary.py`, `cpp/rotary.py`. The public op (`rotary.py`) checks its arguments, owns autograd, and asks
 `implementation(...)` here for the module to call. Nothing falls back in silence: `auto` is a fixed choice by device
 that `in_use` prints, and a back end that was named and cannot run raises `BackendUnavailable` with the way out.

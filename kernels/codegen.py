@@ -91,7 +91,7 @@ def problems(compiled: Compiled, architecture: Architecture) -> tuple[str, ...]:
     """What `--check` fails on, in words; empty where all is well."""
     found = []
     if compiled.spilled:
-        found.append(f"spills {compiled.spilled} bytes a thread")
+        found.append(f"spills {compiled.spilled} bytes per thread")
     if compiled.shared > architecture.shared_block:
         found.append(f"wants {compiled.shared} bytes of shared memory, a block may have {architecture.shared_block}")
     if compiled.products and not compiled.tensor_core:
@@ -179,7 +179,7 @@ def as_markdown(found: list[Row]) -> str:
         f"is a time. Compiler: Triton {version}. Registers, spills and shared memory are the compiler's; occupancy is",
         "what they leave of a multiprocessor's warps; bytes are what a launch reads and writes at these shapes, beside",
         "the fewest that the work needs. Widths are those of the instructions that move tiles; a star marks tiles with",
-        "less than 16 bytes a thread (row statistics, positions), where nothing wider is possible. On gfx942 a 64-bit",
+        "less than 16 bytes per thread (row statistics, positions), where nothing wider is possible. On gfx942 a 64-bit",
         "store counts as wide: 64 lanes fill with it the 512 bytes that a warp's 32 fill with 128 bits.",
     ]
     for arch in dict.fromkeys(row.arch for row in found):

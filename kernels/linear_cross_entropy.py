@@ -114,7 +114,7 @@ def _check(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)}: expected ({weight.shape[0]},), a value for each row of weight")
     if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels {tuple(labels.shape)}: expected {tuple(hidden.shape[:-1])}, one a row of hidden")
+        raise ValueError(f"labels {tuple(labels.shape)}: expected {tuple(hidden.shape[:-1])}, one per row of hidden")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}: expected torch.int64; convert with labels.long()")
     if hidden.dtype not in FLOATS:

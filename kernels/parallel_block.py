@@ -58,7 +58,7 @@ def parallel_block(
     One dtype but for cos and sin: fp16, bf16, fp32 or fp64 (Triton: not fp64). Returns (batch, sequence, d). Autocast
     has no effect inside.
 
-    recompute: what is kept for backward, in numbers a token (beside O(heads) statistics): "none" keeps x, h, [q|k|v|u]
+    recompute: what is kept for backward, in numbers per token (beside O(heads) statistics): "none" keeps x, h, [q|k|v|u]
     and [o|g], 6d + 2m; "norm_gelu" x, [q|k|v|u] and o, 5d + m; "all" x alone, d, and runs the block's forward
     again but for its last product.
 
@@ -279,7 +279,7 @@ class _ParallelBlock(torch.autograd.Function):
         return None, *_backward(dout, saved, inputs, ctx.options, wanted), None, None
 
 
-# Under torch.compile the graph holds one opaque op a block each way.
+# Under torch.compile the graph holds one opaque op per block each way.
 @torch.library.custom_op("phi_fast::parallel_block", mutates_args=())
 def _forward_op(
     x: Tensor,

@@ -90,7 +90,7 @@ class PhiConfig:
         return self.num_hidden_layers * 12 * self.hidden_size**2 + self.vocab_size * self.hidden_size
 
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
-        """Forward and backward FLOPs a token: 6N, and attention's two products counted full or causal (half)."""
+        """Forward and backward FLOPs per token: 6N, and attention's two products counted full or causal (half)."""
         attention = 12 * self.num_hidden_layers * self.hidden_size * sequence_length
         return 6 * self.matmul_parameters() + (attention // 2 if causal else attention)
 

@@ -47,7 +47,7 @@ class Options:
     skip_malformed: bool = False
     """Leave out records that are not UTF-8, not JSON or without a text, and count them, instead of stopping."""
     workers: int | None = None
-    """Processes. None: one a core. The corpus is the same for any number."""
+    """Processes. None: one per core. The corpus is the same for any number."""
     inspect: Path | None = None
     """Look into this corpus instead: counts, lengths, samples; every checksum is verified."""
     samples: int = 3

@@ -12,7 +12,7 @@ inline constexpr int64_t kDepth = 512;          // rows of a and b at a time: su
 inline constexpr int64_t kHeight = 4 * kPanel;  // columns of a, and
 inline constexpr int64_t kWidth = 16 * kPanel;  // columns of b at a time: their sums fit the second-level cache
 
-/// 16 columns from `column` on of 32 rows from `row` on: two rows a word, zeros
+/// 16 columns from `column` on of 32 rows from `row` on: two rows per word, zeros
 /// beyond the matrix.
 PHI_INLINE void pairs_of_rows(const Rows& x, int64_t rows, int64_t columns, int64_t row, int64_t column,
                               __m512i words[kTile]) {

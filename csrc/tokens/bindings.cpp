@@ -56,7 +56,7 @@ void bind_parser(py::module_& module, const char* name, Layout (*parse)(Bytes, u
             parse({static_cast<const unsigned char*>(info.ptr), static_cast<uint64_t>(info.size)}, file_size);
         return py::make_tuple(layout.width, layout.offset, layout.tokens, layout.documents);
       },
-      py::arg("header"), py::arg("file_size"), "(bytes a token, offset, tokens, documents or 0)");
+      py::arg("header"), py::arg("file_size"), "(bytes per token, offset, tokens, documents or 0)");
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace phi_fast::tokens {
 
 struct Layout {
-  int width;           // bytes a token
+  int width;           // bytes per token
   uint64_t offset;     // bytes before the first token
   uint64_t tokens;     // in the file
   uint64_t documents;  // 0 where the format does not say

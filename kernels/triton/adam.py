@@ -23,7 +23,7 @@ from torch import Tensor
 from .common import Launch, Specimen
 from .rounding import narrow
 
-CHUNK = 32768  # elements a program
+CHUNK = 32768  # elements per program
 BLOCK = 2048  # elements at a time: with 256 threads, 8 each
 WARPS = 8
 
@@ -202,7 +202,7 @@ _CAPTURED: list[Tensor] = []
 
 
 def _tables(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The kernels' `table` (a column a tensor) and `chunks`, for `rows` of `_split`."""
+    """The kernels' `table` (a column per tensor) and `chunks`, for `rows` of `_split`."""
     columns = list(zip(*rows, strict=True))
     table = _upload(tuple(value for column in columns for value in column), device).view(len(columns), len(rows))
     chunks = _chunks(tuple(columns[-1]), device)

@@ -2,12 +2,12 @@
 
 What decides, in this order; `python -m phi_fast.kernels.codegen` shows each figure:
 1. no register spills in 16 bits, with documents or with the rotation inside the loads, which costs 50 to 100 registers
-   a thread. Some do spill that are not among the specimens: both at once on sm_80 (up to 360 bytes a thread), the
+   a thread. Some do spill that are not among the specimens: both at once on sm_80 (up to 360 bytes per thread), the
    rotation with grouped heads (up to 100), and fp32 with the rotation (up to 500);
 2. two or more blocks on a multiprocessor where they fit, so that one block's softmax hides behind another's products;
 3. shared memory within 99 KB for sm_80's, which consumer cards of compute capability 8.x and 12.x also run (the same
    mma.sync instructions); 227 KB for sm_90 and sm_100; 64 KB for gfx942;
-4. sm_80: 32 rows a warp in the forward, since a warp reads every key from shared memory, and with 16 rows that alone
+4. sm_80: 32 rows per warp in the forward, since a warp reads every key from shared memory, and with 16 rows that alone
    takes as long as its tensor-core instructions. sm_90's wgmma and sm_100's tcgen05 read shared memory themselves, 64
    or 128 rows a time, so 8 warps share a tile. gfx942 has 512 registers a lane and no asynchronous copies: stages = 1.
 None of these tiles was timed on a GPU yet.

@@ -18,7 +18,7 @@ from torch import Tensor
 from .common import Launch, Specimen, next_power_of_2, refuse_double
 from .rounding import narrow
 
-ROWS, COLUMNS = 4, 1024  # a tile of the forward: 32 elements a thread, 8 of them a load of 128 bits
+ROWS, COLUMNS = 4, 1024  # a tile of the forward: 32 elements per thread, 8 of them a load of 128 bits
 ROWS_BACKWARD, COLUMNS_BACKWARD = 4, 512  # of the backward: 4 rows at once keep the sums of many rows accurate
 ROWS_EACH = 64  # rows a program of the backward walks down
 

@@ -69,7 +69,7 @@ class Access:
     tile: str
     """Shape and element, for example 64x64xf16."""
     bytes_each: float
-    """The tile's bytes a thread."""
+    """The tile's bytes per thread."""
     bits: tuple[int, ...]
     """Widths of its instructions, ascending; empty where none bears its source line."""
 

@@ -157,7 +157,7 @@ def _forward_launch(
             "shifted_stride": _stride(shifted),
         },
         {"BLOCK": block},
-        num_warps=max(1, min(16, block // 512)),  # 16 elements a thread: two loads of 128 bits
+        num_warps=max(1, min(16, block // 512)),  # 16 elements per thread: two loads of 128 bits
     )
 
 
@@ -195,7 +195,7 @@ def _backward_launch(
             "dx_stride": dx.stride(0),
         },
         {"BLOCK": block},
-        num_warps=max(1, min(16, block // 256)),  # 8 elements a thread: five fp32 rows stay in registers
+        num_warps=max(1, min(16, block // 256)),  # 8 elements per thread: five fp32 rows stay in registers
     )
 
 

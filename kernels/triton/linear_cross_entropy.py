@@ -1,4 +1,4 @@
-"""Cross entropy of a chunk of logits in Triton: a program a row, gradient in place, and column sums for the bias.
+"""Cross entropy of a chunk of logits in Triton: a program per row, gradient in place, and column sums for the bias.
 
 Bytes an element of the chunk (16-bit): 2 read and, with the gradient, 2 written; the second read of a row comes from
 the L2 cache, which holds the rows in flight. The bias gradient reads the chunk once more: 2.

@@ -1,7 +1,7 @@
 """Rotary embedding in place in Triton: a program turns up to 64 heads of one token.
 
 Bytes an element that turns: 2 × its size, read and written once; the dims past rotary_dim are not touched. The table's
-rows (2 × rotary_dim bytes a token) come from the L2 cache.
+rows (2 × rotary_dim bytes per token) come from the L2 cache.
 """
 
 from __future__ import annotations

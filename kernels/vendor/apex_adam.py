@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.adam import mark_nonfinite_
 from .apex_layer_norm import library
 
-CHUNK = 2048 * 32  # elements a thread block, as in apex's own multi_tensor_applier
+CHUNK = 2048 * 32  # elements per thread block, as in apex's own multi_tensor_applier
 
 
 def step_(

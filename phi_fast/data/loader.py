@@ -34,7 +34,7 @@ class Batch:
     labels: Tensor
     """int64 (batch, sequence_length): labels[b, t] is the token after input_ids[b, t]."""
     rows: range
-    """Rows of the stream, one a batch row."""
+    """Rows of the stream, one per batch row."""
     components: Tensor
     """int32 (batch,): index into the mixture's components, of each row."""
     positions: Tensor | None = None
@@ -57,7 +57,7 @@ class TokenLoader:
     So micro-batches give the same global batches too: with `batch` the micro-batch size, the accumulation steps of one
     optimizer step over all ranks are the rows g ... g + global_batch - 1, however these are split.
 
-    mixture: corpora and weights. sequence_length: L, tokens a row. batch: rows a rank in each batch.
+    mixture: corpora and weights. sequence_length: L, tokens per row. batch: rows per rank in each batch.
     seed: of the shuffle. threads: that fill batches; 0 fills them in `next`. prefetch: batches filled ahead.
     mode: "mmap"; "pread", for network file systems; "auto": small corpora mapped, large ones read (store.MAPPED_BYTES).
     pin_memory: page-locked batches; None: where CUDA is there.

@@ -64,7 +64,7 @@ def plan_mixture(
     """What a run of `tokens` tokens reads of each corpus.
 
     mixture: a Mixture, whose corpora are opened for their sizes, or name -> (tokens in the corpus, weight).
-    sequence_length: tokens a row, which stages are counted in.
+    sequence_length: tokens per row, which stages are counted in.
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: must be at least 1")

@@ -1,4 +1,4 @@
-"""Questions from local JSON-lines files: `DIR/TASK.jsonl`, a question a line.
+"""Questions from local JSON-lines files: `DIR/TASK.jsonl`, a question per line.
 
 A line holds either the fields of the hub's data set that lm-eval uses, or the compact form {"query", "choices", "gold"}
 (and its relatives below), from which the hub's fields are rebuilt, so that prompts are the harness's own to the letter.

@@ -54,7 +54,7 @@ class TaskResult:
 
 
 def write(folder: Path, model: str, results: Mapping[str, TaskResult], facts: Mapping[str, Any]) -> None:
-    """results.json and results.csv (ours beside the report's figures), and samples/TASK.jsonl, a question a line."""
+    """results.json and results.csv (ours beside the report's figures), and samples/TASK.jsonl, a question per line."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     tasks = {}
     for task, result in results.items():

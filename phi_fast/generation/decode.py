@@ -12,7 +12,7 @@ from .sampling import Sampling
 
 
 class Decoding:
-    """One batch of prompts being continued: iterate for (row, token) pairs, a list a step; `finish` ends a row.
+    """One batch of prompts being continued: iterate for (row, token) pairs, a list per step; `finish` ends a row.
 
     Ends of the texts: rows whose token is `end` finish by themselves (None: no token ends a text), and all do at
     `max_new_tokens` or where the context is full. `reasons[row]` says why.

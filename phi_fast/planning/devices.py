@@ -43,7 +43,7 @@ class Device:
     efficiency: dict[Kind, Figure]
     """Share of `flops` (products, attention) or of `bandwidth` (memory) that kernels reach."""
     price: Figure | None
-    """Currency units a device hour."""
+    """Currency units per device hour."""
 
     def seconds(self, kind: Kind, flops: float, bytes_moved: float) -> float:
         """Roofline: the slower of computing and moving, each at its efficiency."""

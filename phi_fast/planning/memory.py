@@ -58,7 +58,7 @@ class Memory:
     weights: float
     """In the storage dtype, whole on every rank."""
     gradients: float
-    """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch a step in the storage dtype,
+    """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch per step in the storage dtype,
     as autograd makes them (`local_gradients`)."""
     optimizer: float
     """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
@@ -83,7 +83,7 @@ class Memory:
 def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory:
     """By component, and `peak`, the largest of four moments of a micro-batch.
 
-    accumulating: there are several micro-batches a step, so that gradients are held from the one before.
+    accumulating: there are several micro-batches per step, so that gradients are held from the one before.
     """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
     d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()

@@ -67,10 +67,10 @@ def _stops(job: Job, plans: list[Plan], efficiency: list[float]) -> str:
     shares = ", ".join(f"{name} {100 * s / last.step_seconds:.0f}%" for name, s in costs.items())
     why = (
         f"a rank has {rows} row{'s' if rows > 1 else ''} a step left to compute, while each step still sends "
-        f"{(last.communication.gradient_bytes + last.communication.gather_bytes) / 1e9:.2g} GB a rank whatever their "
+        f"{(last.communication.gradient_bytes + last.communication.gather_bytes) / 1e9:.2g} GB per rank whatever their "
         f"number, and the all-gather's ring adds a hop ({1e6 * NETWORK_HOP.value:.0f} µs between nodes) a rank; "
         f"of the step: {shares}"
     )
     if poor is None:
-        return f"Above {100 * ENOUGH:.0f}% of the best rate a device up to {last.ranks}; there {why}. {limit}"
-    return f"Stops at {poor.ranks}: below {100 * ENOUGH:.0f}% of the best rate a device, because {why}. {limit}"
+        return f"Above {100 * ENOUGH:.0f}% of the best rate per device up to {last.ranks}; there {why}. {limit}"
+    return f"Stops at {poor.ranks}: below {100 * ENOUGH:.0f}% of the best rate per device, because {why}. {limit}"

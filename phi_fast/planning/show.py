@@ -21,7 +21,7 @@ def overview(job: Job, p: Plan, console: Console) -> None:
     table = _table(f"{p.ranks} × {job.device.name}", "", "", "")
     per_token = [config.flops_per_token(recipe.sequence_length, causal=causal) / 1e9 for causal in (False, True)]
     table.add_row("parameters", f"{config.num_parameters():,}", f"{config.matmul_parameters():,} in matrix products")
-    table.add_row("FLOPs a token", f"{per_token[0]:.3f} G", f"attention in full; {per_token[1]:.3f} G causal")
+    table.add_row("FLOPs per token", f"{per_token[0]:.3f} G", f"attention in full; {per_token[1]:.3f} G causal")
     table.add_row(
         "global batch",
         f"{recipe.global_batch_size} rows",
@@ -53,7 +53,7 @@ def memory(job: Job, plans: dict[Recompute, Plan], console: Console) -> None:
     """By component, a column a recompute level at the same micro-batch."""
     size = next(iter(plans.values())).micro_batch_size
     levels = [f"{name}{' (used)' if name == job.recompute else ''}" for name in plans]
-    table = _table(f"memory of one device, {size} rows a micro-batch, by --recompute", "", *levels)
+    table = _table(f"memory of one device, {size} rows per micro-batch, by --recompute", "", *levels)
     for name in next(iter(plans.values())).memory.__dataclass_fields__:
         found = [getattr(p.memory, name) for p in plans.values()]
         values = [value if isinstance(value, str) else _bytes(value) for value in found]

@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, `count` times a micro-batch (phases forward, backward, gradients) or a step (update)."""
+    """One kernel, `count` times per micro-batch (phases forward, backward, gradients) or a step (update)."""
 
     name: str
     phase: Phase

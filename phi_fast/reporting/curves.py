@@ -23,7 +23,7 @@ class Series:
 
     label: str
     color: int
-    """Index of the run: one color a run."""
+    """Index of the run: one color per run."""
     curve: Curve
     style: int = 0
     """Index of the dash pattern."""

@@ -26,7 +26,7 @@ class RunData:
     config: dict[str, Any]
     """config.json; nested fields by dotted names."""
     records: list[dict[str, Any]]
-    """metrics.jsonl, a line a step."""
+    """metrics.jsonl, a line per step."""
     samples: list[tuple[int, str]]
     """(step, text) of the texts sampled, in order."""
 

@@ -80,7 +80,7 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
     else:
         keep_freed_memory()
         if size > 1:
-            # torchrun leaves every rank one thread, other launchers one a core: share the cores out.
+            # torchrun leaves every rank one thread, other launchers one per core: share the cores out.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     module = deepspeed(kind)
     if not dist.is_initialized():

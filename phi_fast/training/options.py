@@ -61,7 +61,7 @@ class Options(Recipe):
     val_every: int = 100
     """Steps between validation losses, which are also taken before the first and after the last; 0: never."""
     val_rows: int = 32
-    """Validation rows a corpus, from the start of its validation split."""
+    """Validation rows per corpus, from the start of its validation split."""
     eval_every: int = 0
     """Steps between scores on --eval-tasks, also taken after the last; 0: never. Other ranks wait for rank 0, no longer
     than --rank-timeout."""

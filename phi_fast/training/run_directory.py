@@ -1,7 +1,7 @@
 """A run directory: which one, what is saved in it, and going on from it.
 
 config.json       the options it was started with
-metrics.jsonl     a line a step
+metrics.jsonl     a line per step
 checkpoints/      see phi_fast.training.checkpoint
 tensorboard/
 tokenizer.json    so that the directory alone is enough to generate text; tokenizer_config.json names the tokens that

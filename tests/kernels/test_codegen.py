@@ -111,7 +111,7 @@ def test_narrow_is_what_could_have_been_wide() -> None:
     h100, mi300 = ARCHITECTURES["sm_90"], ARCHITECTURES["gfx942"]
     assert Access("k.py:1", False, "64x64xf16", 64.0, (64, 128)).narrow(h100)
     assert not Access("k.py:1", False, "64x64xf16", 64.0, (128,)).narrow(h100)
-    assert not Access("k.py:1", False, "128xf32", 4.0, (32,)).narrow(h100), "4 bytes a thread fill 32 bits"
+    assert not Access("k.py:1", False, "128xf32", 4.0, (32,)).narrow(h100), "4 bytes per thread fill 32 bits"
     assert Access("k.py:1", True, "64x64xf16", 32.0, (64,)).narrow(h100)
     assert not Access("k.py:1", True, "64x64xf16", 32.0, (64,)).narrow(mi300)
     assert Access("k.py:1", False, "64x64xf16", 32.0, (64,)).narrow(mi300)
@@ -137,7 +137,7 @@ def test_problems_name_what_is_wrong() -> None:
     lost = Access("k.py:8", False, "64x64xf16", 64.0, ())
     bad = Compiled(255, 24, 300000, 0.1, "registers", (narrow, lost), {}, True)
     assert codegen.problems(bad, ARCHITECTURES["sm_90"]) == (
-        "spills 24 bytes a thread",
+        "spills 24 bytes per thread",
         "wants 300000 bytes of shared memory, a block may have 232448",
         "multiplies matrices without tensor-core instructions",
         "stores 64x64xf16 by 16 bits at k.py:7",

@@ -300,7 +300,7 @@ def kept_bytes(model, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize(("level", "numbers"), [("none", 14), ("norm_gelu", 9), ("all", 1)])
 def test_bytes_kept_for_backward(level, numbers, device):
-    """In units of d numbers a token; x counts, and mean, rstd, log-sum-exp and the rotary table come to little."""
+    """In units of d numbers per token; x counts, and mean, rstd, log-sum-exp and the rotary table come to little."""
     leaves = {name: t.requires_grad_() for name, t in make(1, 32, 2, 512, torch.float32, device).items()}
     alive = []
     kept = kept_bytes({n: t for n, t in leaves.items() if n != "x"}, lambda: alive.append(ours(level)(**leaves)))

@@ -246,7 +246,7 @@ def kept_bytes(model: torch.nn.Module) -> int:
 
 
 def test_bytes_kept_by_a_layer_beside_transformers():
-    """fp32, in units of d numbers a token, x included. The model of two layers less the model of one.
+    """fp32, in units of d numbers per token, x included. The model of two layers less the model of one.
 
     transformers 5.23 (sdpa)    27.0
     Phi, recompute="none"       14.0

@@ -74,7 +74,7 @@ def prepare(
     Raises PrepareError, TokenizerError and OSError, before any work where it can be told.
     """
     if workers is not None and workers < 1:
-        raise PrepareError(f"--workers {workers}: expected at least 1, or None for one a core")
+        raise PrepareError(f"--workers {workers}: expected at least 1, or None for one per core")
     encoder, encoding, manifest = plan_encoding(settings)
     place = check_place(out)
     inputs = find_inputs(paths, settings.suffixes, settings.text_field)
