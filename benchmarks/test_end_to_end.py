@@ -56,7 +56,8 @@ def test_two_processes(dtype: str, full: bool, results: Results) -> None:
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
     rows = ROWS[PRESET] if full else 1
     length = PhiConfig.preset(PRESET).max_position_embeddings if full else 64
-    config = {"rows per rank": rows, "tokens per row": length, "ranks": found["ranks"], "threads per rank": found["threads"]}
+    config = {"rows per rank": rows, "tokens per row": length, "ranks": found["ranks"]}
+    config["threads per rank"] = found["threads"]
     measured = [Row(name, seconds) for name, seconds in found["seconds"].items()]
     subject = Subject(f"end to end under ZeRO-2, {PRESET}, {dtype}, 2 processes", config, measured)
     results.add(with_rates(subject, found["ranks"] * rows * length))

@@ -179,8 +179,8 @@ def as_markdown(found: list[Row]) -> str:
         f"is a time. Compiler: Triton {version}. Registers, spills and shared memory are the compiler's; occupancy is",
         "what they leave of a multiprocessor's warps; bytes are what a launch reads and writes at these shapes, beside",
         "the fewest that the work needs. Widths are those of the instructions that move tiles; a star marks tiles with",
-        "less than 16 bytes per thread (row statistics, positions), where nothing wider is possible. On gfx942 a 64-bit",
-        "store counts as wide: 64 lanes fill with it the 512 bytes that a warp's 32 fill with 128 bits.",
+        "less than 16 bytes per thread (row statistics, positions), where nothing wider is possible. On gfx942 a 64-"
+        "bit store counts as wide: 64 lanes fill with it the 512 bytes that a warp's 32 fill with 128 bits.",
     ]
     for arch in dict.fromkeys(row.arch for row in found):
         lines += [

@@ -58,8 +58,8 @@ def parallel_block(
     One dtype but for cos and sin: fp16, bf16, fp32 or fp64 (Triton: not fp64). Returns (batch, sequence, d). Autocast
     has no effect inside.
 
-    recompute: what is kept for backward, in numbers per token (beside O(heads) statistics): "none" keeps x, h, [q|k|v|u]
-    and [o|g], 6d + 2m; "norm_gelu" x, [q|k|v|u] and o, 5d + m; "all" x alone, d, and runs the block's forward
+    recompute: what is kept for backward, in numbers per token (beside O(heads) statistics): "none" keeps x, h,
+    [q|k|v|u] and [o|g], 6d + 2m; "norm_gelu" x, [q|k|v|u] and o, 5d + m; "all" x alone, d, and runs the block's forward
     again but for its last product.
 
     Under torch.autocast the parameters are cast to x's dtype. The backward is deterministic where the matrix products

@@ -4,7 +4,7 @@ A corpus directory holds, for each split (`train`, and `validation` where there 
 
     manifest.json       this file's `Manifest`
     train.bin           the tokens, raw little-endian uint16 or uint32, documents one after the other
-    train.ends          u64 little-endian, one per document: the token offset one past its last token, delimiter included
+    train.ends          u64 little-endian, one per document: the token offset past its last token, delimiter included
 
 The manifest is written last and renamed into place, so a directory that has one is complete.
 """

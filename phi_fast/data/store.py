@@ -24,8 +24,8 @@ MAPPED_BYTES = 256 * 2**20
 
 A mapped row that was touched before costs one copy. One that was not costs page faults, and pages that were touched
 count as the process's memory; handing them back makes the next touch a fault again. Measured on 4 KB rows in the page
-cache, CPU time per row: mapped and touched 0.7 µs, mapped but not touched 3.8, handed back and touched again 9, read with
-pread 2.4 (and nothing to hand back, and no signal where a file is cut short).
+cache, CPU time per row: mapped and touched 0.7 µs, mapped but not touched 3.8, handed back and touched again 9, read
+with pread 2.4 (and nothing to hand back, and no signal where a file is cut short).
 """
 
 

@@ -163,8 +163,8 @@ class Phi(nn.Module):
     def decode(self, input_ids: Tensor, cache: KeyValueCache, *, all_logits: bool = False) -> Tensor:
         """Reads new tokens after those in the cache, and adds theirs to it.
 
-        input_ids (batch, new) int64: the whole prompt at first, then one column per call (or several). Returns the logits
-        after the last column, (batch, vocab_size), or after each, (batch, new, vocab_size), with `all_logits`.
+        input_ids (batch, new) int64: the whole prompt at first, then one column per call (or several). Returns the
+        logits after the last column, (batch, vocab_size), or after each, (batch, new, vocab_size), with `all_logits`.
         Rows of different lengths: pad on the left (with any valid id) and give `KeyValueCache.allocate` `first`.
         Raises ValueError where the cache has no room left, or another batch size.
 

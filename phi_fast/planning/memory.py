@@ -58,8 +58,8 @@ class Memory:
     weights: float
     """In the storage dtype, whole on every rank."""
     gradients: float
-    """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch per step in the storage dtype,
-    as autograd makes them (`local_gradients`)."""
+    """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch per step in the storage
+    dtype, as autograd makes them (`local_gradients`)."""
     optimizer: float
     """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
     buckets: float

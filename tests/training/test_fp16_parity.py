@@ -55,7 +55,7 @@ CUT = {
 
 def arguments(data: Path, run: Path, **changes: object) -> list[str]:
     """phi-tiny on rows of 32 tokens, because a CPU multiplies fp16 slowly; cut where `data` is the small corpus, whole
-    at the paper's rate: at phi-tiny's own, on so few tokens per step, rounding noise grows to 0.1 within these steps."""
+    at the paper's rate: at phi-tiny's own, on so few tokens per step, noise grows to 0.1 within these steps."""
     options: dict[str, object] = {
         **(CUT if data.name.startswith("small") else {"learning-rate": 2e-4}),
         "data": data,
