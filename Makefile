@@ -8,7 +8,7 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow lint format docs bench sanitize attack clean
+.PHONY: help train test test-slow lint format docs wheel bench sanitize attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint       ruff, mypy, clang-format'
 	@echo 'make format     ruff and clang-format, in place'
 	@echo 'make docs       the documentation as a site, in build/site; warnings are errors'
+	@echo 'make wheel      wheel and sdist, in build/dist'
 	@echo 'make bench      the benchmarks, each beside its peers'
 	@echo 'make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make attack     kills, flipped bits, damaged headers, hostile programs and op calls, for an hour (ARGS="--minutes ... --seed ...")'
@@ -47,6 +48,9 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)
 
@@ -65,7 +69,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: $(BIN)/python $(SETUP) $(SOURCES)
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SETUP) $(SOURCES)

@@ -1,13 +1,49 @@
 """Builds phi_fast._C (C++17, pybind11) without torch, and maps kernels/ to phi_fast.kernels."""
 
 import platform
+import re
+import tempfile
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.errors import CompileError
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
+
+def targets() -> dict[str, str]:
+    """Instruction set -> the compiler's names for what its kernels use, from csrc/cpu/kernels_NAME.cpp itself."""
+    found = {}
+    for path in sorted(Path("csrc/cpu").glob("kernels_*.cpp")):
+        if match := re.search(r'#pragma GCC target\("([^"]+)"\)', path.read_text(encoding="utf-8")):
+            found[path.stem.removeprefix("kernels_")] = match[1]
+    return found
+
+
+class BuildExtension(build_ext):
+    """Leaves out instruction sets that the compiler does not know (AMX needs GCC 11), and says so."""
+
+    def build_extensions(self) -> None:
+        if platform.machine() in ("x86_64", "AMD64"):
+            for name, target in targets().items():
+                if not self.knows(target):
+                    print(f"phi_fast._C is built without its {name} kernels: this compiler does not know {target}")
+                    self.extensions[0].define_macros.append((f"PHI_WITHOUT_{name.upper()}", "1"))
+        super().build_extensions()
+
+    def knows(self, target: str) -> bool:
+        """Whether a function for these instructions compiles. Clang only warns of names that it does not know."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cpp"
+            source.write_text(f'__attribute__((target("{target}"))) int probe() {{ return 0; }}\n', encoding="utf-8")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_preargs=["-Werror"])
+            except CompileError:
+                return False
+        return True
+
 
 extension = Pybind11Extension(
     "phi_fast._C",
@@ -29,5 +65,5 @@ setup(
     package_dir={"phi_fast.kernels": "kernels"},
     package_data={"phi_fast": ["py.typed"], "phi_fast.kernels": ["py.typed"]},
     ext_modules=[extension],
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildExtension},
 )

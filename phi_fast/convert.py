@@ -6,6 +6,11 @@ layout (safetensors, sharded or not; .bin for the older ones), or a name on the 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.convert", "PyTorch")
+
 import math
 import sys
 from collections.abc import Callable
@@ -23,7 +28,8 @@ from .conversion.masters import use_masters
 from .conversion.source import Source
 from .files import writing
 from .precision import DTYPES
-from .terminal import console, printable, tolerate_encodings
+from .startup import tolerate_encodings
+from .terminal import console, printable
 
 GIGABYTE = 10**9
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.evaluate", "PyTorch")
+
 import hashlib
 import logging
 import sys
@@ -24,8 +29,8 @@ from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
 from .recipes import Names
+from .startup import tolerate_encodings
 from .terminal import console as screen
-from .terminal import tolerate_encodings
 
 SUITES = {
     "paper": (*multiple_choice.TASKS, *generative.TASKS),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.generate", "PyTorch")
+
 import codecs
 import json
 import os
@@ -23,8 +28,9 @@ from .files import write_atomically, writing
 from .generation import Completion, Sampling, complete
 from .json_files import Fields, JsonFileError, parse_json
 from .model.phi import Phi
+from .startup import tolerate_encodings
 from .terminal import console as open_console
-from .terminal import printable, tolerate_encodings
+from .terminal import printable
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,11 @@ times a stated efficiency. Every figure is printed with its source. Nothing is m
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.plan", "PyTorch")
+
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +35,8 @@ from .planning.scaling import Scaling, scaling
 from .planning.work import Recompute, Shape
 from .precision import Precision, auto_precision
 from .recipes import RECIPES, Count, Recipe, RecipeName
+from .startup import tolerate_encodings
 from .terminal import console as screen
-from .terminal import tolerate_encodings
 
 LEVELS: tuple[Recompute, ...] = ("none", "norm_gelu", "all")
 

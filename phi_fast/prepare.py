@@ -5,6 +5,11 @@ Also `--inspect DIR` (what a corpus holds, checksums verified) and `--adopt FILE
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.prepare")
+
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +24,8 @@ from .data.preparation.inspection import inspect
 from .data.preparation.pipeline import Settings, prepare
 from .data.vocabulary import END_OF_TEXT
 from .errors import PhiFastError
-from .terminal import console, printable, tolerate_encodings
+from .startup import tolerate_encodings
+from .terminal import console, printable
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.report")
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +17,8 @@ import tyro
 from .errors import PhiFastError, UsageError
 from .reporting.page import page
 from .reporting.read import read_runs
-from .terminal import console, tolerate_encodings
+from .startup import tolerate_encodings
+from .terminal import console
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ deepspeed --module phi_fast.train --recipe phi-1.5               DeepSpeed's lau
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from phi_fast.terminal import announce, end_on_signals
+    from phi_fast.startup import begin, end_on_signals
 
-    announce("phi_fast.train", "PyTorch and DeepSpeed")
+    begin("phi_fast.train", "PyTorch and DeepSpeed")
     end_on_signals("phi_fast.train")
 
 import os
@@ -18,7 +18,8 @@ import sys
 from collections.abc import Sequence
 
 from .errors import INTERRUPTED, PhiFastError
-from .terminal import console, tolerate_encodings
+from .startup import tolerate_encodings
+from .terminal import console
 from .training.distributed import join, leave, lost_rank
 from .training.loop import train
 from .training.resuming import parse_command

@@ -7,6 +7,11 @@ where something is not, 2 where a question could not be asked. It is what to run
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.verify", "PyTorch")
+
 import json
 import platform
 import sys
@@ -26,6 +31,7 @@ from .errors import PhiFastError, UsageError
 from .kernels import in_use
 from .kernels.backend import BACKENDS, VENDORS, interpreting
 from .precision import DTYPES
+from .startup import tolerate_encodings
 from .verification import golden
 from .verification.cases import cases
 from .verification.judge import Case, Verdict, judge
@@ -58,7 +64,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    terminal.tolerate_encodings()
+    tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
     console = terminal.console(width=None if sys.stdout.isatty() else 160, markup=True)  # what is not ours is escaped
     try:

@@ -30,8 +30,9 @@ bool amx() {
 }
 
 struct Candidate {
-  const Kernels* kernels;
-  bool supported;
+  const char* name;
+  const Kernels* kernels;  // null where the compiler did not know the instructions
+  bool supported;          // by the processor
 };
 
 // The best first.
@@ -43,26 +44,26 @@ std::vector<Candidate> candidates() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  all.push_back({&amx::kernels, bf16 && amx()});
-  all.push_back({&avx512_bf16::kernels, bf16});
-  all.push_back({&avx512::kernels, avx512});
-  all.push_back({&avx2::kernels, avx2});
+  all.push_back({"amx", &amx::kernels, bf16 && amx()});
+  all.push_back({"avx512_bf16", &avx512_bf16::kernels, bf16});
+  all.push_back({"avx512", &avx512::kernels, avx512});
+  all.push_back({"avx2", &avx2::kernels, avx2});
 #endif
-  all.push_back({&portable::kernels, true});
+  all.push_back({"portable", &portable::kernels, true});
   return all;
 }
 
 const Kernels& find(const std::string& name) {
   std::string known;
   for (const Candidate& candidate : candidates()) {
-    if (name.empty() && candidate.supported) return *candidate.kernels;
-    if (name == candidate.kernels->name) {
-      if (candidate.supported) return *candidate.kernels;
-      throw std::invalid_argument(
-          "PHI_FAST_ISA=" + name +
-          ": this processor does not have these instructions; best here: " + supported_isas().front());
+    const bool usable = candidate.supported && candidate.kernels != nullptr;
+    if (usable && (name.empty() || name == candidate.name)) return *candidate.kernels;
+    if (name == candidate.name) {
+      const char* reason = candidate.kernels == nullptr ? "phi_fast was built by a compiler that does not know them"
+                                                        : "this processor does not have these instructions";
+      throw std::invalid_argument("PHI_FAST_ISA=" + name + ": " + reason + "; best here: " + supported_isas().front());
     }
-    known += (known.empty() ? "" : ", ") + std::string(candidate.kernels->name);
+    known += (known.empty() ? "" : ", ") + std::string(candidate.name);
   }
   throw std::invalid_argument("PHI_FAST_ISA=" + name + ": expected one of " + known + ", or unset");
 }
@@ -84,7 +85,7 @@ void force_isa(const std::string& name) {
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Candidate& candidate : candidates()) {
-    if (candidate.supported) names.emplace_back(candidate.kernels->name);
+    if (candidate.supported && candidate.kernels != nullptr) names.emplace_back(candidate.name);
   }
   return names;
 }

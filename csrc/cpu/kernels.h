@@ -199,17 +199,19 @@ namespace portable {
 extern const Kernels kernels;
 }
 #if defined(__x86_64__)
+// Weak: at null where setup.py left them out of the build.
+#define PHI_OPTIONAL __attribute__((weak))
 namespace avx2 {
-extern const Kernels kernels;
+PHI_OPTIONAL extern const Kernels kernels;
 }
 namespace avx512 {
-extern const Kernels kernels;
+PHI_OPTIONAL extern const Kernels kernels;
 }
 namespace avx512_bf16 {
-extern const Kernels kernels;
+PHI_OPTIONAL extern const Kernels kernels;
 }
 namespace amx {
-extern const Kernels kernels;
+PHI_OPTIONAL extern const Kernels kernels;
 }
 #endif
 

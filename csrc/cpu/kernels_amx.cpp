@@ -1,6 +1,6 @@
 // The kernels for amx-tile,amx-bf16 and all of avx512bf16's, whatever the rest
 // of the build is for.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PHI_WITHOUT_AMX)
 #include <immintrin.h>
 
 #include <cmath>

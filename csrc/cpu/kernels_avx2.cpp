@@ -1,5 +1,5 @@
 // The kernels for avx2,fma,f16c, whatever the rest of the build is for.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PHI_WITHOUT_AVX2)
 #include <immintrin.h>
 
 #include <cmath>

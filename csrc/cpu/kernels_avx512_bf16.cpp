@@ -1,6 +1,6 @@
 // The kernels for avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,
 // whatever the rest of the build is for.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PHI_WITHOUT_AVX512_BF16)
 #include <immintrin.h>
 
 #include <cmath>

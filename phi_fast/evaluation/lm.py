@@ -30,6 +30,7 @@ from ..data.vocabulary import TokenizerError
 from ..errors import UsageError
 from ..generation import Sampling, complete
 from ..model.phi import Phi
+from ..startup import tolerate_encodings
 from . import chat
 from .responses import Responses
 from .scoring import BATCH_TOKENS, Request, log_likelihoods
@@ -294,7 +295,7 @@ def main() -> int:
     """lm-eval's command. Returns the exit status."""
     from lm_eval.__main__ import cli_evaluate
 
-    terminal.tolerate_encodings()
+    tolerate_encodings()
     try:
         cli_evaluate()
     except (UsageError, TokenizerError) as error:

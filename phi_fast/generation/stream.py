@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from ..model.phi import Phi
 from .decode import Decoding
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 INCOMPLETE = "�"
 """What a decoder gives for bytes that do not (yet) make a character."""

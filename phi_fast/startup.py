@@ -1,0 +1,51 @@
+"""What a command does first, before the imports that take seconds: nothing here needs more than Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+from typing import Any
+
+TRAIN_EXTRA = ("deepspeed", "filelock", "rich", "safetensors", "tensorboard", "tokenizers", "tyro")
+"""What `pip install 'phi-fast[train]'` adds to the kernels and the model: every command needs it."""
+
+
+def begin(command: str, loading: str = "") -> None:
+    """Check that the command can be imported, and say on stderr what it is loading, if that takes seconds: a user who
+    sees nothing for so long takes it for hung. Of several ranks the first says it.
+
+    Ends the process with status 2 where the extra is not installed.
+    """
+    tolerate_encodings()
+    if missing := [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]:
+        print(f"error: {command} needs {', '.join(missing)}: pip install 'phi-fast[train]'", file=sys.stderr)
+        sys.exit(2)
+    if loading and os.environ.get("RANK", "0") == "0":
+        print(f"{command}: loading {loading}", file=sys.stderr, flush=True)
+
+
+def end_on_signals(command: str) -> None:
+    """End the process at once and with a word by SIGINT (status 130), SIGTERM and SIGHUP (75): for the imports, during
+    which there is nothing to save. What `nohup` ignores stays ignored."""
+
+    def end(number: int, frame: object) -> None:
+        print(f"{command}: ended by {signal.Signals(number).name}, before it began", file=sys.stderr, flush=True)
+        os._exit(130 if number == signal.SIGINT else 75)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def tolerate_encodings() -> None:
+    """Let stdout and stderr write what their encoding lacks as escapes: for the start of a command, before --help."""
+    for stream in (sys.stdout, sys.stderr):
+        tolerate(stream)
+
+
+def tolerate(stream: Any) -> None:
+    """As `tolerate_encodings`, for one stream."""
+    if hasattr(stream, "reconfigure") and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
