@@ -19,7 +19,7 @@ import pybind11
 ROOT = Path(__file__).parent.parent
 FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
-TESTS = ["fuzz_headers", "order", "formats", "loader_faults", "loader"]
+TESTS = ["fuzz_headers", "order", "formats", "token_entries", "loader_faults", "loader"]
 MODULE = """
 #include <pybind11/pybind11.h>
 #include "tokens/bindings.h"

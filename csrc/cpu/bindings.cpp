@@ -1,48 +1,55 @@
 #include "cpu/bindings.h"
 
-#include <pybind11/stl.h>
-
+#include <algorithm>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/memory.h"
-
-// Tensors arrive as addresses (0 for None), matrices as (address, row stride).
-// kernels/cpp/*.py has checked them.
+#include "cpu/tensors.h"
 
 namespace phi_fast::cpu {
 namespace {
 
 namespace py = pybind11;
-using Address = uintptr_t;
-using Matrix = std::pair<Address, int64_t>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Rows rows_of(const Matrix& matrix) { return {pointer<void>(matrix.first), matrix.second}; }
 
 void bind_layer_norm(py::module_& module) {
   module.def(
       "layer_norm_forward",
-      [](int dtype, int64_t rows, int64_t columns, Matrix x, Matrix residual, Matrix summed, Matrix out, Matrix shifted,
-         Address weight, Address bias, Address shift, float eps, Address mean, Address rstd, int threads) {
-        kernels().layer_norm_forward({DType(dtype), rows, columns, rows_of(x), rows_of(residual), rows_of(summed),
-                                      rows_of(out), rows_of(shifted), pointer<float>(weight), pointer<float>(bias),
-                                      pointer<float>(shift), eps, pointer<float>(mean), pointer<float>(rstd), threads});
+      [](const Tensor& x, const MaybeTensor& residual, const MaybeTensor& summed, const Tensor& out,
+         const MaybeTensor& shifted, const Tensor& weight, const Tensor& bias, const MaybeTensor& shift, float eps,
+         const Tensor& mean, const Tensor& rstd, int threads) {
+        const Call call("layer_norm");
+        const DType dtype = call.dtype("x", x, 2);
+        const int64_t rows = x.sizes[0], columns = x.sizes[1];
+        call.expect(!residual || summed, "a residual, and nothing that the sum goes to");
+        call.expect(!shift || shifted, "a shift, and nothing that the shifted rows go to");
+        const auto matrix = [&](const char* name, const auto& given) {
+          return call.rows(name, given, dtype, rows, columns);
+        };
+        kernels().layer_norm_forward(
+            {dtype, rows, columns, matrix("x", x), matrix("residual", residual), matrix("summed", summed),
+             matrix("out", out), matrix("shifted", shifted), call.whole<float>("weight", weight, {columns}),
+             call.whole<float>("bias", bias, {columns}), call.whole<float>("shift", shift, {columns}), eps,
+             call.whole<float>("mean", mean, {rows}), call.whole<float>("rstd", rstd, {rows}), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "layer_norm_backward",
-      [](int dtype, int64_t rows, int64_t columns, Matrix dy, Matrix x, Matrix residual_grad, Matrix dx, Address weight,
-         Address mean, Address rstd, Address dweight, Address dbias, int threads) {
-        kernels().layer_norm_backward({DType(dtype), rows, columns, rows_of(dy), rows_of(x), rows_of(residual_grad),
-                                       rows_of(dx), pointer<float>(weight), pointer<float>(mean), pointer<float>(rstd),
-                                       pointer<float>(dweight), pointer<float>(dbias), threads});
+      [](const Tensor& dy, const Tensor& x, const MaybeTensor& residual_grad, const Tensor& dx, const Tensor& weight,
+         const Tensor& mean, const Tensor& rstd, const Tensor& dweight, const Tensor& dbias, int threads) {
+        const Call call("layer_norm");
+        const DType dtype = call.dtype("x", x, 2);
+        const int64_t rows = x.sizes[0], columns = x.sizes[1];
+        const auto matrix = [&](const char* name, const auto& given) {
+          return call.rows(name, given, dtype, rows, columns);
+        };
+        kernels().layer_norm_backward(
+            {dtype, rows, columns, matrix("dy", dy), matrix("x", x), matrix("residual_grad", residual_grad),
+             matrix("dx", dx), call.whole<float>("weight", weight, {columns}), call.whole<float>("mean", mean, {rows}),
+             call.whole<float>("rstd", rstd, {rows}), call.whole<float>("dweight", dweight, {columns}),
+             call.whole<float>("dbias", dbias, {columns}), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -50,80 +57,140 @@ void bind_layer_norm(py::module_& module) {
 void bind_bias_gelu(py::module_& module) {
   module.def(
       "bias_gelu_forward",
-      [](int dtype, bool tanh, int64_t rows, int64_t columns, Matrix x, Matrix out, Address bias, int threads) {
-        kernels().bias_gelu_forward({DType(dtype), tanh ? Gelu::kTanh : Gelu::kErf, rows, columns, rows_of(x),
-                                     rows_of(out), pointer<float>(bias), threads});
+      [](bool tanh, const Tensor& x, const Tensor& out, const MaybeTensor& bias, int threads) {
+        const Call call("bias_gelu");
+        const DType dtype = call.dtype("x", x, 2);
+        const int64_t rows = x.sizes[0], columns = x.sizes[1];
+        kernels().bias_gelu_forward({dtype, tanh ? Gelu::kTanh : Gelu::kErf, rows, columns,
+                                     call.rows("x", x, dtype, rows, columns),
+                                     call.rows("out", out, dtype, rows, columns),
+                                     call.whole<float>("bias", bias, {columns}), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "bias_gelu_backward",
-      [](int dtype, bool tanh, int64_t rows, int64_t columns, Matrix dout, Matrix x, Matrix dx, Matrix activation,
-         Address bias, Address dbias, int threads) {
-        kernels().bias_gelu_backward({DType(dtype), tanh ? Gelu::kTanh : Gelu::kErf, rows, columns, rows_of(dout),
-                                      rows_of(x), rows_of(dx), rows_of(activation), pointer<float>(bias),
-                                      pointer<float>(dbias), threads});
+      [](bool tanh, const Tensor& dout, const Tensor& x, const Tensor& dx, const MaybeTensor& activation,
+         const MaybeTensor& bias, const Tensor& dbias, int threads) {
+        const Call call("bias_gelu");
+        const DType dtype = call.dtype("x", x, 2);
+        const int64_t rows = x.sizes[0], columns = x.sizes[1];
+        const auto matrix = [&](const char* name, const auto& given) {
+          return call.rows(name, given, dtype, rows, columns);
+        };
+        kernels().bias_gelu_backward({dtype, tanh ? Gelu::kTanh : Gelu::kErf, rows, columns, matrix("dout", dout),
+                                      matrix("x", x), matrix("dx", dx), matrix("activation", activation),
+                                      call.whole<float>("bias", bias, {columns}),
+                                      call.whole<float>("dbias", dbias, {columns}), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
+}
+
+/// Both tables as (positions, half), with half <= head_dim / 2.
+Sizes table_sizes(const Call& call, const Tensor& cos, int64_t head_dim) {
+  call.expect(cos.sizes.size() == 2 && cos.sizes[1] <= head_dim / 2,
+              "cos is " + shown(cos.sizes) + "; expected two tables (positions, rotary_dim / 2) with rotary_dim <= " +
+                  std::to_string(head_dim) + ", the head_dim");
+  return cos.sizes;
 }
 
 void bind_rotary(py::module_& module) {
   module.def(
       "rotary",
-      [](int dtype, std::tuple<int64_t, int64_t, int64_t> sizes, Address x,
-         std::tuple<int64_t, int64_t, int64_t> strides, Address cos, Address sin, int64_t max_positions, int64_t half,
-         Address positions, int64_t offset, bool interleaved, bool inverse, int threads) {
-        const auto [batch, sequence, heads] = sizes;
-        const auto [batch_stride, sequence_stride, head_stride] = strides;
-        const int64_t* given = pointer<int64_t>(positions);
+      [](const Tensor& x, const Tensor& cos, const Tensor& sin, const MaybeTensor& positions, int64_t offset,
+         bool interleaved, bool inverse, int threads) {
+        const Call call("rotary");
+        const DType dtype = call.dtype("x", x, 4);
+        const int64_t batch = x.sizes[0], sequence = x.sizes[1], heads = x.sizes[2];
+        const Sizes table = table_sizes(call, cos, x.sizes[3]);
+        const Heads rows = call.heads("x", x, dtype, x.sizes);
+        const float* cosines = call.whole<float>("cos", cos, table);
+        const float* sines = call.whole<float>("sin", sin, table);
+        const int64_t* given = call.whole<int64_t>("positions", positions, {batch, sequence});
         for (int64_t i = 0; given != nullptr && i < batch * sequence; ++i) {
-          if (given[i] < 0 || given[i] >= max_positions) {
+          if (given[i] < 0 || given[i] >= table[0]) {
             throw std::out_of_range("rotary: position " + std::to_string(given[i]) + " is not in the table of " +
-                                    std::to_string(max_positions) + " positions; make it longer");
+                                    std::to_string(table[0]) + " positions; make it longer");
           }
         }
-        kernels().rotary({DType(dtype), batch, sequence, heads, pointer<void>(x), batch_stride, sequence_stride,
-                          head_stride, pointer<float>(cos), pointer<float>(sin), half, given, offset, interleaved,
-                          inverse, threads});
+        if (!positions && (offset < 0 || offset > table[0] - sequence)) {
+          throw std::out_of_range("rotary: " + std::to_string(sequence) + " rows from position " +
+                                  std::to_string(offset) + " on reach past the table's " + std::to_string(table[0]) +
+                                  " positions");
+        }
+        kernels().rotary({dtype, batch, sequence, heads, rows.data, rows.batch_stride, rows.sequence_stride,
+                          rows.head_stride, cosines, sines, table[1], given, offset, interleaved, inverse,
+                          call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
 }
 
-using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;
-
-Heads heads_of(const Strided& tensor) {
-  const auto [address, batch_stride, sequence_stride, head_stride] = tensor;
-  return {pointer<void>(address), batch_stride, sequence_stride, head_stride};
-}
-
-void check_documents(const int32_t* ends, int64_t count, int64_t sequence) {
+/// The longest document's length.
+int64_t check_documents(const Call& call, const int32_t* ends, int64_t count, int64_t sequence) {
+  int64_t longest = 0;
   for (int64_t i = 0; i <= count; ++i) {
     const int64_t least = i == 0 ? 0 : ends[i - 1], most = i == 0 ? 0 : sequence;
-    if (ends[i] < least || ends[i] > most || (i == count && ends[i] != sequence)) {
-      throw std::invalid_argument("attention: cu_seqlens[" + std::to_string(i) + "] is " + std::to_string(ends[i]) +
-                                  "; expected numbers that do not fall, from 0 to the sequence's " +
-                                  std::to_string(sequence));
-    }
+    call.expect(ends[i] >= least && ends[i] <= most && (i < count || ends[i] == sequence),
+                "cu_seqlens[" + std::to_string(i) + "] is " + std::to_string(ends[i]) +
+                    "; expected numbers that do not fall, from 0 to the sequence's " + std::to_string(sequence));
+    longest = std::max(longest, ends[i] - least);
   }
+  return longest;
+}
+
+/// The documents and tables of a call whose sizes are set.
+void set_positions(const Call& call, Attention& a, const MaybeTensor& documents, const MaybeTensor& cos,
+                   const MaybeTensor& sin) {
+  int64_t longest = a.keys;
+  if (documents) {
+    call.expect(a.batch == 1 && a.keys == a.sequence && documents->sizes.size() == 1 && documents->sizes[0] > 0,
+                "cu_seqlens is " + shown(documents->sizes) + " with batch " + std::to_string(a.batch) + ", sequence " +
+                    std::to_string(a.sequence) + " and " + std::to_string(a.keys) +
+                    " keys; expected (documents + 1,), batch 1 and as many keys");
+    a.documents = call.whole<int32_t>("cu_seqlens", *documents, documents->sizes);
+    a.document_count = documents->sizes[0] - 1;
+    longest = check_documents(call, a.documents, a.document_count, a.sequence);
+  }
+  call.expect(cos.has_value() == sin.has_value(), "one of cos and sin; expected both or neither");
+  if (!cos) return;
+  const Sizes table = table_sizes(call, *cos, a.head_dim);
+  a.cos = call.whole<float>("cos", *cos, table), a.sin = call.whole<float>("sin", *sin, table), a.half = table[1];
+  call.expect(a.sequence <= a.keys && table[0] >= longest,
+              "cos and sin have " + std::to_string(table[0]) + " positions for " + std::to_string(a.sequence) +
+                  " rows and " + std::to_string(longest) +
+                  " keys; expected no more rows than keys, and a longer table");
 }
 
 void bind_attention(py::module_& module) {
   module.def(
       "attention",
-      [](int dtype, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
-         const std::vector<Strided>& tensors, Address lse, Address documents, int64_t document_count, Address cos,
-         Address sin, int64_t half, float scale, int64_t least, int64_t most, int threads) {
-        const auto [batch, sequence, keys, heads, key_heads, head_dim] = sizes;
+      [](const std::vector<Tensor>& tensors, const Tensor& lse, const MaybeTensor& documents, const MaybeTensor& cos,
+         const MaybeTensor& sin, float scale, int64_t least, int64_t most, int threads) {
+        const Call call("attention");
+        call.expect(tensors.size() == 4 || tensors.size() == 8,
+                    std::to_string(tensors.size()) + " tensors; expected q, k, v, out, or with dout, dq, dk, dv");
         Attention a{};
-        a.dtype = DType(dtype);
-        a.batch = batch, a.sequence = sequence, a.keys = keys, a.heads = heads, a.key_heads = key_heads,
-        a.head_dim = head_dim;
-        a.lse = pointer<float>(lse);
-        a.documents = pointer<int32_t>(documents), a.document_count = document_count;
-        a.cos = pointer<float>(cos), a.sin = pointer<float>(sin), a.half = half;
-        a.scale = scale, a.least = least, a.most = most, a.threads = threads;
-        if (a.documents) check_documents(a.documents, document_count, sequence);
+        a.dtype = call.dtype("q", tensors[0], 4);
+        call.dtype("k", tensors[1], 4);
+        const Sizes &q = tensors[0].sizes, &k = tensors[1].sizes;
+        a.batch = q[0], a.sequence = q[1], a.heads = q[2], a.head_dim = q[3], a.keys = k[1], a.key_heads = k[2];
+        call.expect(
+            a.heads == 0 || (a.key_heads > 0 && a.heads % a.key_heads == 0),
+            std::to_string(a.heads) + " heads and " + std::to_string(a.key_heads) + " key heads; expected a multiple");
+        const char* const names[] = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"};
         Heads* const places[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
-        for (size_t i = 0; i < tensors.size(); ++i) *places[i] = heads_of(tensors[i]);
+        for (size_t i = 0; i < tensors.size(); ++i) {
+          const bool of_keys = i % 4 == 2 || i == 1 || i == 7;
+          *places[i] =
+              call.heads(names[i], tensors[i], a.dtype,
+                         {a.batch, of_keys ? a.keys : a.sequence, of_keys ? a.key_heads : a.heads, a.head_dim});
+        }
+        a.lse = call.whole<float>("lse", lse, {a.batch, a.heads, a.sequence});
+        set_positions(call, a, documents, cos, sin);
+        call.expect(
+            -a.sequence <= least && least <= a.keys - a.sequence && a.keys - a.sequence <= most && most <= a.keys,
+            "rows see keys " + std::to_string(least) + " to " + std::to_string(most) +
+                " from their own number on; expected a band around the key that each stands at");
+        a.scale = scale, a.least = least, a.most = most, a.threads = call.threads(threads);
         (tensors.size() == 4 ? kernels().attention_forward : kernels().attention_backward)(a);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -132,13 +199,21 @@ void bind_attention(py::module_& module) {
 void bind_cross_entropy(py::module_& module) {
   module.def(
       "cross_entropy",
-      [](int dtype, int64_t rows, int64_t columns, Matrix logits, Address labels, Address bias, Address weight,
-         float mean_weight, int64_t ignore_index, float label_smoothing, float z_loss, float softcap, Address scale,
-         bool scale_by_row, bool need_grad, Address dbias, Address losses, int threads) {
-        kernels().cross_entropy({DType(dtype), rows, columns, rows_of(logits), pointer<int64_t>(labels),
-                                 pointer<float>(bias), pointer<float>(weight), mean_weight, ignore_index,
-                                 label_smoothing, z_loss, softcap, pointer<float>(scale), scale_by_row, need_grad,
-                                 pointer<float>(dbias), pointer<float>(losses), threads});
+      [](const Tensor& logits, const Tensor& labels, const MaybeTensor& bias, const MaybeTensor& weight,
+         float mean_weight, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
+         const Tensor& scale, bool need_grad, const MaybeTensor& dbias, const Tensor& losses, int threads) {
+        const Call call("linear_cross_entropy");
+        const DType dtype = call.dtype("logits", logits, 2);
+        const int64_t rows = logits.sizes[0], columns = logits.sizes[1];
+        const bool by_row = !scale.sizes.empty();
+        // The kernel itself compares each label with the columns before it is an index: NaN is the answer.
+        kernels().cross_entropy(
+            {dtype, rows, columns, call.rows("logits", logits, dtype, rows, columns),
+             call.whole<int64_t>("labels", labels, {rows}), call.whole<float>("bias", bias, {columns}),
+             call.whole<float>("class_weight", weight, {columns}), mean_weight, ignore_index, label_smoothing, z_loss,
+             softcap, call.whole<float>("scale", scale, by_row ? Sizes{rows} : Sizes{}), by_row, need_grad,
+             need_grad ? call.whole<float>("dbias", dbias, {columns}) : nullptr,
+             call.whole<float>("losses", losses, {rows}), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -146,8 +221,13 @@ void bind_cross_entropy(py::module_& module) {
 void bind_scaled(py::module_& module) {
   module.def(
       "scaled",
-      [](int from, int to, int64_t size, Address x, Address out, float factor, bool add, int threads) {
-        kernels().scaled({DType(from), DType(to), size, pointer<void>(x), pointer<void>(out), factor, add, threads});
+      [](const Tensor& x, const Tensor& out, float factor, bool add, int threads) {
+        const Call call("linear_cross_entropy");
+        const DType from = call.dtype("x", x, x.sizes.size()), to = call.dtype("out", out, x.sizes.size());
+        call.expect(x.sizes == out.sizes,
+                    shown(x.sizes) + " and " + shown(out.sizes) + "; expected contiguous tensors of one shape");
+        kernels().scaled({from, to, x.numel(), call.flat("x", x, x.dtype, x.numel()),
+                          call.flat("out", out, out.dtype, x.numel()), factor, add, call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
 }
@@ -158,45 +238,73 @@ void bind_weight_gradient(py::module_& module) {
       "Whether the instruction set in use has weight_gradient");
   module.def(
       "weight_gradient",
-      [](int64_t rows, int64_t a_columns, int64_t b_columns, Matrix a, Matrix b, int out_dtype, Matrix out, bool add,
-         int threads) {
+      [](const Tensor& a, const Tensor& b, const Tensor& out, bool add, int threads) {
+        const Call call("weight_gradient");
+        call.dtype("a", a, 2), call.dtype("b", b, 2);
+        const int64_t rows = a.sizes[0], m = a.sizes[1], n = b.sizes[1];
+        call.expect(b.sizes[0] == rows && out.sizes == Sizes{m, n}, "a " + shown(a.sizes) + ", b " + shown(b.sizes) +
+                                                                        " and " + shown(out.sizes) +
+                                                                        "; expected (rows, m), (rows, n) and (m, n)");
+        const WeightGradient given{rows,
+                                   m,
+                                   n,
+                                   call.rows("a", a, DType::kBFloat16, rows, m),
+                                   call.rows("b", b, DType::kBFloat16, rows, n),
+                                   call.dtype("out", out, 2),
+                                   call.rows("out", out, DType(out.dtype), m, n),
+                                   add,
+                                   call.threads(threads)};
         if (kernels().weight_gradient == nullptr) {
           throw std::runtime_error(std::string("weight_gradient: not with the instruction set ") + kernels().name);
         }
-        kernels().weight_gradient(
-            {rows, a_columns, b_columns, rows_of(a), rows_of(b), DType(out_dtype), rows_of(out), add, threads});
+        kernels().weight_gradient(given);
       },
       py::call_guard<py::gil_scoped_release>());
 }
 
-using AdamAddresses = std::tuple<int64_t, Address, Address, Address, Address, Address>;
+/// param, grad, exp_avg, exp_avg_sq, master.
+using AdamGiven = std::tuple<Tensor, Tensor, Tensor, Tensor, MaybeTensor>;
 
 void bind_adam(py::module_& module) {
   module.def(
       "adam",
-      [](int param_dtype, int grad_dtype, const std::vector<AdamAddresses>& addresses, float grad_scale, double beta1,
-         double beta2, double step_size, double inverse_root2, double eps, double l2, double keep, int threads) {
+      [](const std::vector<AdamGiven>& given, float grad_scale, double beta1, double beta2, double step_size,
+         double inverse_root2, double eps, double l2, double keep, int threads) {
+        const Call call("adam");
+        if (given.empty()) return true;
+        const int param_dtype = std::get<0>(given[0]).dtype, grad_dtype = std::get<1>(given[0]).dtype;
         std::vector<AdamTensor> tensors;
-        tensors.reserve(addresses.size());
-        for (const auto& [size, param, grad, exp_avg, exp_avg_sq, master] : addresses) {
-          tensors.push_back({size, pointer<void>(param), pointer<void>(grad), pointer<float>(exp_avg),
-                             pointer<float>(exp_avg_sq), pointer<float>(master)});
+        tensors.reserve(given.size());
+        constexpr int kFloat = int(DType::kFloat32);
+        for (const auto& [param, grad, exp_avg, exp_avg_sq, master] : given) {
+          call.dtype("param", param, param.sizes.size()), call.dtype("grad", grad, grad.sizes.size());
+          const int64_t size = param.numel();
+          const auto moment = [&](const char* name, const Tensor& x) {
+            return static_cast<float*>(call.flat(name, x, kFloat, size));
+          };
+          tensors.push_back({size, call.flat("param", param, param_dtype, size),
+                             call.flat("grad", grad, grad_dtype, size), moment("exp_avg", exp_avg),
+                             moment("exp_avg_sq", exp_avg_sq), master ? moment("master", *master) : nullptr});
         }
         return kernels().adam({DType(param_dtype), DType(grad_dtype), tensors.data(), int64_t(tensors.size()),
                                grad_scale, float(1 - beta1), float(beta2), float(1 - beta2), float(step_size),
-                               float(inverse_root2), float(eps), float(l2), float(keep), threads});
+                               float(inverse_root2), float(eps), float(l2), float(keep), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
   module.def(
       "grad_norm_squared",
-      [](int dtype, const std::vector<std::pair<Address, int64_t>>& grads, int threads) {
+      [](const std::vector<Tensor>& grads, int threads) {
+        const Call call("adam");
+        if (grads.empty()) return 0.0;
         std::vector<const void*> data;
         std::vector<int64_t> sizes;
-        for (const auto& [address, size] : grads) {
-          data.push_back(pointer<void>(address));
-          sizes.push_back(size);
+        for (const Tensor& grad : grads) {
+          call.dtype("grads", grad, grad.sizes.size());
+          sizes.push_back(grad.numel());
+          data.push_back(call.flat("grads", grad, grads[0].dtype, sizes.back()));
         }
-        return kernels().grad_norm_squared({DType(dtype), data.data(), sizes.data(), int64_t(data.size()), threads});
+        return kernels().grad_norm_squared(
+            {DType(grads[0].dtype), data.data(), sizes.data(), int64_t(data.size()), call.threads(threads)});
       },
       py::call_guard<py::gil_scoped_release>());
 }

@@ -30,5 +30,6 @@ if options[:1] == ["-m"]:
     sys.exit()
 sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/kernels/test_cpp_kernels.py",
                       "tests/kernels/test_weight_gradient.py",
-                      "tests/kernels/test_cpp_attention.py", *options]))
+                      "tests/kernels/test_cpp_attention.py", "tests/kernels/test_cpp_entries.py",
+                      *options]))
 PYTHON

@@ -2,7 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <system_error>
 
 #include "tokens/file.h"
@@ -18,15 +20,54 @@ namespace py = pybind11;
 namespace phi_fast::tokens {
 namespace {
 
-Batch batch_of(uint64_t first_row, uint64_t rows, uintptr_t input_ids, uintptr_t labels, uintptr_t corpora,
-               uintptr_t positions, uintptr_t cu_seqlens) {
+// Memory that is written to: a buffer's own length, item size and strides are checked before an address is taken.
+struct Memory {
+  void* address;
+  uint64_t size;  // items
+};
+
+Memory memory_of(const char* name, const py::buffer& buffer, py::ssize_t itemsize) {
+  const py::buffer_info info = buffer.request(true);  // BufferError where it is read-only
+  py::ssize_t expected = info.itemsize;
+  bool contiguous = true;
+  for (py::ssize_t dim = info.ndim; dim-- > 0; expected *= info.shape[dim]) {
+    contiguous = contiguous && (info.shape[dim] <= 1 || info.strides[dim] == expected);
+  }
+  if (info.itemsize != itemsize || !contiguous) {
+    throw py::value_error(std::string(name) + " has items of " + std::to_string(info.itemsize) + " bytes" +
+                          (contiguous ? "" : " that do not lie side by side") + "; expected " +
+                          std::to_string(itemsize) + " bytes, side by side");
+  }
+  return {info.ptr, static_cast<uint64_t>(info.size)};
+}
+
+template <typename Item>
+Item* items_of(const char* name, const py::buffer& buffer, uint64_t least) {
+  const Memory memory = memory_of(name, buffer, sizeof(Item));
+  if (memory.size < least) {
+    throw py::value_error(std::string(name) + " has room for " + std::to_string(memory.size) + " items; expected " +
+                          std::to_string(least));
+  }
+  return static_cast<Item*>(memory.address);
+}
+
+constexpr uint64_t kLargestBatch = uint64_t{1} << 31;  // tokens: cu_seqlens counts them in 32 bits
+
+Batch batch_of(uint64_t first_row, uint64_t rows, uint64_t length, const py::buffer& input_ids,
+               const py::buffer& labels, const py::buffer& corpora, const std::optional<py::buffer>& positions,
+               const std::optional<py::buffer>& cu_seqlens) {
+  if (positions.has_value() != cu_seqlens.has_value()) {
+    throw py::value_error("one of positions and cu_seqlens; expected both or neither");
+  }
+  if (rows > kLargestBatch / length) throw py::value_error(std::to_string(rows) + " rows: expected fewer");
+  const uint64_t tokens = rows * length;
   return {first_row,
           rows,
-          reinterpret_cast<int64_t*>(input_ids),
-          reinterpret_cast<int64_t*>(labels),
-          reinterpret_cast<int32_t*>(corpora),
-          reinterpret_cast<int64_t*>(positions),
-          reinterpret_cast<int32_t*>(cu_seqlens)};
+          items_of<int64_t>("input_ids", input_ids, tokens),
+          items_of<int64_t>("labels", labels, tokens),
+          items_of<int32_t>("corpora", corpora, rows),
+          positions ? items_of<int64_t>("positions", *positions, tokens) : nullptr,
+          cu_seqlens ? items_of<int32_t>("cu_seqlens", *cu_seqlens, tokens + 1) : nullptr};
 }
 
 uint64_t take(Prefetcher& prefetcher) {
@@ -51,7 +92,9 @@ void bind_parser(py::module_& module, const char* name, Layout (*parse)(Bytes, u
       [parse](const py::buffer& buffer, uint64_t file_size) {
         const py::buffer_info info = buffer.request();
         install_guard();
-        if (info.itemsize != 1 || info.ndim != 1) throw py::value_error("a header is a buffer of bytes");
+        if (info.itemsize != 1 || info.ndim != 1 || (info.size > 1 && info.strides[0] != 1)) {
+          throw py::value_error("a header is a buffer of bytes, side by side");
+        }
         const Layout layout =
             parse({static_cast<const unsigned char*>(info.ptr), static_cast<uint64_t>(info.size)}, file_size);
         return py::make_tuple(layout.width, layout.offset, layout.tokens, layout.documents);
@@ -64,11 +107,12 @@ void bind_parser(py::module_& module, const char* name, Layout (*parse)(Bytes, u
 void bind(py::module_& module) {
   module.def(
       "permutation",
-      [](uint64_t n, uint64_t key, uintptr_t out) {
+      [](uint64_t n, uint64_t key, const py::buffer& out) {
+        uint64_t* images = items_of<uint64_t>("out", out, n);
         const Permutation permutation(n, key);
-        for (uint64_t i = 0; i < n; ++i) reinterpret_cast<uint64_t*>(out)[i] = permutation(i);
+        for (uint64_t i = 0; i < n; ++i) images[i] = permutation(i);
       },
-      py::arg("n"), py::arg("key"), py::arg("out"), "Writes the images of 0 ... n - 1 to n u64 at address `out`");
+      py::arg("n"), py::arg("key"), py::arg("out"), "Writes the images of 0 ... n - 1 to the u64 buffer `out`");
   module.def("chairman", &chairman, py::arg("weights"), "Corpus of each slot of one period");
 
   py::class_<TokenFile, std::shared_ptr<TokenFile>>(module, "TokenFile")
@@ -80,10 +124,19 @@ void bind(py::module_& module) {
       .def("check_unchanged", &TokenFile::check_unchanged)
       .def("change_stamp", &TokenFile::change_stamp)
       .def("accept", &TokenFile::accept, py::arg("stamp"))
-      .def("read", [](const TokenFile& file, uint64_t first, uint64_t count, uintptr_t out) {
-        py::gil_scoped_release release;
-        file.read(first, count, reinterpret_cast<void*>(out));
-      });
+      .def(
+          "read",
+          [](const TokenFile& file, uint64_t first, uint64_t count, const py::buffer& out) {
+            file.check_bounds(first, count);
+            const Memory memory = memory_of("out", out, file.width());
+            if (count > memory.size) {
+              throw py::value_error("out has room for " + std::to_string(memory.size) + " tokens; asked for " +
+                                    std::to_string(count));
+            }
+            py::gil_scoped_release release;
+            file.read(first, count, memory.address);
+          },
+          py::arg("first"), py::arg("count"), py::arg("out"), "Copies tokens to `out`, a buffer of the file's width");
 
   py::class_<Order, std::shared_ptr<Order>>(module, "Order")
       .def(py::init([](const std::vector<std::pair<uint64_t, uint64_t>>& corpora,
@@ -104,19 +157,24 @@ void bind(py::module_& module) {
 
   py::class_<Reader, std::shared_ptr<Reader>>(module, "Reader")
       .def(py::init<std::vector<std::shared_ptr<TokenFile>>, std::shared_ptr<Order>, uint64_t, std::vector<int64_t>>(),
-           py::arg("files"), py::arg("order"), py::arg("id_limit"), py::arg("delimiters"));
+           py::arg("files"), py::arg("order").none(false), py::arg("id_limit"), py::arg("delimiters"));
 
   py::class_<Prefetcher>(module, "Prefetcher")
-      .def(py::init<std::shared_ptr<Reader>, int, uint64_t, uint64_t>(), py::arg("reader"), py::arg("threads"),
-           py::arg("stride"), py::arg("lookahead"))
+      .def(py::init<std::shared_ptr<Reader>, int, uint64_t, uint64_t>(), py::arg("reader").none(false),
+           py::arg("threads"), py::arg("stride"), py::arg("lookahead"))
       .def(
           "submit",
-          [](Prefetcher& prefetcher, uint64_t first_row, uint64_t rows, uintptr_t input_ids, uintptr_t labels,
-             uintptr_t corpora, uintptr_t positions, uintptr_t cu_seqlens) {
-            prefetcher.submit(batch_of(first_row, rows, input_ids, labels, corpora, positions, cu_seqlens));
+          [](Prefetcher& prefetcher, uint64_t first_row, uint64_t rows, const py::buffer& input_ids,
+             const py::buffer& labels, const py::buffer& corpora, const std::optional<py::buffer>& positions,
+             const std::optional<py::buffer>& cu_seqlens) {
+            const Batch batch = batch_of(first_row, rows, prefetcher.sequence_length(), input_ids, labels, corpora,
+                                         positions, cu_seqlens);
+            py::gil_scoped_release release;
+            prefetcher.submit(batch);
           },
           py::arg("first_row"), py::arg("rows"), py::arg("input_ids"), py::arg("labels"), py::arg("corpora"),
-          py::arg("positions"), py::arg("cu_seqlens"), py::call_guard<py::gil_scoped_release>())
+          py::arg("positions") = py::none(), py::arg("cu_seqlens") = py::none(),
+          "Queues a batch; the buffers must live until it was taken or close() has returned")
       .def("take", &take, "Waits for the oldest batch; returns its number of segments")
       .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>());
 

@@ -21,6 +21,8 @@ class TokenFile {
   TokenFile(const TokenFile&) = delete;
   TokenFile& operator=(const TokenFile&) = delete;
 
+  // Throws std::out_of_range where the file does not have these tokens.
+  void check_bounds(uint64_t first, uint64_t count) const;
   // Copies `count` tokens from token `first` on. Throws std::runtime_error where the file has been cut short since.
   void read(uint64_t first, uint64_t count, void* out) const;
   // Asks the system to bring the tokens into memory, without waiting.
@@ -38,7 +40,6 @@ class TokenFile {
   uint64_t tokens() const { return tokens_; }
 
  private:
-  void check_bounds(uint64_t first, uint64_t count) const;
   void copy_mapped(uint64_t byte, uint64_t bytes, void* out) const;
   void read_all(uint64_t byte, uint64_t bytes, void* out) const;
   [[noreturn]] void cut_short(uint64_t byte) const;

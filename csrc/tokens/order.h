@@ -35,7 +35,7 @@ class Order {
   Order(std::vector<Corpus> corpora, std::vector<Stage> stages, uint64_t sequence_length, uint64_t seed);
 
   Place at(uint64_t row) const;
-  uint64_t rows(uint32_t corpus) const { return rows_[corpus]; }  // in one epoch
+  uint64_t rows(uint32_t corpus) const { return rows_.at(corpus); }  // in one epoch
   uint64_t sequence_length() const { return sequence_length_; }
   size_t corpora() const { return corpora_.size(); }
 

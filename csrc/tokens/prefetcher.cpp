@@ -12,16 +12,18 @@ namespace {
 constexpr double kCachedBytesPerSecond = 250e6;
 // Announcing a row costs 0.7 us where it is cached already, so it is done only for this many batches after a slow one.
 constexpr int kAnnounced = 1024;
+constexpr uint64_t kFarthest = uint64_t{1} << 20;  // batches: each of them is a call
 
 }  // namespace
 
 Prefetcher::Prefetcher(std::shared_ptr<Reader> reader, int threads, uint64_t stride, uint64_t lookahead)
-    : state_(new State), process_(getpid()) {
+    : state_(new State), process_(getpid()), length_(reader->sequence_length()) {
   state_->reader = std::move(reader);
   state_->stride = stride;
   state_->lookahead = lookahead;
   state_->threaded = threads > 0;
   try {
+    if (lookahead > kFarthest) throw std::invalid_argument("lookahead is above 2^20 batches");
     for (int i = 0; i < threads; ++i) state_->threads.emplace_back([state = state_] { state->work(); });
   } catch (...) {
     close();

@@ -25,6 +25,8 @@ class Prefetcher {
   Prefetcher(std::shared_ptr<Reader> reader, int threads, uint64_t stride, uint64_t lookahead);
   ~Prefetcher();
 
+  uint64_t sequence_length() const { return length_; }
+
   // May be called from any thread. All but close() throw std::runtime_error once close() was called.
   //
   // Queues a batch, whose memory must live until it was taken or close() has returned.
@@ -67,6 +69,7 @@ class Prefetcher {
   // A forked child has no threads, and locks in whatever state they were: there the state is let go of, not destroyed.
   State* const state_;
   pid_t process_;
+  const uint64_t length_;
 };
 
 }  // namespace phi_fast::tokens

@@ -36,6 +36,9 @@ Reader::Reader(std::vector<std::shared_ptr<TokenFile>> files, std::shared_ptr<Or
   if (files_.size() != order_->corpora() || delimiters_.size() != files_.size()) {
     throw std::invalid_argument("one file and one delimiter are needed for each corpus");
   }
+  for (const auto& file : files_) {
+    if (!file) throw std::invalid_argument("one of the files is None");
+  }
 }
 
 template <typename Token>

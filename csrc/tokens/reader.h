@@ -30,6 +30,7 @@ class Reader {
   void fill(Batch& batch) const;
   // Asks the system to bring rows into memory, without waiting.
   void will_need(uint64_t first_row, uint64_t rows) const;
+  uint64_t sequence_length() const { return order_->sequence_length(); }
   // Bytes of tokens that `rows` rows are read from, at most.
   uint64_t bytes(uint64_t rows) const { return rows * (order_->sequence_length() + 1) * sizeof(uint32_t); }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ._tensors import address, code
+from ._tensors import described, maybe
 
 _OP = "adam"
 
@@ -38,14 +38,15 @@ def step_(
         return
     all_masters: Sequence[Tensor | None] = masters if masters is not None else [None] * len(params)
     tensors = [
-        _addresses(*together) for together in zip(params, grads, exp_avgs, exp_avg_sqs, all_masters, strict=True)
+        (*(described(_OP, tensor) for tensor in together), maybe(_OP, master))
+        for *together, master in zip(params, grads, exp_avgs, exp_avg_sqs, all_masters, strict=True)
     ]
+    for together in (params, grads):
+        _check_one_dtype(together)
     rate, t = float(lr), float(step)
     # 1 - β^t without the cancellation of the difference
     correction1, correction2 = (-math.expm1(t * math.log(beta)) if beta and bias_correction else 1.0 for beta in betas)
     finite = cpu.adam(
-        _one_code(params),
-        _one_code(grads),
         tensors,
         1.0 if grad_scale is None else float(grad_scale),
         *betas,
@@ -65,39 +66,11 @@ def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
     total = 0.0
     for dtype in {g.dtype: None for g in grads}:
         together = [g for g in grads if g.dtype == dtype]
-        for g in together:
-            _check_contiguous("grads", g)
-        pairs = [(g.data_ptr(), g.numel()) for g in together]
-        total += cpu.grad_norm_squared(code(_OP, dtype), pairs, torch.get_num_threads())
+        total += cpu.grad_norm_squared([described(_OP, g) for g in together], torch.get_num_threads())
     return torch.tensor(total, dtype=torch.float64).float()
 
 
-def _one_code(tensors: Sequence[Tensor]) -> int:
+def _check_one_dtype(tensors: Sequence[Tensor]) -> None:
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) != 1:
         raise ValueError(f"adam: one list holds {', '.join(sorted(map(str, dtypes)))}; expected one dtype a call")
-    return code(_OP, dtypes.pop())
-
-
-def _addresses(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, master: Tensor | None
-) -> tuple[int, ...]:
-    size = param.numel()
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("master", master)):
-        if tensor is None:
-            continue
-        if tensor.numel() != size:
-            raise ValueError(f"adam: {name} has {tensor.numel()} elements and its parameter {size}")
-        if name != "grad" and tensor.dtype != torch.float32:
-            raise ValueError(f"adam: {name} is {tensor.dtype}; expected float32")
-        _check_contiguous(name, tensor)
-    _check_contiguous("param", param)
-    return size, *map(address, (param, grad, exp_avg, exp_avg_sq, master))
-
-
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(
-            f"adam: {name} is {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}; expected "
-            "contiguous on the CPU"
-        )

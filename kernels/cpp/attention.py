@@ -12,7 +12,7 @@ from torch import Tensor
 from phi_fast._C import cpu
 
 from ..reference.attention import band, check_documents
-from ._tensors import address, code
+from ._tensors import described, maybe, wide
 
 _OP = "attention"
 
@@ -59,10 +59,6 @@ def backward(
     _call([q, k, v, out, dout, dq, dk, dv], lse, scale, causal, window, cu_seqlens, cos, sin)
 
 
-def _whole(x: Tensor) -> bool:
-    return x.stride(3) == 1 or x.shape[3] <= 1 or not x.numel()
-
-
 def _call(
     tensors: list[Tensor],
     lse: Tensor,
@@ -73,32 +69,16 @@ def _call(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> None:
-    q, k = tensors[:2]
-    batch, sequence, heads, head_dim = q.shape
-    for name, x in zip(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), tensors, strict=False):
-        like = k if name in ("k", "v", "dk", "dv") else q
-        if x.shape != like.shape or x.dtype != q.dtype or x.device.type != "cpu" or not _whole(x):
-            raise ValueError(
-                f"{_OP}: {name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}; expected "
-                f"{q.dtype} {tuple(like.shape)} with last stride 1 on the CPU"
-            )
-    if lse.shape != (batch, heads, sequence) or lse.dtype != torch.float32 or not lse.is_contiguous():
-        raise ValueError(
-            f"{_OP}: lse is {lse.dtype} {tuple(lse.shape)}; expected contiguous float32 {(batch, heads, sequence)}"
-        )
+    sequence, keys = tensors[0].shape[1], tensors[1].shape[1]
     check_documents(sequence, cu_seqlens, cos)
     documents = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
-    tables = [None if table is None else table.float().contiguous() for table in (cos, sin)]
+    tables = [None if table is None else wide(table) for table in (cos, sin)]
     cpu.attention(
-        code(_OP, q.dtype),
-        (batch, sequence, k.shape[1], heads, k.shape[2], head_dim),
-        [(address(x), *x.stride()[:3]) for x in tensors],
-        address(lse),
-        address(documents),
-        0 if documents is None else len(documents) - 1,
-        *(address(table) for table in tables),
-        0 if cos is None else cos.shape[1],
+        [described(_OP, x) for x in tensors],
+        described(_OP, lse),
+        maybe(_OP, documents),
+        *(maybe(_OP, table) for table in tables),
         scale,
-        *band(sequence, k.shape[1], causal, window),
+        *band(sequence, keys, causal, window),
         torch.get_num_threads(),
     )

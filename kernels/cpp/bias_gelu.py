@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ._tensors import address, code, matrix, vector
+from ._tensors import described, maybe, wide
 
 _OP = "bias_gelu"
 
@@ -21,22 +21,12 @@ def forward(
     carry: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See `reference.bias_gelu.forward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
-    dtype, tanh = code(_OP, x.dtype), _tanh(approximate)
+    tanh = _tanh(approximate)
     if carry is not None:
         carry[1].copy_(carry[0])
-    rows, columns = x.shape
     out = x.new_empty(x.shape) if out is None else out
-    wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
-    cpu.bias_gelu_forward(
-        dtype,
-        tanh,
-        rows,
-        columns,
-        matrix(_OP, "x", x, x),
-        matrix(_OP, "out", out, x),
-        address(wide_bias),
-        torch.get_num_threads(),
-    )
+    wide_bias = None if bias is None else wide(bias)
+    cpu.bias_gelu_forward(tanh, described(_OP, x), described(_OP, out), maybe(_OP, wide_bias), torch.get_num_threads())
     return out
 
 
@@ -51,24 +41,20 @@ def backward(
     carry: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.bias_gelu.backward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
-    dtype, tanh = code(_OP, x.dtype), _tanh(approximate)
+    tanh = _tanh(approximate)
     if carry is not None:
         carry[1].copy_(carry[0])
-    rows, columns = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
-    wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
-    dbias = x.new_empty(columns, dtype=torch.float32)
+    wide_bias = None if bias is None else wide(bias)
+    dbias = x.new_empty(x.shape[1], dtype=torch.float32)
     cpu.bias_gelu_backward(
-        dtype,
         tanh,
-        rows,
-        columns,
-        matrix(_OP, "dout", dout, x),
-        matrix(_OP, "x", x, x),
-        matrix(_OP, "dx", dx, x),
-        matrix(_OP, "activation", activation, x),
-        address(wide_bias),
-        address(dbias),
+        described(_OP, dout),
+        described(_OP, x),
+        described(_OP, dx),
+        maybe(_OP, activation),
+        maybe(_OP, wide_bias),
+        described(_OP, dbias),
         torch.get_num_threads(),
     )
     return dx, dbias

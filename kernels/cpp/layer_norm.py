@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ._tensors import address, code, matrix, vector
+from ._tensors import described, maybe, wide
 
 _OP = "layer_norm"
 
@@ -25,29 +25,24 @@ def forward(
     shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.layer_norm.forward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
-    dtype = code(_OP, x.dtype)
-    rows, columns = x.shape
     out = x.new_empty(x.shape) if out is None else out
     if residual is not None and summed is None:
         summed = x.new_empty(x.shape)
-    wide_weight, wide_bias = vector(_OP, "weight", weight, columns), vector(_OP, "bias", bias, columns)
-    wide_shift = None if shift is None or shifted is None else vector(_OP, "shift", shift, columns)
-    mean, rstd = x.new_empty((2, rows), dtype=torch.float32).unbind()
+    wide_weight, wide_bias = wide(weight), wide(bias)
+    wide_shift = None if shift is None or shifted is None else wide(shift)
+    mean, rstd = x.new_empty((2, x.shape[0]), dtype=torch.float32).unbind()
     cpu.layer_norm_forward(
-        dtype,
-        rows,
-        columns,
-        matrix(_OP, "x", x, x),
-        matrix(_OP, "residual", residual, x),
-        matrix(_OP, "summed", summed, x),
-        matrix(_OP, "out", out, x),
-        matrix(_OP, "shifted", shifted, x),
-        address(wide_weight),
-        address(wide_bias),
-        address(wide_shift),
+        described(_OP, x),
+        maybe(_OP, residual),
+        maybe(_OP, summed),
+        described(_OP, out),
+        maybe(_OP, shifted),
+        described(_OP, wide_weight),
+        described(_OP, wide_bias),
+        maybe(_OP, wide_shift),
         eps,
-        address(mean),
-        address(rstd),
+        described(_OP, mean),
+        described(_OP, rstd),
         torch.get_num_threads(),
     )
     return out, mean, rstd
@@ -64,25 +59,19 @@ def backward(
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.layer_norm.backward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
-    dtype = code(_OP, x.dtype)
-    rows, columns = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
-    wide_weight = vector(_OP, "weight", weight, columns)
-    means, rstds = vector(_OP, "mean", mean, rows), vector(_OP, "rstd", rstd, rows)
-    dweight, dbias = x.new_empty((2, columns), dtype=torch.float32).unbind()
+    wide_weight, means, rstds = wide(weight), wide(mean), wide(rstd)
+    dweight, dbias = x.new_empty((2, x.shape[1]), dtype=torch.float32).unbind()
     cpu.layer_norm_backward(
-        dtype,
-        rows,
-        columns,
-        matrix(_OP, "dy", dy, x),
-        matrix(_OP, "x", x, x),
-        matrix(_OP, "residual_grad", residual_grad, x),
-        matrix(_OP, "dx", dx, x),
-        address(wide_weight),
-        address(means),
-        address(rstds),
-        address(dweight),
-        address(dbias),
+        described(_OP, dy),
+        described(_OP, x),
+        maybe(_OP, residual_grad),
+        described(_OP, dx),
+        described(_OP, wide_weight),
+        described(_OP, means),
+        described(_OP, rstds),
+        described(_OP, dweight),
+        described(_OP, dbias),
         torch.get_num_threads(),
     )
     return dx, dweight, dbias

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ._tensors import address, code, matrix, vector
+from ._tensors import described, maybe, wide
 
 _OP = "linear_cross_entropy"
 
@@ -25,10 +25,7 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled(x: Tensor, out: Tensor, factor: float, *, add: bool) -> None:
-    if x.shape != out.shape or not x.is_contiguous() or not out.is_contiguous():
-        raise ValueError(f"{_OP}: {tuple(x.shape)} and {tuple(out.shape)}; expected contiguous tensors of one shape")
-    from_code, to_code = code(_OP, x.dtype), code(_OP, out.dtype)
-    cpu.scaled(from_code, to_code, x.numel(), address(x), address(out), factor, add, torch.get_num_threads())
+    cpu.scaled(described(_OP, x), described(_OP, out), factor, add, torch.get_num_threads())
 
 
 def cross_entropy_(
@@ -46,38 +43,25 @@ def cross_entropy_(
     softcap: float | None = None,
 ) -> Tensor:
     """See `reference.linear_cross_entropy.cross_entropy_`. Raises TypeError for a dtype, ValueError for a shape."""
-    dtype = code(_OP, logits.dtype)
-    rows, columns = logits.shape
-    if labels.shape != (rows,) or labels.dtype != torch.int64:
-        raise ValueError(f"{_OP}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 ({rows},)")
-    if dbias is not None and (dbias.shape != (columns,) or dbias.dtype != torch.float32 or not dbias.is_contiguous()):
-        raise ValueError(
-            f"{_OP}: dbias is {dbias.dtype} {tuple(dbias.shape)}; expected contiguous float32 ({columns},)"
-        )
     labels = labels.contiguous()
-    wide_bias = None if bias is None else vector(_OP, "bias", bias, columns)
-    weight = None if class_weight is None else vector(_OP, "class_weight", class_weight, columns)
-    scale_by_row = scale.dim() > 0
-    scale = vector(_OP, "scale", scale if scale_by_row else scale.reshape(1), rows if scale_by_row else 1)
-    losses = logits.new_empty(rows, dtype=torch.float32)
+    wide_bias = None if bias is None else wide(bias)
+    weight = None if class_weight is None else wide(class_weight)
+    scale = wide(scale)
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     cpu.cross_entropy(
-        dtype,
-        rows,
-        columns,
-        matrix(_OP, "logits", logits, logits),
-        address(labels),
-        address(wide_bias),
-        address(weight),
+        described(_OP, logits),
+        described(_OP, labels),
+        maybe(_OP, wide_bias),
+        maybe(_OP, weight),
         1.0 if weight is None else float(weight.mean()),
         ignore_index,
         label_smoothing,
         z_loss,
         softcap or 0.0,
-        address(scale),
-        scale_by_row,
+        described(_OP, scale),
         need_grad,
-        address(dbias) if need_grad else 0,
-        address(losses),
+        maybe(_OP, dbias),
+        described(_OP, losses),
         torch.get_num_threads(),
     )
     return losses

@@ -12,7 +12,7 @@ from torch import Tensor
 from phi_fast._C import cpu
 
 from ..reference import weight_gradient as reference
-from ._tensors import code, matrix
+from ._tensors import described
 from .linear_cross_entropy import sum_into_
 
 _OP = "weight_gradient"
@@ -40,21 +40,5 @@ def _by_tiles(a: Tensor, b: Tensor) -> bool:
 
 
 def _call(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    rows, m = a.shape
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
-    if b.shape[0] != rows or out.shape != (m, b.shape[1]):
-        raise ValueError(
-            f"{_OP}: a {tuple(a.shape)}, b {tuple(b.shape)} and {tuple(out.shape)}; expected (rows, m), (rows, n) and "
-            "(m, n)"
-        )
-    cpu.weight_gradient(
-        rows,
-        m,
-        b.shape[1],
-        matrix(_OP, "a", a, a),
-        matrix(_OP, "b", b, b),
-        code(_OP, out.dtype),
-        matrix(_OP, "out", out, out),
-        add,
-        torch.get_num_threads(),
-    )
+    cpu.weight_gradient(described(_OP, a), described(_OP, b), described(_OP, out), add, torch.get_num_threads())

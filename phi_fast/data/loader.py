@@ -244,7 +244,7 @@ class TokenLoader:
         assert self._prefetcher is not None
         slot = self._ring.take()
         self._filling.append(slot)
-        self._prefetcher.submit(self._next_row, self.batch, *slot.addresses)
+        self._prefetcher.submit(self._next_row, self.batch, *slot.buffers)
         self._next_row += self.batch * self.world_size
 
     def _stop(self) -> None:
@@ -264,7 +264,7 @@ class _Slot:
         parts = [self.tokens[0], self.tokens[1], self.components]
         if isolated:
             parts += [self.tokens[2], self.cu_seqlens]
-        self.addresses = [part.data_ptr() for part in parts] + [0] * (5 - len(parts))
+        self.buffers = [part.numpy() for part in parts]
 
 
 class _Ring:

@@ -129,7 +129,7 @@ class _Content:
     def _digest(self, block: int) -> str:
         first = block * self._step
         data = np.empty(min(self._step, self._tokens - first), f"<u{self._width}")
-        self._file.read(first, data.size, data.ctypes.data)
+        self._file.read(first, data.size, data)
         return hashlib.sha256(data.data).hexdigest()
 
 
@@ -195,7 +195,7 @@ def sequential_rows(
         count = min(batch, stop - first)
         raw = np.empty(count * sequence_length + 1, f"<u{layout.width}")
         try:
-            file.read(first * sequence_length, raw.size, raw.ctypes.data)
+            file.read(first * sequence_length, raw.size, raw)
         except RuntimeError as error:
             raise CorpusError(str(error)) from None
         if raw.max() > largest:

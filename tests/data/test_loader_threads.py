@@ -149,7 +149,7 @@ def test_the_prefetcher_itself(tmp_path: Path, threads: int) -> None:
             for call in range(50):
                 if i == 0:
                     prefetcher.close()
-                prefetcher.submit(call, BATCH, *(array[i].ctypes.data for array in memory), 0, 0)
+                prefetcher.submit(call, BATCH, *(array[i] for array in memory))
                 prefetcher.take()
 
         messages = {str(error) for error in together(use)}

@@ -88,7 +88,7 @@ class Oracle:
 
 def permutation(n: int, key: int) -> np.ndarray:
     images = np.empty(n, np.uint64)
-    tokens.permutation(n, key, images.ctypes.data)
+    tokens.permutation(n, key, images)
     return images
 
 

@@ -1,4 +1,4 @@
-"""torch.export with a dynamic batch and sequence: the program has each op as one node, and eager's numbers at any size."""
+"""torch.export with a dynamic batch and sequence: each op is one node, and the numbers are eager's at any size."""
 
 from __future__ import annotations
 
