@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/tensors.h"
+#include "gil.h"
 
 namespace phi_fast::cpu {
 namespace {
@@ -34,7 +35,7 @@ void bind_layer_norm(py::module_& module) {
              call.whole<float>("bias", bias, {columns}), call.whole<float>("shift", shift, {columns}), eps,
              call.whole<float>("mean", mean, {rows}), call.whole<float>("rstd", rstd, {rows}), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
   module.def(
       "layer_norm_backward",
       [](const Tensor& dy, const Tensor& x, const MaybeTensor& residual_grad, const Tensor& dx, const Tensor& weight,
@@ -51,7 +52,7 @@ void bind_layer_norm(py::module_& module) {
              call.whole<float>("rstd", rstd, {rows}), call.whole<float>("dweight", dweight, {columns}),
              call.whole<float>("dbias", dbias, {columns}), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 void bind_bias_gelu(py::module_& module) {
@@ -66,7 +67,7 @@ void bind_bias_gelu(py::module_& module) {
                                      call.rows("out", out, dtype, rows, columns),
                                      call.whole<float>("bias", bias, {columns}), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
   module.def(
       "bias_gelu_backward",
       [](bool tanh, const Tensor& dout, const Tensor& x, const Tensor& dx, const MaybeTensor& activation,
@@ -82,7 +83,7 @@ void bind_bias_gelu(py::module_& module) {
                                       call.whole<float>("bias", bias, {columns}),
                                       call.whole<float>("dbias", dbias, {columns}), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 /// Both tables as (positions, half), with half <= head_dim / 2.
@@ -121,7 +122,7 @@ void bind_rotary(py::module_& module) {
                           rows.head_stride, cosines, sines, table[1], given, offset, interleaved, inverse,
                           call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 /// The longest document's length.
@@ -193,7 +194,7 @@ void bind_attention(py::module_& module) {
         a.scale = scale, a.least = least, a.most = most, a.threads = call.threads(threads);
         (tensors.size() == 4 ? kernels().attention_forward : kernels().attention_backward)(a);
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 void bind_cross_entropy(py::module_& module) {
@@ -215,7 +216,7 @@ void bind_cross_entropy(py::module_& module) {
              need_grad ? call.whole<float>("dbias", dbias, {columns}) : nullptr,
              call.whole<float>("losses", losses, {rows}), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 void bind_scaled(py::module_& module) {
@@ -229,7 +230,7 @@ void bind_scaled(py::module_& module) {
         kernels().scaled({from, to, x.numel(), call.flat("x", x, x.dtype, x.numel()),
                           call.flat("out", out, out.dtype, x.numel()), factor, add, call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 void bind_weight_gradient(py::module_& module) {
@@ -259,7 +260,7 @@ void bind_weight_gradient(py::module_& module) {
         }
         kernels().weight_gradient(given);
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 /// param, grad, exp_avg, exp_avg_sq, master.
@@ -290,7 +291,7 @@ void bind_adam(py::module_& module) {
                                grad_scale, float(1 - beta1), float(beta2), float(1 - beta2), float(step_size),
                                float(inverse_root2), float(eps), float(l2), float(keep), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
   module.def(
       "grad_norm_squared",
       [](const std::vector<Tensor>& grads, int threads) {
@@ -306,7 +307,7 @@ void bind_adam(py::module_& module) {
         return kernels().grad_norm_squared(
             {DType(grads[0].dtype), data.data(), sizes.data(), int64_t(data.size()), call.threads(threads)});
       },
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <string>
 #include <system_error>
 
+#include "gil.h"
 #include "tokens/file.h"
 #include "tokens/formats.h"
 #include "tokens/guarded_copy.h"
@@ -74,7 +75,7 @@ uint64_t take(Prefetcher& prefetcher) {
   for (;;) {
     std::optional<Batch> batch;
     {
-      py::gil_scoped_release release;
+      const GilReleased released;
       batch = prefetcher.take(std::chrono::milliseconds(200));
     }
     if (batch) return batch->segments;
@@ -133,7 +134,7 @@ void bind(py::module_& module) {
               throw py::value_error("out has room for " + std::to_string(memory.size) + " tokens; asked for " +
                                     std::to_string(count));
             }
-            py::gil_scoped_release release;
+            const GilReleased released;
             file.read(first, count, memory.address);
           },
           py::arg("first"), py::arg("count"), py::arg("out"), "Copies tokens to `out`, a buffer of the file's width");
@@ -169,14 +170,14 @@ void bind(py::module_& module) {
              const std::optional<py::buffer>& cu_seqlens) {
             const Batch batch = batch_of(first_row, rows, prefetcher.sequence_length(), input_ids, labels, corpora,
                                          positions, cu_seqlens);
-            py::gil_scoped_release release;
+            const GilReleased released;
             prefetcher.submit(batch);
           },
           py::arg("first_row"), py::arg("rows"), py::arg("input_ids"), py::arg("labels"), py::arg("corpora"),
           py::arg("positions") = py::none(), py::arg("cu_seqlens") = py::none(),
           "Queues a batch; the buffers must live until it was taken or close() has returned")
       .def("take", &take, "Waits for the oldest batch; returns its number of segments")
-      .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>());
+      .def("close", &Prefetcher::close, py::call_guard<GilReleased>());
 
   bind_parser(module, "parse_llmc", &parse_llmc);
   bind_parser(module, "parse_npy", &parse_npy);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import threading
 import weakref
@@ -21,6 +23,7 @@ from .store import LARGEST_ID, CorpusError, Mode, Store
 
 _TOUCHES = 100
 """Times that files may be touched while one batch is read."""
+_CLOSED = "the loader is closed; make a new one"
 LOOKAHEAD_ROWS = 128
 """Rows ahead that a disk is told of: as many requests as one NVMe drive works on at once."""
 
@@ -122,7 +125,8 @@ class TokenLoader:
         self._finalizer: weakref.finalize | None = None
         self._filling: deque[_Slot] = deque()
         self._closed = False
-        self._process, self._lock = os.getpid(), threading.RLock()
+        self._lock, self._moving = threading.RLock(), False
+        _LOADERS.add(self)
 
     @property
     def mixture(self) -> Mixture:
@@ -138,8 +142,8 @@ class TokenLoader:
 
     def __next__(self) -> Batch:
         with self._alone():
-            if self._closed:
-                raise RuntimeError("the loader is closed; make a new one")
+            if self._closed or _python_ends:
+                raise RuntimeError(_CLOSED)
             for _ in range(_TOUCHES):
                 if self._prefetcher is None:
                     self._start()
@@ -149,6 +153,8 @@ class TokenLoader:
                     break
                 except (RuntimeError, ValueError) as error:
                     self._stop()  # the batch was not handed out: its rows are tried again, here or in the next call
+                    if _python_ends:
+                        raise RuntimeError(_CLOSED) from None
                     if not self._same_content():
                         raise CorpusError(str(error)) from error
                 except BaseException:
@@ -216,12 +222,26 @@ class TokenLoader:
     ) -> None:
         self.close()
 
-    def _alone(self) -> threading.RLock:
-        """The lock under which the stream moves on. A signal's handler may take it within its own thread's call."""
-        if self._process != os.getpid():  # a forked child: threads and the lock's holder stayed in its parent
-            self._process, self._lock = os.getpid(), threading.RLock()
-            self._stop()
-        return self._lock
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Under this the stream moves on. A signal's handler, which runs inside its own thread's call, is refused: the
+        call that it interrupted holds a part of a batch."""
+        with self._lock:
+            if self._moving:
+                raise RuntimeError(
+                    "a signal's handler used the loader that the signal interrupted: let the handler set a flag, and "
+                    "look at it after next()"
+                )
+            try:
+                self._moving = True
+                yield
+            finally:
+                self._moving = False
+
+    def _after_fork(self) -> None:
+        """In the child: the threads, and who held the lock, stayed in the parent."""
+        self._lock, self._moving = threading.RLock(), False
+        self._stop()
 
     def _same_content(self) -> bool:
         """Whether what stopped the reading was a file that was touched, and holds what it held."""
@@ -235,7 +255,10 @@ class TokenLoader:
         stride = self.batch * self.world_size
         lookahead = max(self.prefetch, -(-LOOKAHEAD_ROWS // self.batch))
         self._prefetcher = _tokens.Prefetcher(self._reader, self.threads, stride, lookahead)
-        self._finalizer = weakref.finalize(self, self._prefetcher.close)  # also at exit, before torch is taken down
+        self._finalizer = weakref.finalize(self, self._prefetcher.close)
+        if _python_ends:  # since this call began
+            self._stop()
+            raise RuntimeError(_CLOSED)
         self._next_row = self._row + self.rank * self.batch
         for _ in range(self.prefetch):
             self._submit()
@@ -252,6 +275,35 @@ class TokenLoader:
             self._finalizer()
         self._prefetcher = self._finalizer = None
         self._filling.clear()
+
+
+_LOADERS: weakref.WeakSet[TokenLoader] = weakref.WeakSet()
+_python_ends = False
+_EXIT_SECONDS = 1.0
+"""For the calls of other threads to return before Python ends."""
+
+
+def _after_fork() -> None:
+    for loader in list(_LOADERS):
+        loader._after_fork()
+
+
+def _at_exit() -> None:
+    """Close what is open, for good: a daemon thread that reads on would fill memory that is gone, and Python aborts one
+    that it finds inside torch."""
+    global _python_ends
+    _python_ends = True
+    for loader in list(_LOADERS):
+        idle = loader._lock.acquire(timeout=_EXIT_SECONDS)
+        if loader._prefetcher is not None:
+            loader._prefetcher.close()
+        if idle:
+            loader._lock.release()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Slot:
