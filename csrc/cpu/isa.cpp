@@ -18,7 +18,9 @@ namespace {
 /// Tiles with bf16 products, which the system must grant the process: their
 /// 8 KB join what it saves of a thread.
 bool amx() {
-#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(PHI_EMULATE_TILES)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h's ARCH_REQ_XCOMP_PERM
   unsigned a = 0, b = 0, c = 0, d = 0;

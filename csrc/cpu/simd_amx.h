@@ -2,9 +2,13 @@
 // A tile is 16 rows of 64 bytes; a product is 16 × 16 sums of 32 terms.
 #pragma once
 #include "cpu/simd_avx512.h"
+#if defined(PHI_EMULATE_TILES)
+#include "cpu/emulated_tiles.h"
+#endif
 
 namespace phi_fast::cpu::PHI_ISA {
 
+#if !defined(PHI_EMULATE_TILES)
 /// This thread's tiles, all of the full size, as long as it lives. oneDNN sets
 /// them up anew for every product of its own.
 class Tiles {
@@ -21,6 +25,7 @@ class Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
+#endif
 
 /// Two tiles of one operand, `second` words apart; those of the next product
 /// are `step` words on.

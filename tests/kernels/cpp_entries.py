@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,17 +34,20 @@ class Entry:
     needs: Callable[[], bool] = lambda: True
     """Whether this machine can carry out the good call."""
 
-    def call(self, place: Callable[[Tensor], Tensor] = lambda x: x, **different: Any) -> Any:
-        """place: gives each tensor another memory."""
-        kept: list[Tensor] = []
+    def placed(self, place: Callable[[Tensor], Tensor]) -> Entry:
+        """The same call, each of its tensors in the memory that `place` gives it."""
+        return replace(self, arguments={name: _each(place, value) for name, value in self.arguments.items()})
 
-        def given(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                kept.append(place(value))
-                return described(self.name, kept[-1])
-            return type(value)(map(given, value)) if isinstance(value, list | tuple) else value
+    def call(self, **different: Any) -> Any:
+        """The good call, or one with other arguments: tensors, or descriptions of them."""
+        given = self.arguments | different
+        return getattr(cpu, self.name)(*(_each(partial(described, self.name), value) for value in given.values()))
 
-        return getattr(cpu, self.name)(*(given(value) for value in (self.arguments | different).values()))
+
+def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_each(change, part) for part in value) if isinstance(value, list | tuple) else value
 
 
 def randn(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -112,7 +116,8 @@ def position_entries(dtype: torch.dtype) -> Iterator[Entry]:
         tables = {name: x[:4] for name, x in table.items()}
         wrong["a document longer than the table"] = {"documents": integers(0, 2, 7, dtype=INT32)}
         packed = {"tensors": tensors, "lse": randn(1, HEADS, SEQUENCE), "documents": integers(0, 3, 3, 7, dtype=INT32)}
-        yield Entry("attention", arguments | packed | tables | {"most": 0}, wrong)
+        arguments |= packed | tables | {"most": 0}
+        yield Entry("attention", arguments, wrong, free=frozenset({("documents", 0)}))
 
 
 def other_entries(dtype: torch.dtype) -> Iterator[Entry]:
