@@ -116,7 +116,7 @@ def position_entries(dtype: torch.dtype) -> Iterator[Entry]:
         tables = {name: x[:4] for name, x in table.items()}
         wrong["a document longer than the table"] = {"documents": integers(0, 2, 7, dtype=INT32)}
         packed = {"tensors": tensors, "lse": randn(1, HEADS, SEQUENCE), "documents": integers(0, 3, 3, 7, dtype=INT32)}
-        arguments |= packed | tables | {"most": 0}
+        arguments = arguments | packed | tables | {"most": 0}
         yield Entry("attention", arguments, wrong, free=frozenset({("documents", 0)}))
 
 
