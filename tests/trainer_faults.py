@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from phi_fast.data.loader import CorpusError
+from phi_fast.training import checkpoint
 from phi_fast.training.corpora import Corpora
+from phi_fast.training.metrics import MetricsLog
+from phi_fast.training.task_scores import TasksDuringTraining
 from phi_fast.training.zero import Zero2
 
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
@@ -142,3 +148,62 @@ def sleep_on(rank: int, given: list[float]) -> None:
 def environment(rank: int, given: dict[str, str]) -> None:
     """Variables of the environment that the trainer finds."""
     os.environ.update(given)
+
+
+def broken_validation(rank: int, given: list[int]) -> None:
+    """Reading validation rows fails on this rank in its given[rank]-th validation (from 1); 0: never."""
+    validation, done = Corpora.validation, 0
+
+    def fail(*arguments: Any) -> Iterator[Any]:
+        nonlocal done
+        done += 1
+        if done == given[rank]:
+            raise CorpusError("validation.bin was cut short while in use")
+        return validation(*arguments)
+
+    Corpora.validation = fail  # type: ignore[method-assign]
+
+
+def broken_task(rank: int, given: list[int]) -> None:
+    """Scoring the tasks fails for the given[rank]-th time on this rank (from 1); 0: never."""
+    score, done = TasksDuringTraining._score, 0
+
+    def fail(tasks: TasksDuringTraining, model: Any) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        if done == given[rank]:
+            raise RuntimeError("no such thing")
+        return score(tasks, model)
+
+    TasksDuringTraining._score = fail  # type: ignore[method-assign]
+
+
+def no_room_for_metrics(rank: int, given: list[int]) -> None:
+    """From rank 0's given[0]-th record on, the device that takes its lines is full: the kernel says so."""
+    write, done = MetricsLog.write, 0
+
+    def fill(log: MetricsLog, record: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == given[0]:
+            log._file = Path("/dev/full").open("w")  # noqa: SIM115
+        write(log, record)
+
+    MetricsLog.write = fill  # type: ignore[method-assign]
+
+
+def slow_read(rank: int, given: list[float]) -> None:
+    """Reading a checkpoint's weights takes given[rank] seconds more."""
+    load = checkpoint.load_model
+
+    def wait(source: Path) -> Any:
+        print("reading the checkpoint", flush=True)
+        time.sleep(given[rank])
+        return load(source)
+
+    checkpoint.load_model = wait
+
+
+def full_file_system(rank: int, given: list[int]) -> None:
+    """The run directory's file system has given[rank] bytes left."""
+    shutil.disk_usage = lambda path: SimpleNamespace(total=2**40, used=2**40 - given[rank], free=given[rank])

@@ -23,6 +23,9 @@ from ..model.phi import Block
 from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin
 from .distributed import World
 
+SLOWER = "--resume --allow-change with a lower --learning-rate"
+"""Advice that works under every schedule; a constant rate could be changed without --allow-change."""
+
 
 class Diverged(PhiFastError, RuntimeError):
     """The run cannot go on: a loss that is not finite, or gradients that overflow at the lowest loss scale."""
@@ -226,15 +229,15 @@ def explain_broken(model: nn.Module, step: int, lr: float, checkpoint: Path | No
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     return (
         f"the update of step {step}, at learning rate {lr:g}, left {what} not finite. Nothing of it is saved; {kept}. "
-        "To try: --resume with a lower --learning-rate"
+        f"To try: {SLOWER}"
     )
 
 
 def _advice(found: Overflow | None, precision: str) -> str:
     if found is not None and found.what.startswith("the weights"):
-        return "go on from an earlier checkpoint (move the newest away) with a lower --learning-rate"
+        return f"move the newest checkpoint away, and {SLOWER}"
     if precision == "fp16" and found is not None and found.forward:
-        return "--precision bf16, or --resume with a lower --learning-rate; a lower loss scale does not help"
+        return f"--resume --precision bf16, or {SLOWER}; a lower loss scale does not help"
     if precision == "fp16":
-        return "--precision bf16, a lower --min-loss-scale, or --resume with a lower --learning-rate"
-    return "--resume with a lower --learning-rate, a lower --gradient-clipping, or --skip-spikes 6"
+        return f"--resume --precision bf16, --resume with a lower --min-loss-scale, or {SLOWER}"
+    return f"{SLOWER}, --resume with a lower --gradient-clipping, or --resume --skip-spikes 6"

@@ -62,7 +62,7 @@ class Trainer:
         self.loader = self.corpora.loader(setup.micro_batch_size)
         self.done = run.restore(self.zero, self.loader, console)
         self.tasks = TasksDuringTraining(options, self.corpora.tokenizer, world) if options.eval_every else None
-        run.create(self.corpora.tokenizer)
+        run.create(self.corpora.tokenizer, self.zero.checkpoint_bytes())
         header(console, setup, run, self.corpora, self.done)
         self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields())) if world.is_main else None
         self.meter = Meter(options, world)
@@ -178,8 +178,6 @@ class Trainer:
             display.summary(saved, self.run.directory)
             return 0
         console.print(f"saved {saved}")
-        console.print(
-            f"stopped at step {self.done} of {steps}; to go on, give the same options and --run-dir "
-            f"{self.run.directory} --resume"
-        )
+        go_on = f"--run-dir {self.run.directory} --resume"
+        console.print(f"stopped at step {self.done} of {steps}; to go on, start it again with {go_on}")
         return INTERRUPTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +27,11 @@ class Owned:
         self._claim, self._made = claim, made
 
     @staticmethod
-    def choose(options: Options) -> Owned:
+    @staticmethod
+    def choose(options: Options, tell: Callable[[str], None] = print) -> Owned:
         """Choose the directory by the options and take its ownership, before anything is written there.
+
+        tell: called with a line that says for whom --elastic waits.
 
         Raises UsageError where another process owns it, it holds another run, or there is none to resume.
         """
@@ -35,17 +39,18 @@ class Owned:
         if options.elastic and options.run_dir is None:
             raise UsageError("--elastic starts the same command again and again: name its directory with --run-dir")
         if options.resume:
-            return Owned._take(newest_run(options), options)
+            return Owned._take(newest_run(options), options, tell)
         if options.run_dir is not None:
-            return Owned._take(base, options)
+            return Owned._take(base, options, tell)
         for n in range(1, 10_000):
             directory = base if n == 1 else base.with_name(f"{base.name}-{n}")
             if not directory.exists() and _make(directory):  # of two starts, one makes it
-                return Owned(directory, _claim(directory, wait=0), made=True)
+                return Owned(directory, _claim(directory, 0, tell), made=True)
         raise UsageError(f"{base} … {base}-9999 are all taken: name a directory with --run-dir")
 
     @staticmethod
-    def _take(directory: Path, options: Options) -> Owned:
+    @staticmethod
+    def _take(directory: Path, options: Options, tell: Callable[[str], None]) -> Owned:
         """Own a directory that was named. A start that resumes needs it to be there."""
         if options.resume and not directory.exists():
             raise UsageError(
@@ -53,7 +58,7 @@ class Owned:
                 "--run-dir"
             )
         made = _make(directory)
-        owned = Owned(directory, _claim(directory, wait=RESTART_SECONDS if options.elastic else 0), made)
+        owned = Owned(directory, _claim(directory, RESTART_SECONDS if options.elastic else 0, tell), made)
         try:
             if not options.resume:
                 _refuse_another_run(directory, options)
@@ -108,10 +113,11 @@ def _make(directory: Path) -> bool:
     return True
 
 
-def _claim(directory: Path, wait: float) -> Claim:
+def _claim(directory: Path, wait: float, tell: Callable[[str], None]) -> Claim:
     way_out = "wait for it to end, or name another --run-dir"
     with writing(directory, "give the right to write there, or name another --run-dir"):
-        return Claim.take(directory / ".lock", f"the run directory {directory}", wait=wait, way_out=way_out)
+        what = f"the run directory {directory}"
+        return Claim.take(directory / ".lock", what, wait=wait, tell=tell, way_out=way_out)
 
 
 def _refuse_another_run(directory: Path, options: Options) -> None:

@@ -11,6 +11,7 @@ tokenizer.json    so that the directory alone is enough to generate text; tokeni
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -57,7 +58,7 @@ class Run:
         Raises UsageError where there is nothing to resume, or a named directory holds another run or is in use;
         CheckpointError where the newest complete checkpoint is of another model or data order.
         """
-        owned, choice = _own(options) if world.is_main else (None, None)
+        owned, choice = _own(options, console) if world.is_main else (None, None)
         choice = world.broadcast(choice)
         if isinstance(choice, str):
             raise UsageError(choice)
@@ -98,8 +99,14 @@ class Run:
         )
         raise CheckpointError(f"{self.source} is of another run: {reason}. {way_out}")
 
-    def create(self, tokenizer: Tokenizer) -> None:
-        """Make the directory, with the options and the tokenizer in it: once nothing but training can go wrong."""
+    def create(self, tokenizer: Tokenizer, checkpoint_bytes: int) -> None:
+        """Make the directory, with the options and the tokenizer in it: once nothing but training can go wrong.
+
+        Raises UsageError, on every rank, where it cannot be written, or has no room for one checkpoint.
+        """
+        problem = self._refuse_a_full_disk(checkpoint_bytes) if self.world.is_main else None
+        if problem := self.world.broadcast(problem):
+            raise UsageError(problem)
         if not self.world.is_main:
             return
         model = self.options.model
@@ -116,6 +123,16 @@ class Run:
                 write_atomically(self.directory / name, text.encode())
         if self._owned is not None:
             self._owned.keep()
+
+    def _refuse_a_full_disk(self, checkpoint_bytes: int) -> str | None:
+        """Why the first checkpoint could not be written: an older one goes only after a newer one is whole."""
+        free = shutil.disk_usage(self.directory).free
+        if free >= checkpoint_bytes:
+            return None
+        return (
+            f"{self.directory} has {free / 1e9:.2f} GB of room, and a checkpoint of this run takes "
+            f"{checkpoint_bytes / 1e9:.2f} GB: make room, or name a --run-dir on another file system"
+        )
 
     def save(self, zero: Zero2, loader: TokenLoader, step: int) -> Path:
         """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`.
@@ -205,10 +222,10 @@ class Run:
         return state["step"]
 
 
-def _own(options: Options) -> tuple[Owned | None, Path | str]:
+def _own(options: Options, console: Console) -> tuple[Owned | None, Path | str]:
     """The directory, owned, or the error that says why there is none: every rank raises it."""
     try:
-        owned = Owned.choose(options)
+        owned = Owned.choose(options, console.print)
     except UsageError as error:
         return None, str(error)
     return owned, owned.directory

@@ -63,8 +63,6 @@ class TasksDuringTraining:
             try:
                 scores = self._score(model)
             except Exception as error:  # lm-eval's own are of any kind: every rank learns of it, and saves
-                if self.world.size == 1:
-                    raise
                 scores = f"the model could not be scored on --eval-tasks: {type(error).__name__}: {error}"
         scores = self.world.broadcast(scores)
         if isinstance(scores, str):

@@ -181,6 +181,11 @@ class Zero2:
             sizes[name] = (tensor.numel(), last)
         return sizes
 
+    def checkpoint_bytes(self) -> int:
+        """Size of the tensors that all ranks together save."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        return weights + 4 * sum(whole for _, whole in self.partition_sizes().values())
+
     def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take weights, optimizer tensors and `state_dict()` of a checkpoint."""
         with torch.no_grad():

@@ -222,7 +222,7 @@ def test_a_signal_saves_and_says_how_to_go_on(stdlib: Path, tmp_path: Path, numb
     output, _ = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, output
     done = len(losses(run))
-    assert f"stopped at step {done} of 100000; to go on, give the same options and --run-dir {run} --resume" in output
+    assert f"stopped at step {done} of 100000; to go on, start it again with --run-dir {run} --resume" in output
     assert (run / "checkpoints" / "latest").read_text() == f"step-{done}"
 
 
