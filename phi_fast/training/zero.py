@@ -97,9 +97,9 @@ class Zero2:
         """This rank's part of the step's mean loss."""
         self.dynamic = precision == "fp16"
         if self.dynamic:
-            self.zero.loss_scaler.raise_error_at_min_scale = (
-                False  # `StepOutcome.hopeless` says it, with the weights whole
-            )
+            scaler = self.zero.loss_scaler
+            scaler.raise_error_at_min_scale = False  # `StepOutcome.hopeless` says it, with the weights whole
+            scaler.min_scale = recipe.min_loss_scale  # which DeepSpeed's own configuration takes whole numbers for
         self.fused: FusedStep | None = None
         if fused:
             _require_internals(self.zero, world)
@@ -369,7 +369,7 @@ def _config(
             "initial_scale_power": int(recipe.initial_loss_scale).bit_length() - 1,
             "loss_scale_window": recipe.loss_scale_window,
             "hysteresis": recipe.loss_scale_hysteresis,
-            "min_loss_scale": recipe.min_loss_scale,
+            "min_loss_scale": max(1, int(recipe.min_loss_scale)),
         },
         "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": None,
