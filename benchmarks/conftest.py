@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from benchmarks import tables, timing
 from benchmarks.harness import RESULTS, Results
+from phi_fast.terminal import console as open_console
 
 COLLECTED = pytest.StashKey[Results]()
 DESELECTED = pytest.StashKey[bool]()
@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if results is None or results.directory is None:
         return
     terminalreporter.section("benchmarks")
-    console = Console(file=terminalreporter._tw._file, width=160)
+    console = open_console(file=terminalreporter._tw._file, width=160)
     for subject in results.subjects:
         tables.show(subject, console)
     terminalreporter.write_line(f"wrote {results.path}; python -m benchmarks.report makes the tables and plots")

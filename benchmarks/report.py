@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from benchmarks import overview, plots, regressions, summary
 from benchmarks.harness import RESULTS, whole
 from benchmarks.tables import cells, describe, markdown
 from phi_fast.errors import UsageError
+from phi_fast.startup import tolerate_encodings
+from phi_fast.terminal import console
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
@@ -147,6 +148,7 @@ def _picture(results: Path, documents: dict[str, dict[str, Any]], shown: list[st
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0; 1 where --compare found something slower; 2 after an error."""
+    tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.report", description=__doc__)
     try:
         if options.compare is None:
@@ -156,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    regressions.show(comparison, Console(soft_wrap=True, highlight=False))
+    regressions.show(comparison, console(soft_wrap=True))
     return 1 if comparison.regressed else 0
 
 

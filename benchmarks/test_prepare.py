@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
 from tokenizers import Tokenizer
 
 from benchmarks.harness import Results, Row, Subject
 from phi_fast.data.preparation.pipeline import Settings, available_cores, prepare
 from phi_fast.data.stdlib_corpus import read_sources, standard_library
 from phi_fast.data.vocabulary import tokenizer
+from phi_fast.terminal import console as open_console
 
 BATCH = 256
 """Documents in one call of the peer's."""
@@ -56,7 +56,7 @@ def seconds_of_tokenizers(documents: list[str], encoder: Tokenizer) -> float:
 
 def seconds_of_prepare(source: Path, out: Path) -> float:
     start = time.perf_counter()
-    prepare([source], out, Settings("phi-1.5"), console=Console(quiet=True))
+    prepare([source], out, Settings("phi-1.5"), console=open_console(quiet=True))
     seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return seconds

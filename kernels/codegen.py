@@ -201,7 +201,7 @@ def _print(found: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
     for arch in dict.fromkeys(row.arch for row in found):
         table = Table(title=f"{arch}: compiled, not run")
         for heading in HEADINGS:
@@ -212,7 +212,7 @@ def _print(found: list[Row]) -> None:
         console.print(table)
     for row in found:
         for what in row.problems:
-            console.print(f"{row.arch} {row.specimen.name} ({row.specimen.note}): {what}", style="red", markup=False)
+            console.print(f"{row.arch} {row.specimen.name} ({row.specimen.note}): {what}", style="red")
 
 
 def main(options: Options) -> int:
@@ -241,6 +241,9 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    import tyro
+    try:
+        import tyro
+    except ImportError:
+        sys.exit("error: phi_fast.kernels.codegen needs tyro and rich: pip install 'phi-fast[train]'")
 
     sys.exit(main(tyro.cli(Options, prog="python -m phi_fast.kernels.codegen")))

@@ -28,6 +28,7 @@ from .evaluation import generative, multiple_choice, plots, results, sandbox
 from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
+from .evaluation.sandbox import SandboxError
 from .recipes import Names
 from .startup import tolerate_encodings
 from .terminal import console as screen
@@ -76,7 +77,7 @@ def main() -> int:
     console = screen(stderr=True)
     try:
         evaluate(options, console)
-    except (PhiFastError, OSError) as error:
+    except (PhiFastError, SandboxError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
+    import sys
+
     from phi_fast.startup import begin
 
-    begin("phi_fast.generate", "PyTorch")
+    begin("phi_fast.generate", "" if "--quiet" in sys.argv else "PyTorch")
 
 import codecs
 import json

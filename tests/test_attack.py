@@ -56,7 +56,11 @@ KERNELS = "import os; from phi_fast import kernels; kernels"
 @pytest.mark.parametrize(
     ("campaign", "broken", "message"),
     [
-        ("flips", "from phi_fast import checkpoint; checkpoint.newest = lambda d, w: (d / 'step-2', [])", "bit "),
+        (
+            "flips",
+            "from phi_fast.training import checkpoint; checkpoint.newest = lambda d, w: (d / 'step-2', [])",
+            "bit ",
+        ),
         ("headers", "from phi_fast.data import formats; formats.open_layout = lambda p, dtype: int('x')", "ValueError"),
         ("ops", f"{KERNELS}.bias_gelu = lambda *a, **k: {{}}[1]", "KeyError: 1"),
         ("ops", f"{KERNELS}.layer_norm = lambda *a, **k: os.abort()", "ended with -6"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import io
+import re
+import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,51 +20,118 @@ from phi_fast.planning.devices import find_device
 from phi_fast.training import options
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "prepare", "generate", "evaluate", "convert", "report", "plan", "verify")
-ORDINARY = {
-    "plan": ["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "8"],
-    "report": ["no → run"],
-    "prepare": ["no → file", "--tokenizer", "no → tokenizer", "--out", "x → y"],
-    "convert": ["no → model", "x → y"],
-    "generate": ["--model", "no → model", "--prompt", "x"],
-    "evaluate": ["--model", "no → model", "--tasks", "x →"],
-    "train": ["--data", "no → data", "--kernels", "no → kernels"],
+COMMANDS = {
+    "phi_fast.plan": ["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "8"],
+    "phi_fast.report": ["no → run"],
+    "phi_fast.prepare": ["no → file", "--tokenizer", "no → tokenizer", "--out", "x → y"],
+    "phi_fast.convert": ["no → model", "x → y"],
+    "phi_fast.generate": ["--model", "no → model", "--prompt", "x"],
+    "phi_fast.evaluate": ["--model", "no → model", "--tasks", "x →"],
+    "phi_fast.train": ["--data", "no → data", "--kernels", "no → kernels"],
+    "phi_fast.verify": ["--ops", "layer_norm", "--dtypes", "fp32", "--backends", "reference"],
+    "phi_fast.kernels.codegen": ["--only", "no → kernel"],
+    "benchmarks.report": ["--results", "no → results"],
+}
+"""Every entry point with a command line of ordinary or wrong words."""
+NOT_COMMANDS = {
+    *("phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"),  # started by the sandbox
+    *("phi_fast.evaluation.lm", "benchmarks.zero2", "benchmarks.one_process"),  # lm-eval's command; parts of benchmarks
 }
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_and_ordinary_output_on_any_encoding(
-    command: str, encoding: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    main = importlib.import_module(f"phi_fast.{command}").main
-    for words in (["--help"], *([ORDINARY[command]] if command in ORDINARY else [])):
-        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+def test_every_entry_point_is_here() -> None:
+    found = set()
+    for folder, package in (("phi_fast", "phi_fast"), ("kernels", "phi_fast.kernels"), ("benchmarks", "benchmarks")):
+        for path in (ROOT / folder).rglob("*.py"):
+            if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
+                found.add(".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)))
+    assert found == set(COMMANDS) | NOT_COMMANDS
+
+
+def outcome(command: str, words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """Status, and the words of both streams that every encoding can write."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    status: object = 0
+    with monkeypatch.context() as patch:
         for name, stream in streams.items():
-            monkeypatch.setattr(sys, name, stream)
-        monkeypatch.setattr(sys, "argv", [command, *words])
+            patch.setattr(sys, name, stream)
+        patch.setattr(sys, "argv", [command, *words])
         try:
-            status = main()
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
         except SystemExit as ended:
-            status = ended.code
-        for stream in streams.values():
-            stream.flush()
-        assert status in (0, None, 1, 2)
-        assert any(stream.buffer.getvalue() for stream in streams.values())
+            status = ended.code or 0
+    for stream in streams.values():
+        stream.flush()
+    text = "\n".join(stream.buffer.getvalue().decode(encoding) for stream in streams.values())
+    plain = re.sub(r"\\(u[0-9a-f]{4}|x[0-9a-f]{2})|[^\x00-\x7f]", " ", text)
+    return status, re.findall(r"[A-Za-z][A-Za-z_-]+", plain)  # type: ignore[return-value]
 
 
-def test_no_module_makes_a_console_that_reads_markup() -> None:
-    """phi_fast.terminal makes them all; the kernels, which cannot import it, print only their own words."""
-    for path in sorted((ROOT / "phi_fast").rglob("*.py")):
-        if path.name == "terminal.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id != "Console", f"{path}:{node.lineno}"
-                if node.func.id == "TextColumn":
-                    settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                    assert settings.get("markup") == "False", f"{path}:{node.lineno}"
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_encoding_changes_neither_status_nor_words(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it lacks is escaped; the rest is the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    for words in (["--help"], COMMANDS[command]):
+        expected = outcome(command, words, "utf-8", monkeypatch)
+        assert expected[1]
+        for encoding in ("ascii", "latin-1"):
+            assert outcome(command, words, encoding, monkeypatch) == expected
+
+
+def test_inspecting_a_corpus_on_any_encoding(stdlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--inspect", str(stdlib / "docs")]
+    status, said = outcome("phi_fast.prepare", words, "utf-8", monkeypatch)
+    assert status == 0 and len(said) > 20
+    assert outcome("phi_fast.prepare", words, "ascii", monkeypatch)[0] == 0
+
+
+def consoles(tree: ast.Module) -> Iterator[ast.Call]:
+    """Calls of rich's Console, or of a progress column of text, under whatever name they were imported."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rich"):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "rich":
+                    names[alias.asname or "rich"] = alias.name if alias.asname else "rich"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            word = ast.unparse(node.func)
+            first, _, rest = word.partition(".")
+            whole = f"{names[first]}.{rest}".rstrip(".") if first in names else names.get(word, "")
+            if whole.startswith("rich") and whole.endswith((".Console", ".TextColumn", ".get_console", ".print")):
+                yield node
+
+
+def test_no_console_reads_what_a_user_typed_as_markup() -> None:
+    """phi_fast.terminal makes them all; a module that cannot import it turns markup off itself."""
+    seen = 0
+    for path in sorted(path for part in ("phi_fast", "kernels", "benchmarks") for path in (ROOT / part).rglob("*.py")):
+        for call in consoles(ast.parse(path.read_text(encoding="utf-8"))):
+            seen += 1
+            settings = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            off = settings.get("markup") == "False" or "'markup': False" in ast.unparse(call)
+            assert off, f"{path}:{call.lineno}"
+    assert seen >= 3
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from rich.console import Console as C\nC(stderr=True)",
+        "import rich.console\nrich.console.Console()",
+        "import rich\nrich.print('x')",
+        "from rich import print\nprint('x')",
+        "from rich import console\nconsole.Console()",
+    ],
+)
+def test_consoles_are_found_under_any_name(source: str) -> None:
+    assert len(list(consoles(ast.parse(source)))) == 1
 
 
 @pytest.mark.parametrize(

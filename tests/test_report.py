@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from phi_fast.data import Mixture, TokenLoader
+from phi_fast.errors import UsageError
 from phi_fast.report import main
 from phi_fast.reporting.curves import MOST, Scale, smoothed, thin
 from phi_fast.reporting.mixture import draws
@@ -265,6 +267,26 @@ def test_draws_follow_other_weights() -> None:
     assert all(abs(draw.drawn - draw.intended * 700) < 1 for draw in found)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"loss": 2.0}', "step is missing, expected an integer of at least 0"),
+        ('{"step": true}', "step is True, expected an integer"),
+        ('{"step": 2, "loss": "x"}', "loss is 'x', expected a finite number"),
+        ('{"step": 2, "val_losses": {"a": "x"}}', "val_losses.a is 'x', expected a finite number"),
+        ('{"step": 2, "loss": NaN}', "NaN is not JSON"),
+        ("[1]", "holds a JSON list, expected an object"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> None:
+    """Also as the last one, where its line feed says that it is whole; lines of white space are none."""
+    run = write_run(tmp_path / "run", steps=1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"\n  \n{line}\n")
+    with pytest.raises(UsageError, match=rf"metrics.jsonl:4.*{re.escape(message)}"):
+        read_runs([run])
+
+
 def test_long_curves_are_thinned_and_keep_their_extremes() -> None:
     values: list[float | None] = [float(i % 17) for i in range(36_000)]
     values[20_000], values[30_000], values[100] = 1e6, -5.0, None
@@ -299,11 +321,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text()
     metrics.write_text("broken\n" + lines)
-    assert f"{metrics}:1 is not a step's record" in refused(str(run))
+    assert f"{metrics}:1 is not JSON" in refused(str(run))
     metrics.write_bytes(b"\xac\xff\n" + lines.encode())
-    assert f"{metrics}:1 is not a step's record" in refused(str(run))
+    assert f"{metrics}:1 is not JSON" in refused(str(run))
     metrics.write_text('{"step": 1, "loss": "<b>"}\n' + lines)
-    assert "expected a number or null" in refused(str(run))
+    assert "loss is '<b>', expected a finite number" in refused(str(run))
     metrics.write_text("")
     assert "has no step yet" in refused(str(run))
     metrics.write_text(lines)

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from threading import Lock
 from typing import Any
 
-from .local_data import CONVERTERS, Row
+from .local_data import Row, converted
 from .responses import Responses
 from .results import Question, TaskResult
 from .sandbox import Judged, Limits, Program, Result, run_programs
@@ -44,7 +44,7 @@ def hub_rows(task: str) -> list[Row]:
     import datasets
 
     path, name, split = HUB[task]
-    return [CONVERTERS[task](dict(row)) for row in datasets.load_dataset(path, name, split=split)]
+    return converted(datasets.load_dataset(path, name, split=split), task, path)
 
 
 def run(task: str, lm: Any, rows: list[Row], *, limits: Limits | None = None) -> TaskResult:

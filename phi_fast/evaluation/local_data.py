@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ FILE_NAMES = {
 
 
 TEXTS = (
-    *("text", "question", "query", "goal", "passage", "sentence", "prompt", "context"),
-    *("sol1", "sol2", "option1", "option2", "answerA", "answerB", "answerC"),
+    *("text", "question", "question_stem", "query", "goal", "passage", "sentence", "prompt", "context"),
+    *("sol1", "sol2", "option1", "option2", "answerA", "answerB", "answerC", "test", "entry_point"),
 )
-"""Fields that are put before a model as they are."""
+"""Fields of one text, each put before a model or run as it is."""
+LISTS = {"choices": 2, "endings": 2, "answers": 1, "test_list": 1, "groups": 1}
+"""Fields of several texts, and the fewest that a question has."""
 MAX_BYTES = 2**32
 """Of a file of questions."""
 
@@ -44,31 +47,58 @@ def find_file(folder: Path, task: str) -> Path | None:
 
 def read_rows(path: Path, task: str) -> list[Row]:
     """Every question of a file, with the fields of the hub's data set. Raises UsageError naming the line at fault."""
-    convert = CONVERTERS.get(task, dict)
     rows = []
     for number, line in enumerate(read_regular(path, MAX_BYTES).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_whole(convert(json.loads(line))))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise UsageError(f"{path}:{number} is no question of {task}: {type(error).__name__}: {error}") from error
+        if line.strip():
+            rows.append(_question(partial(json.loads, line), task, f"{path}:{number}"))
     if not rows:
         raise UsageError(f"{path} has no questions")
     return rows
 
 
+def converted(rows: Iterable[Row], task: str, source: str) -> list[Row]:
+    """As `read_rows`, of rows that are there already; `source` names them in errors."""
+    return [_question(partial(dict, row), task, f"{source}, row {i}") for i, row in enumerate(rows)]
+
+
+def _question(read: Callable[[], Row], task: str, where: str) -> Row:
+    try:
+        return _whole(CONVERTERS.get(task, dict)(read()))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{where} is no question of {task}: {type(error).__name__}: {error}") from error
+
+
 def _whole(row: Row) -> Row:
-    """The row. Raises ValueError for an empty text or choice, which has no likelihood, and for a toxicity of 0."""
-    choices: Any = row.get("choices") or row.get("endings") or ()
-    texts = {name: row[name] for name in TEXTS if isinstance(row.get(name), str)}
-    texts |= {f"choice {i}": x for i, x in enumerate(choices["text"] if isinstance(choices, dict) else choices)}
-    empty = [name for name, text in texts.items() if isinstance(text, str) and not text.strip()]
-    if empty:
-        raise ValueError(f"{', '.join(empty)} is empty, expected text")
+    """The row. Raises ValueError for an empty text or choice, which has no likelihood, for too few choices, for two
+    options that are one, and for a toxicity of 0."""
+    for name in TEXTS:
+        if name in row:
+            _text(row, name)
+    for name, least in LISTS.items():
+        if name not in row:
+            continue
+        found = row[name]["text"] if isinstance(row[name], dict) else row[name]
+        if not isinstance(found, list) or len(found) < least:
+            raise ValueError(f"{name} is {found!r}, expected a list of at least {least}")
+        for i, text in enumerate(found):
+            if not isinstance(text, str) or not text.strip():
+                what = "empty" if text == "" else repr(text)
+                raise ValueError(f"{name.removesuffix('s')} {i} is {what}, expected text")
+    if "option1" in row and row["option1"] == row["option2"]:
+        raise ValueError(f"both options are {row['option1']!r}, expected two")
     if not row.get("toxicity", 1) > 0:
         raise ValueError(f"the toxicity is {row['toxicity']}, expected 1 to 5")
     return row
+
+
+def _text(row: Row, name: str) -> str:
+    """The text in a field. Raises KeyError where there is none, ValueError where it is empty or no text."""
+    text = row[name]
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {text!r}, expected text")
+    if not text.strip():
+        raise ValueError(f"{name} is empty, expected text")
+    return text
 
 
 def _of_hub(row: Row, *fields: str) -> Row:
@@ -207,7 +237,10 @@ def _mmlu(row: Row) -> Row:
 
 def _gsm8k(row: Row) -> Row:
     question = row["question"] if "question" in row else row["context"]
-    return {"question": question, "answer": str(row["answer"]).rpartition("####")[2].strip().replace(",", "")}
+    answer = str(row["answer"]).rpartition("####")[2].strip().replace(",", "")
+    if not re.fullmatch(r"-?\d+(\.\d+)?", answer):
+        raise ValueError(f"the answer ends with {answer!r}, expected a number")
+    return {"question": question, "answer": answer}
 
 
 def _humaneval(row: Row) -> Row:
@@ -226,8 +259,8 @@ def _squad(row: Row) -> Row:
         return {"prompt": row["text"].strip(), "answers": [row["value"].strip()]}
     answers = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
     title = f"Title: {row['title']}\n\n" if row.get("title") else ""
-    prompt = f"{title}Background: {row['context']}\n\nQuestion: {row['question']}\n\nAnswer:"
-    return {"prompt": prompt, "answers": list(answers)}
+    prompt = f"{title}Background: {_text(row, 'context')}\n\nQuestion: {_text(row, 'question')}\n\nAnswer:"
+    return {"prompt": prompt, "answers": answers}
 
 
 def _toxigen(row: Row) -> Row:

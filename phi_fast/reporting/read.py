@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..json_files import flatten, parse_json, read_json, read_regular
+from ..json_files import Fields, flatten, read_json, read_lines
 
 MAX_BYTES = 2**32
 """Of a metrics.jsonl: some ten million steps."""
+WAY_OUT = "Correct or remove that line"
 Curve = tuple[list[int], list[float | None]]
 """Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
 
@@ -83,27 +84,20 @@ def _read(path: Path, name: str) -> RunData:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines; a last one that was cut short, as by a kill, is left out."""
-    lines = read_regular(path, MAX_BYTES).rstrip(b"\n").split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = parse_json(line, "it")
-            _check(record)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UsageError(f"{path}:{number} is not a step's record: {error}") from error
-        records.append(record)
-    return records
+    """The lines, their fields checked; a last one that was cut short, as by a kill, is left out."""
+    return [_checked(Fields.of(value, where, WAY_OUT)) for where, value in read_lines(path, max_bytes=MAX_BYTES)]
 
 
-def _check(record: Any) -> None:
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError('expected an object with an integer "step"')
-    for key, value in record.items():
-        if not isinstance(value, int | float | None | dict) or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{key} is {value!r}, expected a number or null")
+def _checked(record: Fields) -> dict[str, Any]:
+    record.whole("step")
+    for name, value in record.values.items():
+        if isinstance(value, dict):
+            for member in value:
+                if member in record.inner(name):
+                    record.inner(name).number(member)
+        elif value is not None and not isinstance(value, bool):
+            record.number(name)
+    return record.values
 
 
 def _samples(events: Path) -> list[tuple[int, str]]:

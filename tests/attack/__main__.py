@@ -21,7 +21,7 @@ from pathlib import Path
 from .tally import Counts
 
 ROOT = Path(__file__).parent.parent.parent
-FOLDERS = [ROOT / "tests" / part for part in ("", "data", "evaluation")]
+FOLDERS = [ROOT / "tests" / part for part in ("", "data", "evaluation", "training")]
 """Where the tests' helpers are imported from."""
 GRACE_SECONDS = 300.0
 """A campaign ends itself at its budget; for its start, its last attack and its tidying up."""

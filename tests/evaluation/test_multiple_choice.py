@@ -22,7 +22,7 @@ from phi_fast.data import vocabulary
 from phi_fast.errors import UsageError
 from phi_fast.evaluation import multiple_choice
 from phi_fast.evaluation.lm import PhiFastLM
-from phi_fast.evaluation.local_data import find_file, read_rows
+from phi_fast.evaluation.local_data import converted, find_file, read_rows
 from phi_fast.evaluation.responses import Responses
 from phi_fast.model import Phi
 
@@ -146,8 +146,16 @@ WRONG_ROWS = {
         {"choices": LETTERS, "answerKey": "A"},
         {"question": "q", "choices": LETTERS, "answerKey": "C"},
         {"query": "q", "choices": ["x", "y"], "gold": 2},
+        {"query": "q", "choices": [], "gold": 0},
+        {"question": "q", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"},
+        {"question": 5, "choices": LETTERS, "answerKey": "A"},
+        {"question": "q", "choices": {"text": ["x", 2], "label": ["A", "B"]}, "answerKey": "A"},
     ],
-    "openbookqa": [{"question_stem": "q", "choices": LETTERS}, {"query": "q", "choices": ["x"], "gold": -1}],
+    "openbookqa": [
+        {"question_stem": "q", "choices": LETTERS},
+        {"question_stem": "", "choices": LETTERS, "answerKey": "A"},
+        {"query": "q", "choices": ["x"], "gold": -1},
+    ],
     "boolq": [{"question": "q", "label": 1}, {"passage": "p", "question": "q", "label": 2}],
     "piqa": [{"goal": "g", "sol1": "a", "label": 0}, {"query": "q", "choices": ["a", "b"], "gold": 2}],
     "hellaswag": [
@@ -159,14 +167,40 @@ WRONG_ROWS = {
         {"sentence": "_ a", "option1": "x", "option2": "y", "answer": "3"},
         {"sentence": "_ a", "option1": "x", "answer": "1"},
         {"context_options": ["x a", "x b"], "continuation": "c", "gold": 2},
+        {"context_options": ["x a", "x a"], "continuation": "c", "gold": 0},
+        {"context_options": ["", ""], "continuation": "c", "gold": 0},
+        {"sentence": "_ a", "option1": "x", "option2": "", "answer": "1"},
+        {"sentence": "_ a", "option1": "x", "option2": "x", "answer": "1"},
     ],
     "social_iqa": [
         {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "4"},
         {"question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
+        {"query": "Context: c\nQuestion: q\nChoices:\nA. \nB. b\nAnswer:", "choices": ["", "b"], "gold": 0},
     ],
     "mmlu": [
         {"question": "q", "choices": list("abcd"), "answer": 4, "subject": "anatomy"},
         {"question": "q", "choices": list("abcd"), "answer": 0},
+        {"question": "q", "choices": ["a", "b", "", "d"], "answer": 0, "subject": "anatomy"},
+    ],
+    "gsm8k": [{"question": "q", "answer": "no number"}, {"question": "", "answer": "#### 3"}, {"answer": "#### 3"}],
+    "humaneval": [
+        {"task_id": "t", "prompt": "", "entry_point": "f", "test": "check"},
+        {"task_id": "t", "prompt": "def f():", "entry_point": "f", "test": ""},
+        {"task_id": "t", "prompt": "def f():", "test": "check"},
+    ],
+    "mbpp": [{"text": "t", "test_list": []}, {"text": " ", "test_list": ["assert f()"]}, {"text": "t"}],
+    "squad": [
+        {"context": "c", "question": "q", "answers": []},
+        {"context": "c", "question": "q", "answers": {"text": [""]}},
+        {"context": "", "question": "q", "answers": ["a"]},
+        {"context": "c", "question": " ", "answers": ["a"]},
+        {"text": "t", "value": ""},
+        {"text": "", "value": "v"},
+    ],
+    "toxigen": [
+        {"text": "", "target_group": "women", "toxicity_ai": 4.0, "toxicity_human": 2.0},
+        {"text": "t", "target_group": "", "toxicity_ai": 4.0, "toxicity_human": 2.0},
+        {"text": "t", "target_group": "women", "toxicity_ai": 0.0, "toxicity_human": 0.0},
     ],
 }
 
@@ -176,6 +210,12 @@ def test_a_row_without_a_field_or_with_an_answer_that_is_none_is_named(tmp_path,
     write_jsonl(tmp_path / f"{task}.jsonl", [row])
     with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: (KeyError|ValueError)"):
         read_rows(tmp_path / f"{task}.jsonl", task)
+
+
+@pytest.mark.parametrize(("task", "row"), [(task, row) for task, rows in WRONG_ROWS.items() for row in rows])
+def test_rows_of_the_hub_are_checked_alike(task, row):
+    with pytest.raises(UsageError, match=rf"hub/{task}, row 0 is no question of {task}: (KeyError|ValueError)"):
+        converted([row], task, f"hub/{task}")
 
 
 def test_an_evaluation_goes_on_where_it_was(small_phi, byte_tokenizer, question_folder, tmp_path, monkeypatch):

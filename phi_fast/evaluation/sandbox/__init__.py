@@ -21,15 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import PhiFastError
-
 LAUNCHER = Path(__file__).with_name("launcher.py")
 STANDING = b"the sandbox stands\n"
 """The launcher's first line, once the program runs: what goes wrong after it is the program's doing."""
 LAUNCHER_GRACE_SECONDS = 20.0  # beyond the program's wall time: the launcher's own start on a loaded machine
 
 
-class SandboxError(PhiFastError, RuntimeError):
+class SandboxError(RuntimeError):
     """The sandbox itself could not be set up: says nothing about the program."""
 
 
