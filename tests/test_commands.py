@@ -146,7 +146,7 @@ def test_another_gpu_is_planned_by_its_figures_or_answered_with_the_nearest() ->
     device = find_device("X1", 96.0, 500.0, 1000.0)
     assert device.name == "X1" and device.memory is not None
     assert (device.memory.value, device.flops.value, device.bandwidth.value) == (96e9, 500e12, 1000e9)
-    with pytest.raises(UsageError, match=r"--gpu H10 is not known: did you mean H100.*--memory, --flops and"):
+    with pytest.raises(UsageError, match=r"--gpu H10 is not known. Did you mean H100.*--memory, --flops and"):
         find_device("H10", None, None, None)
     with pytest.raises(UsageError, match=r"--flops -1.0: expected a positive number"):
         find_device("H100", None, -1.0, None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UsageError
+from ..peaks import PEAK_TFLOPS
 
 Kind = Literal["product", "attention forward", "attention backward", "memory"]
 
@@ -102,7 +103,7 @@ _A100 = _gpu(
     "A100-40",
     "NVIDIA A100 data sheet (SXM 40 GB)",
     memory=40,
-    flops=312,
+    flops=PEAK_TFLOPS["A100"],
     bandwidth=1555,
     link=300,
     network=25,
@@ -114,7 +115,7 @@ _H100 = _gpu(
     "H100",
     "NVIDIA H100 data sheet (SXM)",
     memory=80,
-    flops=989.4,
+    flops=PEAK_TFLOPS["H100"],
     bandwidth=3350,
     link=450,
     network=50,
@@ -136,13 +137,13 @@ def _variant(base: Device, name: str, sheet: str, *, memory: float, bandwidth: f
     )
 
 
-def _consumer(name: str, sheet: str, *, memory: float, flops: float, bandwidth: float, link: float) -> Device:
-    """A card in a PCIe slot. flops: dense fp16 with fp32 sums, half of the rate with fp16 sums on these cards."""
+def _consumer(name: str, sheet: str, *, memory: float, bandwidth: float, link: float) -> Device:
+    """A card in a PCIe slot."""
     return _gpu(
         name,
         sheet,
         memory=memory,
-        flops=flops,
+        flops=PEAK_TFLOPS.get(name.replace("-", " "), 1.0),
         bandwidth=bandwidth,
         link=link,
         network=12.5,
@@ -152,7 +153,7 @@ def _consumer(name: str, sheet: str, *, memory: float, flops: float, bandwidth: 
     )
 
 
-_OTHER = _consumer("other", "given by options", memory=1, flops=1, bandwidth=1, link=32)
+_OTHER = _consumer("other", "given by options", memory=1, bandwidth=1, link=32)
 
 DEVICES: dict[str, Device] = {
     "A100-40": _A100,
@@ -163,7 +164,7 @@ DEVICES: dict[str, Device] = {
         "B200",
         "NVIDIA DGX B200 data sheet (an eighth of the system)",
         memory=180,
-        flops=2250,
+        flops=PEAK_TFLOPS["B200"],
         bandwidth=8000,
         link=900,
         network=50,
@@ -171,21 +172,36 @@ DEVICES: dict[str, Device] = {
         efficiency=_efficiencies(0.65, 0.22, 0.16, "no published figure for this project's kind of Triton kernel"),
         price=5.0,
     ),
-    "L40S": _consumer("L40S", "NVIDIA L40S data sheet", memory=48, flops=362, bandwidth=864, link=32),
+    "L40S": _consumer("L40S", "NVIDIA L40S data sheet", memory=48, bandwidth=864, link=32),
     "RTX-3090": _consumer(
-        "RTX-3090", "NVIDIA Ampere GA102 whitepaper, GeForce RTX 3090", memory=24, flops=71, bandwidth=936, link=32
+        "RTX-3090",
+        "NVIDIA Ampere GA102 whitepaper, GeForce RTX 3090",
+        memory=24,
+        flops=PEAK_TFLOPS["RTX 3090"],
+        bandwidth=936,
+        link=32,
     ),
     "RTX-4090": _consumer(
-        "RTX-4090", "NVIDIA Ada whitepaper, GeForce RTX 4090", memory=24, flops=165.2, bandwidth=1008, link=32
+        "RTX-4090",
+        "NVIDIA Ada whitepaper, GeForce RTX 4090",
+        memory=24,
+        flops=PEAK_TFLOPS["RTX 4090"],
+        bandwidth=1008,
+        link=32,
     ),
     "RTX-5090": _consumer(
-        "RTX-5090", "NVIDIA RTX Blackwell whitepaper, GeForce RTX 5090", memory=32, flops=209.5, bandwidth=1792, link=64
+        "RTX-5090",
+        "NVIDIA RTX Blackwell whitepaper, GeForce RTX 5090",
+        memory=32,
+        flops=PEAK_TFLOPS["RTX 5090"],
+        bandwidth=1792,
+        link=64,
     ),
     "MI300X": _gpu(
         "MI300X",
         "AMD Instinct MI300X data sheet",
         memory=192,
-        flops=1307.4,
+        flops=PEAK_TFLOPS["MI300X"],
         bandwidth=5300,
         link=448,
         network=50,
@@ -213,10 +229,10 @@ def find_device(name: str, memory: float | None, flops: float | None, bandwidth:
     known = names.get(key) or names.get(f"rtx-{key}")
     if known is None and None in given.values():
         near = [names[each] for each in difflib.get_close_matches(key, names, 3, 0.5)]
-        guess = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+        guess = f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
         raise UsageError(
-            f"--gpu {name} is not known: {guess}Known are {', '.join(DEVICES)}; for another, give --memory, --flops "
-            "and --bandwidth"
+            f"--gpu {name} is not known.{guess} Known devices: {', '.join(DEVICES)}. For another one, give --memory, "
+            "--flops and --bandwidth"
         )
     device = DEVICES[known] if known else replace(_OTHER, name=name)
     scales = {"memory": (1e9, "B"), "flops": (1e12, "FLOP/s"), "bandwidth": (1e9, "B/s")}

@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Planned over published tokens/s a device."""
+        """Planned over published tokens/s per device."""
         return self.plan.tokens_per_second_per_device / self.published.tokens_per_second
 
 

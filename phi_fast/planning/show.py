@@ -126,7 +126,7 @@ def published(rows: list[Comparison], console: Console) -> None:
         "beside published speeds",
         "what",
         "on",
-        "tokens/s a device",
+        "tokens/s per device",
         "MFU full",
         "planned",
         "MFU full",

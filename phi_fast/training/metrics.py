@@ -14,12 +14,10 @@ import torch
 
 from ..files import write_atomically, writing
 from ..json_files import Fields, read_lines
+from ..peaks import peak_flops
 from ..recipes import Recipe
 from .distributed import World
 from .zero import StepOutcome
-
-PEAK_FLOPS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense 16-bit tensor-core FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +65,14 @@ TAGS = {
 """TensorBoard's tags, in groups, by field of a record; of a field with members, what stands before their names."""
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """16-bit FLOP/s of the device's data sheet, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
 class Meter:
     """Makes the record of a step from what the step did and how long it took."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self._tokens_per_step, self._size = recipe.tokens_per_step, world.size
         self._flops_per_token = recipe.model.flops_per_token(recipe.sequence_length, causal=False)
-        self._peak = peak_flops(world.device)
+        cuda = world.device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if cuda else None
 
     def record(self, step: int, outcome: StepOutcome, lr: float, seconds: float, **measured: Any) -> StepRecord:
         """measured: the fields of StepRecord that only some steps have."""

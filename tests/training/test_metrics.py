@@ -12,7 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from phi_fast.errors import UsageError
-from phi_fast.training.metrics import MetricsLog, peak_flops
+from phi_fast.recipes import RECIPES
+from phi_fast.training.distributed import World
+from phi_fast.training.metrics import Meter, MetricsLog
+from phi_fast.training.zero import StepOutcome
 
 
 def steps_in(run: Path) -> list[int]:
@@ -112,13 +115,22 @@ def test_a_line_that_is_no_record_is_named_on_resume(tmp_path: Path, line: str, 
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("AMD Instinct MI300X", 1307.4e12),
         ("Other", None),
     ],
 )
 def test_mfu_needs_a_known_peak(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a second at 10 % of the peak, by the model's own count of FLOPs."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0)) == peak
-    assert peak_flops(torch.device("cpu")) is None
+    recipe = RECIPES["phi-1.5"]
+    flops = recipe.model.flops_per_token(recipe.sequence_length, causal=False) * recipe.tokens_per_step
+    outcome = StepOutcome(2.0, 1.0, 1.0, skipped=False, spike=False, hopeless=False, broken=False)
+    for device, expected in ((torch.device("cuda", 0), peak), (torch.device("cpu"), None)):
+        record = Meter(recipe, World(0, 1, 0, device)).record(3, outcome, 1e-3, 10 * flops / (peak or 1.0))
+        assert record.mfu == (None if expected is None else pytest.approx(0.1))
+        assert record.tokens == 3 * recipe.tokens_per_step
