@@ -8,12 +8,13 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow lint format docs wheel bench sanitize attack clean
+.PHONY: help train test test-slow test-kernels lint format docs wheel bench sanitize attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
 	@echo 'make test       run the tests'
 	@echo 'make test-slow  run the tests marked slow'
+	@echo 'make test-kernels  the kernels with another torch and Triton (TORCH="2.8.*" TRITON="3.4.*" PYTHON=python3.12)'
 	@echo 'make lint       ruff, mypy, clang-format'
 	@echo 'make format     ruff and clang-format, in place'
 	@echo 'make docs       the documentation as a site, in build/site; warnings are errors'
@@ -33,6 +34,18 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+# The kernels alone, with another pair of torch and Triton in an environment of its own.
+TORCH ?= 2.8.*
+TRITON ?= 3.4.*
+OTHER := build/kernels-torch-$(subst *,x,$(TORCH))-triton-$(subst *,x,$(TRITON))
+
+test-kernels: export OMP_NUM_THREADS = 1
+test-kernels:
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'torch==$(TORCH)' 'triton==$(TRITON)' numpy pytest pytest-xdist hypothesis rich tyro --editable .
+	$(OTHER)/bin/python -m pytest -n 2 -m "not slow" tests/kernels $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
