@@ -213,14 +213,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tens
     if k.shape[1] != sequence and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens needs as many keys as rows, not {k.shape[1]} for {sequence}; leave it out")
     if cu_seqlens is not None:
-        _check_documents(cu_seqlens, q)
+        check_documents(cu_seqlens, q)
     if (cos is None) != (sin is None):
         raise ValueError(f"{'cos' if cos is None else 'sin'} is None and the other is not; give both or neither")
     if cos is not None and sin is not None:
         _check_rotary(cos, sin, q, k.shape[1], documents=cu_seqlens is not None and q.device.type == "cpu")
 
 
-def _check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
+def check_documents(cu_seqlens: Tensor, q: Tensor) -> None:
+    """Raises TypeError or ValueError for a cu_seqlens that q (or x), with the batch first, cannot have."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}; expected int32")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

@@ -26,11 +26,12 @@ def lowered(x: Tensor) -> Tensor:
 
 
 def off(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose first argument is a tensor, with autocast off inside: it has chosen its dtypes itself."""
+    """`function`, whose first argument is a tensor or a tuple that begins with one, with autocast off inside: it has
+    chosen its dtypes itself."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        x = args[0]
+        x = args[0][0] if isinstance(args[0], tuple) else args[0]
         assert isinstance(x, Tensor)
         if not active(x):
             return function(*args, **kwargs)

@@ -128,6 +128,9 @@ class Recipe:
     """Weights that replace those of the mixture from a step on, such as 1000:docs=50,code=50. A corpus that a stage
     does not name is not read in it, and goes on later where it was. One that is read in a later stage only has weight 0
     in --mixture."""
+    document_isolation: bool = False
+    """Let no token see another document of its row. The report does not state it; rows are documents joined end to
+    end, as in GPT-3 (arXiv 2005.14165), where the delimiter alone parts them."""
     tokenizer: str = "phi-1.5"
     """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), or a path to a tokenizer."""
     tokens: Count | None = None

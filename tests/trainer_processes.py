@@ -155,15 +155,18 @@ def until(condition: Callable[[], bool], timeout: float = 60) -> None:
         time.sleep(0.01)
 
 
+def of_no_launcher() -> dict[str, str]:
+    """This process's environment without what a launcher sets, or a trainer that ran in this process."""
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
 _server: subprocess.Popen[str] | None = None
 
 
 def _ask(request: dict[str, Any]) -> Any:
     global _server
     if _server is None:
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
+        environment = of_no_launcher()
         pipe = subprocess.PIPE
         _server = subprocess.Popen(
             [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment | {"OMP_NUM_THREADS": "1"}

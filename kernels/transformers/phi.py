@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend, dispatch
-from ..parallel_block import _backward, _backward_by_library, _forward, _Options, parallel_block
+from ..parallel_block import backward_by_library, parallel_block
+from ..parallel_block_passes import Inputs, Options
+from ..parallel_block_passes import backward as backward_pass
+from ..parallel_block_passes import forward as forward_pass
 from . import layers
 from .attention import causal, half, heads_fit, interface, table
 from .modules import Forward, hooked, original, plain
@@ -65,23 +68,20 @@ def decoder_layer(base: type[nn.Module]) -> Forward:
         )
         heads, eps = attention.config.num_attention_heads, norm.eps
         if dispatch.by_library("parallel_block", inputs=inputs) or not torch.is_grad_enabled():
-            return parallel_block(*_merged(inputs), num_heads=heads, eps=eps)
+            return parallel_block(*_merged(inputs)[:10], num_heads=heads, eps=eps)
         # Triton and C++ rotate q and k while they read them; the others are handed them already rotated.
         inside = backend.name("attention", hidden_states.device) in ("triton", "cpp")
-        return _MergedBlock.apply(_Options(heads, eps, "norm_gelu", inside), *inputs)
+        return _MergedBlock.apply(Options(heads, eps, "norm_gelu", inside), *inputs)
 
     return forward
 
 
-def _merged(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`parallel_block`'s ten tensors: (3d + m, d) weight of q, k, v and fc1, (d, d + m) weight of dense and fc2."""
-    return (
-        *inputs[:3],
-        torch.cat(inputs[_INWARD]),
-        torch.cat(inputs[_INWARD_BIAS]),
-        torch.cat(inputs[_OUTWARD], 1),
-        *inputs[13:],
-    )
+def _merged(inputs: tuple[Tensor, ...]) -> Inputs:
+    """`parallel_block`'s tensors: (3d + m, d) weight of q, k, v and fc1, (d, d + m) weight of dense and fc2."""
+    inward, outward = torch.cat(inputs[_INWARD]), torch.cat(inputs[_OUTWARD], 1)
+    inward_bias = torch.cat(inputs[_INWARD_BIAS])
+    bias_attention, bias_mlp, cos, sin = inputs[13:]
+    return Inputs(*inputs[:3], inward, inward_bias, outward, bias_attention, bias_mlp, cos, sin, None)  # type: ignore[call-arg]
 
 
 class _MergedBlock(torch.autograd.Function):
@@ -89,7 +89,7 @@ class _MergedBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, *inputs):
-        out, *saved = _forward(_merged(inputs), options)
+        out, *saved = forward_pass(_merged(inputs), options)
         ctx.save_for_backward(*inputs, *saved)
         ctx.options, ctx.count = options, len(inputs)
         return out
@@ -101,8 +101,8 @@ class _MergedBlock(torch.autograd.Function):
         merged = _merged(inputs)
         groups = (wanted[_INWARD], wanted[_INWARD_BIAS], wanted[_OUTWARD])
         asked = (*wanted[:3], *map(any, groups), *wanted[13:15])
-        backward = _backward_by_library if dispatch.backward_by_library("parallel_block", dout) else _backward
-        grads = backward(dout, saved, (*merged[:6], *merged[8:]), ctx.options, asked)
+        backward = backward_by_library if dispatch.backward_by_library("parallel_block", dout) else backward_pass
+        grads = backward(dout, saved, merged, ctx.options, asked)
         parted = (
             *_parts(grads[3], inputs[_INWARD], 0),
             *_parts(grads[4], inputs[_INWARD_BIAS], 0),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .loader import Batch, TokenLoader
     from .mixture import Component, Mixture, Stage
     from .plan import MixturePlan, plan_mixture
-    from .store import count_rows, sequential_rows
+    from .store import count_rows, documents, sequential_rows
     from .vocabulary import tokenizer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Stage",
     "TokenLoader",
     "count_rows",
+    "documents",
     "plan_mixture",
     "sequential_rows",
     "tokenizer",
@@ -32,7 +33,7 @@ _HOMES = {
     "loader": ("Batch", "TokenLoader"),
     "mixture": ("Component", "Mixture", "Stage"),
     "plan": ("MixturePlan", "plan_mixture"),
-    "store": ("count_rows", "sequential_rows"),
+    "store": ("count_rows", "documents", "sequential_rows"),
     "vocabulary": ("tokenizer",),
 }
 

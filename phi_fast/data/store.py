@@ -160,6 +160,14 @@ def count_rows(path: Path | str, split: str, sequence_length: int, *, dtype: Dty
     return max(0, (open_layout(path, split, dtype).tokens - 1) // sequence_length)
 
 
+def documents(input_ids: Tensor, delimiter: int) -> Tensor:
+    """cu_seqlens of rows (batch, sequence_length), int32 (documents + 1,), as `TokenLoader` has it: a document begins
+    with each row, and at each delimiter."""
+    begins = input_ids == delimiter
+    begins[:, 0] = True
+    return torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([input_ids.numel()]))).int()
+
+
 def sequential_rows(
     path: Path | str,
     split: str,

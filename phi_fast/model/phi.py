@@ -53,7 +53,7 @@ class Block(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size + config.intermediate_size)
         self.out_proj = OutProjection(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: str) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: str, cu_seqlens: Tensor | None = None) -> Tensor:
         return parallel_block(
             x,
             self.norm.weight,
@@ -68,6 +68,7 @@ class Block(nn.Module):
             num_heads=self.config.num_attention_heads,
             eps=self.norm.eps,
             recompute=recompute,
+            cu_seqlens=cu_seqlens,
         )
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache, layer: int) -> Tensor:
@@ -134,14 +135,30 @@ class Phi(nn.Module):
             config.max_position_embeddings, config.rotary_dim, config.rope_theta, weight.device, wide
         )
 
+    def _rotary_table_of(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for so many positions: attention sees only their differences."""
+        if length > self.cos.shape[0]:
+            config = self.config
+            self.cos, self.sin = rotary_table(
+                length, config.rotary_dim, config.rope_theta, self.cos.device, self.cos.dtype
+            )
+        return self.cos, self.sin
+
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, *, loss_scale: float | Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        loss_scale: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Output:
         """input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out.
 
         With labels: `.loss`, the mean over the labels that count, a scalar in fp32 (fp64 for an fp64 model), and
         `.logits` None: they never exist together. Without: `.logits` (batch, sequence, vocab_size). loss_scale: see
-        `kernels.linear_cross_entropy`; fp16 needs none. Raises ValueError for a shape that does not fit.
+        `kernels.linear_cross_entropy`; fp16 needs none. cu_seqlens (documents + 1,) int32, from `data.Batch`: where
+        documents begin in the rows joined end to end, and the rows' end; no document sees another. Raises ValueError
+        for a shape that does not fit.
         """
         batch_and_length = tuple(input_ids.shape)
         if len(batch_and_length) != 2 or batch_and_length[1] > self.config.max_position_embeddings:
@@ -150,9 +167,13 @@ class Phi(nn.Module):
                 f"{self.config.max_position_embeddings} tokens"
             )
         x = self.embed_tokens(input_ids)
+        cos, sin = self.cos, self.sin
+        if cu_seqlens is not None:  # the rows become one, and rotary positions go on over its whole length
+            x = x.view(1, -1, x.shape[-1])
+            cos, sin = self._rotary_table_of(x.shape[1])
         for layer in self.layers:
-            x = layer(x, self.cos, self.sin, self.recompute)
-        x = self.final_norm(x)
+            x = layer(x, cos, sin, self.recompute, cu_seqlens)
+        x = self.final_norm(x).view(*batch_and_length, -1)
         if labels is None:
             return Output(None, self.lm_head(x))
         return Output(

@@ -36,6 +36,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, through), dim=-1)
 
 
+def within_documents(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """Bool (batch, 1, length, length): True where a token sees one of its own document, itself or before it."""
+    tokens = torch.arange(batch * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, length)
+    same = document[:, :, None] == document[:, None, :]
+    return (same & torch.ones(length, length, dtype=torch.bool, device=same.device).tril())[:, None]
+
+
 class Attention(nn.Module):
     """Multi-head causal attention with partial rotary embeddings; every projection has a bias."""
 
@@ -46,11 +54,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.dense = nn.Linear(d, d)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None = None) -> Tensor:
         batch, length, d = h.shape
         heads = (batch, length, self.config.num_attention_heads, self.config.head_dim)
         q, k, v = (proj(h).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        o = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.dense(o.transpose(1, 2).reshape(batch, length, d))
 
 
@@ -75,9 +84,9 @@ class ParallelBlock(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None = None) -> Tensor:
         h = self.input_layernorm(x)
-        return self.self_attn(h, cos, sin) + self.mlp(h) + x
+        return self.self_attn(h, cos, sin, visible) + self.mlp(h) + x
 
 
 class Decoder(nn.Module):
@@ -90,11 +99,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(ParallelBlock(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         x = self.embed_tokens(input_ids)
         cos, sin = rotary_cos_sin(self.config, input_ids.shape[1], x.device, x.dtype)
+        visible = None if cu_seqlens is None else within_documents(cu_seqlens, *input_ids.shape)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, visible)
         return self.final_layernorm(x)
 
 
@@ -114,9 +124,12 @@ class ReferencePhi(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
-        """input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out."""
-        logits = self.lm_head(self.model(input_ids))
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Output:
+        """input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out.
+
+        cu_seqlens (documents + 1,) int32: where documents begin in the rows joined end to end; none sees another.
+        """
+        logits = self.lm_head(self.model(input_ids, cu_seqlens))
         loss = None
         if labels is not None:
             wide = torch.promote_types(logits.dtype, torch.float32)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import PhiConfig
-from ..data import Mixture, TokenLoader, count_rows, sequential_rows, stdlib_corpus
+from ..data import Mixture, TokenLoader, count_rows, documents, sequential_rows, stdlib_corpus
 from ..data.manifest import Manifest
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
@@ -109,11 +109,13 @@ class Corpora:
             rank=self.world.rank,
             world_size=self.world.size,
             seed=self.recipe.seed,
+            document_isolation=recipe.document_isolation,
             max_token_id=self.recipe.model.vocab_size - 1,
         )
 
-    def validation(self, rows: int, batch: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """This rank's share of the first `rows` validation rows of each corpus: (corpus, input_ids, labels)."""
+    def validation(self, rows: int, batch: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+        """This rank's share of the first `rows` validation rows of each corpus: (corpus, input_ids, labels, cu_seqlens
+        where documents are isolated)."""
         for name, path in self.paths.items():
             there = min(rows, count_rows(path, "validation", self.recipe.sequence_length))
             start, stop = (there * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
@@ -127,7 +129,11 @@ class Corpora:
                     stop=stop,
                     max_token_id=self.recipe.model.vocab_size - 1,
                 )
-                yield from ((name, input_ids, labels) for input_ids, labels in shares)
+                delimiter = self.manifests[name].delimiter
+                isolated = delimiter is not None and self.recipe.document_isolation
+                for input_ids, labels in shares:
+                    cu_seqlens = documents(input_ids, delimiter.id) if isolated else None  # type: ignore[union-attr]
+                    yield name, input_ids, labels, cu_seqlens
 
     def weighted(self, losses: dict[str, float], step: int) -> float:
         """Mean of per-corpus losses by the mixture's weights in step `step`."""

@@ -20,7 +20,7 @@ from ..data import TokenLoader
 from ..errors import PhiFastError
 from ..model.merged import OUTSIDE, to_split
 from ..model.phi import Block
-from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin
+from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin, within_documents
 from .distributed import World
 
 SLOWER = "--resume --allow-change with a lower --learning-rate"
@@ -58,7 +58,8 @@ def find_overflow(
     found = None
     for _ in range(micro_batches):
         batch = next(loader)
-        found = first_overflow(model, batch.input_ids.to(world.device), batch.labels.to(world.device), scale)
+        there = batch.to(world.device)
+        found = first_overflow(model, there.input_ids, there.labels, scale, there.cu_seqlens)
         if found is not None:
             corpora = loader.mixture.components
             rows = ", ".join(f"{batch.rows[i]} ({corpora[int(batch.components[i])].name})" for i in found.rows)
@@ -71,7 +72,9 @@ def find_overflow(
     return next((each for each in everyones if each is not None), None)
 
 
-def first_overflow(model: nn.Module, input_ids: Tensor, labels: Tensor, scale: float = 1.0) -> Overflow | None:
+def first_overflow(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, scale: float = 1.0, cu_seqlens: Tensor | None = None
+) -> Overflow | None:
     """The first tensor of `model(input_ids, labels)` or of the backward pass of loss × scale that is not finite.
 
     Inside a block of `Phi`, which is one op, the block is run again as `reference.ParallelBlock` to name the op; where
@@ -82,13 +85,13 @@ def first_overflow(model: nn.Module, input_ids: Tensor, labels: Tensor, scale: f
         if not _finite(parameter):
             return Overflow(f"the weights of {name}, before the step", True, tuple(range(batch)), _largest(parameter))
     with Probe(model, batch, functions=isinstance(model, ReferencePhi)) as probe:
-        loss = model(input_ids, labels).loss
+        loss = model(input_ids, labels, cu_seqlens=cu_seqlens).loss
         probe.look(loss, "the loss, from lm_head's logits", forward=True)
         probe.claim(loss, "lm_head and the loss")
     if probe.found is None:
         torch.autograd.grad(loss * scale, list(model.parameters()), allow_unused=True)
     if probe.found is not None and isinstance(probe.module, Block):
-        inside = _inside(probe.module, probe.name, probe.inputs[probe.module], probe.gradient)
+        inside = _inside(probe.module, probe.name, probe.inputs[probe.module], probe.gradient, cu_seqlens)
         return inside or probe.found
     return probe.found
 
@@ -185,7 +188,7 @@ class Probe(TorchFunctionMode):
             node.register_hook(watch)
 
 
-def _inside(block: Block, name: str, x: Tensor, gradient: Tensor | None) -> Overflow | None:
+def _inside(block: Block, name: str, x: Tensor, gradient: Tensor | None, cu_seqlens: Tensor | None) -> Overflow | None:
     """What is first not finite inside a block with input x (batch, sequence, d) and the gradient of its output."""
     merged = {f"layers.0.{key}": value for key, value in block.state_dict().items()}
     split = to_split({**dict.fromkeys(OUTSIDE, x), **merged})
@@ -194,7 +197,8 @@ def _inside(block: Block, name: str, x: Tensor, gradient: Tensor | None) -> Over
     plain.load_state_dict({key.removeprefix(layer): value for key, value in split.items() if key.startswith(layer)})
     x = x.detach().requires_grad_()
     with Probe(plain, len(x), functions=True, prefix=f"{name}.") as probe:
-        out = plain(x, *rotary_cos_sin(block.config, x.shape[1], x.device, x.dtype))
+        visible = None if cu_seqlens is None else within_documents(cu_seqlens, *x.shape[:2])
+        out = plain(x, *rotary_cos_sin(block.config, x.shape[1], x.device, x.dtype), visible)
     if probe.found is None and gradient is not None:
         torch.autograd.grad(out, [x, *plain.parameters()], gradient)
     return probe.found

@@ -15,7 +15,7 @@ from ..recipes import RECIPES, Names, Recipe, RecipeName
 
 MUST_AGREE = (
     *("model", "implementation", "decay"),
-    *("mixture", "mixture_stages", "sequence_length", "global_batch_size", "seed", "tokenizer"),
+    *("mixture", "mixture_stages", "document_isolation", "sequence_length", "global_batch_size", "seed", "tokenizer"),
 )
 """Options that a resumed run cannot change: the checkpoint would be of another model, or the data order another."""
 

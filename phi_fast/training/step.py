@@ -12,5 +12,5 @@ def train_step(zero: Zero2, batches: Sequence[Batch], lr: float) -> StepOutcome:
     """Forward and backward of this rank's micro-batches, then the update of all ranks at learning rate `lr`."""
     for batch in batches:
         on_device = batch.to(zero.world.device)
-        zero.backward(zero.loss(on_device.input_ids, on_device.labels))
+        zero.backward(zero.loss(on_device.input_ids, on_device.labels, on_device.cu_seqlens))
     return zero.step(lr)

@@ -24,10 +24,11 @@ def validate(
     model.eval()
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in corpora.paths}
     with trouble.kept():
-        for name, input_ids, labels in corpora.validation(rows, batch):
+        for name, input_ids, labels, cu_seqlens in corpora.validation(rows, batch):
             if signals.stop_received:
                 break
-            loss = model(input_ids.to(world.device), labels.to(world.device)).loss
+            there = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.to(world.device)}
+            loss = model(input_ids.to(world.device), labels.to(world.device), **there).loss
             sums[name] += torch.tensor([float(loss) * labels.numel(), labels.numel()])
     model.train()
     asked = torch.tensor([float(signals.stop_received), float(trouble.here)], dtype=torch.float64)

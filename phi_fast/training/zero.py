@@ -113,9 +113,11 @@ class Zero2:
         """The scale that the next gradients will carry; 1 unless fp16."""
         return float(self.zero.loss_scale) if self.dynamic else 1.0
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of one micro-batch; input_ids, labels: (batch, sequence) int64 on the model's device."""
-        return self.engine(input_ids, labels).loss
+    def loss(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean loss of one micro-batch; input_ids, labels: (batch, sequence) int64 on the model's device; cu_seqlens:
+        see `Phi.forward`."""
+        documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        return self.engine(input_ids, labels, **documents).loss
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch; the last of `accumulation` leaves the averaged gradients for `step`."""

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from token_files import DELIMITER, draw_tokens, write_corpus
 
-from phi_fast.data import Mixture, TokenLoader
+from phi_fast.data import Mixture, TokenLoader, documents
 
 LENGTH = 32
 IDS = {"docs": draw_tokens(9000, 1), "code": draw_tokens(2500, 2), "web": draw_tokens(33, 3, documents=2)}
@@ -168,6 +168,7 @@ def test_isolation_is_the_oracles(tmp_path):
                 positions.append(i - starts[-1])
             assert batch.cu_seqlens.tolist() == [*starts, 600]
             assert batch.cu_seqlens.dtype == torch.int32
+            assert torch.equal(documents(batch.input_ids, DELIMITER), batch.cu_seqlens)
             assert batch.positions.flatten().tolist() == positions
     with TokenLoader(mixture, 100, 6) as loader:
         assert next(loader).positions is None

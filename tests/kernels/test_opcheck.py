@@ -54,14 +54,14 @@ def test_parallel_block(recompute):
     matrices = draw(3 * d + mlp, d), draw(3 * d + mlp), draw(d, d + mlp)
     cos, sin = rotary_table(4, 32, device=DEVICE)
     inputs = (x, *vectors, *matrices, draw(d), draw(d), cos, sin)
-    opcheck(ops.parallel_block.default, (*inputs, 1, 1e-5, recompute, False))
+    opcheck(ops.parallel_block.default, (*inputs, None, 1, 1e-5, recompute, False))
     inputs = tuple(t.detach() for t in inputs)
-    _, *saved = ops.parallel_block(*inputs, 1, 1e-5, recompute, False)
+    _, *saved = ops.parallel_block(*inputs, None, 1, 1e-5, recompute, False)
     kept = [*inputs[:6], *inputs[8:]]
     for wanted in ([True] * 8, [False, True, False, True, False, True, True, False]):
         opcheck(
             ops.parallel_block_backward.default,
-            (draw(2, 3, 64, grad=False), saved, kept, 1, 1e-5, recompute, False, wanted),
+            (draw(2, 3, 64, grad=False), saved, kept, None, 1, 1e-5, recompute, False, wanted),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,42 @@ def test_error_forward_and_gradients(choice, dtype, batch, sequence, heads, mlp,
     expected, exact = gradients(plain, inputs, dout), gradients(plain, double(inputs), dout)
     for name in actual:
         assert_no_worse(actual[name], expected[name], exact[name], name)
+
+
+STARTS = (0, 5, 6, 17)
+"""Documents of a packed row, and its end: one of a single token among them."""
+
+
+@pytest.mark.parametrize("choice", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_documents_are_blocks_of_their_own(choice, dtype, level, device):
+    """Output and every gradient are those of the documents one by one, added up."""
+    inputs = make(1, STARTS[-1], 2, 96, dtype, device)
+    dout = upstream(inputs["x"])
+    cu_seqlens = torch.tensor(STARTS, dtype=torch.int32, device=device)
+
+    def packed(x: Tensor, **parameters: Tensor) -> Tensor:
+        cos, sin = rotary_table(x.shape[1], 32, device=x.device)
+        options = {"num_heads": 2, "recompute": level, "cu_seqlens": cu_seqlens}
+        return parallel_block(x, **parameters, cos=cos, sin=sin, **options)
+
+    def apart(x: Tensor, **parameters: Tensor) -> Tensor:
+        return torch.cat([plain(x[:, a:b], **parameters) for a, b in itertools.pairwise(STARTS)], 1)
+
+    with use(choice):
+        actual = gradients(packed, inputs, dout)
+    expected, exact = gradients(apart, inputs, dout), gradients(apart, double(inputs), dout)
+    for name in actual:
+        assert_no_worse(actual[name], expected[name], exact[name], name)
+
+
+def test_documents_need_one_row(device):
+    inputs = make(2, 9, 1, 96, torch.float32, device)
+    cos, sin = rotary_table(9, 32, device=device)
+    documents = torch.tensor([0, 9], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="cu_seqlens needs batch 1, not 2"):
+        parallel_block(**inputs, cos=cos, sin=sin, num_heads=1, cu_seqlens=documents)
 
 
 @pytest.mark.parametrize("choice", BACKENDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 from samples import compact_questions, write_jsonl
-from trainer_processes import Trainer, arguments, finish, latest, losses, make_corpora, start, until
+from trainer_processes import Trainer, arguments, finish, latest, losses, make_corpora, of_no_launcher, start, until
 
 from phi_fast.train import INTERRUPTED
 
@@ -129,9 +128,8 @@ def test_a_wait_for_the_owner_says_so_and_ends_on_a_signal(data: Path, tmp_path:
 def test_a_signal_while_the_corpus_is_built(tmp_path: Path) -> None:
     """Nothing half-made is left where a corpus is looked for."""
     command = [sys.executable, "-m", "phi_fast.train"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as started:
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=of_no_launcher(), **streams) as started:
         assert started.stdout is not None
         lines = [started.stdout.readline()]
         until(lambda: (tmp_path / "data").exists(), timeout=120)
@@ -176,7 +174,7 @@ def test_an_instruction_set_that_is_none(command: str, tmp_path: Path) -> None:
         "train": ["--run-dir", str(tmp_path / "run")],
         "generate": ["--model", str(make_source(tmp_path / "model", "hf", random_weights())), "--prompt", "x"],
     }
-    environment = {**os.environ, "PHI_FAST_ISA": "avx999"}
+    environment = {**of_no_launcher(), "PHI_FAST_ISA": "avx999"}
     done = subprocess.run(
         [sys.executable, "-m", f"phi_fast.{command}", *words[command]], env=environment, capture_output=True, text=True
     )
