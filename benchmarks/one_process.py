@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.ops import DTYPES
-from benchmarks.test_training_step import ROWS, ours, transformers_eager
+from benchmarks.steps import ROWS, ours, transformers_eager
 from phi_fast import PhiConfig
 
 STEPS = {"phi_fast": ours, "transformers eager": transformers_eager}

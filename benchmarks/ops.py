@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import yardsticks
-from benchmarks.harness import Contender, Results, Subject, compare, kind
+from benchmarks.harness import Results, compare
+from benchmarks.subjects import Contender, Subject, kind
 from phi_fast.kernels import use
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,9 +6,8 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import kind
 from benchmarks.plots import COLORS
-from benchmarks.tables import paired_ratio
+from benchmarks.subjects import kind, paired_ratio
 from phi_fast.json_files import read_lines
 
 if TYPE_CHECKING:

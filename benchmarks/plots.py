@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import kind
+from benchmarks.subjects import kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

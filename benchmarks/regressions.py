@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import spread
+from benchmarks.subjects import spread
 
 FLOOR = 0.02
 """A change below this is none, however close the repeats lie."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.harness import kind
-from benchmarks.tables import markdown, paired_ratio
+from benchmarks.subjects import kind, paired_ratio
+from benchmarks.tables import markdown
 
 STEPS = ("training step", "end to end under ZeRO-2", "training step under DeepSpeed ZeRO-2")
 """Groups whose subjects are whole steps."""

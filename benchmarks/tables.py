@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Subject, kind, spread
+from benchmarks.subjects import Subject, kind, paired_ratio, spread
 
 COLUMNS = ("median ms", "spread", "× phi_fast", "of bound")
 """× phi_fast: the time as a multiple of this project's first row. Of bound: `Row.of_bound`."""
@@ -40,14 +40,6 @@ def _figures(row: dict[str, Any], base: list[float] | None, bounded: bool) -> li
         f"{paired_ratio(row['seconds'], base):.2f}" if base else "",
         *([f"{100 * share:.0f}%" if share else ""] if bounded else []),
     ]
-
-
-def paired_ratio(slower: list[float], faster: list[float]) -> float:
-    """The median of the ratios repeat by repeat: noise that both shared cancels. Of the medians where the two were not
-    repeated alike."""
-    if len(slower) != len(faster):
-        return statistics.median(slower) / statistics.median(faster)
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def _extras(row: dict[str, Any], names: list[str]) -> list[str]:

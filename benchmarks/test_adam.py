@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Contender, Results, compare
+from benchmarks.harness import Results, compare
 from benchmarks.ops import Cost, bounds
 from benchmarks.peers import NOT_COMPILED, absent, backends
+from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast.kernels import FusedAdam, use
 from phi_fast.kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from benchmarks.harness import Contender, Results
+from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
+from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast.kernels import backend, bias_gelu
 

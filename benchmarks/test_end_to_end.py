@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import models, zero2
-from benchmarks.harness import Contender, Results, Row, Subject, compare
+from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES
-from benchmarks.test_training_step import ROWS, ours, with_rates
+from benchmarks.steps import ROWS, ours, with_rates
+from benchmarks.subjects import Contender, Row, Subject
 from phi_fast import PhiConfig
 from phi_fast.training.distributed import join
 

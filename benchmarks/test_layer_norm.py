@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Contender, Results
+from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
+from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast.kernels import backend, layer_norm
 

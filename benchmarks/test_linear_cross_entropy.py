@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from benchmarks.harness import Contender, Results, compare
+from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES, Cost, agree, bounds, leaf
 from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
+from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast.kernels import backend, linear_cross_entropy, use
 

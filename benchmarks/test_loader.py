@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness import Results, Row, Subject
+from benchmarks.harness import Results
 from benchmarks.peers import peer
+from benchmarks.subjects import Row, Subject
 from phi_fast import Phi, PhiConfig
 from phi_fast.data import Mixture, TokenLoader
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Contender, Results
+from benchmarks.harness import Results
 from benchmarks.models import hugging_face, litgpt, small
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, compiled, peer
+from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast import Phi, PhiConfig
 from phi_fast.model.merged import to_split

@@ -19,7 +19,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from benchmarks.harness import Results, Row, Subject
+from benchmarks.harness import Results
+from benchmarks.subjects import Row, Subject
 from phi_fast.data.preparation.pipeline import Settings, available_cores, prepare
 from phi_fast.data.stdlib_corpus import read_sources, standard_library
 from phi_fast.data.vocabulary import tokenizer

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 
-from benchmarks.harness import Contender, Results
+from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
+from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast.kernels import apply_rotary_, backend, rotary_table
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing, yardsticks
-from benchmarks.harness import Results, Row, Subject
+from benchmarks.harness import Results
+from benchmarks.subjects import Row, Subject
 from phi_fast.model.output import Output
 from phi_fast.recipes import RECIPES
 from phi_fast.training.distributed import World, join

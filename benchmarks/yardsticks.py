@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Contender
+from benchmarks.subjects import Contender
 
 
 def copy(size: int, device: torch.device) -> Contender:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import models
-from benchmarks.test_training_step import RECIPE, ROWS, Step
+from benchmarks.steps import RECIPE, ROWS, Step
 from phi_fast import Phi, PhiConfig
 from phi_fast.precision import Precision
 from phi_fast.training.distributed import World, deepspeed, join, leave

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from benchmarks import machine, overview, peers, plots, report, summary, tables, timing
-from benchmarks.harness import RESULTS, Contender, Results, Row, Subject, compare, kind, spread
+from benchmarks.harness import RESULTS, Results, compare
 from benchmarks.ops import Op, agree
+from benchmarks.subjects import Contender, Row, Subject, kind, spread
 
 ROOT = Path(__file__).parents[1]
 HERE = {"device": "A CPU 2 threads", "threads": 2, "cpu_capability": "AVX512", "isa": "avx512", "python": "3.11"}
@@ -256,7 +257,7 @@ def test_a_session_prints_its_tables_and_knows_whether_it_was_whole(
     shutil.copy(Path(report.__file__).parent / "conftest.py", tmp_path)
     for name in ("one", "two"):
         row = f"Subject('{name}', {{}}, [Row('phi_fast', [0.001])])"
-        text = f"from benchmarks.harness import Row, Subject\ndef test_{name}(results): results.add({row})\n"
+        text = f"from benchmarks.subjects import Row, Subject\ndef test_{name}(results): results.add({row})\n"
         (tmp_path / f"test_{name}.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--benchmark", "--results", "out", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

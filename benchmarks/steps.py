@@ -1,0 +1,130 @@
+"""Training steps of this project and of its peers, and the floor beneath them, for the benchmarks that time steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.peers import NOT_COMPILED, compiled, peer
+from benchmarks.subjects import Subject
+from phi_fast import Phi, PhiConfig
+from phi_fast.kernels import FusedAdam
+from phi_fast.kernels.adam import grad_norm_squared, unscale_and_clip
+from phi_fast.recipes import RECIPES
+from phi_fast.training.zero import parameter_groups
+
+ROWS = {"phi-tiny": 8, "phi-small": 4}
+RECIPE = RECIPES["tiny"]
+FLOOR = "matrix products and SDPA alone"
+LEFT_OUT = "left out, for the time it takes: measured in bf16, and with phi-tiny"
+Step = Callable[[], object]
+Batch = tuple[Tensor, Tensor]
+
+
+def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Step:
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step:
+    """fp32 masters where the weights are 16 bits wide; the clip, and a skip on overflow, inside the update's pass."""
+    model = Phi(config).to(batch[0].device, dtype)
+    optimizer = FusedAdam(parameter_groups(model, RECIPE), lr=1e-4, master_weights=dtype != torch.float32)
+
+    def step() -> None:
+        model(*batch).loss.backward()
+        norm_squared = grad_norm_squared([p.grad for p in model.parameters() if p.grad is not None])
+        clip, found_inf, _ = unscale_and_clip(norm_squared, max_norm=1.0)
+        optimizer.step(grad_scale=clip, found_inf=found_inf)
+        optimizer.zero_grad()
+
+    return step
+
+
+def stock_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    batch: Batch,
+    dtype: torch.dtype,
+    compile: Callable[[nn.Module], nn.Module | None] = lambda model: model,
+) -> Step | str:
+    """A peer's model under torch's fused AdamW, which keeps its state in the weights' dtype."""
+    model = model.to(batch[0].device, dtype)
+    run = compile(model)
+    if run is None:
+        return NOT_COMPILED
+    optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE), lr=1e-4, fused=True)
+    return bare_step(model, optimizer, lambda: loss(run, *batch))
+
+
+def transformers_eager(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step | str:
+    return stock_step(models.hugging_face(config), models.loss_of_hugging_face, batch, dtype)
+
+
+def transformers_compiled(config: PhiConfig, batch: Batch, dtype: torch.dtype, full: bool) -> Step | str:
+    model = models.hugging_face(config)
+    return stock_step(model, models.loss_of_hugging_face, batch, dtype, lambda model: compiled(model, full))
+
+
+def litgpt(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step | str:
+    return peer("litgpt", lambda: stock_step(models.litgpt(config), models.loss_of_litgpt, batch, dtype))
+
+
+def floor(config: PhiConfig, rows: int, dtype: torch.dtype, where: torch.device) -> Step:
+    """The products of one step on buffers of their shapes, and torch's attention."""
+    d, heads, length = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
+    tokens = rows * length
+    part = config.vocab_size // 8
+    shapes = ((tokens, d), (tokens, 7 * d), (tokens, 5 * d), (7 * d, d), (d, 5 * d), (tokens, part), (part, d))
+    h, packed, mixed, w_in, w_out, chunk, head = (torch.randn(*s, device=where).to(dtype) for s in shapes)
+    sides = (rows, heads, length, config.head_dim)
+    q, k, v = (torch.randn(sides, device=where).to(dtype).requires_grad_() for _ in range(3))
+    gradient = torch.randn(sides, device=where).to(dtype)
+
+    def step() -> None:
+        for _ in range(config.num_hidden_layers):
+            h @ w_in.T  # forward
+            mixed @ w_out.T
+            h @ w_out  # data gradients
+            packed @ w_in
+            packed.T @ h  # weight gradients
+            h.T @ mixed
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(attended, (q, k, v), gradient)
+        for _ in range(8):  # the head, in eight parts of the vocabulary
+            h @ head.T
+            chunk @ head
+            chunk.T @ h
+
+    return step
+
+
+def with_rates(subject: Subject, tokens: int) -> Subject:
+    """Tokens per second in every row, of steps of `tokens`."""
+    for row in subject.rows:
+        if row.median:
+            row.extra["tokens/s"] = round(tokens / row.median)
+    return subject
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    """What `benchmarks.one_process` prints."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.one_process", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
