@@ -36,7 +36,7 @@ from .planning.work import Recompute, Shape
 from .precision import Precision, auto_precision
 from .recipes import RECIPES, Count, Recipe, RecipeName
 from .startup import tolerate_encodings
-from .terminal import console as screen
+from .terminal import table_console
 
 LEVELS: tuple[Recompute, ...] = ("none", "norm_gelu", "all")
 
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     tolerate_encodings()
     options = parse(arguments)
-    console = screen(width=None if sys.stdout.isatty() else 160, soft_wrap=False)
+    console = table_console(soft_wrap=False)
     try:
         report = run(options)
         if options.json_file is not None:

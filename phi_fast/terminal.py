@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.console import Console
 
 from .startup import tolerate
 
+TABLE_WIDTH, PIPE_WIDTH = 110, 160
+"""Columns that the widest table needs at least, and that tables in a file or a pipe have."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """C0 and C1 controls but tab and line feed, and the characters that reverse the direction of text."""
 
@@ -22,6 +25,13 @@ def console(*, stderr: bool = False, **options: Any) -> Console:
     """
     tolerate(sys.stderr if stderr else sys.stdout)
     return Console(stderr=stderr, **{"markup": False, "emoji": False, "highlight": False, **options})
+
+
+def table_console(**options: Any) -> Console:
+    """A `console` for tables: as wide as the terminal, but no narrower than `TABLE_WIDTH`, so that no name and no
+    figure is split: a narrower terminal wraps the lines. `PIPE_WIDTH` where the output is no terminal."""
+    width = max(shutil.get_terminal_size().columns, TABLE_WIDTH) if sys.stdout.isatty() else PIPE_WIDTH
+    return console(width=width, **options)
 
 
 def printable(text: str) -> str:

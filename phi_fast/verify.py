@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
-    console = terminal.console(width=None if sys.stdout.isatty() else 160, markup=True)  # what is not ours is escaped
+    console = terminal.table_console(markup=True)  # what is not ours is escaped
     try:
         report = run(options, console)
     except (PhiFastError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -224,6 +225,21 @@ def test_options_have_the_trainers_names() -> None:
     assert (options.recipe, options.recompute, options.global_batch_size) == ("phi-1.5-web", "all", 512)
     with pytest.raises(UsageError, match="at least 1"):
         Options(tokens=0).check()
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_tables_split_no_name_and_no_figure(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal of any width: a narrow one wraps whole lines."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    assert main(["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "64"]) == 0
+    output = capsys.readouterr().out
+    names = ("largest micro-batch", "gradients, all-reduce", "efficiency, attention backward", "128 × A100-40")
+    figures = ("1,418,270,720", "3,704,898", "42,808,252", "105.84 GB", "16 × 128")
+    for word in (*names, *figures):
+        assert word in output, word
 
 
 @pytest.mark.slow

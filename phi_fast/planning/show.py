@@ -195,7 +195,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         text = i == 0 or i == len(columns) - 1 or column == ""
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
+        table.add_column(column, justify="left" if text else "right", no_wrap=i == 0, overflow="fold")
     return table
 
 
