@@ -28,7 +28,7 @@ from .conversion.load import load
 from .errors import UsageError
 from .files import write_atomically, writing
 from .generation import Completion, Sampling, complete
-from .json_files import Fields, JsonFileError, parse_json
+from .json_files import Fields, parse_lines
 from .model.phi import Phi
 from .startup import tolerate_encodings
 from .terminal import console as open_console
@@ -209,21 +209,13 @@ def _write(out: Path, text: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file. Raises UsageError naming the line that has none, or is not UTF-8."""
-    lines = decode(path.read_bytes(), str(path)).split("\n")  # a prompt may hold the other breaks that splitlines knows
+    """The prompts of a file. Raises UsageError naming the line that has none, or is not UTF-8 or JSON."""
+    text = decode(path.read_bytes(), str(path))
     if path.suffix != ".jsonl":
-        return [line for line in lines if line]
+        return [line for line in text.split("\n") if line]  # a prompt may hold the other breaks that splitlines knows
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            prompt = Fields.of(parse_json(line.encode(), where), where).values["prompt"]
-            if not isinstance(prompt, str):
-                raise TypeError(f"it is {type(prompt).__name__}, expected text")
-        except (JsonFileError, KeyError, TypeError) as error:
-            raise UsageError(f'{where} is no JSON object with a "prompt": {error}') from error
+    for where, value in parse_lines(text.encode(), str(path), whole=True):
+        prompt = Fields.of(value, where, 'Expected an object with a "prompt" on each line').text("prompt")
         _require_text(prompt, where)
         prompts.append(prompt)
     return prompts

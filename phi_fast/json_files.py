@@ -7,6 +7,7 @@ range.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import stat
@@ -56,26 +57,32 @@ def read_object(path: Path, *, way_out: str = "", max_bytes: int = MAX_BYTES) ->
     return Fields.of(read_json(path, max_bytes=max_bytes), str(path), way_out)
 
 
-def read_lines(path: Path, *, max_bytes: int = MAX_BYTES * 64) -> Iterator[tuple[str, Any]]:
-    """("FILE:LINE", value) of each line of a JSON-lines file; lines of white space alone are passed over.
+def read_lines(path: Path, *, whole: bool = False, max_bytes: int = MAX_BYTES * 64) -> Iterator[tuple[str, Any]]:
+    """("FILE:LINE", value) of each line of a JSON-lines file. Raises as `read_json` and `parse_lines` do."""
+    yield from parse_lines(read_regular(path, max_bytes), str(path), whole=whole)
+
+
+def parse_lines(data: bytes, where: str, *, whole: bool = False) -> Iterator[tuple[str, Any]]:
+    """("WHERE:LINE", value) of each line of JSON lines; lines of white space alone are passed over.
 
     A last line without its line feed is one whose writing was cut short, by a kill for one: it is left out where it is
-    not JSON. Raises as `read_json` does, naming the line.
+    not JSON. whole: nobody was writing these, and such a line is an error as any other is.
+    Raises JsonFileError, naming the line.
     """
-    lines = read_regular(path, max_bytes).split(b"\n")
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        here = f"{where}:{number}"
         if len(line) > MAX_LINE_BYTES:
-            raise JsonFileError(f"{where} has {len(line):,} bytes, expected at most {MAX_LINE_BYTES:,}")
+            raise JsonFileError(f"{here} has {len(line):,} bytes, expected at most {MAX_LINE_BYTES:,}")
         try:
-            value = parse_json(line, where)
+            value = parse_json(line, here)
         except JsonFileError:
-            if number == len(lines):
+            if number == len(lines) and not whole:
                 return
             raise
-        yield where, value
+        yield here, value
 
 
 def parse_json(data: bytes, where: str) -> Any:

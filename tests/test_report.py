@@ -331,4 +331,12 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     metrics.write_text(lines)
     assert "error: " in refused(str(run), "--out", str(tmp_path / "no" / "page.html"))
     (run / "config.json").write_text("[]")
-    assert "config.json holds list, not the options of a run" in refused(str(run))
+    assert "config.json holds a JSON list, expected an object" in refused(str(run))
+    for fields, message in (
+        ({"mixture": {"a": "x"}, "global_batch_size": 8}, "mixture.a is 'x', expected an integer"),
+        ({"mixture": {"a": 1}}, "global_batch_size is missing, expected an integer of at least 1"),
+        ({"mixture": {"a": 2**20, "b": 1}, "global_batch_size": 8}, "add up to more than 2^20"),
+        ({"mixture": {"a": 1}, "global_batch_size": 2**62}, "is no number of rows"),
+    ):
+        (run / "config.json").write_text(json.dumps(fields))
+        assert message in refused(str(run))

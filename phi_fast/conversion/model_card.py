@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import paper
-from ..json_files import Fields, JsonFileError, read_lines
+from ..json_files import JsonFileError
+from ..step_records import read_records
 from ..terminal import printable
 from . import inside
 from .errors import ConversionError
@@ -68,8 +69,8 @@ def _training_results(source: Source) -> list[str]:
         return []
     last: dict[str, Any] = {}
     try:
-        for where, record in read_lines(path):
-            last |= {name: value for name, value in Fields.of(record, where).values.items() if value is not None}
+        for record in read_records(path):
+            last |= {name: value for name, value in record.items() if value is not None}
     except JsonFileError as error:
         raise ConversionError(f"{error}. Remove that line: the model card quotes the last losses") from error
     names = ("step", "tokens", "loss", "val_loss")

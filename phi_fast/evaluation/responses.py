@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..json_files import parse_json, read_regular
+from ..files import write_atomically
+from ..json_files import Fields, JsonFileError, read_lines
 
 MAX_BYTES = 2**32
 """Of a file of answers."""
@@ -29,7 +30,7 @@ class Responses:
         if path.exists():
             self._read(path, fingerprint)
         else:
-            path.write_text(json.dumps({"model": fingerprint}) + "\n", encoding="utf-8")
+            write_atomically(path, f"{json.dumps({'model': fingerprint})}\n".encode())
 
     @staticmethod
     def key(*request: Any) -> str:
@@ -49,23 +50,32 @@ class Responses:
                 file.writelines(json.dumps([key, answer]) + "\n" for key, answer in answers.items())
 
     def _read(self, path: Path, fingerprint: str) -> None:
-        data = read_regular(path, MAX_BYTES)
-        lines = data.split(b"\n")
+        lines = read_lines(path, max_bytes=MAX_BYTES)
         try:
-            found = parse_json(lines[0], str(path))["model"]
-        except (ValueError, KeyError, TypeError) as error:
+            found = Fields.of(*reversed(next(lines))).text("model")
+        except (StopIteration, JsonFileError) as error:
             raise UsageError(f"{path} does not begin as a file of answers: name another --out, or delete it") from error
         if found != fingerprint:
             raise UsageError(
                 f"{path} holds the answers of another model ({found}; this one is {fingerprint}); name another --out, "
                 "or delete it"
             )
-        if not data.endswith(b"\n"):
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n")
-        for line in lines[1:]:
-            try:
-                key, answer = parse_json(line, str(path))
-            except (ValueError, TypeError):  # the line that was being written when the process was stopped
-                continue
-            self.known[key] = answer
+        self.known.update(_answer(where, value) for where, value in lines)
+        _cut_torn_line(path)
+
+
+def _answer(where: str, value: Any) -> tuple[str, Any]:
+    """The key and the answer of a line. An answer is [log-likelihood, greedy], a text, or a program's outcome."""
+    match value:
+        case [str(key), str() | [int() | float(), bool()] as found]:
+            return key, found
+        case [str(key), {"passed": bool(), "reason": str(), "output": str(), "seconds": int() | float()} as found]:
+            if len(found) == 4:
+                return key, found
+    raise UsageError(f"{where} is no answer: remove that line, and its question is asked again")
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line that was being written when the process was stopped: the next answer begins a line."""
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)

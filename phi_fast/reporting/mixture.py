@@ -13,6 +13,7 @@ import numpy as np
 
 from phi_fast._C import tokens as _tokens
 
+from ..errors import UsageError
 from .read import RunData
 
 
@@ -41,7 +42,9 @@ def draws(run: RunData) -> list[Draw]:
     last = run.records[-1]["step"]
     if not run.mixture or not last:
         return []
-    batch = int(run.config["global_batch_size"])
+    batch = run.config["global_batch_size"]
+    if max(record["step"] for record in run.records) * batch >= 2**63:
+        raise UsageError(f"{run.path}: a step of metrics.jsonl times global_batch_size {batch} is no number of rows")
     ends = np.array([record["step"] for record in run.records], dtype=np.int64) * batch  # rows read after each step
     schedule = run.mixture_schedule
     starts = np.array([step for step, _ in schedule]) * batch
@@ -50,7 +53,10 @@ def draws(run: RunData) -> list[Draw]:
     shares = dict.fromkeys(run.mixture, 0.0)
     for (_, weights), start, end in zip(schedule, starts, [*starts[1:], ends[-1]], strict=True):
         divisor = math.gcd(*weights.values())
-        period = np.asarray(_tokens.chairman([weight // divisor for weight in weights.values()]))
+        try:
+            period = np.asarray(_tokens.chairman([weight // divisor for weight in weights.values()]))
+        except ValueError as error:
+            raise UsageError(f"{run.path / 'config.json'}: mixture: {error}") from error
         rows = np.clip(ends, start, max(start, end)) - start  # of this stage, after each step
         for index, (name, weight) in enumerate(weights.items()):
             before = np.concatenate(([0], np.cumsum(period == index)))  # of the period's first n slots

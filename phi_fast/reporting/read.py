@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..json_files import Fields, flatten, read_json, read_lines
+from ..json_files import flatten, read_object
+from ..step_records import read_records
 
-MAX_BYTES = 2**32
-"""Of a metrics.jsonl: some ten million steps."""
-WAY_OUT = "Correct or remove that line"
+MOST_WEIGHT = 2**20
+"""Of a corpus: `chairman`'s period has no more slots."""
 Curve = tuple[list[int], list[float | None]]
 """Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
 
@@ -50,7 +50,7 @@ class RunData:
     def mixture(self) -> dict[str, int]:
         """Corpus -> intended weight; empty for a config without one."""
         start = "mixture."
-        return {key.removeprefix(start): int(value) for key, value in self.config.items() if key.startswith(start)}
+        return {key.removeprefix(start): value for key, value in self.config.items() if key.startswith(start)}
 
     @property
     def mixture_schedule(self) -> list[tuple[int, dict[str, int]]]:
@@ -74,30 +74,16 @@ def _read(path: Path, name: str) -> RunData:
     for file in (metrics, config):
         if not file.is_file():
             raise UsageError(f"{file} does not exist: {path} is no run directory; give one that phi_fast.train wrote")
-    fields = read_json(config)
-    if not isinstance(fields, dict):
-        raise UsageError(f"{config} holds {type(fields).__name__}, not the options of a run; give one that train wrote")
-    records = _records(metrics)
+    options = read_object(config, way_out="Give a run directory that phi_fast.train wrote")
+    if "mixture" in options:
+        mixture = options.inner("mixture")
+        options.whole("global_batch_size", least=1)
+        for corpus in mixture.values:
+            mixture.whole(corpus, most=MOST_WEIGHT)
+    records = read_records(metrics, "Correct or remove that line")
     if not records:
         raise UsageError(f"{metrics} has no step yet; report on {path} once the run has taken one")
-    return RunData(name, path, flatten(fields), records, _samples(path / "tensorboard"))
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines, their fields checked; a last one that was cut short, as by a kill, is left out."""
-    return [_checked(Fields.of(value, where, WAY_OUT)) for where, value in read_lines(path, max_bytes=MAX_BYTES)]
-
-
-def _checked(record: Fields) -> dict[str, Any]:
-    record.whole("step")
-    for name, value in record.values.items():
-        if isinstance(value, dict):
-            for member in value:
-                if member in record.inner(name):
-                    record.inner(name).number(member)
-        elif value is not None and not isinstance(value, bool):
-            record.number(name)
-    return record.values
+    return RunData(name, path, flatten(options.values), records, _samples(path / "tensorboard"))
 
 
 def _samples(events: Path) -> list[tuple[int, str]]:

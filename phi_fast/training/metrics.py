@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..files import write_atomically, writing
-from ..json_files import Fields, read_lines
 from ..peaks import peak_flops
 from ..recipes import Recipe
+from ..step_records import read_records
 from .distributed import World
 from .zero import StepOutcome
 
@@ -167,6 +167,6 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     way_out = f"Correct or remove that line, or move {path.name} away to go on without the earlier steps' records"
-    lines = [(Fields.of(value, where, way_out).whole("step"), value) for where, value in read_lines(path)]
-    kept = [json.dumps(value) + "\n" for at, value in lines if step and at <= step]
+    records = read_records(path, way_out)
+    kept = [json.dumps(record) + "\n" for record in records if step and record["step"] <= step]
     write_atomically(path, "".join(kept).encode())

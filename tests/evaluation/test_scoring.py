@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from phi_fast.errors import UsageError
 from phi_fast.evaluation.responses import Responses
 from phi_fast.evaluation.scoring import Request, log_likelihoods
 
@@ -79,11 +80,29 @@ def test_responses_survive_a_torn_line_and_refuse_another_model(tmp_path):
         file.write('["z", [1')
     again = Responses(path, "model A")
     assert again.known == {"x": [1.5, True], "y": "text\n"}
-    again.add({"w": 1})
-    assert "w" in Responses(path, "model A")
+    again.add({"w": "more"})
+    assert Responses(path, "model A").known == {"x": [1.5, True], "y": "text\n", "w": "more"}
     with pytest.raises(ValueError, match="another model"):
         Responses(path, "model B")
     for beginning in ("", '{"mod', "[]\n"):
         path.write_text(beginning)
         with pytest.raises(ValueError, match="does not begin as a file of answers"):
             Responses(path, "model A")
+
+
+@pytest.mark.parametrize(
+    "line", ['["z"', "7", '["z", 3]', '[["z"], "t"]', '["z", [1.0]]', '["z", {"passed": true}]', "\0"]
+)
+def test_a_kept_line_that_is_no_answer_is_named(tmp_path, line):
+    """Only the last line, where a kill has cut it short, is left out."""
+    path = tmp_path / "responses.jsonl"
+    path.write_text(f'{{"model": "m"}}\n["x", "text"]\n{line}\n["y", [-1.5, false]]\n')
+    with pytest.raises(UsageError, match=r"responses.jsonl:3 is (no answer|not JSON)"):
+        Responses(path, "m")
+
+
+def test_what_is_kept_after_a_torn_line_is_whole_lines(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text('{"model": "m"}\n["x", "text"]\n["y", [-1.')
+    Responses(path, "m").add({"z": [-2.0, True]})
+    assert path.read_text() == '{"model": "m"}\n["x", "text"]\n["z", [-2.0, true]]\n'
