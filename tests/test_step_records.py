@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from phi_fast.errors import UsageError
-from phi_fast.training.metrics import MetricsLog
 from phi_fast.reporting.read import read_runs
 from phi_fast.step_records import read_records
+from phi_fast.training.metrics import MetricsLog
 
 GOOD = {"step": 1, "tokens": 8, "loss": 3.5, "skipped": False, "val_loss": None, "val_losses": {"a": 3.0, "b": None}}
 BAD = {

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from threading import Lock
 from typing import Any
 
-from .local_data import Row, converted
+from .questions import Row, question
 from .responses import Responses
 from .results import Question, TaskResult
 from .sandbox import Judged, Limits, Program, Result, run_programs
@@ -40,11 +40,12 @@ PROGRAM_TOKENS, ANSWER_TOKENS = 512, 48
 
 
 def hub_rows(task: str) -> list[Row]:
-    """The task's questions from the Hugging Face hub."""
+    """The task's questions from the Hugging Face hub. Raises QuestionError naming the data set and the row at fault."""
     import datasets
 
     path, name, split = HUB[task]
-    return converted(datasets.load_dataset(path, name, split=split), task, path)
+    rows = datasets.load_dataset(path, name, split=split)
+    return [question(task, dict(row), f"{path} ({split}), row {number}") for number, row in enumerate(rows)]
 
 
 def run(task: str, lm: Any, rows: list[Row], *, limits: Limits | None = None) -> TaskResult:
@@ -101,9 +102,9 @@ def mbpp_prompt(row: Row) -> str:
 def mbpp_program(row: Row, completion: str) -> Program:
     """The tests call the functions that they name and the setup does not define. Where the data set's own solution
     defines a class, tests may use its instances: then they share the candidate's process."""
-    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
+    setup = row.get("test_setup_code", "")
     tests = "\n".join([*row["test_list"], ""])
-    if re.search(r"^\s*class\s", row.get("code") or "", re.MULTILINE):
+    if re.search(r"^\s*class\s", row.get("code", ""), re.MULTILINE):
         return "\n".join([completion, setup, tests])
     return Judged(f"{completion}\n{setup}\n", _called(tests, setup), tests, given=setup)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .local_data import Row, find_file, read_rows
+from .local_data import find_file, read_rows
+from .questions import Row
 from .results import Question, TaskResult
 
 TASKS = (

@@ -138,7 +138,7 @@ def test_mistakes_are_refused_before_any_work(data):
             plan(EvaluateOptions("m", data=data, **{option: value}))
     with (data / "toxigen.jsonl").open("a") as file:
         file.write('{"text": "no group"}\n')
-    with pytest.raises(UsageError, match=r"toxigen.jsonl:5 is no question of toxigen: KeyError"):
+    with pytest.raises(UsageError, match=r"toxigen.jsonl:5 is no question of toxigen: target_group is missing"):
         plan(EvaluateOptions("m", data=data))
 
 
@@ -171,10 +171,14 @@ def test_answers_of_another_model_are_refused(small_folder, data, tmp_path):
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("toxigen", {"text": " "}, "text is empty"),
-        ("toxigen", {"toxicity_ai": 0, "toxicity_human": 0}, r"the toxicity is 0.0, expected 1 to 5"),
-        ("piqa", {"choices": ["a way", ""]}, "sol2 is empty"),
-        ("arc_easy", {"choices": ["a", "", "c", "d"]}, "choice 1 is empty"),
+        ("toxigen", {"text": " "}, "text is ' ', expected text that is not empty"),
+        ("toxigen", {"toxicity_ai": 0, "toxicity_human": 0}, "toxicity_ai is 0, expected a toxicity above 0"),
+        ("piqa", {"choices": ["a way", ""]}, "choices is .*, expected 2 texts that are not empty: number 2 is ''"),
+        (
+            "arc_easy",
+            {"choices": ["a", "", "c", "d"]},
+            "choices is .*, expected 2 to 8 texts that are not empty: number 2 is ''",
+        ),
     ],
 )
 def test_a_question_without_text_is_named_by_its_line(tmp_path, task, change, message):
@@ -182,5 +186,5 @@ def test_a_question_without_text_is_named_by_its_line(tmp_path, task, change, me
     toxic = {"text": "t", "target_group": "women", "toxicity_ai": 4.0, "toxicity_human": 2.0, "label": "hate"}
     row = {**(toxic if task == "toxigen" else compact_questions()[task][0]), **change}
     write_jsonl(tmp_path / f"{task}.jsonl", [row])
-    with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: ValueError: {message}"):
+    with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: {message}"):
         read_rows(tmp_path / f"{task}.jsonl", task)

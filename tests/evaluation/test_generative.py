@@ -7,7 +7,7 @@ import math
 import pytest
 
 from phi_fast.evaluation import generative, sandbox
-from phi_fast.evaluation.local_data import CONVERTERS
+from phi_fast.evaluation.questions import question
 from phi_fast.evaluation.responses import Responses
 from phi_fast.evaluation.sandbox import SandboxError
 
@@ -76,7 +76,7 @@ def human_eval_rows() -> list[dict]:
 
 
 def test_canonical_solutions_pass_and_broken_ones_fail(sandboxed):
-    rows = [CONVERTERS["humaneval"](row) for row in human_eval_rows()]
+    rows = [question("humaneval", row, "row") for row in human_eval_rows()]
     model = Scripted(*(row["canonical_solution"] for row in rows))
     result = generative.run("humaneval", model, rows)
     assert (result.score, result.questions, result.metric) == (1.0, 20, "pass@1")
@@ -93,7 +93,9 @@ def test_canonical_solutions_pass_and_broken_ones_fail(sandboxed):
 
 def test_mbpp_runs_every_test(sandboxed):
     tests = ["assert double(2) == 4", "assert double(0) == 0"]
-    row = CONVERTERS["mbpp"]({"text": "Double it.", "test_list": tests, "code": "", "test_setup_code": "import math"})
+    row = question(
+        "mbpp", {"text": "Double it.", "test_list": tests, "code": "", "test_setup_code": "import math"}, "row"
+    )
     assert generative.mbpp_prompt(row) == f'"""\nDouble it.\n{tests[0]}\n{tests[1]}\n"""\n'
     model = Scripted("def double(x):\n    return 2 * x", "def double(x):\n    return x + 2")
     assert [s.score for s in generative.run("mbpp", model, [row, row]).samples] == [1.0, 0.0]
@@ -102,7 +104,7 @@ def test_mbpp_runs_every_test(sandboxed):
 def test_mbpp_candidates_are_judged_on_plain_data_where_the_task_allows(sandboxed):
     cheat = "class Yes:\n    def __eq__(self, other): return True\n\ndef double(x):\n    return Yes()"
     row = {"text": "Double it.", "test_list": ["assert math.isclose(double(2), 4)", "assert double(1) == 2"]}
-    row = CONVERTERS["mbpp"](row | {"code": "def double(x): return 2 * x", "test_setup_code": "import math"})
+    row = question("mbpp", row | {"code": "def double(x): return 2 * x", "test_setup_code": "import math"}, "row")
     assert generative.mbpp_program(row, "").functions == ("double",)
     plain = generative.run("mbpp", Scripted(cheat, "def double(x):\n    return 2 * x"), [row, row])
     assert [sample.score for sample in plain.samples] == [0.0, 1.0]
@@ -113,7 +115,7 @@ def test_mbpp_candidates_are_judged_on_plain_data_where_the_task_allows(sandboxe
 
 
 def test_outcomes_are_kept_and_not_run_again(sandboxed, monkeypatch):
-    rows = [CONVERTERS["humaneval"](row) for row in human_eval_rows()[:2]]
+    rows = [question("humaneval", row, "row") for row in human_eval_rows()[:2]]
     model = Scripted(*(row["canonical_solution"] for row in rows))
     first = generative.run("humaneval", model, rows)
     assert len(model.responses.known) == 2
@@ -122,8 +124,8 @@ def test_outcomes_are_kept_and_not_run_again(sandboxed, monkeypatch):
 
 
 def test_gsm8k_compares_the_number_that_the_program_prints(sandboxed):
-    hub = CONVERTERS["gsm8k"]({"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"})
-    compact = CONVERTERS["gsm8k"]({"context": "How many?", "chain_of_thought": "…", "answer": "1200"})
+    hub = question("gsm8k", {"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}, "row")
+    compact = question("gsm8k", {"context": "How many?", "chain_of_thought": "…", "answer": "1200"}, "row")
     assert hub == compact == {"question": "How many?", "answer": "1200"}
     bodies = (
         "    return 2 * 600",
@@ -139,11 +141,11 @@ def test_gsm8k_compares_the_number_that_the_program_prints(sandboxed):
 
 def test_squad_is_exact_match_after_normalisation():
     hub = {"context": "C.", "question": "Q?", "answers": {"text": ["The Eiffel Tower", "tower"], "answer_start": [0]}}
-    row = CONVERTERS["squad"](hub)
+    row = question("squad", hub, "row")
     assert row["prompt"] == "Background: C.\n\nQuestion: Q?\n\nAnswer:"
     result = generative.run("squad", Scripted(" eiffel tower.", " the Eiffel"), [row, row])
     assert [sample.score for sample in result.samples] == [1.0, 0.0]
-    completion = CONVERTERS["squad"]({"text": "Paris is in ", "value": " France"})
+    completion = question("squad", {"text": "Paris is in ", "value": " France"}, "row")
     assert completion == {"prompt": "Paris is in", "answers": ["France"]}
 
 
@@ -164,8 +166,10 @@ def test_the_safety_score_by_demographic():
             return [(-2 * math.log(p), False) for p in perplexities]
 
     def row(group, ai, human, label):
-        return CONVERTERS["toxigen"](
-            {"text": "t", "target_group": group, "toxicity_ai": ai, "toxicity_human": human, "label": label}
+        return question(
+            "toxigen",
+            {"text": "t", "target_group": group, "toxicity_ai": ai, "toxicity_human": human, "label": label},
+            "row",
         )
 
     rows = [

@@ -22,7 +22,7 @@ from phi_fast.data import vocabulary
 from phi_fast.errors import UsageError
 from phi_fast.evaluation import multiple_choice
 from phi_fast.evaluation.lm import PhiFastLM
-from phi_fast.evaluation.local_data import converted, find_file, read_rows
+from phi_fast.evaluation.local_data import find_file, read_rows
 from phi_fast.evaluation.responses import Responses
 from phi_fast.model import Phi
 
@@ -136,7 +136,7 @@ def test_a_wrong_line_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"boolq.jsonl:2 is no question of boolq"):
         read_rows(find_file(tmp_path, "boolq"), "boolq")
     (tmp_path / "boolq.jsonl").write_bytes(b'\n"\xe9"\n')
-    with pytest.raises(UsageError, match=r"boolq.jsonl:2 is no question of boolq: UnicodeDecodeError"):
+    with pytest.raises(UsageError, match=r"boolq.jsonl:2 is not JSON: 'utf-8' codec can't decode"):
         read_rows(find_file(tmp_path, "boolq"), "boolq")
 
 
@@ -208,14 +208,8 @@ WRONG_ROWS = {
 @pytest.mark.parametrize(("task", "row"), [(task, row) for task, rows in WRONG_ROWS.items() for row in rows])
 def test_a_row_without_a_field_or_with_an_answer_that_is_none_is_named(tmp_path, task, row):
     write_jsonl(tmp_path / f"{task}.jsonl", [row])
-    with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: (KeyError|ValueError)"):
+    with pytest.raises(UsageError, match=rf"{task}.jsonl:1 is no question of {task}: .*, expected "):
         read_rows(tmp_path / f"{task}.jsonl", task)
-
-
-@pytest.mark.parametrize(("task", "row"), [(task, row) for task, rows in WRONG_ROWS.items() for row in rows])
-def test_rows_of_the_hub_are_checked_alike(task, row):
-    with pytest.raises(UsageError, match=rf"hub/{task}, row 0 is no question of {task}: (KeyError|ValueError)"):
-        converted([row], task, f"hub/{task}")
 
 
 def test_an_evaluation_goes_on_where_it_was(small_phi, byte_tokenizer, question_folder, tmp_path, monkeypatch):
