@@ -29,6 +29,7 @@ from .evaluation.local_data import find_file, read_rows
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
 from .evaluation.sandbox import SandboxError
+from .files import check_names
 from .recipes import Names
 from .startup import tolerate_encodings
 from .terminal import console as screen
@@ -134,6 +135,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
 
 def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
     """The tasks to run, and those of a suite that cannot be, with the reason. A task that is named must be possible."""
+    check_names(options)
     for name, least in (("limit", 1), ("mmlu_shots", 0), ("batch_tokens", 1), ("generate_batch", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -148,6 +150,8 @@ def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
     wanted = list(dict.fromkeys(task for item in options.tasks for task in SUITES.get(item, (item,))))
     if options.data is not None and not options.data.is_dir():
         raise UsageError(f"--data {options.data} is no folder")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out} is no folder: name another")
     left_out = {}
     for task in wanted:
         reason = None

@@ -12,8 +12,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -66,6 +68,15 @@ def sync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def check_names(options: Any) -> None:
+    """Raises UsageError where a path of a dataclass of options holds a NUL, which no system's call takes."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and "\0" in str(path):
+                raise UsageError(f"{field.name} {str(path)!r}: no file's name holds a NUL character; name another")
 
 
 @contextmanager

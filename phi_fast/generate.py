@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import tyro
 from rich.console import Console
@@ -212,13 +212,18 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file. Raises UsageError naming the line that has none, or is not UTF-8 or JSON."""
     text = decode(path.read_bytes(), str(path))
     if path.suffix != ".jsonl":
-        return [line for line in text.split("\n") if line]  # a prompt may hold the other breaks that splitlines knows
+        prompts = [line for line in text.split("\n") if line]  # one may hold the other breaks that splitlines knows
+        return prompts or _no_prompts(path)
     prompts = []
     for where, value in parse_lines(text.encode(), str(path), whole=True):
         prompt = Fields.of(value, where, 'Expected an object with a "prompt" on each line').text("prompt")
         _require_text(prompt, where)
         prompts.append(prompt)
-    return prompts
+    return prompts or _no_prompts(path)
+
+
+def _no_prompts(path: Path) -> NoReturn:
+    raise UsageError(f"{path} has no prompts: expected one on each line")
 
 
 def decode(data: bytes, where: str) -> str:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from .config import PhiConfig
 from .errors import PhiFastError, UsageError
+from .files import check_names
 from .kernels import backend
 from .planning import show
 from .planning.devices import Figure, find_device
@@ -131,6 +132,7 @@ class Report:
 def run(options: Options) -> Report:
     """Everything but the printing. Raises UsageError for options that do not fit together."""
     options.check()
+    check_names(options)
     recipe = _recipe(options)
     if options.device == "cpu":
         return _cpu_report(options, recipe)

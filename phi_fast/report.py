@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from .errors import PhiFastError, UsageError
+from .files import check_names
 from .reporting.page import page
 from .reporting.read import read_runs
 from .startup import tolerate_encodings
@@ -37,6 +38,7 @@ def run(options: Options) -> Path:
     """Writes the page, and the picture where it is asked for. Returns the page's path; raises UsageError."""
     if not options.runs:
         raise UsageError("give at least one run directory, as in: python -m phi_fast.report runs/tiny")
+    check_names(options)
     found = read_runs(list(options.runs))
     out = options.out or _default_page(options.runs)
     out.write_text(page(found), encoding="utf-8")

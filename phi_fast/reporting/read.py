@@ -90,6 +90,9 @@ def _samples(events: Path) -> list[tuple[int, str]]:
     """Texts that `metrics.MetricsLog.text` wrote."""
     if not events.is_dir():
         return []
+    for path in events.rglob("*"):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # TensorBoard would wait for a pipe's other end
+            raise UsageError(f"{path} is no regular file: remove it, or give a run directory that train wrote")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(events), size_guidance={"tensors": 0})
