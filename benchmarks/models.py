@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from transformers import PhiForCausalLM
 
 from phi_fast import PhiConfig
 from phi_fast.conversion.hf_config import phi_config
+
+Preset = Literal["phi-small", "phi-tiny", "small phi-small", "small phi-tiny"]
+"""A preset's name, or "small " and its name for the small run's model."""
 
 
 def hugging_face(config: PhiConfig) -> nn.Module:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
+import tyro
 
 from benchmarks import models
 from benchmarks.ops import DTYPES
 from benchmarks.steps import ROWS, ours, transformers_eager
 from phi_fast import PhiConfig
+from phi_fast.startup import tolerate_encodings
 
 STEPS = {"phi_fast": ours, "transformers eager": transformers_eager}
 
@@ -29,8 +31,13 @@ def peak_mb() -> int:
     return int(found[1]) >> 10
 
 
-def main(preset: str, dtype: str, name: str) -> None:
-    """name: one of `STEPS`. preset: "small NAME" for the small run's model."""
+def measure(
+    preset: models.Preset, dtype: Literal["fp32", "bf16", "fp16"], name: Literal["phi_fast", "transformers eager"]
+) -> None:
+    """Two training steps: seconds of the second and peak memory, as JSON.
+
+    preset: "small NAME" for the small run's model. name: one of `STEPS`.
+    """
     torch.manual_seed(0)
     imports = peak_mb()
     config, rows = PhiConfig.preset(preset.removeprefix("small ")), ROWS["phi-small"]
@@ -44,5 +51,13 @@ def main(preset: str, dtype: str, name: str) -> None:
     print(json.dumps({"seconds": seconds[1:], "peak_mb": peak_mb(), "imports_mb": imports}))
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    tolerate_encodings()
+    tyro.cli(
+        measure, args=arguments, prog="python -m benchmarks.one_process", config=(tyro.conf.PositionalRequiredArgs,)
+    )
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

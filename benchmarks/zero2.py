@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
 import torch
+import tyro
 
 from benchmarks import models
 from benchmarks.steps import RECIPE, ROWS, Step
 from phi_fast import Phi, PhiConfig
 from phi_fast.precision import Precision
+from phi_fast.startup import tolerate_encodings
 from phi_fast.training.distributed import World, deepspeed, join, leave
 from phi_fast.training.zero import Zero2, parameter_groups
 
@@ -65,8 +66,8 @@ def contenders(config: PhiConfig, rows: int, world: World, dtype: Precision) -> 
     }
 
 
-def main(preset: str, dtype: Precision, repeats: str) -> None:
-    """preset: "small NAME" for the small run's model."""
+def measure(preset: models.Preset, dtype: Precision, repeats: int) -> None:
+    """Each contender's seconds under ZeRO-2, as JSON. preset: "small NAME" for the small run's model."""
     torch.manual_seed(0)
     world = join("auto")
     config, rows = PhiConfig.preset(preset.removeprefix("small ")), ROWS[preset.removeprefix("small ")]
@@ -74,7 +75,7 @@ def main(preset: str, dtype: Precision, repeats: str) -> None:
         config, rows = models.small(config), 1
     steps = contenders(config, rows, world, dtype)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(1 + int(repeats)):
+    for round_ in range(1 + repeats):
         for name, step in steps.items():
             world.barrier()
             begin = time.perf_counter()
@@ -87,5 +88,11 @@ def main(preset: str, dtype: Precision, repeats: str) -> None:
     leave()
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    tolerate_encodings()
+    tyro.cli(measure, args=arguments, prog="python -m benchmarks.zero2", config=(tyro.conf.PositionalRequiredArgs,))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type]
+    main()

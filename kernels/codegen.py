@@ -215,11 +215,16 @@ def _print(found: list[Row]) -> None:
             console.print(f"{row.arch} {row.specimen.name} ({row.specimen.note}): {what}", style="red")
 
 
-def main(options: Options) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prints the table and writes the files asked for; the exit status of the command."""
+    try:
+        import tyro
+    except ImportError:
+        sys.exit("error: phi_fast.kernels.codegen needs tyro and rich: pip install 'phi-fast[train]'")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # dashes and × on an encoding that lacks them
             stream.reconfigure(errors="backslashreplace")
+    options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.kernels.codegen")
     found = []
     try:
         for row in rows(options):
@@ -241,9 +246,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        import tyro
-    except ImportError:
-        sys.exit("error: phi_fast.kernels.codegen needs tyro and rich: pip install 'phi-fast[train]'")
-
-    sys.exit(main(tyro.cli(Options, prog="python -m phi_fast.kernels.codegen")))
+    sys.exit(main())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.text import Text
 from torch import Tensor
 
 from .conversion import folder as beside
@@ -127,10 +128,10 @@ def main() -> int:
     options = tyro.cli(ConvertOptions, prog="python -m phi_fast.convert", config=(tyro.conf.AvoidSubcommands,))
     screen = console(stderr=True, soft_wrap=True)
     try:
-        with screen.status("reading") as status:
+        with screen.status(Text("reading")) as status:
             convert(
                 options,
-                lambda done, of: status.update(f"tensor {done} of {of}"),
+                lambda done, of: status.update(Text(f"tensor {done} of {of}")),
                 lambda line: screen.print(printable(line)),
             )
     except (ConversionError, ValueError, OSError) as error:

@@ -21,7 +21,7 @@ from typing import NoReturn, TextIO
 
 import tyro
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from .conversion.load import load
@@ -173,7 +173,8 @@ def from_file(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, consol
     """JSON lines {"prompt", "completion", "tokens", "reason"}, --n of them for each line of the file."""
     assert options.file is not None
     prompts = _repeated(read_prompts(options.file), options.n)
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("prompts", total=len(prompts))
         results = complete(
             model,

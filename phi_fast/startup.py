@@ -47,5 +47,5 @@ def tolerate_encodings() -> None:
 
 def tolerate(stream: Any) -> None:
     """As `tolerate_encodings`, for one stream."""
-    if hasattr(stream, "reconfigure") and stream.errors == "strict":
+    if hasattr(stream, "reconfigure") and getattr(stream, "errors", None) == "strict":
         stream.reconfigure(errors="backslashreplace")

@@ -18,12 +18,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def console(*, stderr: bool = False, **options: Any) -> Console:
-    """A rich Console on stdout or stderr whose strings, table cells included, are printed as they are.
+    """A rich Console on stdout, stderr or a `file` whose strings, table cells included, are printed as they are.
 
     options: rich.console.Console's. Style text with `rich.text.Text` or `style=`: square brackets in a name or a path
     that a user typed are no markup. Characters that the stream's encoding lacks are written as escapes.
     """
-    tolerate(sys.stderr if stderr else sys.stdout)
+    tolerate(options.get("file") or (sys.stderr if stderr else sys.stdout))
     return Console(stderr=stderr, **{"markup": False, "emoji": False, "highlight": False, **options})
 
 

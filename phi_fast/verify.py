@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from . import terminal
 from .errors import PhiFastError, UsageError
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
-    console = terminal.table_console(markup=True)  # what is not ours is escaped
+    console = terminal.table_console()
     try:
         report = run(options, console)
     except (PhiFastError, OSError) as error:
@@ -95,11 +95,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     ok = all(verdict.status != "fail" for verdict in verdicts)
     if logits is not None:
         ok = ok and logits.ok
-        word = "ok" if logits.ok else "[red]FAIL[/red]"
-        console.print(
-            f"{escape(logits.checkpoint)}: logits within {logits.largest_error:.1e} of the published ones "
-            f"(tolerance {logits.tolerance:.0e}): {word}"
-        )
+        found = f"{logits.checkpoint}: logits within {logits.largest_error:.1e} of the published ones"
+        console.print(f"{found} (tolerance {logits.tolerance:.0e}):", _word(logits.ok))
     count = {status: sum(verdict.status == status for verdict in verdicts) for status in ("ok", "fail", "not run")}
     console.print(f"{count['ok']} ok, {count['fail']} failed, {count['not run']} not run; {seconds:.0f} s")
     report = {
@@ -143,6 +140,10 @@ def _backends(case: Case, options: Options, device: torch.device) -> list[str]:
     return [*ours, *(f"{name}:{op}" for name in vendors for op in VENDORS[name] if op != "adam")]
 
 
+def _word(ok: bool) -> Text:
+    return Text("ok") if ok else Text("FAIL", style="red")
+
+
 def _print(verdicts: list[Verdict], console: Console) -> None:
     table = Table("op", "case", "dtype", "back end", "worst result", "error", "plain PyTorch", "ratio", "", box=None)
     for verdict in verdicts:
@@ -150,24 +151,23 @@ def _print(verdicts: list[Verdict], console: Console) -> None:
         if verdict.status == "not run":
             continue
         if verdict.worst is None:
-            table.add_row(*row, "-", "-", "-", "-", "[red]FAIL[/red]")
+            table.add_row(*row, "-", "-", "-", "-", _word(False))
             continue
         errors = verdict.errors[verdict.worst]
-        word = "ok" if verdict.status == "ok" else "[red]FAIL[/red]"
         figures = [f"{errors.rms:.1e}", f"{errors.plain_rms:.1e}", f"{errors.ratio:.2f}"]
-        table.add_row(*row, escape(verdict.worst), *figures, word)
+        table.add_row(*row, verdict.worst, *figures, _word(verdict.status == "ok"))
     console.print(table)
     for verdict in verdicts:
         if verdict.status == "fail":
             what = f"{verdict.op}, {verdict.case}, {verdict.dtype}, {verdict.backend}"
-            console.print(f"[red]FAIL[/red] {what}: {escape(verdict.detail)}")
+            console.print(_word(False), f"{what}: {verdict.detail}")
     missing: dict[str, dict[str, str]] = {}  # back end -> op -> why
     for verdict in verdicts:
         if verdict.status == "not run":
             missing.setdefault(verdict.backend, {})[verdict.op] = verdict.detail
     for backend, reasons in missing.items():
         first = next(iter(reasons.values()))
-        console.print(f"not run: {backend} for {', '.join(reasons)}. {escape(first)}", style="dim", soft_wrap=True)
+        console.print(f"not run: {backend} for {', '.join(reasons)}. {first}", style="dim", soft_wrap=True)
 
 
 if __name__ == "__main__":

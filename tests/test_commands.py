@@ -5,137 +5,232 @@ from __future__ import annotations
 import ast
 import importlib
 import io
+import json
+import os
 import re
-import runpy
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tyro
+from printed_markup import findings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from phi_fast import plan
+from phi_fast import plan, prepare
 from phi_fast.errors import UsageError
 from phi_fast.evaluate import EvaluateOptions
 from phi_fast.planning.devices import find_device
 from phi_fast.training import options
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {
-    "phi_fast.plan": ["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "8"],
-    "phi_fast.report": ["no → run"],
-    "phi_fast.prepare": ["no → file", "--tokenizer", "no → tokenizer", "--out", "x → y"],
-    "phi_fast.convert": ["no → model", "x → y"],
-    "phi_fast.generate": ["--model", "no → model", "--prompt", "x"],
-    "phi_fast.evaluate": ["--model", "no → model", "--tasks", "x →"],
-    "phi_fast.train": ["--data", "no → data", "--kernels", "no → kernels"],
-    "phi_fast.verify": ["--ops", "layer_norm", "--dtypes", "fp32", "--backends", "reference"],
-    "phi_fast.kernels.codegen": ["--only", "no → kernel"],
-    "benchmarks.report": ["--results", "no → results"],
+ROOMS = {"phi_fast": "phi_fast", "kernels": "phi_fast.kernels", "benchmarks": "benchmarks"}
+"""Folder -> the name that its modules are imported by."""
+NOT_FOR_PEOPLE = {"phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"}
+"""The two processes of the sandbox: started by it alone, in a root of their own, they print JSON."""
+RESULTS = "before → after.json"
+MISSING_MODEL = ["--model", "phi_fast", "--model_args", "pretrained=no → model", "--tasks", "arc_easy"]
+PRINTING: dict[str, list[list[str]]] = {
+    "phi_fast.train": [["--data", "no → data", "--kernels", "no → kernels"]],
+    "phi_fast.prepare": [
+        ["--inspect", "corpus → é"],
+        ["--inspect", "no → corpus"],
+        ["no → file", "--tokenizer", "no → tokenizer", "--out", "x → y"],
+    ],
+    "phi_fast.generate": [["--model", "no → model", "--prompt", "x"], ["--model", "x", "--file", "prompts → é.jsonl"]],
+    "phi_fast.evaluate": [["--model", "no → model", "--tasks", "x →"], ["--model", "é", "--data", "no → data"]],
+    "phi_fast.evaluation.lm": [[], MISSING_MODEL],
+    "phi_fast.convert": [["no → model", "x → y"]],
+    "phi_fast.report": [["no → run"], []],
+    "phi_fast.plan": [
+        ["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "8"],
+        ["--recipe", "phi-1.5", "--gpu", "MI300X", "--gpus", "16", "--price", "2.5", "--recompute", "all"],
+        ["--gpu", "no → gpu"],
+    ],
+    "phi_fast.verify": [
+        ["--device", "cpu", "--ops", "layer_norm", "--dtypes", "fp32", "--backends", "reference"],
+        ["--device", "cpu", "--checkpoint", "no → checkpoint"],
+    ],
+    "phi_fast.kernels.codegen": [["--only", "no → kernel"], ["--arch", "sm_90", "--only", "layer_norm.forward"]],
+    "benchmarks.report": [
+        ["--compare", RESULTS, RESULTS],
+        ["--compare", RESULTS, "slower → é.json"],
+        ["--compare", RESULTS, "no → results"],
+        ["--results", "no → results"],
+    ],
+    "benchmarks.one_process": [["phi-tiny", "fp32", "no → contender"]],
+    "benchmarks.zero2": [["no → preset", "fp32", "1"]],
 }
-"""Every entry point with a command line of ordinary or wrong words."""
-NOT_COMMANDS = {
-    *("phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"),  # started by the sandbox
-    *("phi_fast.evaluation.lm", "benchmarks.zero2", "benchmarks.one_process"),  # lm-eval's command; parts of benchmarks
-}
+"""Entry point -> words of each way to call it that prints and then ends: messages, tables, what --inspect shows."""
+CALLS = [
+    pytest.param(module, words, marks=pytest.mark.slow if words is MISSING_MODEL else ())  # lm-eval reads all its tasks
+    for module, ways in PRINTING.items()
+    for words in (["--help"], *ways)
+]
 
 
-def test_every_entry_point_is_here() -> None:
+def entry_points() -> set[str]:
+    """Modules that do something under `python -m`."""
     found = set()
-    for folder, package in (("phi_fast", "phi_fast"), ("kernels", "phi_fast.kernels"), ("benchmarks", "benchmarks")):
+    for folder, name in ROOMS.items():
         for path in (ROOT / folder).rglob("*.py"):
-            if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
-                found.add(".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)))
-    assert found == set(COMMANDS) | NOT_COMMANDS
+            tests = [
+                ast.unparse(node.test) for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.If)
+            ]
+            if path.name == "__main__.py" or any("__main__" in test and "__name__" in test for test in tests):
+                found.add(".".join([name, *path.relative_to(ROOT / folder).with_suffix("").parts]))
+    return found
 
 
-def outcome(command: str, words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
-    """Status, and the words of both streams that every encoding can write."""
+def test_every_entry_point_is_tried() -> None:
+    assert entry_points() == PRINTING.keys() | NOT_FOR_PEOPLE
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the calls name: a corpus, a file of prompts with a fault, results of benchmarks."""
+    folder = tmp_path_factory.mktemp("place → é")
+    (folder / "text.txt").write_text("naïve → café ━ 猫, [bold]not markup[/bold] \x1b[31m\n" * 40, encoding="utf-8")
+    words = ["--tokenizer", str(tokenizer(folder)), "--out", str(folder / "corpus → é"), "--workers", "1"]
+    assert prepare.main([str(folder / "text.txt"), *words]) == 0
+    (folder / "prompts → é.jsonl").write_text('{"prompt": "→"}\n{"prompt": 3}\n', encoding="utf-8")
+    for name, seconds in ((RESULTS, 1.0), ("slower → é.json", 2.0)):
+        rows = [{"name": "phi_fast → é", "seconds": [seconds + i / 1000 for i in range(9)]}]
+        document = {"machine": {"device": f"CPU of {name}"}, "subjects": [{"name": "rotary [é] →", "rows": rows}]}
+        (folder / name).write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+def tokenizer(folder: Path) -> Path:
+    """A tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({"<|endoftext|>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def call(module: str, words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[object, str, str]:
+    """Exit status, stdout and stderr of a command whose streams have `encoding`, as PYTHONIOENCODING sets them up."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
-    status: object = 0
     with monkeypatch.context() as patch:
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
-        patch.setattr(sys, "argv", [command, *words])
+        patch.setattr(sys, "argv", [module, *words])
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        entry = importlib.import_module(module)
         try:
-            if command == "phi_fast.kernels.codegen":
-                runpy.run_module(command, run_name="__main__", alter_sys=True)
-            else:  # a trainer that ran as __main__ would leave the process group that other tests are in
-                status = importlib.import_module(command).main()
+            status = entry.main()
         except SystemExit as ended:
-            status = ended.code or 0
+            status = ended.code
     for stream in streams.values():
         stream.flush()
-    text = "\n".join(stream.buffer.getvalue().decode(encoding) for stream in streams.values())
-    plain = re.sub(r"\\(u[0-9a-f]{4}|x[0-9a-f]{2})|[^\x00-\x7f]", " ", text)
-    return status, re.findall(r"[A-Za-z][A-Za-z_-]+", plain)  # type: ignore[return-value]
+    return status or 0, *(stream.buffer.getvalue().decode(encoding) for stream in streams.values())
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("command", COMMANDS)
-def test_an_encoding_changes_neither_status_nor_words(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def told(text: str, encoding: str) -> str:
+    """The text without what `encoding` lacks, escaped or not, and without what depends on it or on the time: the rules
+    and spaces of tables, which rich draws in ASCII for an encoding without its box characters, and seconds."""
+    text = re.sub(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})", "", text)
+    text = re.sub(r"; \d+ s\b", "", text).encode(encoding, "ignore").decode(encoding)
+    return re.sub(r"[\s|+=-]", "", text)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), CALLS, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
+def test_every_encoding_gives_the_same_status_and_the_same_text(
+    module: str, words: list[str], monkeypatch: pytest.MonkeyPatch, place: Path
 ) -> None:
-    """What it lacks is escaped; the rest is the same."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    for words in (["--help"], COMMANDS[command]):
-        expected = outcome(command, words, "utf-8", monkeypatch)
-        assert expected[1]
-        for encoding in ("ascii", "latin-1"):
-            assert outcome(command, words, encoding, monkeypatch) == expected
+    monkeypatch.chdir(place)
+    status, *expected = call(module, words, "utf-8", monkeypatch)
+    assert any(expected)
+    assert "Traceback" not in expected[1]
+    for encoding in ("ascii", "latin-1"):
+        again, *found = call(module, words, encoding, monkeypatch)
+        assert again == status, encoding
+        for before, after in zip(expected, found, strict=True):
+            assert told(after, encoding) == told(before, encoding), encoding
 
 
-def test_inspecting_a_corpus_on_any_encoding(stdlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--inspect", str(stdlib / "docs")]
-    status, said = outcome("phi_fast.prepare", words, "utf-8", monkeypatch)
-    assert status == 0 and len(said) > 20
-    assert outcome("phi_fast.prepare", words, "ascii", monkeypatch)[0] == 0
+def test_the_environment_variable_does_the_same(place: Path) -> None:
+    found = {}
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        command = [sys.executable, "-m", "phi_fast.prepare", "--inspect", "corpus → é"]
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, check=False, timeout=120)
+        found[encoding] = done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding)
+    for encoding in ("ascii", "latin-1"):
+        assert found[encoding][0] == found["utf-8"][0] == 0
+        assert [told(text, encoding) for text in found[encoding][1:]] == [
+            told(text, encoding) for text in found["utf-8"][1:]
+        ]
 
 
-def consoles(tree: ast.Module) -> Iterator[ast.Call]:
-    """Calls of rich's Console, or of a progress column of text, under whatever name they were imported."""
-    names = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rich"):
-            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "rich":
-                    names[alias.asname or "rich"] = alias.name if alias.asname else "rich"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            word = ast.unparse(node.func)
-            first, _, rest = word.partition(".")
-            whole = f"{names[first]}.{rest}".rstrip(".") if first in names else names.get(word, "")
-            if whole.startswith("rich") and whole.endswith((".Console", ".TextColumn", ".get_console", ".print")):
-                yield node
-
-
-def test_no_console_reads_what_a_user_typed_as_markup() -> None:
-    """phi_fast.terminal makes them all; a module that cannot import it turns markup off itself."""
-    seen = 0
-    for path in sorted(path for part in ("phi_fast", "kernels", "benchmarks") for path in (ROOT / part).rglob("*.py")):
-        for call in consoles(ast.parse(path.read_text(encoding="utf-8"))):
-            seen += 1
-            settings = {word.arg: ast.unparse(word.value) for word in call.keywords}
-            off = settings.get("markup") == "False" or "'markup': False" in ast.unparse(call)
-            assert off, f"{path}:{call.lineno}"
-    assert seen >= 3
+def test_no_module_has_text_read_as_markup() -> None:
+    """In phi_fast and benchmarks `phi_fast.terminal` makes the consoles, which write any encoding, too; the kernels,
+    which cannot import it, make theirs safe."""
+    found = []
+    for folder in ROOMS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path == ROOT / "phi_fast" / "terminal.py":
+                continue
+            lines = findings(path.read_text(encoding="utf-8"), consoles=folder == "kernels")
+            found += [f"{path.relative_to(ROOT)}:{line}" for line in lines]
+    assert found == []
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "from rich.console import Console as C\nC(stderr=True)",
-        "import rich.console\nrich.console.Console()",
-        "import rich\nrich.print('x')",
-        "from rich import print\nprint('x')",
+        "import rich.console\nrich.console.Console().print(x)",
+        "import rich.console as rc\nrc.Console()",
+        "import rich as r\nimport rich.console\nr.console.Console(highlight=False)",
         "from rich import console\nconsole.Console()",
+        "from rich.console import Console as Screen\nScreen(markup=False)",
+        "from rich.console import Console\nC = Console\nD = C\nD()",
+        "from rich.console import Console\nmake = {'a': Console}\nmake['a']()",
+        "from rich.console import Console\nfrom functools import partial\npartial(Console, markup=False)()",
+        "from rich.console import Console\nConsole(**settings)",
+        "from rich.console import Console\nConsole(markup=flag, emoji=False)",
+        "from rich.console import *\nConsole()",
+        "from .terminal import Console\nConsole()",
+        "from .terminal import console\nconsole(markup=True)",
+        "screen.print(x, markup=True)",
+        "screen.print(x, markup=not plain)",
+        "from rich import print\nprint(x)",
+        "import rich\nrich.print(x)",
+        "from rich.text import Text\nText.from_markup(x)",
+        "from rich.markup import render as r\nr(x)",
+        "from rich.panel import Panel\nPanel('x', title=x)",
+        "from rich.progress import TextColumn\nTextColumn('{task.description}')",
+        "import rich.progress as p\np.TextColumn('{task.description}', markup=True)",
+        "from rich.progress import Progress\nProgress()",
+        "from rich.progress import Progress\nProgress('{task.description}')",
+        "from rich.progress import Progress\nProgress(*Progress.get_default_columns())",
+        "from rich.progress import track\ntrack(x)",
+        "screen.status(f'reading {x}')",
+        "from rich.prompt import Prompt\nPrompt.ask(x)",
     ],
 )
-def test_consoles_are_found_under_any_name(source: str) -> None:
-    assert len(list(consoles(ast.parse(source)))) == 1
+def test_markup_is_found_under_any_name(source: str) -> None:
+    assert findings(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from rich.console import Console\nConsole(width=8, markup=False, emoji=False)",
+        "from rich.console import Console\ndef show(console: Console | None) -> Console: ...",
+        "from rich.progress import Progress, TextColumn\nProgress(TextColumn('{task.description}', markup=False))",
+        "from rich.text import Text\nscreen.status(Text(x))",
+        "from rich.table import Table\nTable(title=x)",
+        "from .terminal import console\nconsole(stderr=True).print(x, markup=False)",
+    ],
+)
+def test_what_reads_no_markup_is_left_alone(source: str) -> None:
+    assert findings(source) == []
 
 
 @pytest.mark.parametrize(
