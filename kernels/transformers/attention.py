@@ -226,6 +226,15 @@ def packed_by_head(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows[..., :d], rows[..., d : 2 * d], rows[..., 2 * d :]
 
 
+def why_no_gptj(module: nn.Module) -> str | None:
+    """GPT-J's module was written anew in transformers 5.24."""
+    if hasattr(module, "embed_positions"):
+        return None
+    return (
+        "this version of transformers gives GPT-J's attention its rotary table from outside: known are 5.23's modules"
+    )
+
+
 def gptj(base: type[nn.Module]) -> Forward:
     """GPT-J's attention: interleaved rotary from the module's own table, and no registry to go through."""
 

@@ -87,7 +87,9 @@ FAMILIES = (
         "gptj",
         {
             "GPTJForCausalLM": _LOSS,
-            "GPTJAttention": Replacement(attention.gptj, "apply_rotary_ (interleaved), attention"),
+            "GPTJAttention": Replacement(
+                attention.gptj, "apply_rotary_ (interleaved), attention", attention.why_no_gptj
+            ),
             "GPTJMLP": _mlp("fc_in", "fc_out", "act", "dropout"),
         },
         {},

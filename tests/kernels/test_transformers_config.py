@@ -266,3 +266,13 @@ def test_the_base_model_takes_positional_arguments(name: str) -> None:
     assert_same(ours, theirs)
     embedded = {"inputs_embeds": plain.get_input_embeddings()(batch["input_ids"])}
     assert_same(accelerated(**embedded).last_hidden_state, plain(**embedded).last_hidden_state)
+
+
+def test_a_module_of_another_version_is_left_and_named():
+    """GPT-J's attention without its own table, as transformers 5.24 has it."""
+    model = build("gpt-j")
+    for module in model.modules():
+        if type(module).__name__ == "GPTJAttention":
+            del module.embed_positions
+    report = str(accelerate(model))
+    assert "GPTJAttention" in report and "known are 5.23's modules" in report
