@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import cgroup
+
 LAUNCHER = Path(__file__).with_name("launcher.py")
 STANDING = b"the sandbox stands\n"
 """The launcher's first line, once the program runs: what goes wrong after it is the program's doing."""
@@ -40,7 +42,8 @@ class Limits:
     cpu_seconds: int = 10
     """Processor time of each process."""
     memory_mb: int = 1024
-    """Address space of each process, and resident memory of all of them together, MiB."""
+    """Address space of each process, and memory of all of them together, MiB: as a control group counts it, with the
+    temporary folder and the kernel's buffers, where one can be had, else the resident memory of each process."""
     disk_mb: int = 32
     """The temporary folder and every file in it, MiB."""
     processes: int = 16
@@ -84,12 +87,14 @@ class Judged:
 Program = str | Judged
 
 
-def run_program(program: Program, limits: Limits | None = None) -> Result:
+def run_program(program: Program, limits: Limits | None = None, *, control_group: bool = True) -> Result:
     """Run Python source text, or a candidate and its tests, in a sandbox and wait for it.
 
     A program passes only if its last line was reached: `sys.exit(0)` or `os._exit(0)` before it is a failure. Source
     text alone could forge that by walking interpreter frames, for it shares them with the code that proves it; a
     `Judged` candidate cannot.
+
+    control_group: False counts memory by thread even where a control group can be had.
 
     Raises SandboxError where the sandbox cannot be built, with what the system refused.
     """
@@ -98,11 +103,24 @@ def run_program(program: Program, limits: Limits | None = None) -> Result:
     size = len(json.dumps(content))
     if size > limits.disk_mb << 19:  # half of the folder that the program is written to
         return Result(False, f"a program of {size >> 10:,} KiB", "", 0.0)
+    settings = cgroup.settings(limits.memory_mb, limits.processes) if control_group else None
+    try:
+        group = cgroup.Group(settings or {})
+    except OSError as error:
+        raise SandboxError(f"no control group could be made: {error}") from error
+    try:
+        return _run(content, limits, group.folders)
+    finally:
+        group.remove()
+
+
+def _run(content: dict[str, Any], limits: Limits, groups: list[Path]) -> Result:
     folder = tempfile.mkdtemp(prefix="phi-fast-sandbox-")
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))  # a virtual environment's is a link
     spec = {
         "program": content,
         "limits": asdict(limits),
+        "groups": [str(each) for each in groups],
         "folder": folder,
         "python": python,
         "prefix": os.path.realpath(sys.base_prefix),
@@ -130,6 +148,7 @@ def run_programs(
     limits: Limits | None = None,
     *,
     workers: int | None = None,
+    control_group: bool = True,
     done: Callable[[int, Result], None] = lambda index, result: None,
 ) -> list[Result]:
     """`run_program` over a list, `workers` (default: half the processors) at a time; results in the list's order.
@@ -139,7 +158,7 @@ def run_programs(
     workers = workers or max(1, (os.cpu_count() or 2) // 2)
 
     def run(index: int) -> Result:
-        result = run_program(programs[index], limits)
+        result = run_program(programs[index], limits, control_group=control_group)
         done(index, result)
         return result
 
@@ -148,8 +167,11 @@ def run_programs(
 
 
 @functools.cache
-def check() -> None:
-    """Raise SandboxError, with the way out, where this system cannot build the sandbox. Tried once, on `pass`."""
+def check() -> str:
+    """Build the sandbox once, on `pass`, and return who counts the memory of a program in it, as a phrase.
+
+    Raises SandboxError, with the way out, where this system cannot build the sandbox.
+    """
     try:
         result = run_program("pass")
     except SandboxError as error:
@@ -160,6 +182,13 @@ def check() -> None:
         ) from error
     if not result.passed:
         raise SandboxError(f"`pass` does not pass in the sandbox: {result.reason} {result.output}")
+    found = cgroup.places()
+    if found is None:
+        return "counted by thread (this user can make no control group for memory)"
+    version, _, processes = found
+    return (
+        f"counted by a control group of version {version}{'' if processes or version == 2 else ', without processes'}"
+    )
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

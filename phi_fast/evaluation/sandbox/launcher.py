@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # -I leaves the script's folder out
+import cgroup
 import namespaces
 import seccomp
 
@@ -34,6 +35,7 @@ def main() -> None:
     spec = json.load(sys.stdin)
     die_with_parent()
     try:
+        group = ControlGroup(spec["groups"])
         namespaces.unshare()
         child = os.fork()
         if child:
@@ -44,7 +46,7 @@ def main() -> None:
         os.chdir("/tmp")
         # Without root the program has this process's user: it must not read its memory or take its descriptors.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-        report = Supervisor(spec, proc).run()
+        report = Supervisor(spec, proc, group).run()
     except Exception as error:
         report = {"error": f"{type(error).__name__}: {error}"}
     sys.stdout.write(json.dumps(report))
@@ -55,11 +57,30 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+class ControlGroup:
+    """The program's control groups, by descriptors from before the sandbox's root, in which there are none to see."""
+
+    def __init__(self, folders: list[str]) -> None:
+        self.entries = [os.open(f"{folder}/cgroup.procs", os.O_WRONLY) for folder in folders]
+        files = [f"{folder}/{name}" for folder in folders for name in cgroup.EVENTS.values()]
+        self.events = [os.open(file, os.O_RDONLY) for file in files if Path(file).exists()]
+
+    def enter(self) -> None:
+        """Put the calling process into them, and all that it starts."""
+        for entry in self.entries:
+            os.write(entry, b"0")
+
+    def full(self) -> bool:
+        """Whether the kernel has killed one of its processes for the memory of all."""
+        lines = [line for file in self.events for line in os.pread(file, 4096, 0).splitlines()]
+        return any(line.startswith(b"oom_kill ") and line != b"oom_kill 0" for line in lines)
+
+
 class Supervisor:
     """One program: `run` starts it and returns the report."""
 
-    def __init__(self, spec: dict, proc: int) -> None:
-        self.spec, self.limits, self.proc = spec, spec["limits"], proc
+    def __init__(self, spec: dict, proc: int, group: ControlGroup) -> None:
+        self.spec, self.limits, self.proc, self.group = spec, spec["limits"], proc, group
         self.output = bytearray()
         self.token = secrets.token_hex(16).encode()
         Path("program.json").write_text(json.dumps(spec["program"]), encoding="utf-8")
@@ -85,6 +106,7 @@ class Supervisor:
         self.program = os.fork()
         if self.program == 0:
             try:
+                self.group.enter()
                 ends = [os.dup(os.open("/dev/null", os.O_RDONLY)), output_write, output_write, token_in, token_out]
                 ends = [os.dup2(end, 100 + i) for i, end in enumerate(ends)]
                 failure_write = os.dup2(failure_write, 110, inheritable=False)
@@ -139,15 +161,22 @@ class Supervisor:
                 del self.output[kept:]
                 return f"more than {self.limits['output_kb']} KiB of output"
             status = self.reap()
+            if reason := self.memory():
+                return reason
             if status is not None:
                 while poll.poll(0) and len(self.output) <= kept and self.read(output, kept):
                     pass
                 return self.verdict(status)
             if time.monotonic() - start > self.limits["wall_seconds"]:
                 return "timeout"
-            resident = sum(rss for _, rss in self.members()) >> 20
-            if resident > self.limits["memory_mb"]:
-                return f"{resident} MiB of memory in all its processes"
+
+    def memory(self) -> str:
+        """What is wrong with the memory of all processes; "" while they stay within their limit."""
+        limit = self.limits["memory_mb"]
+        if self.group.events:
+            return f"more than {limit} MiB of memory in all its processes" if self.group.full() else ""
+        resident = sum(rss for _, rss in self.members()) >> 20
+        return f"{resident} MiB of memory in all its processes" if resident > limit else ""
 
     def read(self, output: int, kept: int) -> bool:
         chunk = os.read(output, 65536)

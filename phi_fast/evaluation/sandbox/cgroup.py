@@ -1,0 +1,196 @@
+"""Control groups: the kernel counts and bounds the memory and processes of one hostile program as a whole.
+
+See cgroups(7). A group is made below the one that this process is in, so that no limit set on it is left. In version 2 a
+group with processes of its own may have no such children (but for the root), so an ancestor takes the place that passes the
+memory controller on and sets no limit itself; no process is moved but the program. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = "phi-fast-sandbox-"
+REMOVAL_SECONDS = 5.0
+MEMORY_LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}
+EVENTS = {1: "memory.oom_control", 2: "memory.events"}
+"""Files with a line "oom_kill N": how many of a group's processes the kernel has killed for its memory limit."""
+
+
+class Group:
+    """One program's control group: a directory in each hierarchy that takes part. `remove` kills whatever is in it.
+
+    A lock on each directory is held until then. The kernel releases it if this process dies; the next one to start finds
+    the directory without an owner and removes it.
+    """
+
+    def __init__(self, settings: dict[Path, dict[str, str]]) -> None:
+        """settings: for each directory that gets a child, the child's files and what is written to them. The first
+        is required; others are left out where the kernel does not have them. Raises OSError."""
+        self.folders: list[Path] = []
+        self._locks: list[int] = []
+        try:
+            for parent, values in settings.items():
+                folder = self._make(parent)
+                for number, (name, value) in enumerate(values.items()):
+                    if number == 0 or (folder / name).exists():
+                        (folder / name).write_text(value)
+        except OSError:
+            self.remove()
+            raise
+
+    def _make(self, parent: Path) -> Path:
+        while True:
+            folder = parent / f"{PREFIX}{secrets.token_hex(8)}"
+            folder.mkdir()
+            lock = claim(folder)
+            if lock is not None:
+                self.folders.append(folder)
+                self._locks.append(lock)
+                return folder
+
+    def remove(self) -> None:
+        """Kill what is left in the group and remove its directories. What the kernel cannot end is left to the next
+        start."""
+        for folder in self.folders:
+            remove(folder)
+        for lock in self._locks:
+            os.close(lock)
+        self.folders, self._locks = [], []
+
+
+def claim(folder: Path) -> int | None:
+    """A descriptor that locks a group's directory; None where another process holds it or has removed it."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():
+            return lock
+    except BlockingIOError:
+        pass
+    os.close(lock)
+    return None
+
+
+def remove(folder: Path) -> None:
+    """End a group's processes and its directory. Version 1 has no way to kill a group at once: there the end of the
+    program's process table, which comes with its supervisor's, is waited for."""
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if (folder / "cgroup.kill").exists():
+                (folder / "cgroup.kill").write_text("1")
+            folder.rmdir()
+        if not folder.exists():
+            return
+        time.sleep(0.01)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the groups of processes that died before they could."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        lock = claim(folder)
+        if lock is not None:
+            remove(folder)
+            os.close(lock)
+
+
+def settings(memory_mb: int, processes: int) -> dict[Path, dict[str, str]] | None:
+    """What `Group` needs for these limits; None where no control group for memory can be had."""
+    found = places()
+    if found is None:
+        return None
+    version, memory, pids = found
+    size = str(memory_mb << 20)
+    if version == 2:
+        limits = {"memory.max": size, "memory.swap.max": "0", "memory.oom.group": "1", "pids.max": str(processes)}
+        return {memory: limits}
+    chosen = {memory: {"memory.limit_in_bytes": size, "memory.memsw.limit_in_bytes": size}}
+    return chosen | ({pids: {"pids.max": str(processes)}} if pids else {})
+
+
+@functools.cache
+def places() -> tuple[int, Path, Path | None] | None:
+    """The version, and the directories in which groups for memory and for processes can be made, tried out with a
+    process that waits; None where the system has no such place, or does not let this user have one."""
+    own = own_directories(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
+    if "memory" in own:
+        version, candidates = 1, iter([own["memory"][0]])
+    elif "" in own:
+        version, candidates = 2, places_2(*own[""])
+    else:
+        return None
+    memory = next((each for each in candidates if tried(each, MEMORY_LIMITS[version], str(1 << 30))), None)
+    if memory is None:
+        return None
+    remove_leftovers(memory)
+    pids = own["pids"][0] if version == 1 and "pids" in own else None
+    if pids is None or not tried(pids, "pids.max", "16"):
+        return version, memory, None
+    remove_leftovers(pids)
+    return version, memory, pids
+
+
+def own_directories(cgroup: str, mountinfo: str) -> dict[str, tuple[Path, Path]]:
+    """This process's directory and that of the hierarchy's top, for each controller of version 1, and "" for version 2.
+
+    cgroup, mountinfo: the texts of the files in /proc/self.
+    """
+    paths = {}
+    for line in cgroup.splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), path)
+    found = {}
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        root, top = (field.encode().decode("unicode_escape") for field in before.split()[3:5])
+        kind, _, options = after.split(" ", 2)
+        names = {"cgroup2": [""], "cgroup": options.split(",")}.get(kind, [])
+        for name in names:
+            path = paths.get(name)
+            if path is not None and Path(path).is_relative_to(root) and ".." not in Path(path).parts:
+                found[name] = (Path(top) / Path(path).relative_to(root), Path(top))
+    return found
+
+
+def places_2(own: Path, top: Path) -> Iterator[Path]:
+    """Directories of version 2 that pass the memory controller on to their children, this process's first, then upwards
+    as long as nothing that is left behind sets a limit."""
+    if not (own / "cgroup.type").exists():  # only the root has no type, and both processes and children
+        with contextlib.suppress(OSError):
+            (own / "cgroup.subtree_control").write_text("+memory +pids")
+    for folder in (own, *own.parents):
+        with contextlib.suppress(OSError):
+            if "memory" in (folder / "cgroup.subtree_control").read_text().split():
+                yield folder
+        limits = [folder / name for name in ("memory.max", "memory.high", "memory.swap.max", "pids.max")]
+        if folder == top or any(limit.exists() and limit.read_text().strip() != "max" for limit in limits):
+            return
+
+
+def tried(parent: Path, name: str, value: str) -> bool:
+    """Whether a group can be made in `parent`, limited by writing `value` to its file `name`, and entered."""
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    group = None
+    try:
+        group = Group({parent: {name: value}})
+        (group.folders[0] / "cgroup.procs").write_text(str(process.pid))
+    except OSError:
+        return False
+    finally:
+        process.kill()
+        process.communicate()
+        if group:
+            group.remove()
+    return True
