@@ -1,4 +1,4 @@
-"""Sixty programs that nobody should run outside of a sandbox; none may pass in it, or touch anything outside."""
+"""Programs that nobody should run outside of a sandbox; none may pass in it, or touch anything outside."""
 
 from __future__ import annotations
 
@@ -72,6 +72,79 @@ _FLOODS = (
     "        while True: pass\nassert 0",
 )
 
+_SHARED = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+for _ in range(8):
+    block = libc.mmap(None, 60 << 20, 3, {flags}, {file}, 0)
+    assert block and block != 2 ** 64 - 1, "denied"
+    ctypes.memset(block, 1, 60 << 20)
+    libc.munmap(ctypes.c_void_p(block + 4096), (60 << 20) - 4096)
+"""
+UNCOUNTED = {
+    "shared memory of which one page is mapped still": _SHARED.format(flags="0x21", file="-1"),
+    "shared memory of /dev/zero": _SHARED.format(flags="1", file="os.open('/dev/zero', os.O_RDWR)"),
+    "pages that a pipe holds, each of a huge one": """
+import ctypes, fcntl, os
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+pipe, huge = os.pipe()[1], 2 << 20
+fcntl.fcntl(pipe, 1031, 1 << 20)  # F_SETPIPE_SZ
+for _ in range(200):
+    block = libc.mmap(None, 2 * huge, 3, 0x22, -1, 0)
+    start = (block + huge - 1) // huge * huge
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(huge), 14)
+    ctypes.memset(start, 1, huge)
+    vector = (ctypes.c_size_t * 2)(start, 4096)
+    assert libc.vmsplice(pipe, vector, ctypes.c_size_t(1), 0) == 4096, "denied"
+    libc.munmap(ctypes.c_void_p(block), ctypes.c_size_t(2 * huge))
+""",
+    "what connections hold that nobody has accepted": """
+import socket
+server = socket.socket(socket.AF_UNIX)
+server.bind("\\0x")
+server.listen(4096)
+for _ in range(1500):
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("\\0x")
+    client.setblocking(False)
+    try:
+        while True: client.send(bytes(65536))
+    except BlockingIOError: pass
+    client.close()
+""",
+    "what sockets hold whose senders are closed": """
+import socket
+held = []
+for i in range(50):
+    held.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    held[-1].bind(f"\\0{i}")
+    for _ in range(11):
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.sendto(bytes(200000), socket.MSG_DONTWAIT, f"\\0{i}")
+""",
+    "larger buffers of sockets": """
+import socket
+for _ in range(30):
+    sender = socket.socketpair()[0]
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)
+""",
+    "events of files that nobody reads": """
+import ctypes, os
+libc = ctypes.CDLL(None)
+for _ in range(50):
+    queue = libc.inotify_init1(0)
+    assert queue >= 0, "denied"
+    libc.inotify_add_watch(queue, b"/tmp", 0xfff)
+for i in range(20000):
+    name = "x" * 240 + str(i % 2)
+    open(name, "w").close()
+    os.remove(name)
+""",
+}
+"""Ways to have memory of the kernel's that shows in no process; each has some 500 MiB, and ends well, if let."""
+
 HOSTILE = (
     *(source for source, _ in NAMED),
     *AGAINST_THE_SUPERVISOR,
@@ -80,5 +153,6 @@ HOSTILE = (
     *_NETWORK,
     *_CALLS,
     *_FLOODS,
+    *UNCOUNTED.values(),
 )
 """All of them. {port}: of a server on this machine's loopback."""

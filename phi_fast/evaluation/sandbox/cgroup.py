@@ -1,8 +1,9 @@
 """Control groups: the kernel counts and bounds the memory and processes of one hostile program as a whole.
 
-See cgroups(7). A group is made below the one that this process is in, so that no limit set on it is left. In version 2 a
-group with processes of its own may have no such children (but for the root), so an ancestor takes the place that passes the
-memory controller on and sets no limit itself; no process is moved but the program. Standard library only.
+See cgroups(7). In version 1 a group is made below the one that this process is in. In version 2 a group with processes
+of its own may have no children with a memory limit, unless it is the root: there the next ancestor takes its place that
+hands the memory controller on, provided that nothing in between sets a limit, which the program would leave. No process
+is moved but the program. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ EVENTS = {1: "memory.oom_control", 2: "memory.events"}
 class Group:
     """One program's control group: a directory in each hierarchy that takes part. `remove` kills whatever is in it.
 
-    A lock on each directory is held until then. The kernel releases it if this process dies; the next one to start finds
-    the directory without an owner and removes it.
+    A lock on each directory is held until then. The kernel releases it if this process dies; the next one to start
+    finds the directory without an owner and removes it.
     """
 
     def __init__(self, settings: dict[Path, dict[str, str]]) -> None:
@@ -147,7 +148,7 @@ def own_directories(cgroup: str, mountinfo: str) -> dict[str, tuple[Path, Path]]
 
     cgroup, mountinfo: the texts of the files in /proc/self.
     """
-    paths = {}
+    paths: dict[str, str] = {}
     for line in cgroup.splitlines():
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)
@@ -157,10 +158,10 @@ def own_directories(cgroup: str, mountinfo: str) -> dict[str, tuple[Path, Path]]
         root, top = (field.encode().decode("unicode_escape") for field in before.split()[3:5])
         kind, _, options = after.split(" ", 2)
         names = {"cgroup2": [""], "cgroup": options.split(",")}.get(kind, [])
-        for name in names:
-            path = paths.get(name)
-            if path is not None and Path(path).is_relative_to(root) and ".." not in Path(path).parts:
-                found[name] = (Path(top) / Path(path).relative_to(root), Path(top))
+        for name in paths.keys() & set(names):
+            own = Path(paths[name])
+            if own.is_relative_to(root) and ".." not in own.parts:
+                found[name] = (Path(top) / own.relative_to(root), Path(top))
     return found
 
 

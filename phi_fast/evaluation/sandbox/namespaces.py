@@ -29,7 +29,7 @@ MOUNT_SETATTR = 442
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+DEVICES = ("/dev/null", "/dev/urandom", "/dev/random")  # a shared map of /dev/zero is memory that nobody counts
 FIRST_UID, UIDS = 61184, 4336  # the range that systemd keeps for short-lived users; fits 16-bit uid maps
 
 
@@ -67,7 +67,7 @@ def become_nobody() -> None:
 
 
 def enter_root(folder: str, prefix: str, disk_mb: int) -> int:
-    """Swap the root for a read-only one with Python, /tmp (`disk_mb` MiB) and four devices.
+    """Swap the root for a read-only one with Python, /tmp (`disk_mb` MiB) and three devices.
 
     Returns a descriptor of the new process table's /proc, which is mounted nowhere: the program does not see it.
     """

@@ -10,9 +10,15 @@ import struct
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENT_0_OFFSET = 0, 4, 16  # struct seccomp_data, little endian
+NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENT_0_OFFSET, ARGUMENT_3_OFFSET = (
+    0,
+    4,
+    16,
+    40,
+)  # struct seccomp_data, little endian
 CLONE_NEWUSER = 0x10000000
 AF_UNIX = 1
+MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
 X32_BIT = 0x40000000
 
 # name: (x86-64, AArch64); None where the architecture has no such call.
@@ -42,6 +48,12 @@ DENIED = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
+    "vmsplice": (278, 75),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "socket": (41, 198),  # pairs remain: what a socket with an address holds outlives those who sent it
+    "setsockopt": (54, 208),  # larger buffers
     # a candidate and the tests that judge it share a user: neither reaches into the other, or into the supervisor
     "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438),
@@ -57,7 +69,7 @@ DENIED = {
     "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424),
 }
-CLONE, CLONE3, SOCKET, PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
+CLONE, CLONE3, SOCKETPAIR, PRLIMIT, MMAP = (56, 220), (435, 435), (53, 199), (302, 261), (9, 222)
 
 
 def filter_program() -> bytes:
@@ -71,8 +83,9 @@ def filter_program() -> bytes:
         (JUMP_GREATER_EQUAL, 0, 1, X32_BIT),
         (RETURN, 0, 0, RET_KILL_PROCESS),
     ]
-    for numbers in DENIED.values():
-        program += [(JUMP_EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
+    for number in (numbers[column] for numbers in DENIED.values()):
+        if number is not None:
+            program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
     program += [
         (JUMP_EQUAL, 0, 1, CLONE3[column]),
         (RETURN, 0, 0, RET_ERRNO | errno.ENOSYS),
@@ -88,8 +101,15 @@ def filter_program() -> bytes:
         (JUMP_EQUAL, 1, 0, 0),
         (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
         (RETURN, 0, 0, RET_ALLOW),
-        # socket: only between processes of this sandbox
-        (JUMP_EQUAL, 0, 3, SOCKET[column]),
+        # mmap: no memory that is shared and of no file, which stays when no process maps it any more
+        (JUMP_EQUAL, 0, 5, MMAP[column]),
+        (LOAD, 0, 0, ARGUMENT_3_OFFSET),
+        (JUMP_SET, 0, 2, MAP_SHARED),
+        (JUMP_SET, 0, 1, MAP_ANONYMOUS),
+        (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
+        (RETURN, 0, 0, RET_ALLOW),
+        # socketpair: only between processes of this sandbox
+        (JUMP_EQUAL, 0, 3, SOCKETPAIR[column]),
         (LOAD, 0, 0, ARGUMENT_0_OFFSET),
         (JUMP_EQUAL, 1, 0, AF_UNIX),
         (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
