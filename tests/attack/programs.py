@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import platform
 import random
 import socket
-import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hostile_programs import HOSTILE
-from test_sandbox import SYSTEM_PYTHON, assert_nothing_left, results_as_a_user
+from sandboxes import SYSTEM_PYTHON, assert_nothing_left, refuse_unshare, results_as_a_user
 
-from phi_fast.evaluation.sandbox import Limits, run_program, seccomp
+from phi_fast.evaluation.sandbox import Limits, run_program
 
 from .tally import Tally
 
@@ -72,22 +68,6 @@ def refused(program: str) -> None:
     with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as folder:
         results = results_as_a_user(Path(folder), [program], before=refuse_unshare, timeout=SECONDS)
     assert isinstance(results, str) and "unshare" in results, f"it ran: {results}"
-
-
-def refuse_unshare() -> None:
-    """Bind this process to a filter with which unshare(2) fails, as in a container without privileges."""
-    number = seccomp.DENIED["unshare"][seccomp.ARCHITECTURES[platform.machine()][0]]
-    instructions = (
-        (seccomp.LOAD, 0, 0, seccomp.NUMBER_OFFSET),
-        (seccomp.JUMP_EQUAL, 0, 1, number),
-        (seccomp.RETURN, 0, 0, seccomp.RET_ERRNO | errno.EPERM),
-        (seccomp.RETURN, 0, 0, seccomp.RET_ALLOW),
-    )
-    code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *each) for each in instructions))
-    program = struct.pack("@HP", len(instructions), ctypes.addressof(code))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(seccomp.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    assert libc.prctl(seccomp.PR_SET_SECCOMP, seccomp.SECCOMP_MODE_FILTER, program, 0, 0) == 0
 
 
 @contextmanager

@@ -4,44 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hostile_programs import AGAINST_THE_SUPERVISOR, NAMED, UNCOUNTED
+from hostile_programs import NAMED
+from sandboxes import ALLOWED, ALWAYS_EQUAL, assert_nothing_left, run
 
 from phi_fast.evaluation import sandbox
 from phi_fast.evaluation.generative import humaneval_program
-from phi_fast.evaluation.sandbox import (
-    Judged,
-    Limits,
-    Program,
-    Result,
-    SandboxError,
-    cgroup,
-    run_program,
-    run_programs,
-)
+from phi_fast.evaluation.sandbox import Judged, Result, SandboxError, run_program, run_programs
 
-SYSTEM_PYTHON = Path("/usr/bin/python3")
-
-
-@pytest.fixture(autouse=True, scope="module", name="allowed")
-def _allowed() -> None:
-    try:
-        sandbox.check()
-    except SandboxError as error:
-        pytest.skip(f"this system allows no sandbox: {error}")
-
-
-def run(source: Program, *, control_group: bool = True, **limits) -> Result:
-    return run_program(source, Limits(**{"wall_seconds": 8.0, **limits}), control_group=control_group)
+pytestmark = ALLOWED
 
 
 def test_a_good_program_passes_with_an_empty_environment(monkeypatch):
@@ -95,21 +73,6 @@ for _ in range(3):
     assert_nothing_left()
 
 
-def test_memory_floods():
-    flood = "blocks = [bytearray(1 << 24) for _ in range(1 << 10)]"
-    result = run(flood, memory_mb=128)
-    assert not result.passed
-    assert "MemoryError" in result.output
-    together = "import os\nfor _ in range(5):\n    if os.fork() == 0: break\nx = bytearray(60 << 20)\nwhile True: pass"
-    result = run(together, memory_mb=128, processes=8)
-    assert not result.passed
-    assert result.reason.endswith("MiB of memory in all its processes"), result
-    calls = "319, b'x', 0", "29, 0, 1 << 30, 0o1600", "240, b'x', 0o102, 0o600, 0"  # memfd_create, shmget, mq_open
-    for call in calls if os.uname().machine == "x86_64" else ():
-        result = run(f"import ctypes\nassert ctypes.CDLL(None).syscall({call}) >= 0, 'denied'")
-        assert "denied" in result.output, result
-
-
 def test_disk_floods():
     one_file = "with open('flood', 'wb') as f:\n    while True: f.write(bytes(1 << 20))"
     result = run(one_file, disk_mb=4)
@@ -120,158 +83,6 @@ def test_disk_floods():
     assert "No space left on device" in result.output
     result = run("for i in range(10**6):\n    open(f'flood{i}', 'wb').close()", disk_mb=4)
     assert "No space left on device" in result.output
-
-
-ACCOUNTS = [pytest.param(True, id="by a control group"), pytest.param(False, id="by thread")]
-SLACK_MB = 200
-"""What other programs on the machine may take while one is measured."""
-
-
-@pytest.fixture(name="account", params=ACCOUNTS)
-def _account(request) -> bool:
-    if request.param and cgroup.places() is None:
-        pytest.skip("this user can make no control group for memory")
-    return request.param
-
-
-@pytest.fixture(name="peaks")
-def _peaks(monkeypatch) -> list[int]:
-    """Bytes of memory that each control group has had at most, as the kernel tells it outside of the sandbox."""
-    seen: list[int] = []
-    remove = cgroup.Group.remove
-
-    def read_and_remove(group: cgroup.Group) -> None:
-        for folder in group.folders:
-            for name in ("memory.max_usage_in_bytes", "memory.peak"):
-                if (folder / name).exists():
-                    seen.append(int((folder / name).read_text()))
-        remove(group)
-
-    monkeypatch.setattr(cgroup.Group, "remove", read_and_remove)
-    return seen
-
-
-def test_memory_of_processes_whose_first_thread_has_ended_is_counted(account, peaks):
-    """Their entry in /proc is a zombie without memory; what the machine has left is measured, not what is reported."""
-    source = """
-import ctypes, os, threading, time
-def hold():
-    time.sleep(0.3)  # until the first thread has ended
-    block = bytearray(75 << 20)
-    time.sleep(60)
-for _ in range(5):
-    if os.fork() == 0:
-        threading.stack_size(1 << 20)
-        threading.Thread(target=hold).start()
-        ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # ends this thread alone
-time.sleep(60)
-"""
-    before, lowest = available_mb(), Lowest()
-    result = run(source, memory_mb=128, processes=12, control_group=account)
-    assert result.reason.endswith("MiB of memory in all its processes"), result
-    used = before - lowest.stop()
-    assert [peak >> 20 for peak in peaks] == [128] * account
-    assert used < 375 + SLACK_MB
-
-
-def test_sockets_cannot_hold_memory_that_nobody_counts(account, peaks):
-    """Descriptors in flight would outlive every limit on open files; buffers of open sockets stay small."""
-    source = """
-import array, socket
-held = []
-try:
-    while True:
-        a, b = socket.socketpair()
-        a.setblocking(False)
-        try:
-            while True: a.send(bytes(65536))
-        except BlockingIOError: pass
-        carrier, _ = socket.socketpair()
-        carrier.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [a.fileno(), b.fileno()]))])
-        held.append((carrier, _)); a.close(); b.close()
-except OSError as error:
-    print(error)
-"""
-    before, lowest = available_mb(), Lowest()
-    result = run(source, memory_mb=128, control_group=account)
-    assert "not permitted" in result.output, result
-    assert before - lowest.stop() < SLACK_MB  # no limit but the machine's: 5,500 were reached
-    assert all(peak <= 128 << 20 for peak in peaks)
-
-
-def test_buffers_of_open_sockets_are_counted_and_capped(account, peaks):
-    """Each process fills all the sockets that it may have. Without a group, the cap is the kernel's default buffer
-    times the descriptors; with one, the group's limit ends the program before."""
-    source = """
-import os, socket, time
-for _ in range(7):
-    if os.fork() == 0: break
-held = []
-try:
-    while True:
-        a, b = socket.socketpair()
-        held += [a, b]
-        for end in (a, b):
-            end.setblocking(False)
-            try:
-                while True: end.send(bytes(65536))
-            except BlockingIOError: pass
-except OSError: pass
-time.sleep(0.5)
-"""
-    default = int(Path("/proc/sys/net/core/wmem_default").read_text())
-    before, lowest = available_mb(), Lowest()
-    result = run(source, memory_mb=64, processes=12, control_group=account)
-    used = before - lowest.stop()
-    assert not result.passed, result
-    if account:
-        assert result.reason == "more than 64 MiB of memory in all its processes"
-        assert [peak >> 20 for peak in peaks] == [64]
-    assert used < (8 * 64 * default >> 20) + 128 + SLACK_MB
-
-
-@pytest.mark.parametrize("source", [pytest.param(source, id=name) for name, source in UNCOUNTED.items()])
-def test_memory_that_belongs_to_no_process_is_not_to_be_had(account, source):
-    """Where no control group counts it, the calls that get it are denied, and with one, too."""
-    before, shared, lowest = available_mb(), meminfo_mb("Shmem"), Lowest()
-    result = run(source, memory_mb=128, control_group=account)
-    assert not result.passed, result
-    assert before - lowest.stop() < SLACK_MB
-    assert meminfo_mb("Shmem") - shared < SLACK_MB
-
-
-def test_who_counts_the_memory_is_told(monkeypatch):
-    told = "counted by a control group of version" if cgroup.places() else "counted by thread"
-    assert sandbox.check().startswith(told)
-    monkeypatch.setattr(cgroup, "places", lambda: None)
-    assert sandbox.check.__wrapped__().startswith("counted by thread")
-
-
-def meminfo_mb(name: str) -> int:
-    text = Path("/proc/meminfo").read_text()
-    return int(text.partition(f"{name}:")[2].split()[0]) >> 10
-
-
-def available_mb() -> int:
-    return meminfo_mb("MemAvailable")
-
-
-class Lowest:
-    """The least memory that the machine had left, from now until `stop`."""
-
-    def __init__(self) -> None:
-        self.low, self.ended = available_mb(), threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-
-    def watch(self) -> None:
-        while not self.ended.wait(0.02):
-            self.low = min(self.low, available_mb())
-
-    def stop(self) -> int:
-        self.ended.set()
-        self.thread.join()
-        return self.low
 
 
 def test_there_is_no_network():
@@ -368,65 +179,48 @@ def test_what_is_no_program_fails_alone(source, reason):
     assert results[1].reason == reason
 
 
+def test_a_supervisor_that_dies_is_the_failure_of_its_program_alone(monkeypatch):
+    """Killed from outside of the sandbox, for no program here can do it."""
+
+    class Killed(subprocess.Popen):
+        def communicate(self, text: bytes, timeout: float) -> tuple[bytes, bytes]:
+            if b"time.sleep(60)" in text:
+                threading.Thread(target=self.kill_supervisor).start()
+            return super().communicate(text, timeout)
+
+        def kill_supervisor(self) -> None:
+            """Once the program itself runs, by its own command line."""
+            supervisor = -1
+            while not any(b"-c" in command for _, command in children(supervisor)):
+                time.sleep(0.05)
+                supervisor = next((pid for pid, _ in children(self.pid)), -1)
+            time.sleep(0.5)
+            os.kill(supervisor, signal.SIGKILL)
+
+    monkeypatch.setattr(subprocess, "Popen", Killed)
+    results = run_programs(["assert 1", "import time\ntime.sleep(60)", "assert 1"], workers=1)
+    assert [result.passed for result in results] == [True, False, True]
+    assert results[1].reason == "its supervisor was ended"
+
+
+def children(parent: int) -> list[tuple[int, list[bytes]]]:
+    """(pid, command line) of each."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append((int(folder.name), (folder / "cmdline").read_bytes().split(b"\0")))
+        except OSError:  # ended since the listing
+            continue
+    return found
+
+
 def test_results_are_told_as_they_come():
     told = {}
     results = run_programs(["pass", "assert 0"], workers=1, done=told.__setitem__)
     assert told == dict(enumerate(results))
 
 
-AS_A_USER = """
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("sandbox", sys.argv[1])
-sandbox = importlib.util.module_from_spec(spec)
-sys.modules["sandbox"] = sandbox
-spec.loader.exec_module(sandbox)
-try:
-    sandbox.check()
-except sandbox.SandboxError as error:
-    print(json.dumps(str(error)))
-else:
-    limits = sandbox.Limits(wall_seconds=3.0)
-    print(json.dumps([[r.passed, r.reason, r.output] for r in sandbox.run_programs(json.loads(sys.argv[2]), limits)]))
-"""
-
-
-def results_as_a_user(
-    folder: Path, programs: list[str], before: Callable[[], None] | None = None, timeout: float = 120
-) -> list[tuple[bool, str, str]] | str:
-    """`run_programs` as another user, from a copy in `folder`: (passed, reason, output) of each, or why none ran.
-
-    before: called in the process before it becomes the user's program.
-    """
-    shutil.copytree(Path(sandbox.__file__).parent, folder / "sandbox", dirs_exist_ok=True)
-    for path in (*folder.parents[:3], folder, folder / "sandbox"):
-        path.chmod(path.stat().st_mode | 0o755)
-    done = subprocess.run(
-        [SYSTEM_PYTHON, "-c", AS_A_USER, folder / "sandbox" / "__init__.py", json.dumps(programs)],
-        capture_output=True,
-        text=True,
-        user=61183,
-        group=61183,
-        extra_groups=[],
-        cwd="/",
-        env={"TMPDIR": "/tmp"},
-        preexec_fn=before,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.skipif(os.getuid() != 0 or not SYSTEM_PYTHON.exists(), reason="becomes another user, whom Python must let")
-def test_without_root_the_supervisor_survives_the_program(tmp_path):
-    """Program and supervisor are one user there. Its results are failures of their own; the others' are kept."""
-    results = results_as_a_user(tmp_path, ["assert 1", *AGAINST_THE_SUPERVISOR, "assert 1"])
-    if isinstance(results, str):
-        pytest.skip(results)
-    assert [passed for passed, _, _ in results] == [True, *[False] * len(AGAINST_THE_SUPERVISOR), True], results
-    assert all("supervisor" not in reason for _, reason, _ in results), results
-
-
-ALWAYS_EQUAL = "class Yes:\n    def __eq__(self, other): return True\n"
 DOUBLE = "assert double(2) == 4\nassert double([1]) == [1, 1]\n"
 
 
@@ -509,21 +303,3 @@ def test_human_eval_canonical_solutions_pass_and_broken_ones_fail():
     for wrong in ("    return object()\n", always_equal):
         broken = run_programs([humaneval_program(p, wrong) for p in problems])
         assert [p["task_id"] for p, r in zip(problems, broken, strict=True) if r.passed] == []
-
-
-def assert_nothing_left() -> None:
-    """No process of a sandbox's users is alive; those of other sandboxes that run now get a moment to end."""
-    if os.getuid() != 0:
-        return
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        owners = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                owners.append(folder.stat().st_uid)
-            except OSError:
-                continue
-        if not any(sandbox_uid in range(61184, 61184 + 4336) for sandbox_uid in owners):
-            return
-        threading.Event().wait(0.1)
-    raise AssertionError("a process of the sandbox is still alive")
