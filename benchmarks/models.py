@@ -47,13 +47,13 @@ def litgpt(config: PhiConfig) -> nn.Module:
 
 
 def loss_of_hugging_face(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """As its own loss function computes it: cross entropy of fp32 logits."""
+    """The loss as the model's own loss function computes it: cross entropy of fp32 logits."""
     logits = model(input_ids).logits
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
 def loss_of_litgpt(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """As `litgpt pretrain` computes it."""
+    """The loss as `litgpt pretrain` computes it."""
     from litgpt.utils import chunked_cross_entropy
 
     return chunked_cross_entropy(model(input_ids), labels)

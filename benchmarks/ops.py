@@ -17,7 +17,8 @@ from phi_fast.kernels import use
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Of the largest output: that contenders compute the same thing, not how well (tests/kernels shows that)."""
+"""Tolerance, as a share of the largest output: it shows that contenders compute the same thing, not how well
+(tests/kernels shows that)."""
 
 MOST = 2**29
 """Bytes that a copy moves at most: beyond any cache, and a row's share of the bound is by rate."""

@@ -156,7 +156,8 @@ def own_update(grad: Tensor) -> Step:
 
 
 def update_in_passes(grad: Tensor, master: nn.Parameter, optimizer: torch.optim.Optimizer) -> Step:
-    """As mixed-precision trainers write it around a stock optimizer: fp32 gradient, norm, scale, step, cast."""
+    """The update as mixed-precision trainers write it around a stock optimizer: fp32 gradient, norm, scale, step,
+    cast."""
     weight = torch.zeros_like(grad)
 
     def step() -> None:

@@ -138,7 +138,7 @@ def contenders() -> dict[str, Make | str]:
 
 @dataclass
 class Times:
-    """Of one contender."""
+    """Times of one contender."""
 
     rounds: list[float] = field(default_factory=list)
     """Wall seconds per batch, mean of each round."""

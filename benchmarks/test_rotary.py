@@ -31,14 +31,14 @@ def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def transformers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As PhiAttention does: q and k split, rotated, joined. cos and sin (1, sequence, rotary_dim)."""
+    """What PhiAttention does: q and k split, rotated, joined. cos and sin (1, sequence, rotary_dim)."""
     q, k = x.chunk(2, 2)
     turned = apply_rotary_pos_emb(q[..., :ROTARY_DIM], k[..., :ROTARY_DIM], cos, sin, unsqueeze_dim=2)
     return torch.cat([torch.cat((t, y[..., ROTARY_DIM:]), -1) for t, y in zip(turned, (q, k), strict=True)], 2)
 
 
 def litgpt(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As its CausalSelfAttention does, on heads before rows."""
+    """What its CausalSelfAttention does, on heads before rows."""
     from litgpt.model import apply_rope
 
     heads = x.transpose(1, 2)
@@ -60,7 +60,7 @@ def flash_attn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def ours(x: Tensor, cos: Tensor, sin: Tensor, name: str) -> Op:
-    """In place: the backward is of a graph that rotated a copy, the forward rotates the buffer itself."""
+    """Rotation in place: the backward is of a graph that rotated a copy, the forward rotates the buffer itself."""
     buffer = x.detach().clone()
     return Op(
         lambda: apply_rotary_(x.clone(), None, cos, sin)[0],

@@ -206,7 +206,8 @@ class FusedAdam(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's, with a "step" of its own for every parameter: torch.optim counts each one up."""
+        """The state of torch.optim.Optimizer, with a "step" of its own for every parameter: torch.optim counts each one
+        up."""
         result = super().state_dict()
         for index, state in result["state"].items():
             if "step" in state:

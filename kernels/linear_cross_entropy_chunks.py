@@ -23,7 +23,7 @@ class Objective(NamedTuple):
 
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """On a CPU, where it costs no sync: refuse labels that would index outside the logits."""
+    """Refuse, on a CPU, where it costs no sync, labels that would index outside the logits."""
     outside = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])

@@ -76,7 +76,7 @@ def parallel_block(
     _check(x, parameters, cos, sin, num_heads, recompute)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, x)
-    # Ours rotates q and k as it reads them; the others are handed them already rotated, in place.
+    # Triton and C++ attention apply RoPE while loading; for other back ends q and k are rotated first, in place.
     rotary_inside = backend.name("attention", x.device) in ("triton", "cpp")
     options = Options(num_heads, eps, recompute, rotary_inside)
     inputs = Inputs(x.contiguous(), *parameters, cos, sin, cu_seqlens)  # type: ignore[call-arg]

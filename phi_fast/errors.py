@@ -20,6 +20,6 @@ class UsageError(PhiFastError, ValueError):
 
 
 class MachineError(UsageError):
-    """As UsageError, for what is wrong on the machine of the rank that raises it."""
+    """A UsageError about the machine of the rank that raises it."""
 
     one_rank = True

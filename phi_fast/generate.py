@@ -47,7 +47,7 @@ class GenerateOptions:
     file: Path | None = None
     """Prompts to continue, in UTF-8: one per line, or with .jsonl one object with a "prompt" per line."""
     out: Path | None = None
-    """With --file: where the results go, as JSON lines in the file's order, written when all are there. Default:
+    """Where the results of --file go, as JSON lines in the file's order, written when all are there. Default:
     standard output."""
     chat: bool = False
     """Talk: each line is put into a dialogue and the answer is streamed; an empty line or end of input leaves."""

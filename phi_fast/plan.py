@@ -54,11 +54,11 @@ class Options:
     """Which GPU, in any case: A100-40, A100-80, H100, H200, B200, L40S, RTX-3090, RTX-4090, RTX-5090, MI300X; SXM
     modules where there are several kinds. Any other name with --memory, --flops and --bandwidth."""
     memory: float | None = None
-    """Of one GPU, GB. Default: the data sheet's."""
+    """Memory of one GPU, GB. Default: the data sheet's."""
     flops: float | None = None
-    """Of one GPU, dense 16-bit TFLOP/s with fp32 sums. Default: the data sheet's."""
+    """Rate of one GPU, dense 16-bit TFLOP/s with fp32 sums. Default: the data sheet's."""
     bandwidth: float | None = None
-    """Of one GPU's memory, GB/s. Default: the data sheet's."""
+    """Bandwidth of one GPU's memory, GB/s. Default: the data sheet's."""
     gpus: int = 8
     """How many, in nodes of 8."""
     model: Literal["phi-1.5", "phi-small", "phi-tiny"] | None = None
@@ -70,15 +70,15 @@ class Options:
     tokens: Count | None = None
     """Tokens to see. Default: the recipe's."""
     recompute: Recompute = "norm_gelu"
-    """As in `phi_fast.train`."""
+    """The same option as in `phi_fast.train`."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on a GPU, bf16 on a CPU with bf16 instructions, else fp32. GPUs are planned for 16 bits only."""
     price: float | None = None
-    """Of a device hour, in dollars. Default: a round figure by GPU that is printed as the assumption it is."""
+    """Price of a device hour, in dollars. Default: a round figure by GPU that is printed as the assumption it is."""
     matmul_efficiency: float | None = None
     """Share of the data sheet's FLOP/s that large matrix products reach. Default: by GPU, printed."""
     measure: bool = False
-    """On a CPU: also take real steps of the trainer and count what it keeps for its backward."""
+    """Also take real steps of the trainer, on a CPU, and count what it keeps for its backward."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure to this file."""
     plot: Path | None = None

@@ -39,7 +39,7 @@ class Options:
     out: Path | None = None
     """Directory of the corpus to write; it must not exist yet."""
     dtype: Literal["uint16", "uint32"] | None = None
-    """Of the token file. None: uint16 where the tokenizer's ids fit."""
+    """dtype of the token file. None: uint16 where the tokenizer's ids fit."""
     delimiter: str | None = END_OF_TEXT
     """Token written after each document; None for none."""
     text_field: str = "text"
@@ -49,7 +49,7 @@ class Options:
     validation: float = Settings.validation
     """Share of documents held out for validation, by a hash of their text: 0 to below 1."""
     seed: int = 0
-    """Of the document shuffle and of the validation split."""
+    """Seed of the document shuffle and of the validation split."""
     skip_malformed: bool = False
     """Leave out records that are not UTF-8, not JSON or without a text, and count them, instead of stopping."""
     workers: int | None = None

@@ -46,6 +46,6 @@ def tolerate_encodings() -> None:
 
 
 def tolerate(stream: Any) -> None:
-    """As `tolerate_encodings`, for one stream."""
+    """Let one stream write what its encoding lacks as escapes."""
     if hasattr(stream, "reconfigure") and getattr(stream, "errors", None) == "strict":
         stream.reconfigure(errors="backslashreplace")

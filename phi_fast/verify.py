@@ -53,7 +53,7 @@ class Options:
     backends: tuple[Backend, ...] = BACKENDS_AND_VENDORS
     """Back ends to check, of those that run here."""
     dtypes: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16", "bf16")
-    """Of the inputs."""
+    """dtypes of the inputs."""
     factor: float = 2.0
     """Bound: root mean square errors up to this many times plain PyTorch's, largest errors up to twice that."""
     checkpoint: str | None = None

@@ -18,7 +18,7 @@ class Replacement:
 
     build: Builder
     ops: str
-    """For the report: the ops that run instead."""
+    """The ops that run instead, for the report."""
     why_not: Callable[[nn.Module], str | None] = lambda module: None
     """A reason for leaving this very module, or None."""
 

@@ -21,7 +21,7 @@ _BASE = "_phi_fast_base"
 
 
 def swap(module: nn.Module, build: Builder) -> None:
-    """From now on `module` runs the forward that `build` makes for its class."""
+    """Let `module` run the forward that `build` makes for its class."""
     module.__class__ = _subclass(type(module), build)
 
 

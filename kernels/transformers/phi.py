@@ -69,7 +69,7 @@ def decoder_layer(base: type[nn.Module]) -> Forward:
         heads, eps = attention.config.num_attention_heads, norm.eps
         if dispatch.by_library("parallel_block", inputs=inputs) or not torch.is_grad_enabled():
             return parallel_block(*_merged(inputs)[:10], num_heads=heads, eps=eps)
-        # Triton and C++ rotate q and k while they read them; the others are handed them already rotated.
+        # Triton and C++ attention apply RoPE while loading; for other back ends q and k are rotated first.
         inside = backend.name("attention", hidden_states.device) in ("triton", "cpp")
         return _MergedBlock.apply(Options(heads, eps, "norm_gelu", inside), *inputs)
 

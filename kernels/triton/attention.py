@@ -38,7 +38,8 @@ def forward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.attention.forward`. Raises ValueError or TypeError for what the kernels were not written for."""
+    """Same contract as `reference.attention.forward`. Raises ValueError or TypeError for what the kernels were not
+    written for."""
     _check(q, cos, sin)
     batch, sequence, heads, _ = q.shape
     out = q.new_empty(q.shape) if out is None else out
@@ -71,7 +72,7 @@ def backward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
-    """As `reference.attention.backward`; two runs give the same bits."""
+    """Same contract as `reference.attention.backward`; two runs give the same bits."""
     _check(q, cos, sin)
     delta = torch.empty_like(lse)
     read: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta}

@@ -232,7 +232,7 @@ def forward(
     approximate: str = "tanh",
     carry: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As `reference.bias_gelu.forward`. Raises TypeError for fp64."""
+    """Same contract as `reference.bias_gelu.forward`. Raises TypeError for fp64."""
     refuse_double("bias_gelu", x)
     out = x.new_empty(x.shape) if out is None else out
     if x.numel():
@@ -250,7 +250,7 @@ def backward(
     approximate: str = "tanh",
     carry: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.bias_gelu.backward`. Raises TypeError for fp64."""
+    """Same contract as `reference.bias_gelu.backward`. Raises TypeError for fp64."""
     refuse_double("bias_gelu", x)
     rows, n = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
@@ -261,7 +261,7 @@ def backward(
 
 
 def specimens(dtype: torch.dtype = torch.float16, *, tokens: int = 8192, d: int = 2048) -> list[Specimen]:
-    """As the parallel block calls them: slices of the packed buffers, o carried along, g written again."""
+    """The calls of the parallel block: slices of the packed buffers, o carried along, g written again."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -41,7 +41,7 @@ class Launch:
     num_stages: int = 1
 
     def __call__(self) -> None:
-        """On the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them."""
+        """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them."""
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -206,7 +206,8 @@ def _source_line(locations: dict[str, str], name: str) -> str:
 
 
 def _widths_in_llvm(llir: str) -> Widths:
-    """Of PTX, which Triton writes as inline assembly: LLVM's own location is exact where PTX's `.loc` lags behind."""
+    """Accesses in PTX, which Triton writes as inline assembly: LLVM's own location is exact where PTX's `.loc` lags
+    behind."""
     metadata = dict(re.findall(r"^(!\d+) = (?:distinct )?(.*)$", llir, re.MULTILINE))
     widths: Widths = {}
     for call, location in re.findall(r"^(.* asm .*), !dbg (!\d+)$", llir, re.MULTILINE):
@@ -228,7 +229,7 @@ def _debug_line(metadata: dict[str, str], location: str) -> str:
 
 
 def _widths_in_assembly(assembly: str) -> Widths:
-    """Of AMDGCN: from `.loc` lines and the global instructions after them."""
+    """Accesses in AMDGCN: from `.loc` lines and the global instructions after them."""
     pattern = r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"'
     files = {number: Path(name).name for number, name in re.findall(pattern, assembly)}
     widths: Widths = {}

@@ -211,7 +211,8 @@ def forward(
     shift: Tensor | None = None,
     shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.layer_norm.forward`. Raises TypeError for fp64, ValueError for rows of more than 32768."""
+    """Same contract as `reference.layer_norm.forward`. Raises TypeError for fp64, ValueError for rows of more than
+    32768."""
     refuse_double("layer_norm", x)
     rows, _ = x.shape
     out = x.new_empty(x.shape) if out is None else out
@@ -233,7 +234,8 @@ def backward(
     residual_grad: Tensor | None = None,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.layer_norm.backward`. Raises TypeError for fp64, ValueError for rows of more than 32768."""
+    """Same contract as `reference.layer_norm.backward`. Raises TypeError for fp64, ValueError for rows of more than
+    32768."""
     refuse_double("layer_norm", x)
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
@@ -246,7 +248,7 @@ def backward(
 
 
 def specimens(dtype: torch.dtype = torch.float16, *, tokens: int = 8192, d: int = 2048) -> list[Specimen]:
-    """As the parallel block calls them: forward with the residual stream's copy, and backward with its gradient."""
+    """The calls of the parallel block: forward with the residual stream's copy, and backward with its gradient."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -116,7 +116,8 @@ def rotate_(
     interleaved: bool = False,
     inverse: bool = False,
 ) -> None:
-    """As `reference.rotary.rotate_`; a position outside the table makes its row NaN. Raises TypeError for fp64."""
+    """Same contract as `reference.rotary.rotate_`; a position outside the table makes its row NaN. Raises TypeError for
+    fp64."""
     refuse_double("rotary", x)
     if x.numel():
         _launch(x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)()

@@ -35,7 +35,7 @@ def step_(
     found_inf: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> None:
-    """As `reference.adam.step_`, with a second pass over memory for `nonfinite`.
+    """Same contract as `reference.adam.step_`, with a second pass over memory for `nonfinite`.
 
     Raises ValueError for dtypes that apex does not combine.
     """
@@ -75,7 +75,7 @@ def step_(
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
-    """As `reference.adam.grad_norm_squared`."""
+    """Same contract as `reference.adam.grad_norm_squared`."""
     kernels = library("amp_C", "adam")
     squares = []
     for dtype in dict.fromkeys(g.dtype for g in grads):

@@ -37,7 +37,7 @@ def forward(
     shift: Tensor | None = None,
     shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.layer_norm.forward`."""
+    """Same contract as `reference.layer_norm.forward`."""
     kernels = library("fused_layer_norm_cuda", "layer_norm")
     if residual is not None:
         x = torch.add(x, residual, out=torch.empty_like(x) if summed is None else summed)
@@ -57,7 +57,8 @@ def backward(
     residual_grad: Tensor | None = None,
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.layer_norm.backward`, but for dweight and dbias, which apex has rounded to the weight's dtype."""
+    """Same contract as `reference.layer_norm.backward`, but for dweight and dbias, which apex has rounded to the
+    weight's dtype."""
     kernels = library("fused_layer_norm_cuda", "layer_norm")
     # Where apex keeps the input, not the output, it reads neither the bias nor eps: the weight stands in for the bias.
     arguments = (dy.contiguous(), mean, rstd, x.contiguous(), x.shape[1:], weight, weight, 0.0, False)

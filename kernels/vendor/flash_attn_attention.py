@@ -32,7 +32,7 @@ def forward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.attention.forward`."""
+    """Same contract as `reference.attention.forward`."""
     positions = document_positions(k.shape[1], cu_seqlens, q.device)
     own = positions[k.shape[1] - q.shape[1] :]
     q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
@@ -69,7 +69,7 @@ def backward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
-    """As `reference.attention.backward`, by flash-attn's deterministic mode."""
+    """Same contract as `reference.attention.backward`, by flash-attn's deterministic mode."""
     positions = document_positions(k.shape[1], cu_seqlens, q.device)
     own = positions[k.shape[1] - q.shape[1] :]
     q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)

@@ -29,7 +29,7 @@ def forward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.attention.forward`."""
+    """Same contract as `reference.attention.forward`."""
     _refuse_band(q, k, causal, window)
     positions = document_positions(k.shape[1], cu_seqlens, q.device)
     own = positions[k.shape[1] - q.shape[1] :]
@@ -65,7 +65,7 @@ def backward(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> None:
-    """As `reference.attention.backward`."""
+    """Same contract as `reference.attention.backward`."""
     _refuse_band(q, k, causal, window)
     positions = document_positions(k.shape[1], cu_seqlens, q.device)
     own = positions[k.shape[1] - q.shape[1] :]

@@ -28,7 +28,7 @@ class _Place:
     """Where a parameter lies in its group."""
 
     name: str
-    """Of the flat tensor: "master.0"."""
+    """Name of the flat tensor: "master.0"."""
     start: int
     shape: tuple[int, ...]
 

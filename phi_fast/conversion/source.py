@@ -171,7 +171,8 @@ def _latest(run: Path) -> Path:
 
 
 def _find_config(folder: Path, run: Path | None) -> PhiConfig:
-    """Of a Hugging Face folder, or of the run's options (config.json there, state.json in a checkpoint)."""
+    """The configuration of a Hugging Face folder, or from the run's options (config.json there, state.json in a
+    checkpoint)."""
     state = inside.read_fields(folder, "state.json")
     if state is not None:
         return run_config(state.inner("options"))

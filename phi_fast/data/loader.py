@@ -239,7 +239,7 @@ class TokenLoader:
                 self._moving = False
 
     def _after_fork(self) -> None:
-        """In the child: the threads, and who held the lock, stayed in the parent."""
+        """Start anew in a forked child: the threads, and who held the lock, stayed in the parent."""
         self._lock, self._moving = threading.RLock(), False
         self._stop()
 
@@ -280,7 +280,7 @@ class TokenLoader:
 _LOADERS: weakref.WeakSet[TokenLoader] = weakref.WeakSet()
 _python_ends = False
 _EXIT_SECONDS = 1.0
-"""For the calls of other threads to return before Python ends."""
+"""Seconds for the calls of other threads to return before Python ends."""
 
 
 def _after_fork() -> None:

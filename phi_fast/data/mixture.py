@@ -32,7 +32,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Stage:
-    """From `start_row` on, other weights."""
+    """Other weights, from `start_row` on."""
 
     start_row: int
     """Row of the stream: steps × global batch."""

@@ -18,9 +18,9 @@ class PlanRow:
 
     name: str
     tokens: int
-    """In the corpus."""
+    """Tokens in the corpus."""
     share: float
-    """Of the tokens seen, over all stages."""
+    """Share of the tokens seen, over all stages."""
     seen: int
     """Tokens of it that the run sees."""
     epochs: float

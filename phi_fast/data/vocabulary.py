@@ -46,7 +46,7 @@ class TokenIds:
     end: int | None = None
     """After the last."""
     padding: int | None = None
-    """In places that hold no token."""
+    """What stands in places that hold no token."""
 
     @staticmethod
     def of(tokenizer: Tokenizer, names: Mapping[str, Any]) -> TokenIds:

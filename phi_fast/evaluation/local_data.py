@@ -15,7 +15,7 @@ FILE_NAMES = {
     "social_iqa": ("siqa",),
 }
 MAX_BYTES = 2**32
-"""Of a file of questions."""
+"""Largest size of a file of questions."""
 
 
 def find_file(folder: Path, task: str) -> Path | None:

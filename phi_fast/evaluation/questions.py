@@ -82,7 +82,7 @@ def _match(row: Fields, name: str, pattern: str, form: str) -> tuple[str, ...]:
 
 
 def _lettered(question_field: str) -> Callable[[Fields], Row]:
-    """Of arc and openbookqa; the field that holds the question."""
+    """Questions of arc and openbookqa; the field that holds the question."""
 
     def form(row: Fields) -> Row:
         if "query" in row.values:

@@ -12,7 +12,7 @@ from ..files import write_atomically
 from ..json_files import Fields, JsonFileError, read_lines
 
 MAX_BYTES = 2**32
-"""Of a file of answers."""
+"""Largest size of a file of answers."""
 
 
 class Responses:

@@ -17,7 +17,7 @@ from .memory import bucket_elements
 
 @dataclass(frozen=True)
 class Communication:
-    """Of one step, by one rank."""
+    """What one rank sends in one step."""
 
     reduce_scatter_bytes: float
     """Sent, if gradients were reduce-scattered once a micro-batch."""

@@ -207,7 +207,7 @@ DEVICES: dict[str, Device] = {
         price=2.5,
     ),
 }
-"""By the name of `--gpu`."""
+"""Devices by the name of `--gpu`."""
 
 _SHORT = {"a100": "A100-80", "3090": "RTX-3090", "4090": "RTX-4090", "5090": "RTX-5090", "mi300": "MI300X"}
 

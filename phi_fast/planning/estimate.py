@@ -61,7 +61,7 @@ class Plan:
     """Seconds of computing a step: forward, backward, gradients, update."""
     step_seconds: float
     tokens_per_second: float
-    """Of all devices."""
+    """Tokens per second of all devices."""
     mfu_full: float
     """Attention counted in full (PaLM, arXiv 2204.02311)."""
     mfu_causal: float
@@ -146,7 +146,7 @@ def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
 
 
 def kernels(job: Job, rows: int) -> list[Kernel]:
-    """Of one micro-batch of `rows` rows, and of the update."""
+    """Kernels of one micro-batch of `rows` rows, and of the update."""
     config = job.recipe.model
     arguments, accumulating = (config, job.itemsize, job.ranks), _rows(job) > rows
     reduced = gradients(*arguments, accumulating=accumulating)

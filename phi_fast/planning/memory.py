@@ -25,7 +25,7 @@ class Activations:
     inputs: int
     """Token ids, int64."""
     blocks: int
-    """Of all layers: x, and what `recompute` keeps beside it."""
+    """All layers: x, and what `recompute` keeps beside it."""
     final_norm: int
     """The last block's output and its statistics."""
     loss_gradients: int
@@ -56,7 +56,7 @@ class Memory:
     """Bytes of one rank."""
 
     weights: float
-    """In the storage dtype, whole on every rank."""
+    """Weights in the storage dtype, whole on every rank."""
     gradients: float
     """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch per step in the storage
     dtype, as autograd makes them (`local_gradients`)."""
@@ -81,7 +81,7 @@ class Memory:
 
 
 def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory:
-    """By component, and `peak`, the largest of four moments of a micro-batch.
+    """Memory by component, and `peak`, the largest of four moments of a micro-batch.
 
     accumulating: there are several micro-batches per step, so that gradients are held from the one before.
     """

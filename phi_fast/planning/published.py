@@ -23,7 +23,7 @@ class Published:
     tokens_per_second: float
     """A device."""
     mfu: float | None
-    """As reported, attention in full; None: not reported, and computed from the tokens."""
+    """MFU as reported, attention in full; None: not reported, and computed from the tokens."""
     source: str
     micro_batch: int | None = None
     """Rows a device and micro-batch, where they were reported."""

@@ -50,7 +50,7 @@ def overview(job: Job, p: Plan, console: Console) -> None:
 
 
 def memory(job: Job, plans: dict[Recompute, Plan], console: Console) -> None:
-    """By component, a column a recompute level at the same micro-batch."""
+    """Memory by component, with a column per recompute level at the same micro-batch."""
     size = next(iter(plans.values())).micro_batch_size
     levels = [f"{name}{' (used)' if name == job.recompute else ''}" for name in plans]
     table = _table(f"memory of one device, {size} rows per micro-batch, by --recompute", "", *levels)

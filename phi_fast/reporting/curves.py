@@ -33,7 +33,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to pixels; logarithmic where `log`."""
+    """A map from values to pixels; logarithmic where `log`."""
 
     low: float
     high: float
@@ -164,7 +164,7 @@ def _axes(x: Scale, y: Scale) -> str:
 
 
 def _room(low: float, high: float, share: float) -> tuple[float, float]:
-    """With a margin, and never empty."""
+    """The range with a margin, never empty."""
     if low == high:
         return low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     return low - share * (high - low), high + share * (high - low)

@@ -12,7 +12,7 @@ from ..json_files import flatten, read_object
 from ..step_records import read_records
 
 MOST_WEIGHT = 2**20
-"""Of a corpus: `chairman`'s period has no more slots."""
+"""Largest weight of a corpus: `chairman`'s period has no more slots."""
 Curve = tuple[list[int], list[float | None]]
 """Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
 

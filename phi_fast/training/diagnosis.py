@@ -38,7 +38,7 @@ class Overflow:
     what: str
     """Such as "the output of gelu in layers.2.mlp"."""
     forward: bool
-    """In the forward pass, or in the weights; else in the backward pass."""
+    """True in the forward pass or in the weights, false in the backward pass."""
     rows: tuple[int, ...]
     """Rows of the micro-batch in which it is not finite; all where the tensor does not tell."""
     largest: float

@@ -179,5 +179,5 @@ def _duration(seconds: float) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """For a shell."""
+    """The path as a shell needs it."""
     return shlex.quote(str(path))

@@ -34,7 +34,7 @@ class World:
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """Of these ranks, for `barrier` and `broadcast`; None: the default group."""
+    """The group of these ranks, for `barrier` and `broadcast`; None: the default group."""
 
     @property
     def is_main(self) -> bool:

@@ -133,7 +133,8 @@ class MetricsLog:
                     self._board.add_scalar(name, value, line["step"])
 
     def _write_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """In the run's own events, for TensorBoard's HPARAMS page; `add_hparams` would begin a second run."""
+        """Write them into the run's own events, for TensorBoard's HPARAMS page; `add_hparams` would begin a second
+        run."""
         from torch.utils.tensorboard.summary import hparams
 
         plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in values.items()}

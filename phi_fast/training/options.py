@@ -89,7 +89,7 @@ class Options(Recipe):
     """Stop (save, and say how to resume) after this many steps of this start; for schedulers with time slots."""
 
     def check(self) -> None:
-        """As Recipe's, and for what concerns the machine."""
+        """Check the recipe, and what concerns the machine."""
         super().check()
         if not 0 < self.rank_timeout <= 1e9:
             raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")

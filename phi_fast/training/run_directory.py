@@ -171,7 +171,7 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        """By this rank's clock, it is --save-minutes since the last save began."""
+        """It is --save-minutes since the last save began, by this rank's clock."""
         minutes = self.options.save_minutes
         return self.world.is_main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 

@@ -1,11 +1,11 @@
 """DeepSpeed ZeRO-2, and the optimizer step that replaces its own.
 
 DeepSpeed partitions and communicates: every rank ends a backward pass with the averaged gradient of its flat partition
-(one rank alone, with the gradients as autograd made them: `local_gradients`).
-`FusedStep` owns what happens next. One pass finds the norm and any overflow; one pass unscales, clips, applies Adam
-and writes the 16-bit weights, and skips all of it by a flag on the device. DeepSpeed's own step makes a pass of each
-and waits for the host before the first. The scale that unscales is the one that scaled: DeepSpeed 0.19.8 updates the
-scale first, so that its step halves the update whenever the scale grows.
+(one rank alone, with the gradients as autograd made them: `local_gradients`). `FusedStep` owns what happens next. One
+pass finds the norm and any overflow; one pass unscales, clips, applies Adam and writes the 16-bit weights, and skips
+all of it by a flag on the device. DeepSpeed's own step makes a pass of each and waits for the host before the first.
+Gradients are divided by the loss scale they were computed with: DeepSpeed 0.19.8 updates the scale first, so that its
+step halves the update whenever the scale grows.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ LOGITS = [
     [12.2922, 13.3507, 8.6963, 9.1355, 9.3502, 9.2667, 14.2027, 13.1363, 13.5446, 11.1337],
     [12.3323, 14.6050, 8.9986, 8.1580, 9.5654, 6.6728, 12.5966, 12.6662, 12.2784, 11.7522],
 ]
-"""Of the first two tokens, for the first ten ids, in fp32."""
+"""Logits of the first two tokens, for the first ten ids, in fp32."""
 TOLERANCE = 1e-4
 
 

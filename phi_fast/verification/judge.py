@@ -20,7 +20,7 @@ class Case:
     """One computation, in the kernels and in plain PyTorch: each maps inputs to named results."""
 
     op: str
-    """As in `kernels.backend.OPS`, or "model"."""
+    """A name of `kernels.backend.OPS`, or "model"."""
     name: str
     """What a reader must know of the shape."""
     inputs: Callable[[torch.Generator], Tensors]
@@ -31,7 +31,7 @@ class Case:
 
 @dataclass
 class Errors:
-    """Of one result, absolute, over all its elements."""
+    """Absolute errors of one result over all its elements."""
 
     rms: float
     largest: float
@@ -55,7 +55,7 @@ class Verdict:
     detail: str = ""
     """Why it failed or did not run."""
     errors: dict[str, Errors] = field(default_factory=dict)
-    """By result."""
+    """Errors by result."""
 
     @property
     def worst(self) -> str | None:

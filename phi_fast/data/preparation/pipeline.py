@@ -59,7 +59,7 @@ class Settings:
     validation: float = 0.005
     """Share of documents held out, 0…1, by a hash of their text."""
     seed: int = 0
-    """Of the document shuffle and of the validation split."""
+    """Seed of the document shuffle and of the validation split."""
     skip_malformed: bool = False
     """Leave out records that are not UTF-8, not JSON or without a text, and count them; otherwise stop at the first."""
 
@@ -259,7 +259,7 @@ class _Work:
     skipped: int = 0
     """Malformed records left out."""
     least_hash: int = 2**64 - 1
-    """Of all documents."""
+    """Smallest hash of all documents."""
 
     def count(self, summary: Summary) -> None:
         self.skipped += summary.skipped
@@ -325,7 +325,7 @@ def _context() -> BaseContext:
 
 
 _worker: tuple[Encoding, Reader]
-"""Of a worker process: set once, when it starts."""
+"""State of a worker process, set once when it starts."""
 
 
 def _start_worker(encoding: Encoding, reader: Reader) -> None:

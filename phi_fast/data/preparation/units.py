@@ -43,7 +43,7 @@ class Encoding:
     """Id written after every document; None for none."""
     dtype: np.dtype[Any]
     seed: int = 0
-    """Of the shuffle and of the validation split."""
+    """Seed of the shuffle and of the validation split."""
     validation: float = 0.0
     """Share of documents in the validation split, 0…1, by a hash of their text: equal documents stay together."""
 

@@ -97,7 +97,7 @@ class Candidate:
 
 
 def serve(source: str, requests: BinaryIO, answers: BinaryIO) -> None:
-    """In the candidate's process: run its source, then answer calls until there are no more."""
+    """Run, in the candidate's process, its source, then answer calls until there are no more."""
     scope: dict[str, Any] = {"__name__": "__main__"}
 
     def answer(action: Callable[[], Any]) -> None:

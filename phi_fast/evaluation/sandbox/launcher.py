@@ -129,7 +129,7 @@ class Supervisor:
         return output, proof
 
     def confine(self) -> None:
-        """In the child: its own group, limits, an unprivileged user, the call filter."""
+        """Confine the child: its own group, limits, an unprivileged user, the call filter."""
         os.setsid()
         limits = self.limits
         mebibyte = 1 << 20
