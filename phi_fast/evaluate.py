@@ -97,8 +97,10 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
         console.print(f"{task} is not run: {reason}", style="yellow", highlight=False, soft_wrap=True)
     if not tasks:
         raise UsageError("there is nothing to run")
+    sandboxed: dict[str, str] = {}
     if any(task in generative.CODE_TASKS for task in tasks):
-        sandbox.check()
+        sandboxed = {"sandbox_memory": sandbox.check()}
+        console.print(f"programs run in a sandbox, their memory {sandboxed['sandbox_memory']}", highlight=False)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         from .evaluation.lm import PhiFastLM
@@ -125,7 +127,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
         console.print(f"{number}/{len(tasks)} {task}", highlight=False)
         done[task] = run_task(task, lm, options)
         seconds = time.perf_counter() - start
-        results.write(out, name, done, {"limit": options.limit, "seconds": seconds, "not_run": left_out})
+        results.write(out, name, done, {"limit": options.limit, "seconds": seconds, "not_run": left_out} | sandboxed)
     show(done, name, screen())
     if options.plot:
         draw(done, name, out, console)

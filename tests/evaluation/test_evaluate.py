@@ -121,7 +121,10 @@ def test_programs_run_only_when_allowed(small_folder, data, tmp_path):
     allowed = EvaluateOptions(
         str(small_folder), ("humaneval",), data=data, out=tmp_path / "out", allow_code_execution=True, plot=False
     )
-    result = evaluate(allowed, Console(file=io.StringIO()))["humaneval"]
+    screen = io.StringIO()
+    result = evaluate(allowed, Console(file=screen, width=200))["humaneval"]
+    assert f"programs run in a sandbox, their memory {sandbox.check()}" in screen.getvalue()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sandbox_memory"] == sandbox.check()
     assert (result.score, result.questions) == (0.0, 1)
     assert result.samples[0].detail["outcome"] != "passed"
 

@@ -123,6 +123,31 @@ def test_outcomes_are_kept_and_not_run_again(sandboxed, monkeypatch):
     assert generative.run("humaneval", model, rows) == first
 
 
+def test_an_evaluation_that_dies_goes_on_from_the_outcomes_that_were_written(sandboxed, monkeypatch, tmp_path):
+    rows = [CONVERTERS["humaneval"](row) for row in human_eval_rows()[:2]]
+    path, real, started = tmp_path / "responses.jsonl", sandbox.run_program, []
+
+    def die_at_the_second(program, *arguments, **keywords):
+        started.append(program)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return real(program, *arguments, **keywords)
+
+    def again() -> Scripted:
+        model = Scripted(*(row["canonical_solution"] for row in rows))
+        model.responses = Responses(path, "m")
+        return model
+
+    monkeypatch.setattr(sandbox.os, "cpu_count", lambda: 2)  # one program at a time
+    monkeypatch.setattr(sandbox, "run_program", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        generative.run("humaneval", again(), rows)
+    assert len(Responses(path, "m").known) == 1
+    result = generative.run("humaneval", again(), rows)
+    assert [sample.score for sample in result.samples] == [1.0, 1.0]
+    assert started == [started[0], started[1], started[1]]
+
+
 def test_gsm8k_compares_the_number_that_the_program_prints(sandboxed):
     hub = question("gsm8k", {"question": "How many?", "answer": "2 * 600 = <<2*600=1200>>1200\n#### 1,200"}, "row")
     compact = question("gsm8k", {"context": "How many?", "chain_of_thought": "…", "answer": "1200"}, "row")

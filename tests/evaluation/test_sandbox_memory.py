@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hostile_programs import UNCOUNTED
 from sandboxes import ALLOWED, run
 
 from phi_fast.evaluation import sandbox
-from phi_fast.evaluation.sandbox import cgroup
+from phi_fast.evaluation.sandbox import Result, cgroup
 
 pytestmark = ALLOWED
 SANDBOX_MB = 60
@@ -203,25 +204,61 @@ def test_a_group_is_killed_and_removed_and_so_is_what_a_dead_process_left(tmp_pa
     place = cgroup.places()
     if place is None:
         pytest.skip("this user can make no control group for memory")
-    source = "import sys, cgroup, pathlib\ncgroup.Group({pathlib.Path(sys.argv[1]): {}})\nprint(flush=True)\ninput()"
+    source = """
+import sys, cgroup, pathlib
+group = cgroup.Group({pathlib.Path(sys.argv[1]): {}})
+print(group.folders[0], flush=True)
+input()
+"""
     folder = Path(cgroup.__file__).parent
     command = ["python", "-c", source, str(place[1])]
     kept = cgroup.Group({place[1]: {}})
     with subprocess.Popen(
         command, executable=sys.executable, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as owner:
-        owner.stdout.readline()
-        theirs = set(place[1].glob(f"{cgroup.PREFIX}*")) - set(kept.folders)
+        left = Path(owner.stdout.readline().decode().strip())
         cgroup.remove_leftovers(place[1])
-        assert all(each.exists() for each in theirs)  # their owner lives
+        assert left.exists()  # its owner lives
         owner.kill()
         owner.wait()
     cgroup.remove_leftovers(place[1])
-    assert theirs
-    assert not any(each.exists() for each in theirs)
-    assert kept.folders[0].exists()
+    assert not left.exists()
+    mine = kept.folders[0]
+    assert mine.exists()
     kept.remove()
-    assert not list(place[1].glob(f"{cgroup.PREFIX}*"))
+    assert not mine.exists()
+
+
+def test_all_processes_of_a_program_are_in_its_group_and_it_sees_no_way_out(monkeypatch):
+    if cgroup.places() is None:
+        pytest.skip("this user can make no control group for memory")
+    groups: list[cgroup.Group] = []
+    make = cgroup.Group.__init__
+
+    def keep(group: cgroup.Group, settings: dict) -> None:
+        make(group, settings)
+        groups.append(group)
+
+    monkeypatch.setattr(cgroup.Group, "__init__", keep)
+    source = """
+import os, time
+def is_open(fd):
+    try: return bool(os.fstat(fd))
+    except OSError: return False
+print([fd for fd in range(256) if is_open(fd)], os.path.exists("/sys"), os.path.exists("/proc/self"), flush=True)
+if os.fork() == 0: os.setsid()
+time.sleep(1.5)
+"""
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(run(source)))
+    thread.start()
+    seen = 0
+    while thread.is_alive():
+        with contextlib.suppress(OSError, IndexError):
+            seen = max(seen, len((groups[0].folders[0] / "cgroup.procs").read_text().split()))
+        time.sleep(0.05)
+    assert results[0].output == "[0, 1, 2, 4] False False\n"  # 4: where the proof of a pass goes
+    assert seen == 2
 
 
 def test_version_2_kills_what_is_in_a_group():
