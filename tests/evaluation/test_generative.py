@@ -124,7 +124,7 @@ def test_outcomes_are_kept_and_not_run_again(sandboxed, monkeypatch):
 
 
 def test_an_evaluation_that_dies_goes_on_from_the_outcomes_that_were_written(sandboxed, monkeypatch, tmp_path):
-    rows = [CONVERTERS["humaneval"](row) for row in human_eval_rows()[:2]]
+    rows = [question("humaneval", row, "row") for row in human_eval_rows()[:2]]
     path, real, started = tmp_path / "responses.jsonl", sandbox.run_program, []
 
     def die_at_the_second(program, *arguments, **keywords):
