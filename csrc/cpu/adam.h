@@ -1,3 +1,6 @@
+// Step t of AdamW (arXiv 1412.6980 and 1711.05101), g the gradient ÷ loss scale, clipped:
+//   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
+//   w = w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + lambda w)
 #pragma once
 #include <atomic>
 

@@ -1,3 +1,6 @@
+// With P = exp(S - LSE), S = tau Q K^T, and D = rowsum(dO * O) (FlashAttention-2, arXiv 2307.08691):
+//   dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D)
+//   dQ = tau dS K,  dK = tau dS^T Q
 #pragma once
 #include "cpu/attention.h"
 

@@ -1,3 +1,7 @@
+// O = P V with P = softmax(S), S = tau Q K^T, over blocks of keys (FlashAttention-2, arXiv 2307.08691). Of a row, m is
+// the maximum so far and l the sum so far; a block with the new maximum m' makes
+//   O = O exp(m - m') + exp(S - m') V,  l = l exp(m - m') + sum(exp(S - m'))
+// and at the end O = O / l, LSE = m + log(l).
 #pragma once
 #include <cmath>
 #include <limits>

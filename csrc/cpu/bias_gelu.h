@@ -1,3 +1,7 @@
+// GELU (arXiv 1606.08415) of u = x + b, with the normal distribution Phi and density phi:
+//   exact: y = u Phi(u),        dx = dy (Phi(u) + u phi(u))
+//   tanh:  y = u sigmoid(2 w),  w = sqrt(2 / pi) (u + 0.044715 u^3)
+//   db = sum over rows of dx
 #pragma once
 #include "cpu/vector_math.h"
 

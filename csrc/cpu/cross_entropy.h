@@ -1,3 +1,6 @@
+// Cross entropy of a row z of logits with label t:
+//   lse = m + log(sum(exp(z - m))), m = max(z);  loss = lse - z[t]
+//   dz[c] = exp(z[c] - lse) - [c = t], times the loss's gradient
 #pragma once
 #include <cmath>
 #include <limits>

@@ -1,3 +1,7 @@
+// LayerNorm (Ba et al., arXiv 1607.06450) of a row x of n elements, dy the gradient of y:
+//   mu = sum(x) / n, rstd = 1 / sqrt(sum((x - mu)^2) / n + eps), xhat = (x - mu) rstd, y = gamma xhat + beta
+//   dx = rstd (gamma dy - sum(gamma dy) / n - xhat sum(gamma dy xhat) / n), plus the residual's gradient
+//   dgamma = sum over rows of dy xhat, dbeta = sum over rows of dy
 #pragma once
 #include <cmath>
 

@@ -1,3 +1,6 @@
+// Rotary embedding (RoFormer, arXiv 2104.09864) of a pair (a, b) at position p with frequency f:
+//   a' = a cos(p f) - b sin(p f),  b' = b cos(p f) + a sin(p f)
+// The gradient is turned by the opposite angle.
 #pragma once
 #include "cpu/vector_math.h"
 

@@ -1,11 +1,17 @@
 """Adam in Triton: one launch over any number of tensors, and the squared norm of their gradients in another.
 
+Step t with gradient g, divided by the loss scale and clipped (Kingma and Ba, arXiv 1412.6980; decoupled decay λ of
+Loshchilov and Hutter, arXiv 1711.05101):
+
+    m = β1 m + (1 - β1) g;  v = β2 v + (1 - β2) g²;  m̂ = m / (1 - β1^t);  v̂ = v / (1 - β2^t)
+    w = w - lr (m̂ / (sqrt(v̂) + ε) + λ w)
+
 Programs find their work in tables on the device: the addresses and sizes of the tensors, and a map from program to
 (tensor, first element). Tables are kept while the addresses stay the same: a step in the steady state uploads nothing.
 A tensor whose addresses are multiples of 16 bytes is cut into a multiple of 16 elements, which moves in 128-bit
 accesses, and a remainder; remainders and misaligned tensors go through a second, narrow launch.
 
-Bytes a parameter, 16-bit weights and gradients, fp32 master and state: read 2 + 4 + 4 + 4, write 2 + 4 + 4 + 4 = 28;
+Bytes per parameter, 16-bit weights and gradients, fp32 master and state: read 2 + 4 + 4 + 4, write 2 + 4 + 4 + 4 = 28;
 the norm reads the gradient once more: 30.
 """
 

@@ -1,7 +1,7 @@
 """Attention in Triton: head dims 64 and 128; fp16, bf16 and fp32; the rotation, where asked for, inside the loads.
 
-Bytes: forward, q, k, v and out once a pass, and k and v again for every block of rows that L2 does not serve; backward,
-dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
+Bytes: forward, q, k, v and out once per pass, and k and v again for every block of rows that L2 does not serve;
+backward, dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
 
 Rotating inside saves the pass of 4d bytes per token each way, and costs registers and arithmetic: every block of rows
 turns the keys again. Which is faster on a GPU was not measured.

@@ -1,5 +1,7 @@
 """The backward kernels of attention: one for dq, one for dk and dv. Each gradient has one writer, and no atomics.
 
+    D = rowsum(dO ∘ O);  dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P ∘ (dP - D);  dQ = τ dS K;  dK = τ dSᵀ Q
+
 Both form the probabilities again from the saved log-sum-exp. The dq kernel runs first: it has dout and out in hand and
 leaves delta = rowsum(dout * out) for the other.
 """

@@ -1,5 +1,10 @@
 """The forward kernel of attention (FlashAttention-2, arXiv 2307.08691), and the pieces it shares with the backward's.
 
+    S = τ Q Kᵀ;  LSE_i = log Σ_j exp(S_ij);  P = exp(S - LSE);  O = P V
+
+over blocks of keys, with m the running maximum of a row, l its running sum: of a new block with maximum m',
+O = O exp(m - m') + exp(S - m') V and l = l exp(m - m') + Σ_j exp(S_j - m'), and O / l at the end.
+
 Online softmax in base 2: exp(x) = exp2(x log2(e)), and log2(e) is folded into the scale. The row's maximum, and in the
 backward its log-sum-exp, is subtracted from the raw score before the scale multiplies: near the maximum that difference
 is exact, where a fused score * scale - maximum loses 2% of a probability once scores reach 1e5.

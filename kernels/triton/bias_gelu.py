@@ -1,6 +1,12 @@
 """gelu(x + bias) in Triton over tiles of rows × columns.
 
-Bytes an element (16-bit): forward 2 + 2; backward 2 + 2 read, 2 written, and 2 more where the activation is written
+With u = x + b, φ and Φ the normal density and distribution (Hendrycks and Gimpel, arXiv 1606.08415):
+
+    exact: y = u Φ(u);  dx = dy (Φ(u) + u φ(u))
+    tanh:  y = u σ(2 w), w = sqrt(2/π) (u + 0.044715 u³);  dx = dy σ(2w) (1 + 2 u (1 - σ(2w)) w')
+    db = Σ_rows dx
+
+Bytes per element (16-bit): forward 2 + 2; backward 2 + 2 read, 2 written, and 2 more where the activation is written
 again. The bias's gradient: a program walks down its rows with a sum a column in registers, writes one partial row for
 ROWS_EACH rows (1% of the bytes), and a second pass adds those in a fixed order.
 

@@ -1,6 +1,11 @@
 """LayerNorm in Triton, a row in registers.
 
-Bytes an element (16-bit): forward 2 + 2, with a residual 4 more, with `shifted` 2 more; backward 2 + 2 + 2, with the
+Of a row x of n elements, with gradient dy of y (Ba et al., arXiv 1607.06450):
+
+    μ = Σ x / n;  rstd = 1 / sqrt(Σ (x - μ)² / n + ε);  x̂ = (x - μ) rstd;  y = γ x̂ + β
+    dx = rstd (γ dy - Σ(γ dy) / n - x̂ Σ(γ dy x̂) / n), plus the residual's gradient;  dγ = Σ_rows dy x̂;  dβ = Σ_rows dy
+
+Bytes per element (16-bit): forward 2 + 2, with a residual 4 more, with `shifted` 2 more; backward 2 + 2 + 2, with the
 residual's gradient 2 more. dweight and dbias: each program sums its rows in registers and writes one partial row (at
 most PROGRAMS of them, some 5% of the bytes at phi-1.5's shapes), which a second pass adds in a fixed order.
 """
@@ -52,15 +57,15 @@ def _forward(
     if shift is not None:
         moved = v + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(shifted + row * shifted_stride + column, narrow(moved, shifted.dtype.element_ty), mask=inside)
-    average = tl.sum(v, axis=0) / d
-    centred = tl.where(inside, v - average, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / d + eps)
+    mu = tl.sum(v, axis=0) / d
+    centred = tl.where(inside, v - mu, 0.0)
+    r = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / d + eps)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    result = centred * inverse * w + b
+    result = centred * r * w + b
     tl.store(out + row * out_stride + column, narrow(result, out.dtype.element_ty), mask=inside)
-    tl.store(mean + row, average)
-    tl.store(rstd + row, inverse)
+    tl.store(mean + row, mu)
+    tl.store(rstd + row, r)
 
 
 @triton.jit
@@ -93,16 +98,16 @@ def _backward(
         row = tl.cast(i, tl.int64)
         g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.load(rstd + row)
-        normalised = tl.where(inside, (v - tl.load(mean + row)) * inverse, 0.0)
-        dweight += g * normalised
+        r = tl.load(rstd + row)
+        x_hat = tl.where(inside, (v - tl.load(mean + row)) * r, 0.0)
+        dweight += g * x_hat
         dbias += g
         g *= w
-        along = tl.sum(g * normalised, axis=0) / d
-        result = (g - tl.sum(g, axis=0) / d - normalised * along) * inverse
+        c1 = tl.sum(g * x_hat, axis=0) / d
+        result = (g - tl.sum(g, axis=0) / d - x_hat * c1) * r
         if residual_grad is not None:
-            past = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
-            result += past.to(tl.float32)
+            residual = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
+            result += residual.to(tl.float32)
         tl.store(dx + row * dx_stride + column, narrow(result, dx.dtype.element_ty), mask=inside)
     at = partial + program.to(tl.int64) * d + column
     tl.store(at, dweight, mask=inside)

@@ -1,6 +1,10 @@
 """Cross entropy of a chunk of logits in Triton: a program per row, gradient in place, and column sums for the bias.
 
-Bytes an element of the chunk (16-bit): 2 read and, with the gradient, 2 written; the second read of a row comes from
+Of a row z of logits with label t:
+
+    lse = m + log Σ_j exp(z_j - m), m = max_j z_j;  loss = lse - z_t;  dz_j = exp(z_j - lse) - [j = t];  db = Σ_rows dz
+
+Bytes per element of the chunk (16-bit): 2 read and, with the gradient, 2 written; the second read of a row comes from
 the L2 cache, which holds the rows in flight. The bias gradient reads the chunk once more: 2.
 """
 

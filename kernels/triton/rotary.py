@@ -1,6 +1,10 @@
 """Rotary embedding in place in Triton: a program turns up to 64 heads of one token.
 
-Bytes an element that turns: 2 × its size, read and written once; the dims past rotary_dim are not touched. The table's
+At position p, for each pair (a, b) of dims with frequency θ_i = base^(-2i / rotary_dim) (RoFormer, arXiv 2104.09864):
+
+    a' = a cos(p θ_i) - b sin(p θ_i);  b' = b cos(p θ_i) + a sin(p θ_i); the gradient turns by -p θ_i
+
+Bytes per element that turns: 2 × its size, read and written once; the dims past rotary_dim are not touched. The table's
 rows (2 × rotary_dim bytes per token) come from the L2 cache.
 """
 
