@@ -35,16 +35,18 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
-# The kernels alone, with another pair of torch and Triton in an environment of its own.
+# The kernels' tests with another Python, torch and Triton, in an environment of its own; all else is in .venv's versions.
+# Triton before 3.9 interprets loops wrongly with numpy 2.4 and later, which those versions exclude.
 TORCH ?= 2.8.*
 TRITON ?= 3.4.*
-OTHER := build/kernels-torch-$(subst *,x,$(TORCH))-triton-$(subst *,x,$(TRITON))
+OTHER = build/kernels-python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')-torch-$(subst *,x,$(TORCH))-triton-$(subst *,x,$(TRITON))
 
 test-kernels: export OMP_NUM_THREADS = 1
 test-kernels:
 	$(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check \
-		'torch==$(TORCH)' 'triton==$(TRITON)' numpy pytest pytest-xdist hypothesis rich tyro --editable .
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OTHER)/constraints.txt \
+		'torch==$(TORCH)' 'triton==$(TRITON)' pytest pytest-xdist hypothesis rich tyro transformers accelerate peft --editable .
 	$(OTHER)/bin/python -m pytest -n 2 -m "not slow" tests/kernels $(ARGS)
 
 lint: $(VENV)/.dev

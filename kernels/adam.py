@@ -125,26 +125,27 @@ def unscale_and_clip(
     return 1.0 / (clip * loss_scale), found_inf, norm
 
 
+def _named(lists: Sequence[Sequence[Tensor]]) -> list[tuple[str, Sequence[Tensor]]]:
+    return list(zip(_LISTS[: len(lists)], lists, strict=True))  # torch 2.8 compiles strict=False as if it were True
+
+
 def local_lists(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     """`adam_step_`'s lists, in its order, with the local part of every DTensor in its place."""
-    for name, tensors in zip(_LISTS, lists, strict=False):
+    for name, tensors in _named(lists):
         for i, (tensor, param) in enumerate(zip(tensors, lists[0], strict=False)):
             if placed(tensor) != placed(param):
                 raise ValueError(
                     f"{name}[{i}] is placed {placed(tensor)} and params[{i}] {placed(param)} (None: not a DTensor): "
                     "expected both alike; redistribute one"
                 )
-    return [
-        [local_part(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)]
-        for name, tensors in zip(_LISTS, lists, strict=False)
-    ]
+    return [[local_part(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)] for name, tensors in _named(lists)]
 
 
 def checked(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     """The same lists as contiguous views, in the order in which each parameter lies in memory. Raises ValueError."""
     if not lists[0]:
         raise ValueError("params is empty: a step needs at least one tensor")
-    return [_checked_list(name, tensors, lists[0]) for name, tensors in zip(_LISTS, lists, strict=False)]
+    return [_checked_list(name, tensors, lists[0]) for name, tensors in _named(lists)]
 
 
 def _checked_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
@@ -230,8 +231,8 @@ def _adam_step_op(
     decoupled: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    bias_correction: bool = True,
-    nonfinite: Tensor | None = None,
+    bias_correction: bool,
+    nonfinite: Tensor | None,  # no default: torch 2.8 looks for a written argument among those that were given
 ) -> None:
     """`adam_step_` as an operator that torch.compile keeps whole; no masters is an empty list."""
     count(step, found_inf)

@@ -86,7 +86,7 @@ def linear_cross_entropy(
         return row_losses(rows, weight, bias, labels.reshape(-1), *objective, chunk_size).view(labels.shape)
     recording = torch.is_grad_enabled()
     wanted = [recording and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    if isinstance(loss_scale, float | int):
+    if isinstance(loss_scale, (float, int)):
         loss_scale = torch.full((), float(loss_scale), device=hidden.device)
     mean = reduction == "mean"
     options = (ignore_index, label_smoothing, z_loss, mean, loss_scale, chunk_size, wanted, class_weight, softcap)

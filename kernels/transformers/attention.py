@@ -49,7 +49,7 @@ def masks(base: type[nn.Module]) -> Forward:
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
     def forward(self, *args, **kwargs):
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        arguments = dict(zip(names[: len(args)], args[: len(names)], strict=True)) | kwargs
         if len(args) <= len(names) and self.config._attn_implementation == "eager":
             mask = _eager_mask(self, **arguments)
             if mask is not None:

@@ -29,7 +29,7 @@ def causal_lm(base: type[nn.Module]) -> Forward:
     names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
 
     def forward(self, *args, **kwargs):
-        arguments = dict(zip(names, args, strict=False)) | kwargs
+        arguments = dict(zip(names[: len(args)], args[: len(names)], strict=True)) | kwargs
         if not _fits(self, arguments):
             return base.forward(self, **arguments)
         return _forward(self, arguments)

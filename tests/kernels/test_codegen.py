@@ -163,7 +163,7 @@ def test_forward_attention_on_hopper(tmp_path: Path) -> None:
 
 
 PRINT_CODE = """
-import json, sys
+import json, re, sys
 import triton
 from triton.compiler import ASTSource
 from phi_fast.kernels import codegen
@@ -175,8 +175,12 @@ for specimen in codegen.specimens("sm_90", torch.float16):
     if key.startswith(tuple(sys.argv[1:])):
         source = ASTSource(launch.kernel, launch.signature(), launch.constexprs(), launch.attributes())
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        found[key] = triton.compile(source, target=ARCHITECTURES["sm_90"].target, options=options).asm
-print(json.dumps({key: {kind: asm[kind] for kind in ("ttir", "ptx")} for key, asm in found.items()}))
+        asm = triton.compile(source, target=ARCHITECTURES["sm_90"].target, options=options).asm
+        # Triton 3.4 numbers the arguments of run time; later versions name them.
+        names = dict(enumerate(name for name, kind in launch.signature().items() if kind != "constexpr"))
+        ttir = re.sub(r"%arg(\\d+)", lambda match: "%" + names.get(int(match[1]), match[0][1:]), asm["ttir"])
+        found[key] = {"ttir": ttir, "ptx": asm["ptx"]}
+print(json.dumps(found))
 """
 
 
