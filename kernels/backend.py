@@ -116,6 +116,15 @@ def unshared(tensors: Iterable[Tensor]) -> list[Tensor]:
     return result
 
 
+def cpp_instructions() -> str:
+    """Name of the instruction set that the C++ kernels use here, and of those that this build lacks, if any, since its
+    compiler did not know them."""
+    from phi_fast._C import cpu
+
+    without = cpu.omitted_isas()
+    return cpu.isa() + (f" (built by a compiler without {', '.join(without)})" if without else "")
+
+
 def interpreting() -> bool:
     """True where Triton kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

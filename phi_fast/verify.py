@@ -29,7 +29,7 @@ from rich.text import Text
 from . import terminal
 from .errors import PhiFastError, UsageError
 from .kernels import in_use
-from .kernels.backend import BACKENDS, VENDORS, interpreting
+from .kernels.backend import BACKENDS, VENDORS, cpp_instructions, interpreting
 from .precision import DTYPES
 from .startup import tolerate_encodings
 from .verification import golden
@@ -128,7 +128,8 @@ def _machine(device: torch.device) -> dict[str, str]:
     except ImportError:
         version = "not installed"
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
-    return {"device": chip, "torch": torch.__version__, "triton": version, "python": platform.python_version()}
+    versions = {"torch": torch.__version__, "triton": version, "python": platform.python_version()}
+    return {"device": chip, "C++ kernels": cpp_instructions(), **versions}
 
 
 def _backends(case: Case, options: Options, device: torch.device) -> list[str]:

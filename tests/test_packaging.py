@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import runpy
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 KERNELS = tuple(re.split("[<>=]", need)[0] for need in PROJECT["dependencies"])
 TRAIN = (*KERNELS, *(re.split("[<>=]", need)[0] for need in PROJECT["optional-dependencies"]["train"]))
 BUILD = ("setuptools", "pybind11", "pip")
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+# As GCC 10: what names AMX after preprocessing is refused.
+WITHOUT_AMX = """#!/bin/sh
+case "$*" in
+*.cpp*)
+  if g++ "$@" -E -o - | grep -q 'target.*amx'; then echo "error: unknown target amx-tile" >&2; exit 1; fi ;;
+esac
+exec g++ "$@"
+"""
 OPS = """
 import importlib.util, pathlib, torch, phi_fast
 from phi_fast import Phi, PhiConfig
@@ -101,6 +115,21 @@ def test_the_kernels_alone(suffix: str, distributions: dict[str, Path], tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git for the repository's files")
+def test_the_source_distribution_is_the_repository(distributions: dict[str, Path]) -> None:
+    """But for what serves the place where the repository lies."""
+    tracked = {Path(name) for name in run("git", "ls-files", cwd=ROOT).splitlines()}
+    expected = {
+        path for path in tracked if path.parts[0] not in (".github", ".ci", ".gitignore") and (ROOT / path).exists()
+    }
+    with tarfile.open(distributions[".gz"]) as archive:
+        packed = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    assert expected <= packed, sorted(expected - packed)
+    made = {path for path in packed - tracked if path.parts[0] not in ("PKG-INFO", "setup.cfg", "phi_fast.egg-info")}
+    assert not {path for path in made if path.suffix in (".so", ".pyc", ".o")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".whl", ".gz"])
 def test_the_trainer(suffix: str, distributions: dict[str, Path], tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", (*TRAIN, *BUILD))
@@ -118,3 +147,117 @@ def test_the_trainer(suffix: str, distributions: dict[str, Path], tmp_path: Path
 def test_there_is_one_version() -> None:
     assert "version" in PROJECT["dynamic"]
     assert importlib.metadata.version("phi-fast") == importlib.import_module("phi_fast").__version__
+
+
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)  # it is run in its folder, and names files from there
+    return runpy.run_path("setup.py")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "machine", "expected"),
+    [
+        ("nothing", "x86_64", []),
+        ("amx-tile", "x86_64", ["amx"]),  # GCC 10
+        ("avx512bf16", "x86_64", ["amx", "avx512_bf16"]),  # GCC 9
+        ("avx", "AMD64", ["amx", "avx2", "avx512", "avx512_bf16"]),
+        ("amx-tile", "aarch64", []),
+    ],
+)
+def test_the_compiler_decides_which_instruction_sets_are_built(
+    unknown: str, machine: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    omitted = setup_script(monkeypatch)["omitted"]
+    assert omitted(lambda target: unknown not in target, machine) == expected
+
+
+def test_the_compiler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under flags that earn a warning."""
+    from setuptools import Distribution
+    from setuptools._distutils.sysconfig import customize_compiler
+    from setuptools.command.build_ext import new_compiler  # type: ignore[attr-defined]
+
+    monkeypatch.setenv("CXXFLAGS", "-Wmissing-declarations")
+    build = setup_script(monkeypatch)["BuildExtension"](Distribution())
+    build.compiler = new_compiler()
+    customize_compiler(build.compiler)
+    assert not build.knows("avx1024")
+    if os.uname().machine == "x86_64":
+        assert build.knows("avx2,fma,f16c")
+
+
+@pytest.mark.slow
+def test_a_compiler_without_amx_builds_the_rest(tmp_path: Path) -> None:
+    compiler, library_folder = tmp_path / "g++-10", tmp_path / "lib"
+    compiler.write_text(WITHOUT_AMX)
+    compiler.chmod(0o755)
+    words = ("build_ext", "--build-lib", str(library_folder), "--build-temp", str(tmp_path / "temp"))
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", *words],
+        cwd=ROOT,
+        env={**os.environ, "CC": str(compiler), "CXX": str(compiler)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert built.returncode == 0, built.stderr
+    assert "built without its amx kernels" in built.stdout
+    (library,) = library_folder.rglob("_C*.so")
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("phi_fast._C", {str(library)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.cpu.omitted_isas(), "amx" in module.cpu.supported_isas(), module.cpu.isa())
+"""
+    assert run(sys.executable, "-c", code, cwd=tmp_path).startswith("['amx'] False ")
+    environment = {**os.environ, "PHI_FAST_ISA": "amx"}
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "PHI_FAST_ISA=amx: not compiled in: the compiler that built phi_fast does not know" in asked.stderr
+    assert asked.returncode != 0
+
+
+def test_the_classifiers_and_the_workflow_name_the_same_pythons() -> None:
+    named = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if re.search(r"Python :: 3\.", name)]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == named
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    oldest = jobs["kernels"]["strategy"]["matrix"]["include"][0]
+    assert f"torch>={oldest['torch'].removesuffix('.*')},<3" in PROJECT["dependencies"]
+    assert PROJECT["optional-dependencies"]["gpu"] == [f"triton>={oldest['triton'].removesuffix('.*')}"]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_workflows_call_targets_that_exist(workflow: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+(?: [\w-]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = {name for line in targets for name in line.split()}
+    called = set(re.findall(r"make ([\w-]+)", workflow.read_text()))
+    assert called <= known
+    assert called or workflow.stem == "release"
+
+
+def test_a_releases_text_is_the_changelogs_section(tmp_path: Path) -> None:
+    """By the workflow's own lines, on a changelog with neighbours of the version."""
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]["release"]["steps"]
+    (script,) = (step["run"] for step in steps if "notes.md" in step.get("run", "") and "awk" in step["run"])
+    (tmp_path / "phi_fast").mkdir()
+    (tmp_path / "phi_fast" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+    sections = {"1.2.30 (2027-01-03)": "later", "1.2.3 (2027-01-02)": "- this one\n\n  and more", "1.2.2": "before"}
+    text = "".join(f"## {title}\n\n{body}\n\n" for title, body in sections.items())
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n" + text)
+
+    def notes(tag: str) -> int:
+        environment = {**os.environ, "GITHUB_REF_NAME": tag}
+        return subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment).returncode
+
+    assert notes("v1.2.3") == 0
+    assert (tmp_path / "notes.md").read_text().strip() == "- this one\n\n  and more"
+    assert notes("v1.2.30") != 0, "the tag is not the tree's version"
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.2\n\nbefore\n")
+    assert notes("v1.2.3") != 0, "the version has no section"
+
+
+def test_the_changelogs_newest_section_is_this_version_with_a_date() -> None:
+    newest = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    version = importlib.import_module("phi_fast").__version__
+    assert newest and re.fullmatch(rf"{re.escape(version)} \(\d{{4}}-\d\d-\d\d\)", newest[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from phi_fast import PhiConfig
+from phi_fast._C import cpu
 from phi_fast.kernels import BackendUnavailable
 from phi_fast.kernels.reference import bias_gelu
 from phi_fast.model import Phi
@@ -95,6 +96,14 @@ def test_a_back_end_that_is_not_there_is_named_and_does_not_fail(
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["--device", "cpu", "--backends", "triton", "--dtypes", "fp32", "--ops", "attention"]) == 0
     assert "not run: triton for attention. attention: Triton needs a GPU" in capsys.readouterr().out
+
+
+def test_instructions_that_the_build_lacks_are_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "omitted_isas", lambda: ["amx"])
+    assert main([*QUICK, "--ops", "rotary"]) == 0
+    assert f"C++ kernels {cpu.isa()} (built by a compiler without amx)" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

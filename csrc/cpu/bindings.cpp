@@ -316,6 +316,7 @@ void bind(py::module_& module) {
   module.def(
       "isa", [] { return kernels().name; }, "The instruction set in use: PHI_FAST_ISA, or the best this machine has");
   module.def("supported_isas", &supported_isas, "Instruction sets this machine can run, the best first");
+  module.def("omitted_isas", &omitted_isas, "Instruction sets that the compiler of this build did not know");
   module.def("force_isa", &force_isa, py::arg("name"),
              "Use the named instruction set; \"\" for the default. For tests");
   module.def("keep_freed_memory", &keep_freed_memory, "Make malloc keep what is freed; whether it can");

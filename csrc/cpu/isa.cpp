@@ -45,7 +45,11 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(PHI_WITHOUT_AVX512_BF16)
+  const bool bf16 = false;  // a compiler without these instructions may not know the processor's flag either
+#else
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   all.push_back({"amx", &amx::kernels, bf16 && amx()});
   all.push_back({"avx512_bf16", &avx512_bf16::kernels, bf16});
   all.push_back({"avx512", &avx512::kernels, avx512});
@@ -61,8 +65,9 @@ const Kernels& find(const std::string& name) {
     const bool usable = candidate.supported && candidate.kernels != nullptr;
     if (usable && (name.empty() || name == candidate.name)) return *candidate.kernels;
     if (name == candidate.name) {
-      const char* reason = candidate.kernels == nullptr ? "phi_fast was built by a compiler that does not know them"
-                                                        : "this processor does not have these instructions";
+      const char* reason = candidate.kernels == nullptr
+                               ? "not compiled in: the compiler that built phi_fast does not know these instructions"
+                               : "this processor does not have these instructions";
       throw std::invalid_argument("PHI_FAST_ISA=" + name + ": " + reason + "; best here: " + supported_isas().front());
     }
     known += (known.empty() ? "" : ", ") + std::string(candidate.name);
@@ -82,6 +87,14 @@ const Kernels& kernels() {
 void force_isa(const std::string& name) {
   const char* environment = std::getenv("PHI_FAST_ISA");
   in_use.store(&find(name.empty() && environment != nullptr ? environment : name));
+}
+
+std::vector<std::string> omitted_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) {
+    if (candidate.kernels == nullptr) names.emplace_back(candidate.name);
+  }
+  return names;
 }
 
 std::vector<std::string> supported_isas() {

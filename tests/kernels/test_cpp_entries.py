@@ -14,7 +14,15 @@ from phi_fast._C import cpu
 from phi_fast.kernels.cpp._tensors import Described, described
 
 REFUSALS = (ValueError, TypeError, IndexError)
-CONTROLS = {"isa", "supported_isas", "force_isa", "keep_freed_memory", "parallel_backend", "has_weight_gradient"}
+CONTROLS = {
+    "isa",
+    "supported_isas",
+    "omitted_isas",
+    "force_isa",
+    "keep_freed_memory",
+    "parallel_backend",
+    "has_weight_gradient",
+}
 """Entries that take no tensor."""
 ENTRIES = [entry for dtype in (torch.float32, torch.bfloat16) for entry in entries(dtype)]
 NAMES = [f"{number}-{entry.name}" for number, entry in enumerate(ENTRIES)]
