@@ -47,7 +47,7 @@ CAMPAIGNS = (
     Campaign("kills", "kill -9 of a run, then resumed", 1000, 0.5),
     Campaign("flips", "single-bit flips of a manifest", 0, 0.05),
     Campaign("headers", "damaged headers", 1_000_000, 0.25),
-    Campaign("programs", "hostile programs in the sandbox", 180, 0.1),
+    Campaign("programs", "hostile programs in the sandbox", 201, 0.1),
     Campaign("ops", "op calls", 9000, 0.1),
 )
 FLIPS = 5000
