@@ -220,7 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import tyro
     except ImportError:
-        sys.exit("error: phi_fast.kernels.codegen needs tyro and rich: pip install 'phi-fast[train]'")
+        print("error: phi_fast.kernels.codegen needs tyro and rich: pip install 'phi-fast[train]'", file=sys.stderr)
+        return 2
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # dashes and × on an encoding that lacks them
             stream.reconfigure(errors="backslashreplace")

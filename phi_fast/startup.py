@@ -12,15 +12,19 @@ TRAIN_EXTRA = ("deepspeed", "filelock", "rich", "safetensors", "tensorboard", "t
 """What `pip install 'phi-fast[train]'` adds to the kernels and the model: every command needs it."""
 
 
-def begin(command: str, loading: str = "") -> None:
+def begin(command: str, loading: str = "", lm_eval: bool = False) -> None:
     """Check that the command can be imported, and say on stderr what it is loading, if that takes seconds: a user who
     sees nothing for so long takes it for hung. Of several ranks the first says it.
+
+    lm_eval: the command is lm-eval's, which the extra `eval` brings, with all of `train`.
 
     Ends the process with status 2 where the extra is not installed.
     """
     tolerate_encodings()
-    if missing := [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]:
-        print(f"error: {command} needs {', '.join(missing)}: pip install 'phi-fast[train]'", file=sys.stderr)
+    names = [*TRAIN_EXTRA, "lm_eval"] if lm_eval else TRAIN_EXTRA
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        extra = "eval" if lm_eval else "train"
+        print(f"error: {command} needs {', '.join(missing)}: pip install 'phi-fast[{extra}]'", file=sys.stderr)
         sys.exit(2)
     if loading and os.environ.get("RANK", "0") == "0":
         print(f"{command}: loading {loading}", file=sys.stderr, flush=True)

@@ -13,11 +13,16 @@ import pytest
 from phi_fast import startup
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "prepare", "generate", "evaluate", "convert", "report", "plan", "verify")
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "phi_fast").rglob("*.py")
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    and "sandbox" not in path.parts  # started by the sandbox, by file
+)
 WITHOUT = f"""
 import importlib.util, sys
 real = importlib.util.find_spec
-absent = {startup.TRAIN_EXTRA!r}
+absent = {(*startup.TRAIN_EXTRA, "lm_eval")!r}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in absent:
@@ -54,17 +59,24 @@ def test_kernels_and_model_need_torch_and_numpy_alone() -> None:
     assert done.stdout == "3\n", done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "phi_fast.kernels.codegen"])
 def test_a_command_without_the_extra_says_what_to_install(command: str) -> None:
     done = python(
-        "import runpy\n"
-        "sys.argv[1:] = ['--help']\n"
-        f"runpy.run_module('phi_fast.{command}', run_name='__main__', alter_sys=True)\n"
+        f"import runpy\nsys.argv[1:] = ['--help']\nrunpy.run_module({command!r}, run_name='__main__', alter_sys=True)\n"
     )
+    names, extra = ", ".join(startup.TRAIN_EXTRA), "train"
+    if command == "phi_fast.evaluation.lm":
+        names, extra = f"{names}, lm_eval", "eval"
+    if command == "phi_fast.kernels.codegen":  # a module of the kernels, which know nothing of phi_fast.startup
+        names = "tyro and rich"
     assert done.returncode == 2
     assert done.stdout == ""
-    names = ", ".join(startup.TRAIN_EXTRA)
-    assert done.stderr == f"error: phi_fast.{command} needs {names}: pip install 'phi-fast[train]'\n"
+    assert done.stderr == f"error: {command} needs {names}: pip install 'phi-fast[{extra}]'\n"
+
+
+def test_every_public_command_is_tried() -> None:
+    public = ("train", "prepare", "generate", "evaluate", "convert", "report", "plan", "verify", "evaluation.lm")
+    assert {f"phi_fast.{name}" for name in public} == set(COMMANDS)
 
 
 def test_a_command_speaks_before_torch_is_imported() -> None:

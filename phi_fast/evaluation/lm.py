@@ -7,6 +7,11 @@ Importing this module registers "phi_fast". lm-eval has no plug-ins, so its comm
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from phi_fast.startup import begin
+
+    begin("phi_fast.evaluation.lm", "PyTorch and lm-eval", lm_eval=True)
+
 import inspect
 import sys
 from collections.abc import Sequence
