@@ -378,7 +378,8 @@ def test_operator_and_compile(device: str) -> None:
         return *lists, torch.zeros((), device=device)
 
     params, grads, exp_avgs, exp_avg_sqs, step = fresh()
-    rest = (step, torch.tensor(1e-3, device=device), 0.9, 0.98, 1e-7, 0.1, True, torch.ones((), device=device), None)
+    one, lr = torch.ones((), device=device), torch.tensor(1e-3, device=device)
+    rest = (step, lr, 0.9, 0.98, 1e-7, 0.1, True, one, None, True, None)
     torch.library.opcheck(module._adam_step_op, (params, grads, exp_avgs, exp_avg_sqs, [], *rest))
     halves = [p.half() for p in params]
     torch.library.opcheck(module._adam_step_op, (halves, grads, exp_avgs, exp_avg_sqs, params, *rest))
