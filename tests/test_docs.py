@@ -30,7 +30,7 @@ from torch.distributed.run import parse_args as torchrun_options
 from phi_fast.training.distributed import deepspeed
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = {".", "cd", "echo", "git", "mkdir", "pip"}
 """Commands of a page that are not this project's."""
 
