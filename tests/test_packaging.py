@@ -26,9 +26,14 @@ BUILD = ("setuptools", "pybind11", "pip")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 # As GCC 10: what names AMX after preprocessing is refused.
 WITHOUT_AMX = """#!/bin/sh
+for word; do
+  if [ "$previous" = -o ]; then output=$word; fi
+  previous=$word
+done
 case "$*" in
 *.cpp*)
-  if g++ "$@" -E -o - | grep -q 'target.*amx'; then echo "error: unknown target amx-tile" >&2; exit 1; fi ;;
+  g++ "$@" -E || exit 1
+  if grep -q 'target.*amx' "$output"; then echo "error: unknown target amx-tile" >&2; exit 1; fi ;;
 esac
 exec g++ "$@"
 """

@@ -78,7 +78,7 @@ def hooked(*modules: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in vars(module)
+        or "forward" in module.__dict__
         for module in modules
     )
 

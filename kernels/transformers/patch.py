@@ -86,7 +86,7 @@ def _replacement(module: nn.Module, family: Family) -> Replacement | None:
 
 
 def _why_not_here(model: PreTrainedModel, module: nn.Module, replacement: Replacement) -> str | None:
-    if "forward" in vars(module):
+    if "forward" in module.__dict__:
         return "its forward was replaced on the instance, by accelerate's device_map for one"
     return _why_no_attention(model) if "attention" in replacement.ops or "block" in replacement.ops else None
 

@@ -47,7 +47,8 @@ def unpadded(seed: int, rows: int = 2, length: int = 17) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
-    compare(name, dtype, [unpadded(seed) for seed in range(SEEDS)])
+    seeds = 3 * SEEDS if dtype == torch.bfloat16 else SEEDS  # 8 losses of bf16 models still err by chance
+    compare(name, dtype, [unpadded(seed) for seed in range(seeds)])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
