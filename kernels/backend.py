@@ -34,6 +34,17 @@ class BackendUnavailable(RuntimeError):
     """The back end that was asked for cannot run here; the message says what to do."""
 
 
+def isa_problem() -> str | None:
+    """What is wrong with PHI_FAST_ISA, which the first op in C++ on a CPU would raise; None where nothing is."""
+    from phi_fast._C import cpu
+
+    try:
+        cpu.isa()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 _chosen: dict[str, str] = dict.fromkeys(OPS, "auto")
 
 

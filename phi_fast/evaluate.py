@@ -30,6 +30,7 @@ from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
 from .evaluation.sandbox import SandboxError
 from .files import check_names
+from .kernels.backend import isa_problem
 from .recipes import Names
 from .startup import tolerate_encodings
 from .terminal import console as screen
@@ -77,6 +78,8 @@ def main() -> int:
     options = tyro.cli(EvaluateOptions, prog="python -m phi_fast.evaluate", config=(tyro.conf.AvoidSubcommands,))
     console = screen(stderr=True)
     try:
+        if problem := isa_problem():
+            raise UsageError(problem)
         evaluate(options, console)
     except (PhiFastError, SandboxError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -29,6 +29,7 @@ from .errors import UsageError
 from .files import write_atomically, writing
 from .generation import Completion, Sampling, complete
 from .json_files import Fields, parse_lines
+from .kernels.backend import isa_problem
 from .model.phi import Phi
 from .startup import tolerate_encodings
 from .terminal import console as open_console
@@ -79,6 +80,8 @@ def main() -> int:
         stop = tuple(unescape(text) for text in options.sampling.stop)
         options = replace(options, sampling=replace(options.sampling, stop=stop))
         check(options)
+        if problem := isa_problem():
+            raise UsageError(problem)
         model, tokenizer = load(options.model, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer)
         return run(options, model, tokenizer, console)
     except (UsageError, ValueError, OSError) as error:

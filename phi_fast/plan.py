@@ -191,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = table_console(soft_wrap=False)
     try:
+        if options.device == "cpu" and (problem := backend.isa_problem()):
+            raise UsageError(problem)
         report = run(options)
         if options.json_file is not None:
             options.json_file.write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")

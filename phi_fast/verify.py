@@ -29,7 +29,7 @@ from rich.text import Text
 from . import terminal
 from .errors import PhiFastError, UsageError
 from .kernels import in_use
-from .kernels.backend import BACKENDS, VENDORS, cpp_instructions, interpreting
+from .kernels.backend import BACKENDS, VENDORS, cpp_instructions, interpreting, isa_problem
 from .precision import DTYPES
 from .startup import tolerate_encodings
 from .verification import golden
@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
     console = terminal.table_console()
     try:
+        if problem := isa_problem():
+            raise UsageError(problem)
         report = run(options, console)
     except (PhiFastError, OSError) as error:
         print(f"phi_fast.verify: {error}", file=sys.stderr)

@@ -80,9 +80,9 @@ def _build_aside(directory: Path, report: Callable[[str], None]) -> None:
         aside.mkdir()
         _build(aside, report)
         aside.rename(directory)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk wants the room back
-        if error.errno is None or error.filename is not None:
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk wants the room back, and a signal leaves nothing
+        if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, f"{error.strerror} for the standard-library corpus", str(directory)) from error
     sync_directory(directory.parent)
@@ -92,10 +92,13 @@ def _build(directory: Path, report: Callable[[str], None]) -> None:
     report("reading Python's standard library")
     sources, topics = read_sources(), language_reference()
     report(f"training a byte-level BPE of {VOCAB_SIZE} ids on {len(sources)} modules, and gathering their docstrings")
-    with ThreadPoolExecutor(1) as pool:  # the training leaves Python alone; the docstrings are in the sources
+    pool = ThreadPoolExecutor(1)  # the training leaves Python alone; the docstrings are in the sources
+    try:
         training = pool.submit(train_tokenizer, [*topics, *sources.values()])
         pages = [page for page in itertools.starmap(reference_page, sources.items()) if page]
         tokenizer = training.result()
+    finally:
+        pool.shutdown(wait=False)  # whoever is ended by a signal does not wait for a training that nobody wants
     corpus = {"docs": [*topics, *pages], "code": list(sources.values())}
     for name, documents in corpus.items():
         report(f"encoding {name}: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.1f} M characters")
