@@ -30,6 +30,8 @@ SPOIL: dict[str, Callable[[Path], object]] = {
     "link to nothing": lambda path: path.symlink_to("nothing"),
     "fifo": lambda path: os.mkfifo(path),
 }
+COMMONEST = ("empty", "folder", "utf-16", "fifo")
+"""Tried by every `make test`; `make test-slow` tries all."""
 QUESTION = '{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n'
 STEP = '{"step": 1, "tokens": 8, "loss": 3.0}\n'
 GENERATE = ["phi_fast.generate", "--model", "model", "--max-new-tokens", "2"]
@@ -123,7 +125,12 @@ def status_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
 
 @pytest.mark.parametrize(
     ("file", "words", "kind"),
-    [(file, words, kind) for file, words in CASES for kind in SPOIL if kind != "fifo" or file not in TAKES_A_PIPE],
+    [
+        pytest.param(file, words, kind, marks=() if kind in COMMONEST else pytest.mark.slow)
+        for file, words in CASES
+        for kind in SPOIL
+        if kind != "fifo" or file not in TAKES_A_PIPE
+    ],
     ids=lambda value: value if isinstance(value, str) else value[0].rpartition(".")[2],
 )
 def test_no_file_of_a_user_gives_a_traceback(
