@@ -5,7 +5,7 @@
 # the schemas that phi_fast.kernels' own ops point to.
 if __name__ != "kernels":
     from .attention import attention
-    from .backend import BackendUnavailable, in_use, use
+    from .backend import BackendUnavailable, fuse_rotary, in_use, use
     from .bias_gelu import bias_gelu
     from .fused_adam import FusedAdam
     from .layer_norm import layer_norm
@@ -29,6 +29,7 @@ if __name__ != "kernels":
         "apply_rotary_",
         "attention",
         "bias_gelu",
+        "fuse_rotary",
         "in_use",
         "keep_freed_memory",
         "layer_norm",

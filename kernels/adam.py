@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import backend
 from .local_parts import local_part, placed, scalar, sum_over_shards, without_partial
+from .reference.adam import AdamOptions
 
 PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
@@ -67,17 +68,8 @@ def adam_step_(
     views = checked(*local_lists(*lists))
     count(step, found_inf)
     launch(
-        *views,
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        bias_correction=bias_correction,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        nonfinite=nonfinite,
+        views,
+        AdamOptions(step, lr, betas, eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite),
     )
     mark_written(params, *lists[2:], [] if nonfinite is None else [nonfinite])
 
@@ -185,21 +177,14 @@ def count(step: Tensor, found_inf: Tensor | None) -> None:
     step.add_(1 if found_inf is None else (found_inf == 0))
 
 
-def launch(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None = None,
-    **options: Any,
-) -> None:
-    """Run the step on lists that are `checked`; options: `reference.adam.step_`'s."""
-    device = params[0].device
-    for name, value in options.items():
+def launch(lists: Sequence[Sequence[Tensor]], options: AdamOptions) -> None:
+    """Run the step on `checked` lists: params, grads, exp_avgs, exp_avg_sqs, and masters where there are any."""
+    device = lists[0][0].device
+    for name, value in options._asdict().items():
         if isinstance(value, Tensor) and (value.numel() != 1 or value.device != device):
             raise ValueError(f"{name} is {tuple(value.shape)} on {value.device}: expected one element on {device}")
     with torch.no_grad():
-        _kernels(device).step_(params, grads, exp_avgs, exp_avg_sqs, masters, **options)
+        _kernels(device).step_(*(*lists, None)[:5], options)
 
 
 def mark_written(*lists: Sequence[Tensor]) -> None:
@@ -236,19 +221,19 @@ def _adam_step_op(
 ) -> None:
     """`adam_step_` as an operator that torch.compile keeps whole; no masters is an empty list."""
     count(step, found_inf)
-    launch(
-        *checked(params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])),
-        step=step,
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        bias_correction=bias_correction,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        nonfinite=nonfinite,
+    options = (
+        step,
+        lr,
+        (beta1, beta2),
+        eps,
+        weight_decay,
+        decoupled,
+        bias_correction,
+        grad_scale,
+        found_inf,
+        nonfinite,
     )
+    launch(checked(params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])), AdamOptions(*options))
 
 
 @_adam_step_op.register_fake

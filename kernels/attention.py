@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import autocast, backend, dispatch
+from .reference.attention import AttentionOptions
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,57 +69,37 @@ def attention(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, causal, window, cu_seqlens, cos, sin):
-        kernels = backend.implementation("attention", q.device)
-        options = {"scale": scale, "causal": causal, "window": window, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
-        out, lse = kernels.forward(q, k, v, **options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin)
-        ctx.scale, ctx.causal, ctx.window = scale, causal, window
+    def forward(ctx, q, k, v, *given):
+        options = AttentionOptions(*given)
+        out, lse = backend.implementation("attention", q.device).forward(q, k, v, options)
+        _save(ctx, (q, k, v, out, lse), options)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
+        tensors, options = _saved(ctx)
         backward = _backward_op if dispatch.backward_by_library("attention", dout) else _gradients
-        gradients = backward(dout, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, cu_seqlens, cos, sin)
-        return *gradients, None, None, None, None, None, None
+        return *backward(dout, *tensors, *options), *[None] * 6
+
+
+def _save(ctx: Any, tensors: tuple[Tensor, ...], options: AttentionOptions) -> None:
+    ctx.save_for_backward(*tensors, *options[3:])
+    ctx.options = options[:3]
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], AttentionOptions]:
+    saved = ctx.saved_tensors
+    return saved[:5], AttentionOptions(*ctx.options, *saved[5:])
 
 
 @autocast.off
 def _gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    window: list[int] | None,
-    cu_seqlens: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     kernels = backend.implementation("attention", q.device)
-    kernels.backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        scale=scale,
-        causal=causal,
-        window=window,
-        cu_seqlens=cu_seqlens,
-        cos=cos,
-        sin=sin,
-    )
+    kernels.backward(dout, q, k, v, out, lse, AttentionOptions(*options), dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
@@ -134,10 +116,8 @@ def _forward_op(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels = backend.implementation("attention", q.device)
-    out = q.new_empty(q.shape)
-    options = {"scale": scale, "causal": causal, "window": window, "cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
-    return kernels.forward(q, k, v, out=out, **options)
+    options = AttentionOptions(scale, causal, window, cu_seqlens, cos, sin)  # type: ignore[arg-type]
+    return backend.implementation("attention", q.device).forward(q, k, v, options, out=q.new_empty(q.shape))
 
 
 @_forward_op.register_fake
@@ -170,19 +150,14 @@ def _(dout, q, k, v, out, lse, scale, causal, window, cu_seqlens, cos, sin):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, scale, causal, window, cu_seqlens, cos, sin = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cos, sin)
-    ctx.scale, ctx.causal, ctx.window = scale, causal, window
+    _save(ctx, (*inputs[:3], *output), AttentionOptions(*inputs[3:]))
     ctx.set_materialize_grads(False)
 
 
 def _op_backward(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens, cos, sin = ctx.saved_tensors
-    if dout is None:
-        return (None,) * 9
-    gradients = _backward_op(dout, q, k, v, out, lse, ctx.scale, ctx.causal, ctx.window, cu_seqlens, cos, sin)
-    return *gradients, None, None, None, None, None, None
+    tensors, options = _saved(ctx)
+    gradients = (None, None, None) if dout is None else _backward_op(dout, *tensors, *options)
+    return *gradients, *[None] * 6
 
 
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)

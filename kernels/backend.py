@@ -13,21 +13,25 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "weight_gradient")
-"""The ops that have more than one implementation."""
-
-BACKENDS = ("triton", "cpp", "reference")
-"""Back ends of this project. `VENDORS` lists those of others."""
+OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam")
+"""The public ops."""
 
 PRODUCTS = ("weight_gradient",)
-"""Matrix products: Triton has none of its own, torch's (cuBLAS) run in their place, under the name "reference"."""
+"""Matrix products inside the ops, which are chosen in the same way. "reference" is torch's own product."""
+
+BACKENDS = {"triton": OPS, "cpp": (*OPS, *PRODUCTS), "reference": (*OPS, *PRODUCTS)}
+"""This project's back ends, and what each offers. On a GPU torch's products (cuBLAS) run beside Triton's kernels."""
+
+ROTARY_INSIDE = {"triton": False, "cpp": True}
+"""Back ends whose attention can apply RoPE while it reads q and k, and whether `parallel_block` lets it by default."""
 
 VENDORS = {"sdpa": ("attention",), "flash-attn": ("attention",), "apex": ("layer_norm", "adam")}
-"""Other libraries' kernels, and the ops each offers."""
+"""Other libraries' kernels, and what each offers."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -45,13 +49,13 @@ def isa_problem() -> str | None:
     return None
 
 
-_chosen: dict[str, str] = dict.fromkeys(OPS, "auto")
+_chosen: dict[str, Any] = {**dict.fromkeys((*OPS, *PRODUCTS), "auto"), "rotary_inside": None}
 
 
 class _Choice:
     """What `use` returns: the choice already holds; as a context manager it is taken back at the end."""
 
-    def __init__(self, previous: dict[str, str]) -> None:
+    def __init__(self, previous: dict[str, Any]) -> None:
         self._previous = previous
 
     def __enter__(self) -> None:
@@ -70,21 +74,42 @@ def use(backend: str, op: str | None = None) -> _Choice:
 
     Raises ValueError for a name that does not exist or does not offer the op.
     """
-    if op is not None and op not in OPS:
-        raise ValueError(f"op {op!r} is not one of {', '.join(OPS)}")
+    offered = {**BACKENDS, **VENDORS}.get(backend, (*OPS, *PRODUCTS))
+    if op is not None and op not in (*OPS, *PRODUCTS):
+        raise ValueError(f"op {op!r} is not one of {', '.join((*OPS, *PRODUCTS))}")
     if backend not in ("auto", *BACKENDS, *VENDORS):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(('auto', *BACKENDS, *VENDORS))}")
-    if backend in VENDORS and op not in VENDORS[backend]:
+    if backend in VENDORS and op not in offered:
+        raise ValueError(f"backend {backend!r} offers only op={' or op='.join(map(repr, offered))}, not op={op!r}")
+    if op is not None and op not in offered:
         raise ValueError(
-            f"backend {backend!r} offers only op={' or op='.join(map(repr, VENDORS[backend]))}, not op={op!r}"
+            f"backend {backend!r} has no op={op!r}: matrix products are torch's; use('reference', op={op!r})"
         )
-    if backend == "triton" and op in PRODUCTS:
-        raise ValueError(f"backend 'triton' has no op={op!r}: matrix products are torch's; use('reference', op={op!r})")
-    previous = {name: _chosen[name] for name in (OPS if op is None else (op,))}
-    _chosen.update(dict.fromkeys(previous, backend))
-    if backend == "triton" and op is None:
-        _chosen.update(dict.fromkeys(PRODUCTS, "reference"))
+    previous = {name: _chosen[name] for name in ((*OPS, *PRODUCTS) if op is None else (op,))}
+    _chosen.update({name: backend if name in offered else "reference" for name in previous})
     return _Choice(previous)
+
+
+def fuse_rotary(inside: bool | None) -> _Choice:
+    """Choose what applies RoPE in `parallel_block` and accelerated phi models.
+
+    inside: True: attention, while it reads q and k; False: a pass over q and k before it; None: the default of
+    attention's back end, which is True in C++ and False in Triton, where it costs registers and was not measured on a
+    GPU. Attention of other libraries cannot do it: True then raises ValueError when the op runs.
+
+    The choice holds as `use`'s does.
+    """
+    previous = {"rotary_inside": _chosen["rotary_inside"]}
+    _chosen["rotary_inside"] = inside
+    return _Choice(previous)
+
+
+def rotary_inside(device: torch.device | str) -> bool:
+    """What `fuse_rotary` chose, or the default of the back end that runs attention on `device`."""
+    backend, chosen = name("attention", device), _chosen["rotary_inside"]
+    if chosen and backend not in ROTARY_INSIDE:
+        raise ValueError(f"backend {backend!r} cannot apply RoPE inside attention; call fuse_rotary(None)")
+    return ROTARY_INSIDE.get(backend, False) if chosen is None else chosen
 
 
 def name(op: str, device: torch.device | str) -> str:
@@ -94,12 +119,12 @@ def name(op: str, device: torch.device | str) -> str:
         return chosen
     if torch.device(device).type != "cuda":
         return "cpp"
-    return "reference" if op in PRODUCTS else "triton"
+    return "triton" if op in BACKENDS["triton"] else "reference"
 
 
 def in_use(device: torch.device | str) -> dict[str, str]:
     """Op -> back end on `device`, for headers and logs."""
-    return {op: name(op, device) for op in OPS}
+    return {op: name(op, device) for op in (*OPS, *PRODUCTS)}
 
 
 def implementation(op: str, device: torch.device) -> ModuleType:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adam import PARAM_DTYPES, checked, count, in_memory_order, launch, mark_written
 from .local_parts import local_part, placed, placed_as, scalar
+from .reference.adam import AdamOptions
 
 TORCHS = {
     "amsgrad": (False,),
@@ -185,18 +186,18 @@ class FusedAdam(torch.optim.Optimizer):
         parts = [local_part("a parameter", p) for p in params]
         grads = [_gradient(p, part) for p, part in zip(params, parts, strict=True)]
         local_states = [[local_part("a state", state) for state in together] for together in states]
-        launch(
-            *checked(parts, grads, *local_states),
-            step=step,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            bias_correction=group["bias_correction"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+        options = AdamOptions(
+            step,
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["decoupled_weight_decay"],
+            group["bias_correction"],
+            grad_scale,
+            found_inf,
         )
+        launch(checked(parts, grads, *local_states), options)
         mark_written(params, *states)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, backend, dispatch
+from .reference.layer_norm import ResidualStream
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,20 +72,12 @@ def _forward(
     in-place op on a view that a Function made."""
     kernels = backend.implementation("layer_norm", x.device)
     rows, out = _rows(x), x.new_empty(x.shape)
-    if residual is None:
-        _, mean, rstd = kernels.forward(rows, weight, bias, eps, out=out.view(rows.shape))
-        return out, x, mean, rstd
-    summed = x.new_empty(x.shape)
-    _, mean, rstd = kernels.forward(
-        rows,
-        weight,
-        bias,
-        eps,
-        out=out.view(rows.shape),
-        residual=_rows(residual),
-        summed=summed.view(rows.shape),
-    )
-    return out, summed, mean, rstd
+    stream, normalised = ResidualStream(), x
+    if residual is not None:
+        normalised = x.new_empty(x.shape)
+        stream = ResidualStream(_rows(residual), normalised.view(rows.shape))
+    _, mean, rstd = kernels.forward(rows, weight, bias, eps, stream, out=out.view(rows.shape))
+    return out, normalised, mean, rstd
 
 
 def _backward(

@@ -25,6 +25,7 @@ from torch.autograd.function import FunctionCtx
 from . import autocast, backend, dispatch
 from . import linear_cross_entropy_chunks as chunks
 from .linear_cross_entropy_rows import row_losses
+from .reference.linear_cross_entropy import Objective
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -175,7 +176,7 @@ def _compute(
     fp32 scalar that takes both out again."""
     if hidden.device.type == "cpu":
         chunks.check_labels(labels, weight.shape[0], ignore_index)
-    objective = chunks.Objective(ignore_index, label_smoothing, z_loss, class_weight, softcap)
+    objective = Objective(ignore_index, label_smoothing, z_loss, class_weight, softcap)
     dtype = chunks.working_dtype(hidden)
     scale = chunks.storage_scale(dtype, objective, labels)
     if loss_scale is not None:

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import autocast, backend
+from .reference.linear_cross_entropy import Objective
 from .reference.weight_gradient import wide_product
-
-
-class Objective(NamedTuple):
-    """What is computed of a row's logits; `reference.linear_cross_entropy.cross_entropy_` says how."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    class_weight: Tensor | None
-    softcap: float | None
 
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
@@ -123,7 +113,7 @@ def losses_and_gradients(
             logits,
             labels[rows],
             bias,
-            **objective._asdict(),
+            objective=objective,
             scale=scale[rows] if scale.dim() else scale,
             need_grad=any(wanted),
             dbias=dbias if for_bias else None,

@@ -76,9 +76,7 @@ def parallel_block(
     _check(x, parameters, cos, sin, num_heads, recompute)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, x)
-    # Triton and C++ attention apply RoPE while loading; for other back ends q and k are rotated first, in place.
-    rotary_inside = backend.name("attention", x.device) in ("triton", "cpp")
-    options = Options(num_heads, eps, recompute, rotary_inside)
+    options = Options(num_heads, eps, recompute, backend.rotary_inside(x.device))
     inputs = Inputs(x.contiguous(), *parameters, cos, sin, cu_seqlens)  # type: ignore[call-arg]
     if by_library:
         return _forward_op(*inputs, *options)[0]

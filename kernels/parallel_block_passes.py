@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import autocast, backend
+from .reference.attention import AttentionOptions
+from .reference.layer_norm import UNTOUCHED, ResidualStream
 
 
 class Inputs(NamedTuple):
@@ -80,10 +82,9 @@ def _activations(
     options: Options,
     *,
     apart: bool = False,
-    shift: Tensor | None = None,
-    shifted: Tensor | None = None,
+    stream: ResidualStream = UNTOUCHED,
 ) -> tuple[Activations, Tensor]:
-    """(everything up to the last product, o); x + shift is written to `shifted` on the way.
+    """(everything up to the last product, o); x + stream.shift is written to `stream.shifted` on the way.
 
     o (T, d) is a view of [o | g], which a view kept for backward would keep alive; or, `apart`, a tensor of its own,
     that the GELU kernel carries over into [o | g].
@@ -92,14 +93,14 @@ def _activations(
     heads, d, device = Heads(x, options.num_heads), x.shape[-1], x.device
     rows = x.view(-1, d)
     norm = backend.implementation("layer_norm", device)
-    h, mean, rstd = norm.forward(rows, inputs.norm_weight, inputs.norm_bias, options.eps, shift=shift, shifted=shifted)
+    h, mean, rstd = norm.forward(rows, inputs.norm_weight, inputs.norm_bias, options.eps, stream)
     packed = torch.addmm(inputs.in_bias, h, inputs.in_weight.T)
     if not options.rotary_inside:
         backend.implementation("rotary", device).rotate_(heads.rotating(packed), inputs.cos, inputs.sin, 0)
     mixed = packed.new_empty(rows.shape[0], packed.shape[1] - 2 * d)
     o = packed.new_empty(rows.shape) if apart else mixed[:, :d]
     _, lse = backend.implementation("attention", device).forward(
-        *heads.split(packed), out=heads.columns(o, 0, 1), **_attention(inputs, options)
+        *heads.split(packed), _attention(inputs, options), out=heads.columns(o, 0, 1)
     )
     backend.implementation("bias_gelu", device).forward(
         packed[:, 3 * d :], None, out=mixed[:, d:], carry=(o, mixed[:, :d]) if apart else None
@@ -107,11 +108,10 @@ def _activations(
     return Activations(h, mean, rstd, packed, mixed, lse), o
 
 
-def _attention(inputs: Inputs, options: Options) -> dict:
-    """The arguments that both of attention's passes take."""
+def _attention(inputs: Inputs, options: Options) -> AttentionOptions:
     scale = (inputs.x.shape[-1] // options.num_heads) ** -0.5
-    arguments = {"scale": scale, "causal": True, "cu_seqlens": inputs.cu_seqlens}
-    return arguments | ({"cos": inputs.cos, "sin": inputs.sin} if options.rotary_inside else {})
+    tables = (inputs.cos, inputs.sin) if options.rotary_inside else ()
+    return AttentionOptions(scale, True, None, inputs.cu_seqlens, *tables)
 
 
 def forward(inputs: Inputs, options: Options, *, recording: bool = True) -> list[Tensor]:
@@ -120,8 +120,8 @@ def forward(inputs: Inputs, options: Options, *, recording: bool = True) -> list
     out = x.new_empty(x.shape)
     shifted = out.view(-1, x.shape[-1])
     apart = recording and options.recompute == "norm_gelu"
-    shift = inputs.out_bias_attention + inputs.out_bias_mlp
-    kept, o = _activations(inputs, options, apart=apart, shift=shift, shifted=shifted)
+    stream = ResidualStream(shift=inputs.out_bias_attention + inputs.out_bias_mlp, shifted=shifted)
+    kept, o = _activations(inputs, options, apart=apart, stream=stream)
     shifted.addmm_(kept.mixed, inputs.out_weight.T)
     if options.recompute == "all" or not recording:
         return [out]
@@ -154,18 +154,9 @@ def backward(
     dmixed = torch.mm(dy, inputs.out_weight)
     dpacked = torch.empty_like(packed)
     dq, dk, dv = heads.split(dpacked)
-    q, k, v = heads.split(packed)
+    saved_heads = *heads.split(packed), heads.columns(o, 0, 1), lse
     backend.implementation("attention", device).backward(
-        heads.columns(dmixed, 0, 1),
-        q,
-        k,
-        v,
-        heads.columns(o, 0, 1),
-        lse,
-        dq=dq,
-        dk=dk,
-        dv=dv,
-        **_attention(inputs, options),
+        heads.columns(dmixed, 0, 1), *saved_heads, _attention(inputs, options), dq=dq, dk=dk, dv=dv
     )
     if not options.rotary_inside:
         backend.implementation("rotary", device).rotate_(

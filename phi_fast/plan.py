@@ -156,7 +156,7 @@ def _cpu_report(options: Options, recipe: Recipe) -> Report:
     precision: Precision = auto_precision(torch.device("cpu")) if options.precision == "auto" else options.precision
     batch = recipe.global_batch_size
     rows = options.micro_batch_size or next(size for size in range(min(8, batch), 0, -1) if batch % size == 0)
-    inside = backend.name("attention", "cpu") in ("triton", "cpp")
+    inside = backend.rotary_inside("cpu")
     itemsize = 4 if precision == "fp32" else 2
     shape = Shape(recipe.model, recipe.sequence_length, rows, itemsize, options.recompute, inside, on_cpu=True)
     job = Job(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
+from ..reference.adam import AdamOptions
 from ._tensors import described, maybe
 
 _OP = "adam"
@@ -21,19 +22,10 @@ def step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor] | None,
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    bias_correction: bool = True,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    options: AdamOptions,
 ) -> None:
     """See `reference.adam.step_`. Raises TypeError for another dtype, ValueError for tensors that do not fit."""
+    step, lr, betas, eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
     if found_inf is not None and float(found_inf) != 0:
         return
     all_masters: Sequence[Tensor | None] = masters if masters is not None else [None] * len(params)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ..reference.attention import band, check_documents
+from ..reference.attention import AttentionOptions, band, check_documents
 from ._tensors import described, maybe, wide
 
 _OP = "attention"
@@ -21,19 +21,14 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    options: AttentionOptions,
     *,
     out: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.attention.forward`. Raises TypeError for another dtype, ValueError for a stride or document."""
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    _call([q, k, v, out], lse, scale, causal, window, cu_seqlens, cos, sin)
+    _call([q, k, v, out], lse, options)
     return out, lse
 
 
@@ -44,31 +39,18 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    options: AttentionOptions,
     *,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> None:
     """See `reference.attention.backward`. Raises as `forward` does."""
-    _call([q, k, v, out, dout, dq, dk, dv], lse, scale, causal, window, cu_seqlens, cos, sin)
+    _call([q, k, v, out, dout, dq, dk, dv], lse, options)
 
 
-def _call(
-    tensors: list[Tensor],
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None,
-    cu_seqlens: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> None:
+def _call(tensors: list[Tensor], lse: Tensor, options: AttentionOptions) -> None:
+    scale, causal, window, cu_seqlens, cos, sin = options
     sequence, keys = tensors[0].shape[1], tensors[1].shape[1]
     check_documents(sequence, cu_seqlens, cos)
     documents = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()

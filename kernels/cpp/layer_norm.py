@@ -7,6 +7,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
+from ..reference.layer_norm import UNTOUCHED, ResidualStream
 from ._tensors import described, maybe, wide
 
 _OP = "layer_norm"
@@ -17,14 +18,12 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-    residual: Tensor | None = None,
-    summed: Tensor | None = None,
-    shift: Tensor | None = None,
-    shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.layer_norm.forward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
+    residual, summed, shift, shifted = stream
     out = x.new_empty(x.shape) if out is None else out
     if residual is not None and summed is None:
         summed = x.new_empty(x.shape)

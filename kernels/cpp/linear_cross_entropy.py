@@ -7,6 +7,7 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
+from ..reference.linear_cross_entropy import Objective
 from ._tensors import described, maybe, wide
 
 _OP = "linear_cross_entropy"
@@ -33,16 +34,13 @@ def cross_entropy_(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    objective: Objective,
     scale: Tensor,
     need_grad: bool,
     dbias: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """See `reference.linear_cross_entropy.cross_entropy_`. Raises TypeError for a dtype, ValueError for a shape."""
+    ignore_index, label_smoothing, z_loss, class_weight, softcap = objective
     labels = labels.contiguous()
     wide_bias = None if bias is None else wide(bias)
     weight = None if class_weight is None else wide(class_weight)

@@ -7,9 +7,32 @@ the optimizer class are the public op's (`kernels/adam.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class AdamOptions(NamedTuple):
+    """What a step takes beside its lists of tensors; scalars are fp32 tensors of one element on their device."""
+
+    step: Tensor
+    """The count t of THIS step, 1 for the first; read, never written."""
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    """AdamW's decay (arXiv 1711.05101); False: an L2 penalty in the gradient."""
+    bias_correction: bool = True
+    """False: 1 in the place of both 1 - β^t."""
+    grad_scale: Tensor | None = None
+    """Multiplied onto every gradient: 1 / (loss scale × clip)."""
+    found_inf: Tensor | None = None
+    """Where it is not 0 nothing at all is written."""
+    nonfinite: Tensor | None = None
+    """Set to 1 where a weight as it is stored, or a moment, is not finite after the step, and left as it was elsewhere:
+    found in the same pass, without a host sync."""
 
 
 def step_(
@@ -18,30 +41,13 @@ def step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor] | None,
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    bias_correction: bool = True,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    options: AdamOptions,
 ) -> None:
     """One Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101, `decoupled`) step on every tensor of the lists, in place.
 
     Lists of equal length; the i-th tensors have the same number of elements and are contiguous. params: fp32, fp16 or
     bf16, written. grads: fp32, fp16 or bf16, read only, one dtype that may differ from the parameters'. exp_avgs,
     exp_avg_sqs: fp32. masters: fp32, read instead of the parameters and written beside them; None: there are none.
-    step: fp32 scalar tensor on the device: the count t of THIS step, 1 for the first; read, never written.
-    lr: a float, or an fp32 scalar tensor on the device.
-    bias_correction: False: 1 in the place of both 1 - β^t below.
-    grad_scale: fp32 scalar tensor multiplied onto every gradient, 1 / (loss scale × clip); None: 1.
-    found_inf: fp32 scalar tensor; where it is not 0 nothing at all is written.
-    nonfinite: fp32 scalar tensor, set to 1 where a weight as it is stored, or a moment, is not finite after the step,
-    and left as it was elsewhere: found in the same pass, without a host sync.
 
     In fp32 for every element, in torch.optim's order of operations, so that trajectories stay within rounding of its
     own; the scalars 1 - lr·weight_decay and 1 - β^t are formed in fp64, or in fp32 without cancellation, then rounded:
@@ -49,8 +55,8 @@ def step_(
         m += (1-β1)·(g - m);     v = β2·v + ((1-β2)·g)·g
         p -= (lr / (1-β1^t) · m) / (sqrt(v) / sqrt(1-β2^t) + eps)
     """
-    beta1, beta2 = betas
-    t = step.double()
+    _, lr, (beta1, beta2), eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
+    t = options.step.double()
     step_size = lr / (1 - beta1**t) if bias_correction else lr
     root2 = (1 - beta2**t).sqrt() if bias_correction else 1.0
     for i, param in enumerate(params):

@@ -6,6 +6,7 @@ The backward forms the probabilities again from the saved log-sum-exp, as FlashA
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,34 +14,40 @@ from torch import Tensor
 from ..autocast import off
 
 
+class AttentionOptions(NamedTuple):
+    """What both passes of attention take beside their tensors."""
+
+    scale: float
+    causal: bool = True
+    """A row sees its own key and those before it."""
+    window: tuple[int, int] | None = None
+    """(left, right): of these, only so many keys before and behind its own, -1 for all."""
+    cu_seqlens: Tensor | None = None
+    """(documents + 1,) int32 with batch 1 and as many keys as rows: rows see only their own document."""
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    """(positions, rotary_dim / 2) fp32: q and k are rotated first, by the row's place in its document."""
+
+
 @off
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    options: AttentionOptions,
     *,
     out: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q kᵀ + mask) v -> (out, lse).
 
     q (batch, sequence, heads, head_dim), k and v (batch, keys, key_heads, head_dim), any strides. out as q; lse
-    (batch, heads, sequence), natural logarithm, fp32 (fp64 for fp64). cu_seqlens (documents + 1,) int32 with batch 1:
-    rows see only their own document. cos, sin (positions, rotary_dim / 2): q and k are rotated first, by the row in the
-    document. Rows are aligned with the last keys: row i stands at key i + keys - sequence, for the mask and for the
-    rotation (which needs keys >= sequence). causal: a row sees its own key and those before it. window (left, right):
-    of these, only so many keys before and behind its own, -1 for all. A row that sees no key gets out 0 and lse -inf.
-    cu_seqlens needs keys = sequence.
+    (batch, heads, sequence), natural logarithm, fp32 (fp64 for fp64). Rows are aligned with the last keys: row i stands
+    at key i + keys - sequence, for the mask and for the rotation (which needs keys >= sequence). A row that sees no key
+    gets out 0 and lse -inf.
     """
-    check_documents(q.shape[1], cu_seqlens, cos)
-    positions = document_positions(k.shape[1], cu_seqlens, q.device)
-    hidden = _hidden(q, k, causal, window, cu_seqlens)
-    scores = _scores(*_rotated(q, k, cos, sin, positions), scale, hidden)  # (B, Hkv, G, S, keys)
+    check_documents(q.shape[1], options.cu_seqlens, options.cos)
+    hidden = _hidden(q, k, options)
+    scores = _scores(*_rotated(q, k, options), options.scale, hidden)  # (B, Hkv, G, S, keys)
     lse = scores.logsumexp(-1)  # (B, Hkv, G, S)
     values = _probabilities(scores, lse[..., None], hidden) @ _wide(v).movedim(1, 2)[:, :, None]
     result = values.flatten(1, 2).transpose(1, 2)  # (B, S, H, D)
@@ -55,34 +62,29 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    options: AttentionOptions,
     *,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> None:
     """Writes the gradients of q, k and v (before the rotation, where one was asked for) into dq, dk and dv."""
-    check_documents(q.shape[1], cu_seqlens, cos)
+    check_documents(q.shape[1], options.cu_seqlens, options.cos)
     key_heads = k.shape[2]
-    positions = document_positions(k.shape[1], cu_seqlens, q.device)
-    rotated_q, rotated_k = _rotated(q, k, cos, sin, positions)
-    hidden = _hidden(q, k, causal, window, cu_seqlens)
-    scores = _scores(rotated_q, rotated_k, scale, hidden)
+    rotated_q, rotated_k = _rotated(q, k, options)
+    hidden = _hidden(q, k, options)
+    scores = _scores(rotated_q, rotated_k, options.scale, hidden)
     probabilities = _probabilities(scores, _grouped(lse.transpose(1, 2)[..., None], key_heads), hidden)
     grouped_dout = _grouped(_wide(dout), key_heads)  # (B, Hkv, G, S, D)
     dv.copy_((probabilities.mT @ grouped_dout).sum(2).transpose(1, 2))
     dprobabilities = grouped_dout @ _wide(v).movedim(1, 2)[:, :, None].mT
     row_sums = (probabilities * dprobabilities).sum(-1, keepdim=True)
-    dscores = probabilities.mul_(dprobabilities.sub_(row_sums)).mul_(scale)
+    dscores = probabilities.mul_(dprobabilities.sub_(row_sums)).mul_(options.scale)
     drotated_q = (dscores @ rotated_k.movedim(1, 2)[:, :, None]).flatten(1, 2).transpose(1, 2)
     drotated_k = (dscores.mT @ _grouped(rotated_q, key_heads)).sum(2).transpose(1, 2)
-    dq.copy_(rotate(drotated_q, cos, sin, positions[k.shape[1] - q.shape[1] :], inverse=True))
-    dk.copy_(rotate(drotated_k, cos, sin, positions, inverse=True))
+    q_positions, positions = row_positions(q, k, options.cu_seqlens)
+    dq.copy_(rotate(drotated_q, options.cos, options.sin, q_positions, inverse=True))
+    dk.copy_(rotate(drotated_k, options.cos, options.sin, positions, inverse=True))
 
 
 def check_documents(length: int, cu_seqlens: Tensor | None, cos: Tensor | None) -> None:
@@ -112,6 +114,12 @@ def document_positions(length: int, cu_seqlens: Tensor | None, device: torch.dev
     return rows - cu_seqlens.long()[_documents(length, cu_seqlens)]
 
 
+def row_positions(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`document_positions` of q's rows, which are aligned with the last keys, and of the keys."""
+    positions = document_positions(k.shape[1], cu_seqlens, q.device)
+    return positions[k.shape[1] - q.shape[1] :], positions  # rotary tables are refused where q is the longer
+
+
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor, *, inverse: bool = False) -> Tensor:
     """Half-split rotary embedding of x (batch, sequence, heads, head_dim); x itself where cos or sin is None."""
     if cos is None or sin is None:
@@ -127,9 +135,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _rotated(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor]:
-    q_positions = positions[k.shape[1] - q.shape[1] :]  # rotary tables are refused where q is the longer
-    return rotate(_wide(q), cos, sin, q_positions), rotate(_wide(k), cos, sin, positions)
+def _rotated(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    q_positions, positions = row_positions(q, k, options.cu_seqlens)
+    tables = options.cos, options.sin
+    return rotate(_wide(q), *tables, q_positions), rotate(_wide(k), *tables, positions)
 
 
 def _grouped(x: Tensor, key_heads: int) -> Tensor:
@@ -165,18 +174,16 @@ def _documents(length: int, cu_seqlens: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens, rows, right=True) - 1
 
 
-def _hidden(
-    q: Tensor, k: Tensor, causal: bool, window: tuple[int, int] | None, cu_seqlens: Tensor | None
-) -> Tensor | None:
+def _hidden(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor | None:
     """(sequence, keys) bool: True where the row may not see the key; None where every row sees all."""
     sequence, keys = q.shape[1], k.shape[1]
-    least, most = band(sequence, keys, causal, window)
+    least, most = band(sequence, keys, options.causal, options.window)
     hidden = None
     if least > 1 - sequence or most < keys - 1:
         ahead = torch.arange(keys, device=q.device) - torch.arange(sequence, device=q.device)[:, None]
         hidden = (ahead < least) | (ahead > most)
-    if cu_seqlens is None:
+    if options.cu_seqlens is None:
         return hidden
-    document = _documents(sequence, cu_seqlens)
+    document = _documents(sequence, options.cu_seqlens)
     other = document[:, None] != document
     return other if hidden is None else hidden | other

@@ -5,8 +5,24 @@ The contract of `forward` and `backward`, which every back end keeps, is their d
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class ResidualStream(NamedTuple):
+    """What the forward pass adds to x and writes, beside the normalised rows. All (rows, d) but shift (d,)."""
+
+    residual: Tensor | None = None
+    summed: Tensor | None = None
+    """x + residual, rounded to x's dtype: what is then normalised. Made where there is a residual and None is given."""
+    shift: Tensor | None = None
+    shifted: Tensor | None = None
+    """What is normalised plus shift, for a matrix product to be added onto. Must not overlap x."""
+
+
+UNTOUCHED = ResidualStream()
 
 
 def forward(
@@ -14,22 +30,16 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-    residual: Tensor | None = None,
-    summed: Tensor | None = None,
-    shift: Tensor | None = None,
-    shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x - mean) * rstd * weight + bias -> (out, mean, rstd), all rows in one pass.
 
     x (rows, d), rows at any stride, last stride 1; weight, bias (d,) in x's dtype; out as x. mean, rstd (rows,), fp32
     (fp64 for fp64), of the biased variance: rstd = (variance + eps) ** -0.5.
-
-    residual (rows, d) with summed (rows, d): x + residual, rounded to x's dtype, is written to `summed` and is what is
-    normalised. shift (d,) with shifted (rows, d): x + shift is written to `shifted` (a residual stream that a matrix
-    product is then added onto); the normalised value is not changed by it. `shifted` must not overlap x.
     """
+    residual, summed, shift, shifted = stream
     wide = torch.promote_types(x.dtype, torch.float32)
     if residual is not None:
         summed = torch.empty_like(x) if summed is None else summed

@@ -6,8 +6,23 @@ autograd are the public op's (`kernels/linear_cross_entropy.py`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Objective(NamedTuple):
+    """What is computed from a row of logits; `cross_entropy_` has the formulas."""
+
+    ignore_index: int = -100
+    """The loss and gradient of a row with this label are 0, whatever its logits hold."""
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    class_weight: Tensor | None = None
+    """(V,) fp32, or None for 1 everywhere."""
+    softcap: float | None = None
+    """A number greater than 0, or None for no cap."""
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -20,25 +35,20 @@ def cross_entropy_(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    objective: Objective,
     scale: Tensor,
     need_grad: bool,
     dbias: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """Losses of a chunk's rows; where `need_grad`, the logits are overwritten by their gradient times `scale`.
 
     logits: (rows, V), rows at any stride, last stride 1; fp32, fp16, bf16 (the reference: fp64 too). Scratch: without
         `need_grad` their content after the call is not specified.
-    labels: (rows,) int64. `ignore_index`: the row's loss and gradient are 0, whatever its logits hold. Any other label
-        outside [0, V): the row's loss and gradient are NaN (a GPU cannot raise without a sync).
+    labels: (rows,) int64. The loss and gradient of a row are NaN for a label outside [0, V) that is not ignore_index (a
+        GPU cannot raise without a sync).
     bias: (V,) in the logits' dtype, added to them in fp32.
     scale: fp32 tensor on the same device: a scalar, or (rows,) with one per row.
     dbias: (V,) fp32, to which the column sums of gradient × scale are ADDED (deterministic); with `need_grad` only.
-    class_weight: (V,) fp32, or None for 1 everywhere. softcap: a number > 0, or None for no cap.
     Returns the losses, (rows,) fp32 (fp64 for fp64 logits), neither scaled nor averaged.
 
     With x = logits + bias, s = softcap · tanh(x / softcap) (or x), p = softmax(s), L = logsumexp(s), y the label,
@@ -47,6 +57,7 @@ def cross_entropy_(
         dloss/ds = p·((1-ε)·w_y + ε·mean(w) + 2·z·w_y·L) - (1-ε)·w_y·[column = y] - ε·w/V
         dloss/dx = dloss/ds · (1 - (s / softcap)²)
     """
+    ignore_index, label_smoothing, z_loss, class_weight, softcap = objective
     wide = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[1]
     ignored = labels == ignore_index

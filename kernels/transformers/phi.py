@@ -69,9 +69,8 @@ def decoder_layer(base: type[nn.Module]) -> Forward:
         heads, eps = attention.config.num_attention_heads, norm.eps
         if dispatch.by_library("parallel_block", inputs=inputs) or not torch.is_grad_enabled():
             return parallel_block(*_merged(inputs)[:10], num_heads=heads, eps=eps)
-        # Triton and C++ attention apply RoPE while loading; for other back ends q and k are rotated first.
-        inside = backend.name("attention", hidden_states.device) in ("triton", "cpp")
-        return _MergedBlock.apply(Options(heads, eps, "norm_gelu", inside), *inputs)
+        options = Options(heads, eps, "norm_gelu", backend.rotary_inside(hidden_states.device))
+        return _MergedBlock.apply(options, *inputs)
 
     return forward
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.adam import AdamOptions
 from .common import Launch, Specimen
 from .rounding import narrow
 
@@ -222,20 +223,12 @@ def _adam_launch(
     chunks: Tensor,
     param: torch.dtype,
     grad: torch.dtype,
+    options: AdamOptions,
     *,
     has_master: bool,
     wide: bool,
-    step: Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    bias_correction: bool = True,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    nonfinite: Tensor | None,
 ) -> Launch:
+    step, lr, betas, eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
     log_beta1, log_beta2 = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
     return Launch(
         _adam,
@@ -288,17 +281,7 @@ def step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor] | None,
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    bias_correction: bool = True,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    options: AdamOptions,
 ) -> None:
     """`reference.adam.step_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, params if masters is None else masters)
@@ -308,18 +291,9 @@ def step_(
                 *_tables(rows, params[0].device),
                 params[0].dtype,
                 grads[0].dtype,
+                options,
                 has_master=masters is not None,
                 wide=wide,
-                step=step,
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                decoupled=decoupled,
-                bias_correction=bias_correction,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                nonfinite=nonfinite,
             )()
 
 
@@ -352,17 +326,9 @@ def specimens(dtype: torch.dtype = torch.float16, *, elements: int = 2**28) -> l
         chunks,
         dtype,
         dtype,
+        AdamOptions(scalar, 2e-4, (0.9, 0.98), 1e-7, 0.1, True, True, scalar, scalar, scalar),
         has_master=True,
         wide=True,
-        step=scalar,
-        lr=2e-4,
-        betas=(0.9, 0.98),
-        eps=1e-7,
-        weight_decay=0.1,
-        decoupled=True,
-        grad_scale=scalar,
-        found_inf=scalar,
-        nonfinite=scalar,
     )
     return [
         Specimen("adam.step", step, bytes_moved=28 * elements, bytes_bound=28 * elements, note=note),

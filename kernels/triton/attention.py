@@ -4,7 +4,8 @@ Bytes: forward, q, k, v and out once per pass, and k and v again for every block
 backward, dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
 
 Rotating inside saves the pass of 4d bytes per token each way, and costs registers and arithmetic: every block of rows
-turns the keys again. Which is faster on a GPU was not measured.
+rotates the keys again. Compiled for sm_90 it takes the forward from 124 to 231 registers per thread. Which is faster on
+a GPU was not measured; `fuse_rotary` chooses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference.attention import band
+from ..reference.attention import AttentionOptions, band
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
 from .attention_tiles import HEAD_DIMS, architecture, tile
@@ -29,28 +30,21 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    options: AttentionOptions,
     *,
     out: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.attention.forward`. Raises ValueError or TypeError for what the kernels were not
     written for."""
-    _check(q, cos, sin)
+    _check(q, options)
     batch, sequence, heads, _ = q.shape
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((batch, heads, sequence), dtype=torch.float32)
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window}
-    options |= {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
     if not k.numel():
         out.zero_()
         lse.fill_(-math.inf)
     elif q.numel():
-        launch("forward", architecture(q.device), q=q, k=k, v=v, out=out, lse=lse, **options)()
+        launch("forward", architecture(q.device), options, q=q, k=k, v=v, out=out, lse=lse)()
     return out, lse
 
 
@@ -61,45 +55,28 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    options: AttentionOptions,
     *,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.attention.backward`; two runs give the same bits."""
-    _check(q, cos, sin)
+    _check(q, options)
     delta = torch.empty_like(lse)
     read: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta}
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window}
-    options |= {"cu_seqlens": cu_seqlens, "cos": cos, "sin": sin}
     if not (q.numel() and k.numel()):
         for gradient in (dq, dk, dv):
             gradient.zero_()
     else:
         target = architecture(q.device)
-        launch("dq", target, **read, out=out, dq=dq, **options)()  # writes delta, which dkv reads
-        launch("dkv", target, **read, dk=dk, dv=dv, **options)()
+        launch("dq", target, options, **read, out=out, dq=dq)()  # writes delta, which dkv reads
+        launch("dkv", target, options, **read, dk=dk, dv=dv)()
 
 
-def launch(
-    name: str,
-    target: str,
-    *,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    **tensors: Tensor,
-) -> Launch:
+def launch(name: str, target: str, options: AttentionOptions, **tensors: Tensor) -> Launch:
     """The launch of kernel `name` ("forward", "dq", "dkv") on `tensors`, by their names in the kernel, for `target`."""
+    scale, causal, window, cu_seqlens, cos, sin = options
     kernel = _KERNELS[name]
     q, k = tensors["q"], tensors["k"]
     batch, sequence, heads, head_dim = q.shape
@@ -202,24 +179,16 @@ def _specimens(
         "dq": {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "delta": delta, "dq": dq},
         "dkv": {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta, "dk": dk, "dv": dv},
     }
-    options: dict[str, Any] = {
-        "scale": head_dim**-0.5,
-        "causal": True,
-        "cu_seqlens": cu_seqlens,
-        "cos": cos,
-        "sin": sin,
-    }
+    options = AttentionOptions(head_dim**-0.5, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
     shape = f"({batch}, {sequence}, {heads}, {head_dim}) {dtype}".replace("torch.", "")
     found = []
     for name, operands in tensors.items():
         moved = sum(x.numel() * x.element_size() for x in operands.values())
-        found.append(
-            Specimen(f"attention.{name}", launch(name, arch, **operands, **options), moved, moved, shape + note)
-        )
+        found.append(Specimen(f"attention.{name}", launch(name, arch, options, **operands), moved, moved, shape + note))
     return found
 
 
-def _check(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+def _check(q: Tensor, options: AttentionOptions) -> None:
     head_dim = q.shape[3]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(
@@ -229,6 +198,7 @@ def _check(q: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
         raise ValueError(
             f"attention in Triton takes head_dim 64 or 128, not {head_dim}; use('sdpa' or 'reference', op='attention')"
         )
+    cos, sin = options.cos, options.sin
     if cos is None or sin is None:
         return
     half = cos.shape[1]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.layer_norm import UNTOUCHED, ResidualStream
 from .common import Launch, Specimen, next_power_of_2, refuse_double
 from .rounding import narrow
 
@@ -129,14 +130,12 @@ def _forward_launch(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    stream: ResidualStream,
     out: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    residual: Tensor | None,
-    summed: Tensor | None,
-    shift: Tensor | None,
-    shifted: Tensor | None,
 ) -> Launch:
+    residual, summed, shift, shifted = stream
     rows, d = x.shape
     block = _block(d)
     return Launch(
@@ -209,12 +208,9 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-    residual: Tensor | None = None,
-    summed: Tensor | None = None,
-    shift: Tensor | None = None,
-    shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `reference.layer_norm.forward`. Raises TypeError for fp64, ValueError for rows of more than
     32768."""
@@ -222,10 +218,10 @@ def forward(
     rows, _ = x.shape
     out = x.new_empty(x.shape) if out is None else out
     mean, rstd = x.new_empty((2, rows), dtype=torch.float32)
-    if residual is not None and summed is None:
-        summed = x.new_empty(x.shape)
+    if stream.residual is not None and stream.summed is None:
+        stream = stream._replace(summed=x.new_empty(x.shape))
     if rows:
-        _forward_launch(x, weight, bias, eps, out, mean, rstd, residual, summed, shift, shifted)()
+        _forward_launch(x, weight, bias, eps, stream, out, mean, rstd)()
     return out, mean, rstd
 
 
@@ -262,12 +258,18 @@ def specimens(dtype: torch.dtype = torch.float16, *, tokens: int = 8192, d: int 
     vector, statistics = empty(d), empty(tokens, dtype=torch.float32)
     partial = empty(2, PROGRAMS, d, dtype=torch.float32)
     note = f"({tokens}, {d}) {str(dtype).removeprefix('torch.')}"
-    plain = (x, vector, vector, 1e-5, out, statistics, statistics, None, None)
+    vectors, written = (vector, vector, 1e-5), (out, statistics, statistics)
     return [
-        Specimen("layer_norm.forward", _forward_launch(*plain, None, None), 2 * x.nbytes, 2 * x.nbytes, note),
+        Specimen(
+            "layer_norm.forward",
+            _forward_launch(x, *vectors, ResidualStream(), *written),
+            2 * x.nbytes,
+            2 * x.nbytes,
+            note,
+        ),
         Specimen(
             "layer_norm.forward_shifted",
-            _forward_launch(*plain, vector, shifted),
+            _forward_launch(x, *vectors, ResidualStream(shift=vector, shifted=shifted), *written),
             3 * x.nbytes,
             3 * x.nbytes,
             f"{note}, with x + biases written for the block's last product",

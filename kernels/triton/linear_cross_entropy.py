@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.linear_cross_entropy import scaled  # noqa: F401  (torch's own GPU kernel does it in one pass)
+from ..reference.linear_cross_entropy import (
+    Objective,
+    scaled,  # noqa: F401  (torch's own GPU kernel does it in one pass)
+)
 from .common import Launch, Specimen
 from .rounding import narrow
 
@@ -182,13 +185,10 @@ def _cross_entropy_launch(
     bias: Tensor | None,
     losses: Tensor,
     scale: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    objective: Objective,
     need_grad: bool,
-    class_weight: Tensor | None = None,
-    softcap: float | None = None,
 ) -> Launch:
+    ignore_index, label_smoothing, z_loss, class_weight, softcap = objective
     return Launch(
         _cross_entropy,
         (logits.shape[0],),
@@ -233,21 +233,16 @@ def cross_entropy_(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    objective: Objective,
     scale: Tensor,
     need_grad: bool,
     dbias: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """`reference.linear_cross_entropy.cross_entropy_`; dbias sums the gradient as it is stored, as torch's does."""
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0] == 0:
         return losses
-    options = (ignore_index, label_smoothing, z_loss, need_grad, class_weight, softcap)
-    _cross_entropy_launch(logits, labels, bias, losses, scale, *options)()
+    _cross_entropy_launch(logits, labels, bias, losses, scale, objective, need_grad)()
     if need_grad and dbias is not None:
         _column_sums_launch(logits, dbias)()
     return losses
@@ -266,14 +261,14 @@ def specimens(dtype: torch.dtype = torch.float16, *, rows: int = 4096, vocab: in
     return [
         Specimen(
             f"{name}.loss_and_gradient",
-            _cross_entropy_launch(logits, labels, bias, losses, scale, -100, 0.0, 0.0, True),
+            _cross_entropy_launch(logits, labels, bias, losses, scale, Objective(), True),
             bytes_moved=2 * chunk,
             bytes_bound=2 * chunk,
             note=f"{note}; the second read of a row is counted as an L2 hit",
         ),
         Specimen(
             f"{name}.loss",
-            _cross_entropy_launch(logits, labels, bias, losses, scale, -100, 0.0, 0.0, False),
+            _cross_entropy_launch(logits, labels, bias, losses, scale, Objective(), False),
             bytes_moved=chunk,
             bytes_bound=chunk,
             note=note,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.adam import mark_nonfinite_
+from ..reference.adam import AdamOptions, mark_nonfinite_
 from .apex_layer_norm import library
 
 CHUNK = 2048 * 32  # elements per thread block, as in apex's own multi_tensor_applier
@@ -23,22 +23,13 @@ def step_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor] | None,
-    *,
-    step: Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    bias_correction: bool = True,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    nonfinite: Tensor | None = None,
+    options: AdamOptions,
 ) -> None:
     """Same contract as `reference.adam.step_`, with a second pass over memory for `nonfinite`.
 
     Raises ValueError for dtypes that apex does not combine.
     """
+    step, lr, betas, eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
     kernels = library("amp_C", "adam")
     param, grad = params[0].dtype, grads[0].dtype
     if grad != param or (masters is None and param != torch.float32):

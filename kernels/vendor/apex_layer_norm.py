@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import BackendUnavailable
+from ..reference.layer_norm import UNTOUCHED, ResidualStream
 
 
 def library(module: str, op: str) -> ModuleType:
@@ -30,15 +31,13 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-    residual: Tensor | None = None,
-    summed: Tensor | None = None,
-    shift: Tensor | None = None,
-    shifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same contract as `reference.layer_norm.forward`."""
     kernels = library("fused_layer_norm_cuda", "layer_norm")
+    residual, summed, shift, shifted = stream
     if residual is not None:
         x = torch.add(x, residual, out=torch.empty_like(x) if summed is None else summed)
     if shift is not None and shifted is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backend import BackendUnavailable
-from ..reference.attention import document_positions, rotate
+from ..reference.attention import AttentionOptions, rotate, row_positions
 
 try:
     from flash_attn import flash_attn_interface as _flash
@@ -23,18 +23,13 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    options: AttentionOptions,
     *,
     out: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.attention.forward`."""
-    positions = document_positions(k.shape[1], cu_seqlens, q.device)
-    own = positions[k.shape[1] - q.shape[1] :]
+    scale, causal, window, cu_seqlens, cos, sin = options
+    own, positions = row_positions(q, k, cu_seqlens)
     q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     if cu_seqlens is None:
         result, lse, *_ = _flash._flash_attn_forward(q, k, v, **_options(scale, causal, window), return_softmax=False)
@@ -58,20 +53,15 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    options: AttentionOptions,
     *,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.attention.backward`, by flash-attn's deterministic mode."""
-    positions = document_positions(k.shape[1], cu_seqlens, q.device)
-    own = positions[k.shape[1] - q.shape[1] :]
+    scale, causal, window, cu_seqlens, cos, sin = options
+    own, positions = row_positions(q, k, cu_seqlens)
     q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     operands = (dout, q, k, v, out, lse, dq, dk, dv)
     if cu_seqlens is None:

@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..reference.attention import document_positions, rotate
+from ..reference.attention import AttentionOptions, rotate, row_positions
 
 _aten = torch.ops.aten
 
@@ -20,19 +20,14 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    options: AttentionOptions,
     *,
     out: Tensor | None = None,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.attention.forward`."""
+    scale, causal, window, cu_seqlens, cos, sin = options
     _refuse_band(q, k, causal, window)
-    positions = document_positions(k.shape[1], cu_seqlens, q.device)
-    own = positions[k.shape[1] - q.shape[1] :]
+    own, positions = row_positions(q, k, cu_seqlens)
     q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_statistics(q.dtype))
@@ -54,21 +49,16 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    options: AttentionOptions,
     *,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
-    causal: bool,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> None:
     """Same contract as `reference.attention.backward`."""
+    scale, causal, window, cu_seqlens, cos, sin = options
     _refuse_band(q, k, causal, window)
-    positions = document_positions(k.shape[1], cu_seqlens, q.device)
-    own = positions[k.shape[1] - q.shape[1] :]
+    own, positions = row_positions(q, k, cu_seqlens)
     q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
     for rows in _document_slices(max(q.shape[1], k.shape[1]), cu_seqlens):
         saved = [_by_head(x, rows, q.shape[2]) for x in (dout, q, k, v, out)]

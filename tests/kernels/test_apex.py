@@ -15,6 +15,7 @@ from torch import Tensor
 from phi_fast.kernels import BackendUnavailable, backend
 from phi_fast.kernels.adam import adam_step_, grad_norm_squared
 from phi_fast.kernels.reference import layer_norm as reference
+from phi_fast.kernels.reference.layer_norm import ResidualStream
 
 
 def test_apex_that_is_missing_is_named() -> None:
@@ -44,7 +45,8 @@ def test_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for kernel in (reference, apex):
         buffers = {name: torch.empty(7, 20) for name in ("out", "summed", "shifted")}
-        out = kernel.forward(x, weight, bias, 1e-5, residual=residual, shift=shift, **buffers)
+        stream = ResidualStream(residual, buffers["summed"], shift, buffers["shifted"])
+        out = kernel.forward(x, weight, bias, 1e-5, stream, out=buffers["out"])
         assert out[0] is buffers["out"]
         dx = torch.empty(7, 40)[:, 20:]
         grads = kernel.backward(dy, buffers["summed"], weight, *out[1:], residual_grad=residual_grad, dx=dx)

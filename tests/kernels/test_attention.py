@@ -14,6 +14,7 @@ from torch import Tensor
 
 from phi_fast.kernels import BackendUnavailable, backend, use
 from phi_fast.kernels.attention import attention
+from phi_fast.kernels.reference.attention import AttentionOptions
 
 OURS = [
     pytest.param(
@@ -124,9 +125,9 @@ def test_reads_and_writes_slices_of_packed_buffers(name: str, device: str) -> No
     dq, dk, dv = (heads_of(gradient, i) for i in range(3))
     with use(name, op="attention"):
         kernels = backend.implementation("attention", packed.device)
-    options = {"scale": 0.125, "causal": True}
-    written, lse = kernels.forward(q, k, v, out=out, **options)
-    kernels.backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **options)
+    options = AttentionOptions(0.125)
+    written, lse = kernels.forward(q, k, v, options, out=out)
+    kernels.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
 
     assert written.data_ptr() == mixed.data_ptr()
     assert lse.shape == (batch, heads, sequence) and lse.dtype == torch.float32
@@ -147,9 +148,9 @@ def test_log_sum_exp_is_natural_and_interchangeable(name: str, device: str) -> N
         reference = backend.implementation("attention", case.dout.device)
     with use(name, op="attention"):
         kernels = backend.implementation("attention", case.dout.device)
-    options = {"scale": 0.125, "causal": True}
-    _, lse = kernels.forward(*case.inputs.values(), **options)
-    torch.testing.assert_close(lse, reference.forward(*case.inputs.values(), **options)[1], rtol=1e-5, atol=1e-5)
+    arguments = *case.inputs.values(), AttentionOptions(0.125)
+    _, lse = kernels.forward(*arguments)
+    torch.testing.assert_close(lse, reference.forward(*arguments)[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -206,7 +207,7 @@ def test_rows_that_see_nothing_give_zero(name: str, keys: int, device: str) -> N
             assert not x[:, : 70 - keys].any(), tensor
     with use(name, op="attention"):
         kernels = backend.implementation("attention", case.dout.device)
-    _, lse = kernels.forward(*case.inputs.values(), scale=0.125, causal=True)
+    _, lse = kernels.forward(*case.inputs.values(), AttentionOptions(0.125))
     assert (lse[:, :, : 70 - keys] == -torch.inf).all() and lse[:, :, 70 - keys :].isfinite().all()
 
 

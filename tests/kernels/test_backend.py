@@ -22,7 +22,10 @@ def test_use_switches_all_or_one_and_takes_it_back():
     with use("reference"):
         assert set(in_use("cpu").values()) == {"reference"}
         with use("triton", op="attention"):
-            assert in_use("cpu") == {**dict.fromkeys(backend.OPS, "reference"), "attention": "triton"}
+            assert in_use("cpu") == {
+                **dict.fromkeys((*backend.OPS, *backend.PRODUCTS), "reference"),
+                "attention": "triton",
+            }
         assert in_use("cpu")["attention"] == "reference"
     assert in_use("cpu") == before
 

@@ -13,6 +13,7 @@ from numerics import DTYPES, assert_no_worse, double, gradients
 from phi_fast._C import cpu
 from phi_fast.kernels.attention import attention
 from phi_fast.kernels.cpp import attention as kernels
+from phi_fast.kernels.reference.attention import AttentionOptions
 
 # Head dims of one number, of a ragged vector, of whole vectors and a ragged tile; more than a block of rows and less.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -55,13 +56,13 @@ def test_unaligned_rows_with_gaps(isa: str, dtype: torch.dtype) -> None:
     outputs = {name: apart(case.dout) for name in ("out", "dq", "dk", "dv")}
     q, k, v, dout = (view for view, _ in inputs.values())
     out, dq, dk, dv = (view for view, _ in outputs.values())
-    _, lse = kernels.forward(q, k, v, out=out, scale=0.125, causal=True)
-    kernels.backward(dout, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, scale=0.125, causal=True)
+    _, lse = kernels.forward(q, k, v, AttentionOptions(0.125), out=out)
+    kernels.backward(dout, q, k, v, out, lse, AttentionOptions(0.125), dq=dq, dk=dk, dv=dv)
     dense = [x.contiguous() for x in (q, k, v, dout)]
-    expected, lse = kernels.forward(*dense[:3], scale=0.125, causal=True)
+    expected, lse = kernels.forward(*dense[:3], AttentionOptions(0.125))
     gradient = [torch.empty_like(x) for x in dense[:3]]
     names = dict(zip(("dq", "dk", "dv"), gradient, strict=True))
-    kernels.backward(dense[3], *dense[:3], expected, lse, **names, scale=0.125, causal=True)
+    kernels.backward(dense[3], *dense[:3], expected, lse, AttentionOptions(0.125), **names)
     for actual, wanted in zip((out, dq, dk, dv), (expected, *gradient), strict=True):
         assert torch.equal(actual, wanted)
     for _, buffer in outputs.values():

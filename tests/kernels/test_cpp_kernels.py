@@ -16,6 +16,9 @@ from phi_fast.kernels.reference import bias_gelu as reference_bias_gelu
 from phi_fast.kernels.reference import layer_norm as reference_layer_norm
 from phi_fast.kernels.reference import linear_cross_entropy as reference_linear_cross_entropy
 from phi_fast.kernels.reference import rotary as reference_rotary
+from phi_fast.kernels.reference.adam import AdamOptions
+from phi_fast.kernels.reference.layer_norm import ResidualStream
+from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.rotary import rotary_table
 
 WIDTHS = (1, 3, 8, 15, 16, 17, 63, 64, 100, 256)  # one lane, one less than a vector, whole vectors, four and a tail
@@ -78,7 +81,7 @@ def test_layer_norm(dtype: torch.dtype, magnitude: float) -> None:
         shifted, shifted_buffer = padded(x)
         summed = torch.empty_like(x)
         _, mean, rstd = layer_norm.forward(
-            x, weight, bias, 1e-5, out=out, residual=residual, summed=summed, shift=shift, shifted=shifted
+            x, weight, bias, 1e-5, ResidualStream(residual, summed, shift, shifted), out=out
         )
         assert torch.equal(summed, x + residual)
         assert torch.equal(shifted, summed + shift)
@@ -184,7 +187,7 @@ def test_rotary_refuses_positions_outside_the_table() -> None:
 @pytest.mark.parametrize(("label_smoothing", "z_loss", "magnitude"), [(0.0, 0.0, 1.0), (0.1, 1e-2, 10.0)])
 def test_cross_entropy(dtype: torch.dtype, label_smoothing: float, z_loss: float, magnitude: float) -> None:
     rows, comparison = 21, Comparison()
-    options = {"ignore_index": -100, "label_smoothing": label_smoothing, "z_loss": z_loss, "scale": torch.tensor(4.0)}
+    options = {"objective": Objective(-100, label_smoothing, z_loss), "scale": torch.tensor(4.0)}
     for columns in (*WIDTHS[1:], 4097):
         logits = draw(rows, columns, dtype=dtype, magnitude=magnitude)
         bias = draw(1, columns, dtype=dtype, seed=1)[0]
@@ -214,9 +217,7 @@ def test_cross_entropy_labels_out_of_range_are_nan_and_ignored_rows_zero() -> No
     losses = linear_cross_entropy.cross_entropy_(
         logits,
         labels,
-        ignore_index=-100,
-        label_smoothing=0.0,
-        z_loss=0.0,
+        objective=Objective(),
         scale=torch.ones(()),
         need_grad=True,
         dbias=dbias,
@@ -254,11 +255,13 @@ def test_adam(dtype: torch.dtype, grad_dtype: torch.dtype, decoupled: bool) -> N
                 m,
                 v,
                 masters if with_master else None,
-                step=torch.tensor(5.0),
-                grad_scale=torch.tensor(0.25),
-                found_inf=torch.tensor(0.0),
-                decoupled=decoupled,
-                **ADAM,
+                AdamOptions(
+                    torch.tensor(5.0),
+                    grad_scale=torch.tensor(0.25),
+                    found_inf=torch.tensor(0.0),
+                    decoupled=decoupled,
+                    **ADAM,
+                ),
             )
             results.append((params, m, v, masters if with_master else params))
         for name, *lists in zip(("param", "exp_avg", "exp_avg_sq", "master"), *results, strict=True):
@@ -270,7 +273,7 @@ def test_adam_skips_on_found_inf() -> None:
     before = [x[0].clone() for x in (params, m, v)]
     options = {"step": torch.tensor(1.0), "decoupled": True, **ADAM}
     for flag in (1.0, torch.nan):
-        adam.step_(params, grads, m, v, None, found_inf=torch.tensor(flag), **options)
+        adam.step_(params, grads, m, v, None, AdamOptions(found_inf=torch.tensor(flag), **options))
         assert all(torch.equal(x[0], y) for x, y in zip((params, m, v), before, strict=True))
 
 
@@ -292,12 +295,7 @@ def test_rounding_is_torchs_for_every_kind_of_number(dtype: torch.dtype, isa: st
         [zeros.clone()],
         [zeros.clone()],
         [master.clone()],
-        step=torch.tensor(1.0),
-        lr=0.0,
-        betas=(0.9, 0.9),
-        eps=1.0,
-        weight_decay=0.0,
-        decoupled=True,
+        AdamOptions(torch.tensor(1.0), lr=0.0, betas=(0.9, 0.9), eps=1.0, weight_decay=0.0, decoupled=True),
     )
     expected = master.to(dtype)
     assert torch.equal(param.isnan(), expected.isnan())
@@ -337,9 +335,7 @@ def test_any_thread_count_gives_the_same_bits() -> None:
                 logits,
                 labels,
                 weight,
-                ignore_index=-100,
-                label_smoothing=0.0,
-                z_loss=0.0,
+                objective=Objective(),
                 scale=torch.ones(()),
                 need_grad=True,
                 dbias=dbias,
@@ -374,7 +370,12 @@ def test_what_the_kernels_refuse() -> None:
         bias_gelu.forward(x, None, out=torch.empty(4, 7))
     with pytest.raises(ValueError, match="exp_avg has 8 elements and its parameter 4"):
         adam.step_(
-            [torch.ones(4)], [torch.ones(4)], [weight], [torch.ones(4)], None, step=weight[0], decoupled=True, **ADAM
+            [torch.ones(4)],
+            [torch.ones(4)],
+            [weight],
+            [torch.ones(4)],
+            None,
+            AdamOptions(weight[0], decoupled=True, **ADAM),
         )
 
 

@@ -11,6 +11,7 @@ from numerics import DTYPES, assert_no_worse, assert_same_nonfinite, backends, d
 from torch import Tensor
 
 from phi_fast.kernels import layer_norm, use
+from phi_fast.kernels.reference.layer_norm import ResidualStream
 
 BACKENDS = backends("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -91,7 +92,7 @@ def test_shifted_stream_beside_the_norm(backend, dtype, device):
     kernels = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm")
     x, weight, bias = make(5, 48, dtype, device).values()
     shifted = x.new_zeros(5, 64)
-    out, mean, rstd = kernels.forward(x, weight, bias, 1e-5, shift=bias, shifted=shifted[:, :48])
+    out, mean, rstd = kernels.forward(x, weight, bias, 1e-5, ResidualStream(shift=bias, shifted=shifted[:, :48]))
     assert torch.equal(shifted[:, :48], x + bias)
     assert not shifted[:, 48:].any()
     for a, b in zip((out, mean, rstd), kernels.forward(x, weight, bias, 1e-5), strict=True):
@@ -163,7 +164,7 @@ def test_weight_and_bias_by_stride(backend, dtype, device):
         )
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     kernels, shifted = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm"), torch.empty_like(x)
-    kernels.forward(x, strided, strided, 1e-5, shift=strided, shifted=shifted)
+    kernels.forward(x, strided, strided, 1e-5, ResidualStream(shift=strided, shifted=shifted))
     assert torch.equal(shifted, x + strided)
 
 

@@ -17,6 +17,7 @@ from phi_fast.kernels import backend
 from phi_fast.kernels import linear_cross_entropy_chunks as chunks
 from phi_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from phi_fast.kernels.reference import weight_gradient
+from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.reference.linear_cross_entropy import cross_entropy_ as reference
 
 module = importlib.import_module("phi_fast.kernels.linear_cross_entropy")  # the package's attribute is the function
@@ -118,7 +119,7 @@ def test_primitive_error_against_float64(device, dtype, backend_name, eps, z, ma
     exact, usual = judge(logits.double(), bias.double()), judge(logits, bias)
     kernel = pytest.importorskip(f"phi_fast.kernels.{backend_name}.linear_cross_entropy").cross_entropy_
     dbias = torch.zeros(vocab, device=device)
-    options = {"ignore_index": -100, "label_smoothing": eps, "z_loss": z, "need_grad": True, "dbias": dbias}
+    options = {"objective": Objective(-100, eps, z), "need_grad": True, "dbias": dbias}
     losses = kernel(logits, labels, bias, scale=torch.ones((), device=device), **options)
     for name, a, b, c in zip(("losses", "dlogits", "dbias"), (losses, logits, dbias), usual, exact, strict=True):
         assert_no_worse(a, b, c, name)
@@ -192,7 +193,7 @@ def test_primitive_keeps_its_contract(device: str, backend_name: str) -> None:
     logits = padded[:, :83]
     bias, labels = torch.randn(83, device=device), torch.tensor([3, 82, -1, 0, 7, 50], device=device)
     scale = torch.tensor(8.0, device=device)
-    options = {"ignore_index": -1, "label_smoothing": 0.1, "z_loss": 1e-3, "scale": scale, "need_grad": True}
+    options = {"objective": Objective(-1, 0.1, 1e-3), "scale": scale, "need_grad": True}
     expected, dbias_expected = logits.clone(), torch.zeros(83, device=device)
     losses_expected = reference(expected, labels, bias, dbias=dbias_expected, **options)
     before, dbias = padded.clone(), torch.full((83,), 5.0, device=device)
@@ -215,7 +216,7 @@ def test_bias_gradient_sums_every_row(device: str, backend_name: str) -> None:
     """More rows than a program of the column sums takes at a time, and one over."""
     kernel = pytest.importorskip(f"phi_fast.kernels.{backend_name}.linear_cross_entropy").cross_entropy_
     logits, dbias = torch.randn(129, 70, device=device), torch.zeros(70, device=device)
-    options = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "need_grad": True, "dbias": dbias}
+    options = {"objective": Objective(), "need_grad": True, "dbias": dbias}
     kernel(logits, torch.arange(129, device=device) % 70, scale=torch.ones((), device=device), **options)
     torch.testing.assert_close(dbias, logits.sum(0), rtol=1e-5, atol=1e-5)
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from phi_fast.kernels import backend, parallel_block, rotary_table, use
+from phi_fast.kernels import backend, fuse_rotary, parallel_block, rotary_table, use
 
 GPU = torch.cuda.is_available()
 BACKENDS = ("auto", "reference") if GPU else ("auto", "reference", "triton")
+ROTARY = {"triton, RoPE inside": ("triton", True), "auto, RoPE before": ("auto", False)}
+"""The other choice of `fuse_rotary` for each back end that can apply RoPE inside attention."""
 LEVELS = ("none", "norm_gelu", "all")
 NAMES = ("norm_weight", "norm_bias", "in_weight", "in_bias", "out_weight", "out_bias_attention", "out_bias_mlp")
 
@@ -71,13 +73,14 @@ def upstream(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(x.device, x.dtype)
 
 
-@pytest.mark.parametrize("choice", BACKENDS)
+@pytest.mark.parametrize("choice", [*BACKENDS, *ROTARY])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "sequence", "heads", "mlp"), [(2, 9, 1, 96), (1, 17, 2, 512)])
 def test_error_forward_and_gradients(choice, dtype, batch, sequence, heads, mlp, device):
     inputs = make(batch, sequence, heads, mlp, dtype, device)
     dout = upstream(inputs["x"])
-    with use(choice):
+    name, inside = ROTARY.get(choice, (choice, None))
+    with use(name), fuse_rotary(inside):
         actual = gradients(ours(), inputs, dout)
     expected, exact = gradients(plain, inputs, dout), gradients(plain, double(inputs), dout)
     for name in actual:
@@ -110,6 +113,20 @@ def test_documents_are_blocks_of_their_own(choice, dtype, level, device):
     expected, exact = gradients(apart, inputs, dout), gradients(apart, double(inputs), dout)
     for name in actual:
         assert_no_worse(actual[name], expected[name], exact[name], name)
+
+
+def test_fuse_rotary_chooses_who_rotates(device):
+    """The default of each back end, each choice, and the end of a choice."""
+    on = torch.device(device)
+    before = backend.rotary_inside(on)
+    assert before is not GPU
+    with fuse_rotary(not before):
+        assert backend.rotary_inside(on) is not before
+    assert backend.rotary_inside(on) is before
+    with use("sdpa", op="attention"):
+        assert not backend.rotary_inside(on)
+        with fuse_rotary(True), pytest.raises(ValueError, match="'sdpa' cannot apply RoPE inside attention"):
+            backend.rotary_inside(on)
 
 
 def test_documents_need_one_row(device):
@@ -228,7 +245,8 @@ class Ledger(TorchDispatchMode):
         def implementation(op, device):
             module = real(op, device)
             names = [name for name in ("forward", "backward", "rotate_", "product") if hasattr(module, name)]
-            return SimpleNamespace(**{name: self._listed(f"{op}.{name}", getattr(module, name)) for name in names})
+            listed = {name: self._listed(f"{op}.{name}", getattr(module, name)) for name in names}
+            return SimpleNamespace(**{**vars(module), **listed})
 
         patch = pytest.MonkeyPatch()
         patch.setattr(backend, "implementation", implementation)
@@ -274,11 +292,11 @@ class Ledger(TorchDispatchMode):
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_two_products_forward_four_backward_and_nothing_between(level, attention, device):
-    """Counted by the dispatcher: outside the kernels nothing writes a (tokens, ...) tensor. Our attention rotates as it
-    reads, torch's is handed q and k rotated."""
+    """Counted by the dispatcher: outside the kernels nothing writes a (tokens, ...) tensor. Our attention can apply
+    RoPE as it reads; for torch's q and k are rotated first."""
     leaves = {name: t.requires_grad_() for name, t in make(1, 9, 1, 64, torch.float32, device).items()}
     dout = upstream(leaves["x"])
-    with use(attention, op="attention"):
+    with use(attention, op="attention"), fuse_rotary(True if attention == "auto" else None):
         with Ledger() as forward:
             out = ours(level)(**leaves)
         with Ledger() as backward:
