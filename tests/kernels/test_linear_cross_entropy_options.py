@@ -15,6 +15,7 @@ from torch import Tensor
 from phi_fast.kernels import backend, linear_cross_entropy
 from phi_fast.kernels import linear_cross_entropy_chunks as chunks
 from phi_fast.kernels.reference import weight_gradient
+from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.reference.linear_cross_entropy import cross_entropy_ as reference
 
 module = importlib.import_module("phi_fast.kernels.linear_cross_entropy")
@@ -126,7 +127,7 @@ def test_primitive_error_against_float64(dtype: torch.dtype, backend_name: str, 
 
     exact, usual = judge(logits.double(), bias.double()), judge(logits, bias)
     kernel = importlib.import_module(f"phi_fast.kernels.{backend_name}.linear_cross_entropy").cross_entropy_
-    options = {"ignore_index": -100, "label_smoothing": eps, "z_loss": z, "class_weight": weights, "softcap": cap}
+    options = {"objective": Objective(-100, eps, z, weights, cap)}
     alone = kernel(logits.clone(), labels, bias, scale=scale, need_grad=False, **options)
     dbias = torch.zeros(vocab, device=DEVICE)
     losses = kernel(logits, labels, bias, scale=scale, need_grad=True, dbias=dbias, **options)
@@ -141,8 +142,8 @@ def test_primitive_at_infinities_and_labels_outside(backend_name: str) -> None:
     logits = torch.randn(4, 70, device=DEVICE)
     logits[0, 5], logits[1, 7], logits[2, 9] = torch.inf, -torch.inf, torch.nan
     labels = torch.tensor([5, 6, -100, 70], device=DEVICE)
-    options = {"ignore_index": -100, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 4.0}
-    options |= {"scale": torch.ones((), device=DEVICE), "need_grad": True, "class_weight": make_weights(70)}
+    objective = Objective(-100, 0.1, 1e-3, make_weights(70), 4.0)
+    options = {"objective": objective, "scale": torch.ones((), device=DEVICE), "need_grad": True}
     expected = logits.clone()
     losses_expected = reference(expected, labels, **options)
     losses = kernel(logits, labels, **options)
