@@ -12,10 +12,8 @@ occupancy and bytes are computed from the code and the shapes.
 from __future__ import annotations
 
 import importlib
-import inspect
 import io
 import json
-import pkgutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,8 +25,8 @@ import torch
 from .backend import BackendUnavailable, interpreting
 
 if TYPE_CHECKING:
-    from .triton.common import Specimen
     from .triton.compiled import Architecture, Compiled
+    from .triton.specimens import Specimen
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -66,25 +64,13 @@ def rows(options: Options) -> Iterator[Row]:
     _require_compiler()
     from .triton.compiled import ARCHITECTURES as KNOWN
     from .triton.compiled import compile_launch
+    from .triton.specimens import specimens
 
     for arch in options.arch:
         for specimen in specimens(arch, getattr(torch, options.dtype)):
             if options.only in f"{specimen.name} {specimen.note}":
                 compiled = compile_launch(specimen.launch, KNOWN[arch])
                 yield Row(arch, specimen, compiled, problems(compiled, KNOWN[arch]))
-
-
-def specimens(arch: str, dtype: torch.dtype) -> list[Specimen]:
-    """Every module's of `kernels/triton`; a module whose tiles depend on the architecture is told it."""
-    found: list[Specimen] = []
-    package = importlib.import_module(f"{__package__}.triton")
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        build = getattr(module, "specimens", None)
-        if build is not None:
-            arguments: dict[str, Any] = {"arch": arch} if "arch" in inspect.signature(build).parameters else {}
-            found += build(dtype, **arguments)
-    return found
 
 
 def problems(compiled: Compiled, architecture: Architecture) -> tuple[str, ...]:

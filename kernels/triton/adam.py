@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.adam import AdamOptions
-from .common import Launch, Specimen
+from .common import Launch
 from .rounding import narrow
 
 CHUNK = 32768  # elements per program
@@ -188,7 +188,7 @@ def _upload(values: tuple[int, ...], device: torch.device) -> Tensor:
     replay would copy them anew, from host memory that has other uses by then."""
     table = torch.tensor(values, dtype=torch.int64)
     if device.type != "cuda":
-        return table
+        return table.to(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "adam: the capture steps tensors at other addresses than the steps before it; take a step first, and keep "
@@ -307,30 +307,3 @@ def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
                 partials.append(torch.empty(len(chunks), dtype=torch.float32, device=device))
                 _sum_of_squares_launch(table, chunks, partials[-1], dtype, wide=wide)()
     return torch.cat(partials).sum(dtype=torch.float64).float() if partials else torch.zeros((), device=device)
-
-
-def specimens(dtype: torch.dtype = torch.float16, *, elements: int = 2**28) -> list[Specimen]:
-    """One flat partition: 16-bit weights and gradients, fp32 master and state; and its gradient's norm."""
-
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    chunks = empty(elements // CHUNK, 2, dtype=torch.int64)
-    scalar = empty(dtype=torch.float32)
-    note = f"{elements} {str(dtype).removeprefix('torch.')} weights, fp32 master"
-    norm = _sum_of_squares_launch(
-        empty(2, 1, dtype=torch.int64), chunks, empty(len(chunks), dtype=torch.float32), dtype, wide=True
-    )
-    step = _adam_launch(
-        empty(6, 1, dtype=torch.int64),
-        chunks,
-        dtype,
-        dtype,
-        AdamOptions(scalar, 2e-4, (0.9, 0.98), 1e-7, 0.1, True, True, scalar, scalar, scalar),
-        has_master=True,
-        wide=True,
-    )
-    return [
-        Specimen("adam.step", step, bytes_moved=28 * elements, bytes_bound=28 * elements, note=note),
-        Specimen("adam.norm", norm, bytes_moved=2 * elements, bytes_bound=2 * elements, note=note),
-    ]

@@ -21,7 +21,7 @@ from ..reference.attention import AttentionOptions, band
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
 from .attention_tiles import HEAD_DIMS, architecture, tile
-from .common import Launch, Specimen
+from .common import Launch
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
@@ -132,60 +132,6 @@ def launch(name: str, target: str, options: AttentionOptions, **tensors: Tensor)
 def _tf32() -> bool:
     matmul = torch.backends.cuda.matmul  # from torch 2.9 on the older name raises where the newer one was set
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-
-
-def specimens(dtype: torch.dtype = torch.float16, *, arch: str = "sm_90", batch: int = 2) -> list[Specimen]:
-    """phi-1.5's block: 32 heads of 64 in rows of 2048, in a packed (T, 7d) buffer; then what other models ask for."""
-    return [
-        *_specimens(dtype, arch, batch, "", heads=32, key_heads=32, head_dim=64),
-        *_specimens(dtype, arch, batch, ", rotary inside", heads=32, key_heads=32, head_dim=64, rotary_dim=32),
-        *_specimens(dtype, arch, 1, ", documents", heads=32, key_heads=32, head_dim=64, documents=8),
-        *_specimens(dtype, arch, batch, ", head_dim 128, 4 queries a key", heads=16, key_heads=4, head_dim=128),
-    ]
-
-
-def _specimens(
-    dtype: torch.dtype,
-    arch: str,
-    batch: int,
-    note: str,
-    *,
-    heads: int,
-    key_heads: int,
-    head_dim: int,
-    rotary_dim: int = 0,
-    documents: int = 0,
-    sequence: int = 2048,
-) -> list[Specimen]:
-    width, key_width = heads * head_dim, key_heads * head_dim
-    packed = torch.empty(batch, sequence, 5 * width + 2 * key_width, dtype=dtype, device="meta")
-    gradient = torch.empty_like(packed)
-    mixed = torch.empty(batch, sequence, 5 * width, dtype=dtype, device="meta")
-    dmixed = torch.empty_like(mixed)
-
-    def split(x: Tensor) -> tuple[Tensor, ...]:
-        parts = x.split((width, key_width, key_width, 4 * width), -1)[:3]
-        return tuple(part.unflatten(-1, (-1, head_dim)) for part in parts)
-
-    q, k, v = split(packed)
-    dq, dk, dv = split(gradient)
-    out, dout = (x[..., :width].unflatten(-1, (-1, head_dim)) for x in (mixed, dmixed))
-    lse = torch.empty(batch, heads, sequence, device="meta")
-    delta = torch.empty_like(lse)
-    cu_seqlens = torch.empty(documents + 1, dtype=torch.int32, device="meta") if documents else None
-    cos = sin = torch.empty(sequence, rotary_dim // 2, device="meta") if rotary_dim else None
-    tensors = {
-        "forward": {"q": q, "k": k, "v": v, "out": out, "lse": lse},
-        "dq": {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "delta": delta, "dq": dq},
-        "dkv": {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta, "dk": dk, "dv": dv},
-    }
-    options = AttentionOptions(head_dim**-0.5, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
-    shape = f"({batch}, {sequence}, {heads}, {head_dim}) {dtype}".replace("torch.", "")
-    found = []
-    for name, operands in tensors.items():
-        moved = sum(x.numel() * x.element_size() for x in operands.values())
-        found.append(Specimen(f"attention.{name}", launch(name, arch, options, **operands), moved, moved, shape + note))
-    return found
 
 
 def _check(q: Tensor, options: AttentionOptions) -> None:

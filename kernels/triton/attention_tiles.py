@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from .common import recorded_architecture
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 HEAD_DIMS = (64, 128)
@@ -62,9 +64,14 @@ def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: b
     return Tile(*_HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)])
 
 
-@lru_cache
 def architecture(device: torch.device) -> str:
-    """The member of ARCHITECTURES whose tiles suit `device`. The interpreter, on a CPU, runs sm_80's."""
+    """The member of ARCHITECTURES whose tiles suit `device`. The interpreter, on a CPU, runs sm_80's; for meta tensors
+    it is the one whose launches are recorded."""
+    return recorded_architecture() if device.type == "meta" else _architecture(device)
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
     if device.type == "cpu":
         return "sm_80"
     if torch.version.hip:

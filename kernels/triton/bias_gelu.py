@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Launch, Specimen, next_power_of_2, refuse_double
+from .common import Launch, next_power_of_2, refuse_double
 from .rounding import narrow
 
 ROWS, COLUMNS = 4, 1024  # a tile of the forward: 32 elements per thread, 8 of them a load of 128 bits
@@ -264,32 +264,3 @@ def backward(
     if x.numel():
         _backward_launch(dout, x, bias, dx, activation, partial, approximate, carry)()
     return dx, partial.sum(0)
-
-
-def specimens(dtype: torch.dtype = torch.float16, *, tokens: int = 8192, d: int = 2048) -> list[Specimen]:
-    """The calls of the parallel block: slices of the packed buffers, o carried along, g written again."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    packed, dpacked = empty(tokens, 7 * d), empty(tokens, 7 * d)
-    mixed, dmixed = empty(tokens, 5 * d), empty(tokens, 5 * d)
-    partial = empty(triton.cdiv(tokens, ROWS_EACH), 4 * d, dtype=torch.float32)
-    o, u, du = empty(tokens, d), packed[:, 3 * d :], dpacked[:, 3 * d :]
-    element, note = tokens * 4 * d * dtype.itemsize, f"({tokens}, {4 * d}) {str(dtype).removeprefix('torch.')}"
-    plain = _forward_launch(u, None, mixed[:, d:], "tanh", None)
-    carrying = _forward_launch(u, None, mixed[:, d:], "tanh", (o, mixed[:, :d]))
-    again = _backward_launch(dmixed[:, d:], u, None, du, dmixed[:, d:], partial, "tanh", (o, dmixed[:, :d]))
-    return [
-        Specimen("bias_gelu.forward", plain, 2 * element, 2 * element, note),
-        Specimen(
-            "bias_gelu.forward_carrying", carrying, 2 * element + 2 * o.nbytes, 2 * element, f"{note}, o copied beside"
-        ),
-        Specimen(
-            "bias_gelu.backward",
-            again,
-            4 * element + 2 * o.nbytes + 2 * partial.nbytes,
-            4 * element,
-            f"{note}, g written again, o copied beside",
-        ),
-    ]

@@ -1,14 +1,15 @@
 """What every Triton module shares: how a launch is described, so that one description is run and cross-compiled.
 
-A launcher builds a `Launch` and calls it. `codegen` builds the same `Launch` from meta tensors of a model's shapes and
-compiles it for GPUs that are not there: what it reports is what runs.
+A launcher builds a `Launch` and calls it. On meta tensors, which have no memory, there is nothing to run: the launch is
+recorded for `codegen`, which compiles it for GPUs that are not there. What it reports is what runs.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,8 +42,14 @@ class Launch:
     num_stages: int = 1
 
     def __call__(self) -> None:
-        """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them."""
+        """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them.
+
+        Meta tensors: the launch is recorded. Raises RuntimeError outside of `recording`.
+        """
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        if device.type == "meta":
+            _recording().launches.append(self)
+            return
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
@@ -66,19 +73,34 @@ class Launch:
         return {(index[name],): [["tt.divisibility", 16]] for name in aligned}
 
 
-@dataclass(frozen=True)
-class Specimen:
-    """A launch at a model's shapes, with the bytes it moves through memory and the fewest that the work needs."""
+class _Recording(NamedTuple):
+    architecture: str
+    launches: list[Launch]
 
-    name: str
-    """op.pass, for example "layer_norm.backward"."""
-    launch: Launch
-    bytes_moved: int
-    """Global bytes read and written by the whole launch, each tensor once a pass over it."""
-    bytes_bound: int
-    """The design's bound for this work."""
-    note: str = ""
-    """What the reader must know of the shape: "(tokens, d) fp16"."""
+
+_recordings: list[_Recording] = []
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """The launches that are made on meta tensors inside, as they would be made on a GPU of `architecture`."""
+    launches: list[Launch] = []
+    _recordings.append(_Recording(architecture, launches))
+    try:
+        yield launches
+    finally:
+        _recordings.pop()
+
+
+def _recording() -> _Recording:
+    if not _recordings:
+        raise RuntimeError("a kernel was launched on meta tensors, which have no memory: move them with .to_empty()")
+    return _recordings[-1]
+
+
+def recorded_architecture() -> str:
+    """The architecture whose launches are recorded. Raises RuntimeError outside of `recording`."""
+    return _recording().architecture
 
 
 def _type(value: Any) -> str:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.layer_norm import UNTOUCHED, ResidualStream
-from .common import Launch, Specimen, next_power_of_2, refuse_double
+from .common import Launch, next_power_of_2, refuse_double
 from .rounding import narrow
 
 PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
@@ -246,39 +246,3 @@ def backward(
         _backward_launch(dy, x, weight, mean, rstd, residual_grad, dx, partial)()
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias
-
-
-def specimens(dtype: torch.dtype = torch.float16, *, tokens: int = 8192, d: int = 2048) -> list[Specimen]:
-    """The calls of the parallel block: forward with the residual stream's copy, and backward with its gradient."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, out, dx, dy, shifted = (empty(tokens, d) for _ in range(5))
-    vector, statistics = empty(d), empty(tokens, dtype=torch.float32)
-    partial = empty(2, PROGRAMS, d, dtype=torch.float32)
-    note = f"({tokens}, {d}) {str(dtype).removeprefix('torch.')}"
-    vectors, written = (vector, vector, 1e-5), (out, statistics, statistics)
-    return [
-        Specimen(
-            "layer_norm.forward",
-            _forward_launch(x, *vectors, ResidualStream(), *written),
-            2 * x.nbytes,
-            2 * x.nbytes,
-            note,
-        ),
-        Specimen(
-            "layer_norm.forward_shifted",
-            _forward_launch(x, *vectors, ResidualStream(shift=vector, shifted=shifted), *written),
-            3 * x.nbytes,
-            3 * x.nbytes,
-            f"{note}, with x + biases written for the block's last product",
-        ),
-        Specimen(
-            "layer_norm.backward",
-            _backward_launch(dy, x, vector, statistics, statistics, dy, dx, partial),
-            4 * x.nbytes + 2 * partial.nbytes,
-            4 * x.nbytes,
-            f"{note}, with the residual's gradient",
-        ),
-    ]

@@ -19,7 +19,7 @@ from ..reference.linear_cross_entropy import (
     Objective,
     scaled,  # noqa: F401  (torch's own GPU kernel does it in one pass)
 )
-from .common import Launch, Specimen
+from .common import Launch
 from .rounding import narrow
 
 BLOCK = 4096  # columns at a time: with 512 threads, 8 each
@@ -246,38 +246,3 @@ def cross_entropy_(
     if need_grad and dbias is not None:
         _column_sums_launch(logits, dbias)()
     return losses
-
-
-def specimens(dtype: torch.dtype = torch.float16, *, rows: int = 4096, vocab: int = 51200) -> list[Specimen]:
-    """The kernels on one chunk of phi-1.5's logits."""
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    logits, labels, bias = empty(rows, vocab), empty(rows, dtype=torch.int64), empty(vocab)
-    losses, scale = empty(rows, dtype=torch.float32), empty(dtype=torch.float32)
-    chunk, note = logits.nbytes, f"({rows}, {vocab}) {str(dtype).removeprefix('torch.')}"
-    name = "linear_cross_entropy"
-    return [
-        Specimen(
-            f"{name}.loss_and_gradient",
-            _cross_entropy_launch(logits, labels, bias, losses, scale, Objective(), True),
-            bytes_moved=2 * chunk,
-            bytes_bound=2 * chunk,
-            note=f"{note}; the second read of a row is counted as an L2 hit",
-        ),
-        Specimen(
-            f"{name}.loss",
-            _cross_entropy_launch(logits, labels, bias, losses, scale, Objective(), False),
-            bytes_moved=chunk,
-            bytes_bound=chunk,
-            note=note,
-        ),
-        Specimen(
-            f"{name}.bias_gradient",
-            _column_sums_launch(logits, empty(vocab, dtype=torch.float32)),
-            bytes_moved=chunk,
-            bytes_bound=chunk,
-            note=note,
-        ),
-    ]

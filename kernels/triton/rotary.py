@@ -10,12 +10,11 @@ rows (2 × rotary_dim bytes per token) come from the L2 cache.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Launch, Specimen, next_power_of_2, refuse_double
+from .common import Launch, next_power_of_2, refuse_double
 from .rounding import narrow
 
 HEADS = 64  # heads a program: with 16 pairs each and 128 threads, 8 elements of either half a thread
@@ -125,19 +124,3 @@ def rotate_(
     refuse_double("rotary", x)
     if x.numel():
         _launch(x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)()
-
-
-def specimens(
-    dtype: torch.dtype = torch.float16, *, batch: int = 4, sequence: int = 2048, heads: int = 32
-) -> list[Specimen]:
-    """q and k of phi-1.5's packed buffer (tokens, 7d), both ways."""
-    width = 64 * heads
-    packed = torch.empty(batch, sequence, 7 * width, dtype=dtype, device="meta")
-    x = packed[..., : 2 * width].unflatten(-1, (2 * heads, 64))
-    cos, sin = (torch.empty(sequence, 16, dtype=torch.float32, device="meta") for _ in range(2))
-    moved = batch * sequence * 2 * heads * 32 * 2 * dtype.itemsize
-    note = f"q, k of ({batch * sequence}, {7 * width}) {str(dtype).removeprefix('torch.')}"
-    return [
-        Specimen(f"rotary.{name}", _launch(x, cos, sin, 0, False, inverse), moved, moved, note)
-        for name, inverse in (("forward", False), ("backward", True))
-    ]

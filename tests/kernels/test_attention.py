@@ -243,10 +243,11 @@ def test_a_document_is_what_it_is_alone(name: str, device: str) -> None:
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.8 has the older name")
 def test_triton_follows_torchs_switch_of_fp32_products(precision: str) -> None:
     """By its newer name: the older one then raises."""
-    module, matmul = pytest.importorskip("phi_fast.kernels.triton.attention"), torch.backends.cuda.matmul
+    module, matmul = pytest.importorskip("phi_fast.kernels.triton.specimens"), torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:
-        assert {specimen.launch.constants["PRECISION"] for specimen in module.specimens()} == {precision}
+        found = [specimen.launch.constants.get("PRECISION") for specimen in module.specimens("sm_90", torch.float32)]
+        assert set(found) == {None, precision}, "kernels without products, and attention"
     finally:
         matmul.fp32_precision = before
 

@@ -166,11 +166,11 @@ PRINT_CODE = """
 import json, re, sys
 import triton
 from triton.compiler import ASTSource
-from phi_fast.kernels import codegen
 from phi_fast.kernels.triton.compiled import ARCHITECTURES
+from phi_fast.kernels.triton.specimens import specimens
 import torch
 found = {}
-for specimen in codegen.specimens("sm_90", torch.float16):
+for specimen in specimens("sm_90", torch.float16):
     launch, key = specimen.launch, f"{specimen.name} {specimen.note}"
     if key.startswith(tuple(sys.argv[1:])):
         source = ASTSource(launch.kernel, launch.signature(), launch.constexprs(), launch.attributes())

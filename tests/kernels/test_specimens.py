@@ -1,0 +1,59 @@
+"""The launches that codegen compiles are those that the launchers make."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import phi_fast.kernels.triton as package
+from phi_fast.kernels.triton import rotary
+from phi_fast.kernels.triton.common import recording
+from phi_fast.kernels.triton.compiled import ARCHITECTURES
+from phi_fast.kernels.triton.specimens import specimens
+
+
+def test_every_kernel_has_a_specimen() -> None:
+    """A kernel is a jitted function that no other calls."""
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    sources = {name: Path(package.__path__[0], f"{name}.py").read_text() for name in names}
+    called = set(re.findall(r"(?<!def )\b(\w+)\(", "".join(sources.values())))
+    jitted = {(name, f) for name, text in sources.items() for f in re.findall(r"@triton\.jit\ndef (\w+)\(", text)}
+    kernels = {(name, function) for name, function in jitted if function not in called}
+    assert len(kernels) >= 11
+    found = {
+        (specimen.launch.kernel.fn.__module__.rsplit(".", 1)[1], specimen.launch.kernel.fn.__name__)
+        for specimen in specimens("sm_90", torch.float16)
+    }
+    assert found == kernels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_specimens_are_launched_with_the_tiles_of_their_architecture(architecture: str) -> None:
+    tiles = importlib.import_module("phi_fast.kernels.triton.attention_tiles")
+    [launch] = [
+        specimen.launch
+        for specimen in specimens(architecture, torch.bfloat16)
+        if specimen.name == "attention.dkv" and "head_dim 128" in specimen.note
+    ]
+    expected = tiles.tile("dkv", architecture, 128, 2, False)
+    actual = (launch.constants["M"], launch.constants["N"], launch.num_warps, launch.num_stages)
+    assert actual == tuple(expected)
+    assert launch.constants["GROUP"] == 4 and launch.arguments["dk_pointer"].shape == (2, 2048, 4, 128)
+    assert launch.signature()["q_pointer"] == "*bf16"
+
+
+def test_meta_tensors_are_launched_only_where_launches_are_recorded() -> None:
+    x, table = torch.empty(2, 3, 4, 64, device="meta"), torch.empty(3, 16, device="meta")
+    with recording("sm_90") as launches:
+        rotary.rotate_(x, table, table, 0)
+        with recording("sm_80") as inner:
+            rotary.rotate_(x, table, table, 0, inverse=True)
+    assert [launch.constants["INVERSE"] for launch in (*launches, *inner)] == [False, True]
+    with pytest.raises(RuntimeError, match=r"meta tensors, which have no memory: move them with \.to_empty\(\)"):
+        rotary.rotate_(x, table, table, 0)
