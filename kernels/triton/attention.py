@@ -110,7 +110,7 @@ def launch(name: str, target: str, options: AttentionOptions, **tensors: Tensor)
     }
     return Launch(
         kernel=kernel,
-        grid=(programs, triton.cdiv(keys if name == "dkv" else sequence, block)),
+        grid=(triton.cdiv(keys if name == "dkv" else sequence, block) * programs,),
         arguments={name: value for name, value in arguments.items() if name in kernel.arg_names},
         constants={
             "GROUP": heads // key_heads,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .attention_forward import document_of, dot, rotate, visible
+from .grid import split_program
 from .rounding import narrow
 
 
@@ -58,12 +59,14 @@ def dq_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
     BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program: dq of M rows of one query head, and their delta. Grid (batch * heads, row blocks)."""
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)  # heads may lie a long sequence apart
+    """One program: dq of M rows of one query head, and their delta. Grid (row blocks * batch * heads,)."""
+    blocks = tl.cdiv(sequence, M)
+    batch_head, block = split_program(blocks)
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)  # heads may lie a long sequence apart
     if not BANDED:
         keys = sequence
-    block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M  # longest programs first
+    block_start = (blocks - 1 - block) * M  # longest programs first
     rows = block_start + tl.arange(0, M)
     inside = (rows < sequence)[:, None]
     local = tl.arange(0, M)[:, None]
@@ -80,7 +83,7 @@ def dq_kernel(
 
     dout = tl.load(dout_tile + local * stride_dout_s + dims, mask=inside, other=0.0)  # (M, D)
     out = tl.load(out_tile + local * stride_out_s + dims, mask=inside, other=0.0)
-    statistics = tl.program_id(0).to(tl.int64) * sequence + rows
+    statistics = batch_head.to(tl.int64) * sequence + rows
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_pointer + statistics, delta, mask=rows < sequence)
     lse = tl.load(lse_pointer + statistics, mask=rows < sequence, other=float("inf")) / scale
@@ -190,12 +193,13 @@ def dkv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
     BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of N keys of one key head, over GROUP query heads. Grid (batch * key_heads, blocks)."""
-    batch = (tl.program_id(0) // key_heads).to(tl.int64)
-    key_head = (tl.program_id(0) % key_heads).to(tl.int64)
+    """One program: dk and dv of N keys of one key head, over GROUP query heads. Grid (blocks * batch * key_heads,)."""
     if not BANDED:
         keys = sequence
-    block_start = tl.program_id(1) * N
+    batch_head, block = split_program(tl.cdiv(keys, N))
+    batch = (batch_head // key_heads).to(tl.int64)
+    key_head = (batch_head % key_heads).to(tl.int64)
+    block_start = block * N
     columns = block_start + tl.arange(0, N)
     inside = (columns < keys)[:, None]
     local = tl.arange(0, N)[:, None]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .grid import split_program
 from .rounding import INTERPRETED, narrow
 
 
@@ -140,13 +141,15 @@ def forward_kernel(
     BANDED: tl.constexpr,  # row i sees key j where least <= j - i <= most; else keys = sequence
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One program: M rows of one query head against all keys they see. Grid (batch * heads, row blocks)."""
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)  # heads may lie a long sequence apart
+    """One program: M rows of one query head against all keys they see. Grid (row blocks * batch * heads,)."""
+    blocks = tl.cdiv(sequence, M)
+    batch_head, block = split_program(blocks)
+    batch = (batch_head // heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)  # heads may lie a long sequence apart
     if not BANDED:
         keys = sequence
     # The last rows see the most keys: they start first, so that no long program is left for the end.
-    block_start = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    block_start = (blocks - 1 - block) * M
     rows = block_start + tl.arange(0, M)
     dims = tl.arange(0, D)
     row_start = tl.cast(block_start, tl.int64)
@@ -198,7 +201,7 @@ def forward_kernel(
     )  # fmt: skip
 
     LN2: tl.constexpr = 0.6931471805599453
-    lse_row = lse_pointer + tl.program_id(0).to(tl.int64) * sequence
+    lse_row = lse_pointer + batch_head.to(tl.int64) * sequence
     tl.store(lse_row + rows, maximum * scale + tl.log2(total) * LN2, mask=rows < sequence)
     out_tile = out_pointer + batch * stride_out_b + head * stride_out_h + row_start * stride_out_s
     out_tile += tl.arange(0, M)[:, None] * stride_out_s + dims[None, :]

@@ -22,10 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Launch, next_power_of_2, refuse_double
+from .grid import split_program
 from .rounding import narrow
 
 ROWS, COLUMNS = 4, 1024  # a tile of the forward: 32 elements per thread, 8 of them a load of 128 bits
 ROWS_BACKWARD, COLUMNS_BACKWARD = 4, 512  # of the backward: 4 rows at once keep the sums of many rows accurate
+WIDEST = 2**30  # elements of a row: the columns of a grid's last tile are still 32 bits
 ROWS_EACH = 64  # rows a program of the backward walks down
 
 
@@ -84,10 +86,11 @@ def _forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     tiles = tl.cdiv(n, COLUMNS)
-    if tl.program_id(1) >= tiles:
+    group, tile = split_program(tiles + tl.cdiv(width, COLUMNS))
+    row = group.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    if tile >= tiles:
         if source is not None:
             _copy_tile(source, target, row, rows, column - tiles * COLUMNS, width, source_stride, target_stride)
     else:
@@ -123,14 +126,15 @@ def _backward(
     COLUMNS: tl.constexpr,
     ROWS_EACH: tl.constexpr,
 ):
-    group = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    lanes = tl.arange(0, ROWS)
     tiles = tl.cdiv(n, COLUMNS)
-    if tl.program_id(1) >= tiles:
+    group, tile = split_program(tiles + tl.cdiv(width, COLUMNS))
+    group = group.to(tl.int64)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    lanes = tl.arange(0, ROWS)
+    if tile >= tiles:
         if source is not None:
             for start in range(0, ROWS_EACH, ROWS):
-                row = (group * ROWS_EACH + start + lanes).to(tl.int64)
+                row = group * ROWS_EACH + start + lanes
                 _copy_tile(source, target, row, rows, column - tiles * COLUMNS, width, source_stride, target_stride)
     else:
         b = tl.zeros([1, COLUMNS], dtype=tl.float32)
@@ -138,7 +142,7 @@ def _backward(
             b = tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)[None, :]
         total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
         for start in range(0, ROWS_EACH, ROWS):
-            row = (group * ROWS_EACH + start + lanes).to(tl.int64)
+            row = group * ROWS_EACH + start + lanes
             inside = (row < rows)[:, None] & (column < n)[None, :]
             v = tl.load(x + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
             g = tl.load(dout + row[:, None] * dout_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -149,7 +153,7 @@ def _backward(
             if activation is not None:
                 value = narrow(value, activation.dtype.element_ty)
                 tl.store(activation + row[:, None] * activation_stride + column[None, :], value, mask=inside)
-        tl.store(partial + group.to(tl.int64) * n + column, tl.sum(total, axis=0), mask=column < n)
+        tl.store(partial + group * n + column, tl.sum(total, axis=0), mask=column < n)
 
 
 def _carried(carry: tuple[Tensor, Tensor] | None) -> dict:
@@ -165,7 +169,11 @@ def _carried(carry: tuple[Tensor, Tensor] | None) -> dict:
 
 
 def _columns(n: int, width: int, most: int) -> tuple[int, int]:
-    """(columns of a tile, tiles across both parts)."""
+    """(columns of a tile, tiles across both parts). Raises ValueError for columns that pass 32 bits."""
+    if max(n, width) > WIDEST:
+        raise ValueError(
+            f"bias_gelu in Triton takes rows of up to {WIDEST} elements, not {max(n, width)}; use('reference')"
+        )
     columns = min(most, next_power_of_2(max(n, width)))
     return columns, triton.cdiv(n, columns) + triton.cdiv(width, columns)
 
@@ -178,7 +186,7 @@ def _forward_launch(
     columns, tiles = _columns(n, carried["width"], COLUMNS)
     return Launch(
         _forward,
-        (triton.cdiv(rows, ROWS), tiles),
+        (triton.cdiv(rows, ROWS) * tiles,),
         {
             "x": x,
             "bias": None if bias is None else bias.contiguous(),
@@ -209,7 +217,7 @@ def _backward_launch(
     columns, tiles = _columns(n, carried["width"], COLUMNS_BACKWARD)
     return Launch(
         _backward,
-        (partial.shape[0], tiles),
+        (partial.shape[0] * tiles,),
         {
             "dout": dout,
             "x": x,

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+MOST_PROGRAMS = 2**31 - 1
+"""Programs that the first axis of a grid holds; the others hold 65,535."""
+
 _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -32,8 +35,8 @@ class Launch:
 
     kernel: Any
     """The `@triton.jit` function."""
-    grid: tuple[int, ...]
-    """Programs along each axis."""
+    grid: tuple[int]
+    """Programs, along one axis."""
     arguments: dict[str, Any]
     """Run-time arguments by name: tensors, ints, floats, or None."""
     constants: dict[str, Any]
@@ -44,8 +47,13 @@ class Launch:
     def __call__(self) -> None:
         """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them.
 
-        Meta tensors: the launch is recorded. Raises RuntimeError outside of `recording`.
+        Meta tensors: the launch is recorded. Raises RuntimeError outside of `recording`, ValueError for more programs
+        than a grid holds.
         """
+        if self.grid[0] > MOST_PROGRAMS:
+            raise ValueError(
+                f"{self.kernel.__name__} needs {self.grid[0]} programs, of {MOST_PROGRAMS}: split the rows"
+            )
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         if device.type == "meta":
             _recording().launches.append(self)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Launch, next_power_of_2, refuse_double
+from .grid import split_program
 from .rounding import narrow
 
 HEADS = 64  # heads a program: with 16 pairs each and 128 threads, 8 elements of either half a thread
@@ -41,9 +42,9 @@ def _rotate(
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    token = tl.program_id(0)
+    token, part = split_program(tl.cdiv(heads, HEADS))
     batch, row = token // sequence, token % sequence
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)  # heads may lie a long sequence apart
+    head = (part * HEADS + tl.arange(0, HEADS)).to(tl.int64)  # heads may lie a long sequence apart
     pair = tl.arange(0, PAIRS)
     if positions is None:
         position = offset + row
@@ -83,7 +84,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interl
     elements = block * next_power_of_2(half)
     return Launch(
         _rotate,
-        (batch * sequence, triton.cdiv(heads, block)),
+        (triton.cdiv(heads, block) * batch * sequence,),
         {
             "x": x,
             "cos": cos,
