@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..reference.adam import AdamOptions
 from .common import Launch
+from .launching import Varying, launch
 from .rounding import narrow
 
 CHUNK = 32768  # elements per program
@@ -224,7 +225,6 @@ def _adam_launch(
     param: torch.dtype,
     grad: torch.dtype,
     options: AdamOptions,
-    *,
     has_master: bool,
     wide: bool,
 ) -> Launch:
@@ -238,7 +238,7 @@ def _adam_launch(
             "chunks": chunks,
             "tensors": table.shape[1],
             "step": step,
-            "lr": lr if isinstance(lr, Tensor) else float(lr),
+            "lr": lr,
             "grad_scale": grad_scale,
             "found_inf": found_inf,
             "nonfinite": nonfinite,
@@ -265,7 +265,7 @@ def _adam_launch(
     )
 
 
-def _sum_of_squares_launch(table: Tensor, chunks: Tensor, partials: Tensor, grad: torch.dtype, *, wide: bool) -> Launch:
+def _sum_of_squares_launch(table: Tensor, chunks: Tensor, partials: Tensor, grad: torch.dtype, wide: bool) -> Launch:
     return Launch(
         _sum_of_squares,
         (len(chunks),),
@@ -284,17 +284,13 @@ def step_(
     options: AdamOptions,
 ) -> None:
     """`reference.adam.step_`."""
+    if not isinstance(options.lr, Tensor):
+        options = options._replace(lr=Varying(options.lr))
     lists = (params, grads, exp_avgs, exp_avg_sqs, params if masters is None else masters)
     for rows, wide in zip(_split(lists), (True, False), strict=True):
         if rows:
-            _adam_launch(
-                *_tables(rows, params[0].device),
-                params[0].dtype,
-                grads[0].dtype,
-                options,
-                has_master=masters is not None,
-                wide=wide,
-            )()
+            tables, dtypes = _tables(rows, params[0].device), (params[0].dtype, grads[0].dtype)
+            launch(_adam_launch, *tables, *dtypes, options, masters is not None, wide)
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
@@ -305,5 +301,5 @@ def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
             if rows:
                 table, chunks = _tables(rows, device)
                 partials.append(torch.empty(len(chunks), dtype=torch.float32, device=device))
-                _sum_of_squares_launch(table, chunks, partials[-1], dtype, wide=wide)()
+                launch(_sum_of_squares_launch, table, chunks, partials[-1], dtype, wide)
     return torch.cat(partials).sum(dtype=torch.float64).float() if partials else torch.zeros((), device=device)

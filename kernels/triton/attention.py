@@ -11,7 +11,6 @@ a GPU was not measured; `fuse_rotary` chooses.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -22,8 +21,14 @@ from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
 from .attention_tiles import HEAD_DIMS, architecture, tile
 from .common import Launch
+from .launching import launch
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+_OPERANDS = {
+    "forward": ("q", "k", "v", "out", "lse"),
+    "dq": ("dout", "q", "k", "v", "lse", "delta", "out", "dq"),
+    "dkv": ("dout", "q", "k", "v", "lse", "delta", "dk", "dv"),
+}
 
 
 def forward(
@@ -44,7 +49,7 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
     elif q.numel():
-        launch("forward", architecture(q.device), options, q=q, k=k, v=v, out=out, lse=lse)()
+        launch(_describe, "forward", architecture(q.device), _precision(), options, q, k, v, out, lse)
     return out, lse
 
 
@@ -64,20 +69,20 @@ def backward(
     """Same contract as `reference.attention.backward`; two runs give the same bits."""
     _check(q, options)
     delta = torch.empty_like(lse)
-    read: dict[str, Any] = {"dout": dout, "q": q, "k": k, "v": v, "lse": lse, "delta": delta}
     if not (q.numel() and k.numel()):
         for gradient in (dq, dk, dv):
             gradient.zero_()
     else:
-        target = architecture(q.device)
-        launch("dq", target, options, **read, out=out, dq=dq)()  # writes delta, which dkv reads
-        launch("dkv", target, options, **read, dk=dk, dv=dv)()
+        target, precision, read = architecture(q.device), _precision(), (dout, q, k, v, lse, delta)
+        launch(_describe, "dq", target, precision, options, *read, out, dq)  # writes delta, which dkv reads
+        launch(_describe, "dkv", target, precision, options, *read, dk, dv)
 
 
-def launch(name: str, target: str, options: AttentionOptions, **tensors: Tensor) -> Launch:
-    """The launch of kernel `name` ("forward", "dq", "dkv") on `tensors`, by their names in the kernel, for `target`."""
+def _describe(name: str, target: str, precision: str, options: AttentionOptions, *operands: Tensor) -> Launch:
+    """The launch of kernel `name` on its `_OPERANDS`, for the architecture `target`."""
     scale, causal, window, cu_seqlens, cos, sin = options
     kernel = _KERNELS[name]
+    tensors = dict(zip(_OPERANDS[name], operands, strict=True))
     q, k = tensors["q"], tensors["k"]
     batch, sequence, heads, head_dim = q.shape
     keys, key_heads = k.shape[1:3]
@@ -119,8 +124,7 @@ def launch(name: str, target: str, options: AttentionOptions, **tensors: Tensor)
             "CAUSAL": causal and not banded,
             "VARLEN": cu_seqlens is not None,
             "BANDED": banded,
-            # fp32 products follow torch's own switch.
-            "PRECISION": "tf32" if _tf32() else "ieee",
+            "PRECISION": precision,
             "M": chosen.m,
             "N": chosen.n,
         },
@@ -129,9 +133,11 @@ def launch(name: str, target: str, options: AttentionOptions, **tensors: Tensor)
     )
 
 
-def _tf32() -> bool:
+def _precision() -> str:
+    """How Triton multiplies fp32: as torch's own switch says."""
     matmul = torch.backends.cuda.matmul  # from torch 2.9 on the older name raises where the newer one was set
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 def _check(q: Tensor, options: AttentionOptions) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .common import Launch, next_power_of_2, refuse_double
 from .grid import split_program
+from .launching import launch
 from .rounding import narrow
 
 ROWS, COLUMNS = 4, 1024  # a tile of the forward: 32 elements per thread, 8 of them a load of 128 bits
@@ -250,7 +251,7 @@ def forward(
     refuse_double("bias_gelu", x)
     out = x.new_empty(x.shape) if out is None else out
     if x.numel():
-        _forward_launch(x, bias, out, approximate, carry)()
+        launch(_forward_launch, x, bias, out, approximate, carry)
     return out
 
 
@@ -270,5 +271,5 @@ def backward(
     dx = x.new_empty(x.shape) if dx is None else dx
     partial = x.new_empty((triton.cdiv(rows, ROWS_EACH), n), dtype=torch.float32)
     if x.numel():
-        _backward_launch(dout, x, bias, dx, activation, partial, approximate, carry)()
+        launch(_backward_launch, dout, x, bias, dx, activation, partial, approximate, carry)
     return dx, partial.sum(0)

@@ -44,7 +44,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
 
-    def __call__(self) -> None:
+    def __call__(self) -> Any:
         """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them.
 
         Meta tensors: the launch is recorded. Raises RuntimeError outside of `recording`, ValueError for more programs
@@ -57,10 +57,10 @@ class Launch:
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         if device.type == "meta":
             _recording().launches.append(self)
-            return
+            return None
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+            return self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
     def signature(self) -> dict[str, str]:
         """Argument -> Triton's type, in the kernel's order, as `triton.compiler.ASTSource` wants it."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..reference.layer_norm import UNTOUCHED, ResidualStream
 from .common import Launch, next_power_of_2, refuse_double
+from .launching import launch
 from .rounding import narrow
 
 PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
@@ -221,7 +222,7 @@ def forward(
     if stream.residual is not None and stream.summed is None:
         stream = stream._replace(summed=x.new_empty(x.shape))
     if rows:
-        _forward_launch(x, weight, bias, eps, stream, out, mean, rstd)()
+        launch(_forward_launch, x, weight, bias, eps, stream, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -243,6 +244,6 @@ def backward(
     rows_each = max(1, triton.cdiv(rows, PROGRAMS))
     partial = x.new_empty((2, triton.cdiv(rows, rows_each), d), dtype=torch.float32)
     if rows:
-        _backward_launch(dy, x, weight, mean, rstd, residual_grad, dx, partial)()
+        launch(_backward_launch, dy, x, weight, mean, rstd, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias

@@ -20,6 +20,7 @@ from ..reference.linear_cross_entropy import (
     scaled,  # noqa: F401  (torch's own GPU kernel does it in one pass)
 )
 from .common import Launch
+from .launching import launch
 from .rounding import narrow
 
 BLOCK = 4096  # columns at a time: with 512 threads, 8 each
@@ -186,6 +187,7 @@ def _cross_entropy_launch(
     losses: Tensor,
     scale: Tensor,
     objective: Objective,
+    mean_weight: Tensor | None,
     need_grad: bool,
 ) -> Launch:
     ignore_index, label_smoothing, z_loss, class_weight, softcap = objective
@@ -197,7 +199,7 @@ def _cross_entropy_launch(
             "labels": labels.contiguous(),
             "bias": None if bias is None else bias.contiguous(),
             "class_weight": None if class_weight is None else class_weight.contiguous(),
-            "mean_weight": None if class_weight is None else class_weight.mean(),
+            "mean_weight": mean_weight,
             "losses": losses,
             "scale": scale.contiguous(),
             "vocab": logits.shape[1],
@@ -242,7 +244,8 @@ def cross_entropy_(
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0] == 0:
         return losses
-    _cross_entropy_launch(logits, labels, bias, losses, scale, objective, need_grad)()
+    mean_weight = None if objective.class_weight is None else objective.class_weight.mean()
+    launch(_cross_entropy_launch, logits, labels, bias, losses, scale, objective, mean_weight, need_grad)
     if need_grad and dbias is not None:
-        _column_sums_launch(logits, dbias)()
+        launch(_column_sums_launch, logits, dbias)
     return losses

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .common import Launch, next_power_of_2, refuse_double
 from .grid import split_program
+from .launching import launch
 from .rounding import narrow
 
 HEADS = 64  # heads a program: with 16 pairs each and 128 threads, 8 elements of either half a thread
@@ -124,4 +125,4 @@ def rotate_(
     fp64."""
     refuse_double("rotary", x)
     if x.numel():
-        _launch(x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)()
+        launch(_launch, x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)
