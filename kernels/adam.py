@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import backend
 from .local_parts import local_part, placed, scalar, sum_over_shards, without_partial
-from .reference.adam import AdamOptions
+from .reference.adam import AdamLists, AdamOptions
 
 PARAM_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "masters")
@@ -133,11 +133,12 @@ def local_lists(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[local_part(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)] for name, tensors in _named(lists)]
 
 
-def checked(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+def checked(*lists: Sequence[Tensor]) -> AdamLists:
     """The same lists as contiguous views, in the order in which each parameter lies in memory. Raises ValueError."""
     if not lists[0]:
         raise ValueError("params is empty: a step needs at least one tensor")
-    return [_checked_list(name, tensors, lists[0]) for name, tensors in _named(lists)]
+    params, grads, exp_avgs, exp_avg_sqs, *masters = (_checked_list(*named, lists[0]) for named in _named(lists))
+    return AdamLists(params, grads, exp_avgs, exp_avg_sqs, masters[0] if masters else None)
 
 
 def _checked_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
@@ -177,14 +178,14 @@ def count(step: Tensor, found_inf: Tensor | None) -> None:
     step.add_(1 if found_inf is None else (found_inf == 0))
 
 
-def launch(lists: Sequence[Sequence[Tensor]], options: AdamOptions) -> None:
-    """Run the step on `checked` lists: params, grads, exp_avgs, exp_avg_sqs, and masters where there are any."""
-    device = lists[0][0].device
+def launch(lists: AdamLists, options: AdamOptions) -> None:
+    """Run the step on `checked` lists."""
+    device = lists.params[0].device
     for name, value in options._asdict().items():
         if isinstance(value, Tensor) and (value.numel() != 1 or value.device != device):
             raise ValueError(f"{name} is {tuple(value.shape)} on {value.device}: expected one element on {device}")
     with torch.no_grad():
-        _kernels(device).step_(*(*lists, None)[:5], options)
+        _kernels(device).step_(lists, options)
 
 
 def mark_written(*lists: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .adam import PARAM_DTYPES, checked, count, in_memory_order, launch, mark_written
 from .local_parts import local_part, placed, placed_as, scalar
 from .reference.adam import AdamOptions
+from .steady import Steady, Work
 
 TORCHS = {
     "amsgrad": (False,),
@@ -89,6 +90,7 @@ class FusedAdam(torch.optim.Optimizer):
             "fused": fused,
             "capturable": capturable,
         }
+        self._steady: dict[int, Steady] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,14 +129,27 @@ class FusedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = self._amp_scalars(grad_scale, found_inf)
-        for group in self.param_groups:
-            active = [p for p in group["params"] if p.grad is not None]
-            self._initialise(group, active)
-            for step, together in self._by_step(group, active):
+        for number, group in enumerate(self.param_groups):
+            steady = self._steady.get(number)
+            if steady is not None and steady.holds(group, self.state):
+                steps = [(step, [(work, work.now()) for work in works]) for step, works in steady.steps]
+            else:
+                found = self._look(group)
+                self._steady[number] = Steady(group, self.state, found)
+                steps = [(step, [(work, work.lists) for work in works]) for step, works in found]
+            for step, works in steps:
                 count(step, found_inf)
-                for params in _by_dtype(together):
-                    self._launch(group, params, step, grad_scale, found_inf)
+                for work, lists in works:
+                    launch(lists, _options(group, step, grad_scale, found_inf))
+                    mark_written(work.params, *work.states)
         return loss
+
+    def _look(self, group: dict[str, Any]) -> list[tuple[Tensor, list[Work]]]:
+        """The launches of a step of `group`, by the step tensor they share; makes the state and checks the tensors."""
+        active = [p for p in group["params"] if p.grad is not None]
+        self._initialise(group, active)
+        together = self._by_step(group, active)
+        return [(step, [self._work(params) for params in _by_dtype(sharing)]) for step, sharing in together]
 
     def _amp_scalars(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The scalars given, or those torch.amp.GradScaler left on the optimizer; its scale is a divisor."""
@@ -173,35 +188,17 @@ class FusedAdam(torch.optim.Optimizer):
             result.append((step, params))
         return result
 
-    def _launch(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        step: Tensor,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _work(self, params: list[Tensor]) -> Work:
         names = ("exp_avg", "exp_avg_sq", "master") if "master" in self.state[params[0]] else ("exp_avg", "exp_avg_sq")
         states = [[self.state[p][name] for p in params] for name in names]
         parts = [local_part("a parameter", p) for p in params]
         grads = [_gradient(p, part) for p, part in zip(params, parts, strict=True)]
         local_states = [[local_part("a state", state) for state in together] for together in states]
-        options = AdamOptions(
-            step,
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            group["decoupled_weight_decay"],
-            group["bias_correction"],
-            grad_scale,
-            found_inf,
-        )
-        launch(checked(parts, grads, *local_states), options)
-        mark_written(params, *states)
+        return Work(checked(parts, grads, *local_states), params, states)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._steady = {}
         for group in self.param_groups:  # a state dict of torch.optim.AdamW, or an older one, lacks some
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -253,6 +250,20 @@ class FusedAdam(torch.optim.Optimizer):
                             f"expected {tuple(p.shape)}, placed {placed(p)} (None: not a DTensor); for a sharded model "
                             "load with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
                         )
+
+
+def _options(group: dict[str, Any], step: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> AdamOptions:
+    return AdamOptions(
+        step,
+        group["lr"],
+        group["betas"],
+        group["eps"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["bias_correction"],
+        grad_scale,
+        found_inf,
+    )
 
 
 def _refuse_unless(group: dict[str, Any], name: str, values: tuple) -> None:

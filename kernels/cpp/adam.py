@@ -10,21 +10,15 @@ from torch import Tensor
 
 from phi_fast._C import cpu
 
-from ..reference.adam import AdamOptions
+from ..reference.adam import AdamLists, AdamOptions
 from ._tensors import described, maybe
 
 _OP = "adam"
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None,
-    options: AdamOptions,
-) -> None:
+def step_(lists: AdamLists, options: AdamOptions) -> None:
     """See `reference.adam.step_`. Raises TypeError for another dtype, ValueError for tensors that do not fit."""
+    params, grads, exp_avgs, exp_avg_sqs, masters = lists.tensors
     step, lr, betas, eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
     if found_inf is not None and float(found_inf) != 0:
         return

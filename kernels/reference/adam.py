@@ -7,10 +7,35 @@ the optimizer class are the public op's (`kernels/adam.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdamLists:
+    """The tensors of a step, in lists of equal length.
+
+    The i-th tensors have the same number of elements and are contiguous.
+    """
+
+    params: Sequence[Tensor]
+    """fp32, fp16 or bf16; written."""
+    grads: Sequence[Tensor]
+    """fp32, fp16 or bf16, one dtype that may differ from the parameters'; read only."""
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    """fp32, as exp_avgs."""
+    masters: Sequence[Tensor] | None = None
+    """fp32, read instead of the parameters and written beside them; None: there are none."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What a back end made of the tensors' addresses, for the next step on the same lists."""
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.masters
 
 
 class AdamOptions(NamedTuple):
@@ -35,19 +60,8 @@ class AdamOptions(NamedTuple):
     found in the same pass, without a host sync."""
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None,
-    options: AdamOptions,
-) -> None:
+def step_(lists: AdamLists, options: AdamOptions) -> None:
     """One Adam (arXiv 1412.6980) or AdamW (arXiv 1711.05101, `decoupled`) step on every tensor of the lists, in place.
-
-    Lists of equal length; the i-th tensors have the same number of elements and are contiguous. params: fp32, fp16 or
-    bf16, written. grads: fp32, fp16 or bf16, read only, one dtype that may differ from the parameters'. exp_avgs,
-    exp_avg_sqs: fp32. masters: fp32, read instead of the parameters and written beside them; None: there are none.
 
     In fp32 for every element, in torch.optim's order of operations, so that trajectories stay within rounding of its
     own; the scalars 1 - lr·weight_decay and 1 - β^t are formed in fp64, or in fp32 without cancellation, then rounded:
@@ -55,6 +69,7 @@ def step_(
         m += (1-β1)·(g - m);     v = β2·v + ((1-β2)·g)·g
         p -= (lr / (1-β1^t) · m) / (sqrt(v) / sqrt(1-β2^t) + eps)
     """
+    params, grads, exp_avgs, exp_avg_sqs, masters = lists.tensors
     _, lr, (beta1, beta2), eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
     t = options.step.double()
     step_size = lr / (1 - beta1**t) if bias_correction else lr

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.adam import AdamOptions
+from ..reference.adam import AdamLists, AdamOptions
 from .common import Launch
 from .launching import Varying, launch
 from .rounding import narrow
@@ -183,40 +183,70 @@ def _split(lists: Sequence[Sequence[Tensor]]) -> tuple[list[list[int]], list[lis
     return wide, narrow
 
 
-@lru_cache(maxsize=64)
-def _upload(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 values on the device, without waiting for it. Raises RuntimeError while a CUDA graph is captured: each
-    replay would copy them anew, from host memory that has other uses by then."""
-    table = torch.tensor(values, dtype=torch.int64)
-    if device.type != "cuda":
-        return table.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "adam: the capture steps tensors at other addresses than the steps before it; take a step first, and keep "
-            "the gradients where they are: zero_grad(set_to_none=False)"
-        )
-    return table.pin_memory().to(device, non_blocking=True)
+class _Uploaded:
+    """int64 values on a device, which streams may read once they have arrived there.
 
+    Uploading does not wait for the device. Raises RuntimeError while a CUDA graph is captured: each replay would copy
+    the values anew, from host memory that has other uses by then.
+    """
 
-@lru_cache(maxsize=64)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(programs, 2): which tensor a program works on, and from which element."""
-    pairs = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, CHUNK)]
-    return _upload(tuple(value for pair in pairs for value in pair), device).view(-1, 2)
+    def __init__(self, values: Sequence[int], device: torch.device) -> None:
+        self.values = torch.tensor(values, dtype=torch.int64)
+        self.ordered: set[int] = set()
+        """Streams that were told to wait for the copy."""
+        if device.type != "cuda":
+            self.values = self.values.to(device)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "adam: the capture steps tensors at other addresses than the steps before it; take a step first, and "
+                "keep the gradients where they are: zero_grad(set_to_none=False)"
+            )
+        self.values = self.values.pin_memory().to(device, non_blocking=True)
+        self.arrived = torch.cuda.Event()
+        self.arrived.record()
+        self.ordered.add(torch.cuda.current_stream(device).cuda_stream)
+
+    def here(self) -> Tensor:
+        """The values, for work on the current stream: it waits for the copy, and their memory waits for the work."""
+        if self.values.device.type != "cuda":
+            return self.values
+        if torch.cuda.is_current_stream_capturing():  # began after a step that had them, and a synchronization
+            _CAPTURED.append(self.values)
+            return self.values
+        stream = torch.cuda.current_stream(self.values.device)
+        if stream.cuda_stream not in self.ordered:
+            stream.wait_event(self.arrived)
+            self.values.record_stream(stream)
+            self.ordered.add(stream.cuda_stream)
+        return self.values
 
 
 _CAPTURED: list[Tensor] = []
-"""Tables that a CUDA graph reads: they must outlive the caches above."""
+"""Tables that a CUDA graph reads: they must outlive the caches."""
+
+_uploaded = lru_cache(maxsize=64)(_Uploaded)
 
 
-def _tables(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=64)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> _Uploaded:
+    """(programs, 2): which tensor a program works on, and from which element."""
+    pairs = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, CHUNK)]
+    return _Uploaded([value for pair in pairs for value in pair], device)
+
+
+class _Tables:
     """The kernels' `table` (a column per tensor) and `chunks`, for `rows` of `_split`."""
-    columns = list(zip(*rows, strict=True))
-    table = _upload(tuple(value for column in columns for value in column), device).view(len(columns), len(rows))
-    chunks = _chunks(tuple(columns[-1]), device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.extend((table, chunks))
-    return table, chunks
+
+    def __init__(self, rows: list[list[int]], device: torch.device) -> None:
+        columns = list(zip(*rows, strict=True))
+        self.shape = len(columns), len(rows)
+        self.table = _uploaded(tuple(value for column in columns for value in column), device)
+        self.chunks = _chunks(tuple(columns[-1]), device)
+
+    def here(self) -> tuple[Tensor, Tensor]:
+        """Both, for work on the current stream."""
+        return self.table.here().view(self.shape), self.chunks.here().view(-1, 2)
 
 
 def _adam_launch(
@@ -275,22 +305,19 @@ def _sum_of_squares_launch(table: Tensor, chunks: Tensor, partials: Tensor, grad
     )
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None,
-    options: AdamOptions,
-) -> None:
+def step_(lists: AdamLists, options: AdamOptions) -> None:
     """`reference.adam.step_`."""
     if not isinstance(options.lr, Tensor):
         options = options._replace(lr=Varying(options.lr))
-    lists = (params, grads, exp_avgs, exp_avg_sqs, params if masters is None else masters)
-    for rows, wide in zip(_split(lists), (True, False), strict=True):
-        if rows:
-            tables, dtypes = _tables(rows, params[0].device), (params[0].dtype, grads[0].dtype)
-            launch(_adam_launch, *tables, *dtypes, options, masters is not None, wide)
+    param, grad = lists.params[0], lists.grads[0]
+    if "tables" not in lists.kept:
+        *tensors, masters = lists.tensors
+        parts = _split([*tensors, lists.params if masters is None else masters])
+        lists.kept["tables"] = [_Tables(rows, param.device) if rows else None for rows in parts]
+    for tables, wide in zip(lists.kept["tables"], (True, False), strict=True):
+        if tables is not None:
+            dtypes = param.dtype, grad.dtype
+            launch(_adam_launch, *tables.here(), *dtypes, options, lists.masters is not None, wide)
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
@@ -299,7 +326,7 @@ def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
     for dtype in dict.fromkeys(g.dtype for g in grads):
         for rows, wide in zip(_split([[g for g in grads if g.dtype == dtype]]), (True, False), strict=True):
             if rows:
-                table, chunks = _tables(rows, device)
+                table, chunks = _Tables(rows, device).here()
                 partials.append(torch.empty(len(chunks), dtype=torch.float32, device=device))
                 launch(_sum_of_squares_launch, table, chunks, partials[-1], dtype, wide)
     return torch.cat(partials).sum(dtype=torch.float64).float() if partials else torch.zeros((), device=device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference.adam import AdamOptions
+from ..reference.adam import AdamLists, AdamOptions
 from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
@@ -68,7 +68,7 @@ def _adam_specimens(architecture: str, dtype: torch.dtype, elements: int = 2**28
     exp_avg, exp_avg_sq, master, scalar = *(_empty(elements) for _ in range(3)), _empty()
     options = AdamOptions(scalar, 2e-4, (0.9, 0.98), 1e-7, 0.1, True, True, scalar, scalar, scalar)
     with recording(architecture) as launches:
-        adam.step_([param], [grad], [exp_avg], [exp_avg_sq], [master], options)
+        adam.step_(AdamLists([param], [grad], [exp_avg], [exp_avg_sq], [master]), options)
         adam.grad_norm_squared([grad])
     step, norm = launches
     note = f"{elements} {_words(dtype)} weights, fp32 master"

@@ -11,24 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.adam import AdamOptions, mark_nonfinite_
+from ..reference.adam import AdamLists, AdamOptions, mark_nonfinite_
 from .apex_layer_norm import library
 
 CHUNK = 2048 * 32  # elements per thread block, as in apex's own multi_tensor_applier
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None,
-    options: AdamOptions,
-) -> None:
+def step_(lists: AdamLists, options: AdamOptions) -> None:
     """Same contract as `reference.adam.step_`, with a second pass over memory for `nonfinite`.
 
     Raises ValueError for dtypes that apex does not combine.
     """
+    params, grads, exp_avgs, exp_avg_sqs, masters = lists.tensors
     step, lr, betas, eps, weight_decay, decoupled, bias_correction, grad_scale, found_inf, nonfinite = options
     kernels = library("amp_C", "adam")
     param, grad = params[0].dtype, grads[0].dtype
@@ -42,15 +36,15 @@ def step_(
     scale = torch.ones(1, device=device) if grad_scale is None else grad_scale.reshape(1)
     skip = torch.zeros(1, device=device) if found_inf is None else found_inf.reshape(1) != 0
     grads = list(grads) if grad_scale is None else [g.clone() for g in grads]
-    lists = [grads, list(params), list(exp_avgs), list(exp_avg_sqs)]
+    operands = [grads, list(params), list(exp_avgs), list(exp_avg_sqs)]
     kernel = kernels.multi_tensor_adam_capturable
     if masters is not None:
-        lists.append(list(masters))
+        operands.append(list(masters))
         kernel = kernels.multi_tensor_adam_capturable_master
     kernel(
         CHUNK,
         skip.to(torch.int32),
-        lists,
+        operands,
         rate,
         *betas,
         eps,

@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,10 +365,50 @@ def test_cuda_graph_replays_the_step() -> None:
 
 def test_a_capture_of_tensors_that_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph would copy the table of addresses at each replay, from pinned memory that others use by then."""
-    upload = pytest.importorskip("phi_fast.kernels.triton.adam")._upload
+    upload = pytest.importorskip("phi_fast.kernels.triton.adam")._Uploaded
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"take a step first.*zero_grad\(set_to_none=False\)"):
         upload((1, 2, 3), torch.device("cuda", 0))
+
+
+def test_another_stream_waits_for_the_tables_and_their_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second model on a stream of its own steps tensors of the same sizes, so it is given the first one's table."""
+    module = pytest.importorskip("phi_fast.kernels.triton.adam")
+    log: list[tuple] = []
+
+    class OnTheGPU:
+        device = torch.device("cuda", 0)
+
+        def pin_memory(self) -> OnTheGPU:
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> OnTheGPU:
+            log.append(("copy", non_blocking))
+            return self
+
+        def record_stream(self, stream: SimpleNamespace) -> None:
+            log.append(("keeps its memory for", stream.cuda_stream))
+
+    def stream(number: int) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=number, wait_event=lambda event: log.append((number, "waits")))
+
+    current = stream(1)
+    monkeypatch.setattr(module.torch, "tensor", lambda *_, **__: OnTheGPU())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: log.append(("recorded",))))
+    table = module._Uploaded((1, 2, 3), torch.device("cuda", 0))
+    table.here()
+    assert log == [("copy", True), ("recorded",)], "the stream of the copy is in order with it"
+    current = stream(2)
+    for _ in range(2):
+        table.here()
+    assert log[2:] == [(2, "waits"), ("keeps its memory for", 2)], "once is enough"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    current = stream(3)
+    assert table.here() in module._CAPTURED
+    module._CAPTURED.clear()
+    assert len(log) == 4, "a capture takes no event from outside"
 
 
 def test_operator_and_compile(device: str) -> None:

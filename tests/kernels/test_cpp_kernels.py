@@ -16,7 +16,7 @@ from phi_fast.kernels.reference import bias_gelu as reference_bias_gelu
 from phi_fast.kernels.reference import layer_norm as reference_layer_norm
 from phi_fast.kernels.reference import linear_cross_entropy as reference_linear_cross_entropy
 from phi_fast.kernels.reference import rotary as reference_rotary
-from phi_fast.kernels.reference.adam import AdamOptions
+from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.rotary import rotary_table
@@ -250,11 +250,7 @@ def test_adam(dtype: torch.dtype, grad_dtype: torch.dtype, decoupled: bool) -> N
                 grads, m, v = ([x.to(wide_dtype) for x in tensors] for tensors in (grads, m, v))
                 params = masters
             kernels.step_(
-                params,
-                grads,
-                m,
-                v,
-                masters if with_master else None,
+                AdamLists(params, grads, m, v, masters if with_master else None),
                 AdamOptions(
                     torch.tensor(5.0),
                     grad_scale=torch.tensor(0.25),
@@ -273,7 +269,7 @@ def test_adam_skips_on_found_inf() -> None:
     before = [x[0].clone() for x in (params, m, v)]
     options = {"step": torch.tensor(1.0), "decoupled": True, **ADAM}
     for flag in (1.0, torch.nan):
-        adam.step_(params, grads, m, v, None, AdamOptions(found_inf=torch.tensor(flag), **options))
+        adam.step_(AdamLists(params, grads, m, v), AdamOptions(found_inf=torch.tensor(flag), **options))
         assert all(torch.equal(x[0], y) for x, y in zip((params, m, v), before, strict=True))
 
 
@@ -290,11 +286,7 @@ def test_rounding_is_torchs_for_every_kind_of_number(dtype: torch.dtype, isa: st
     param = torch.empty_like(master, dtype=dtype)
     zeros = torch.zeros_like(master)
     adam.step_(
-        [param],
-        [zeros],
-        [zeros.clone()],
-        [zeros.clone()],
-        [master.clone()],
+        AdamLists([param], [zeros], [zeros.clone()], [zeros.clone()], [master.clone()]),
         AdamOptions(torch.tensor(1.0), lr=0.0, betas=(0.9, 0.9), eps=1.0, weight_decay=0.0, decoupled=True),
     )
     expected = master.to(dtype)
@@ -370,11 +362,7 @@ def test_what_the_kernels_refuse() -> None:
         bias_gelu.forward(x, None, out=torch.empty(4, 7))
     with pytest.raises(ValueError, match="exp_avg has 8 elements and its parameter 4"):
         adam.step_(
-            [torch.ones(4)],
-            [torch.ones(4)],
-            [weight],
-            [torch.ones(4)],
-            None,
+            AdamLists([torch.ones(4)], [torch.ones(4)], [weight], [torch.ones(4)]),
             AdamOptions(weight[0], decoupled=True, **ADAM),
         )
 
