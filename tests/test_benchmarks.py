@@ -314,7 +314,13 @@ def figure_and_unit(name: str, row: dict[str, Any]) -> tuple[float, str]:
     return float(np.median(row["seconds"])) * 1000, "ms"
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+COMMITTED = sorted(RESULTS.glob("*.json"))
+NEWEST = max(COMMITTED, key=lambda path: path.stem[-10:])
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[] if path == NEWEST else [pytest.mark.slow], id=path.stem) for path in COMMITTED]
+)
 def test_every_committed_plot_draws_what_its_name_says(path: Path) -> None:
     document = report.read(path)
     figures = plots.figures(document)
@@ -342,7 +348,7 @@ def test_every_committed_plot_draws_what_its_name_says(path: Path) -> None:
 
 def test_the_picture_draws_the_committed_figures() -> None:
     """The loss of every step, and each row's time over phi_fast's, of the newest results."""
-    document = report.read(max(RESULTS.glob("*.json"), key=lambda path: path.stem[-10:]))
+    document = report.read(NEWEST)
     drawn = overview.figure(RESULTS, document)
     curve, bars = drawn.axes
     lines = [json.loads(line) for line in (RESULTS / overview.CURVE).read_text().splitlines()]

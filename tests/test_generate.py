@@ -480,7 +480,7 @@ def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
     assert r"\x1b\x1b\x1b" in out.getvalue() and "\x1b" not in out.getvalue()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "latin-1"])
 @pytest.mark.parametrize("module", ["generate", "convert"])
 def test_any_encoding_of_the_terminal(folder, tmp_path, module, encoding):
     """Help and names outside of the encoding, and names that look like markup."""

@@ -101,6 +101,7 @@ def test_one_id_from_the_corpus_to_the_export(tmp_path, special, delimiter, end)
     assert empty.tokens == [end]
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_with_another_tokenizer(stdlib, tmp_path) -> None:
     shape = ["--model.hidden-size", "64", "--model.num-attention-heads", "1", "--model.num-hidden-layers", "1"]
     less = ["--sequence-length", "16", "--global-batch-size", "2", "--tokens", "32", "--sample-tokens", "0"]

@@ -252,6 +252,7 @@ def test_it_is_registered():
     assert get_model("phi_fast") is PhiFastLM
 
 
+@pytest.mark.slow
 def test_lm_evals_command(small_folder, tmp_path):
     """With no --device, for which lm-eval asks for cuda:0 on any machine."""
     write_jsonl(tmp_path / "rows.jsonl", [{"q": "one", "a": ["two", "a dog"], "gold": 0}] * 3)
