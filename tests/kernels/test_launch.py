@@ -7,6 +7,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
+from phi_fast.kernels.reference.adam import AdamOptions
+from phi_fast.kernels.reference.attention import AttentionOptions
+from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
 from phi_fast.kernels.triton.common import Launch, recording
 
@@ -46,8 +49,9 @@ def attend(batch: int, sequence: int, heads: int, key_heads: int, head_dim: int,
         empty(batch, sequence, heads, head_dim, dtype=dtype),
         empty(batch, sequence, key_heads, head_dim, dtype=dtype),
     )
-    out, lse = attention.forward(q, k, k, scale=1.0, causal=False)
-    attention.backward(out, q, k, k, out, lse, dq=q, dk=k, dv=k, scale=1.0, causal=False)
+    options = AttentionOptions(1.0, causal=False)
+    out, lse = attention.forward(q, k, k, options)
+    attention.backward(out, q, k, k, out, lse, options, dq=q, dk=k, dv=k)
 
 
 def activate(rows: int, n: int, width: int = 0) -> None:
@@ -65,9 +69,8 @@ def normalise(rows: int, d: int) -> None:
 
 def cross_entropy(rows: int, vocabulary: int) -> None:
     scalar, sums = empty(dtype=torch.float32), empty(vocabulary, dtype=torch.float32)
-    options = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "scale": scalar, "need_grad": True}
     logits, labels = empty(rows, vocabulary), empty(rows, dtype=torch.int64)
-    linear_cross_entropy.cross_entropy_(logits, labels, **options, dbias=sums)
+    linear_cross_entropy.cross_entropy_(logits, labels, objective=Objective(), scale=scalar, need_grad=True, dbias=sums)
 
 
 def turn(batch: int, sequence: int, heads: int) -> None:
@@ -76,7 +79,7 @@ def turn(batch: int, sequence: int, heads: int) -> None:
 
 def step(elements: int) -> None:
     x, scalar = [empty(elements, dtype=torch.float32)], empty(dtype=torch.float32)
-    adam.step_(x, x, x, x, None, step=scalar, lr=1.0, betas=(0.9, 0.9), eps=1.0, weight_decay=0.0, decoupled=True)
+    adam.step_(x, x, x, x, None, AdamOptions(scalar, 1.0, (0.9, 0.9), 1.0, 0.0, True))
     adam.grad_norm_squared(x)
 
 
