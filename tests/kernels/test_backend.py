@@ -84,8 +84,7 @@ assert not [name for name in sys.modules if name.startswith("triton.")]
 
 
 def test_the_folder_is_empty_under_its_own_name():
-    """In the repository's root, transformers imports this folder as `kernels`, another package's name; no op is then
-    registered twice."""
+    """In the repository's root transformers imports the folder as another package: no op is registered twice."""
     script = """
 import sys
 import phi_fast

@@ -191,8 +191,7 @@ def test_the_loss_is_saved_without_the_head() -> None:
 
 @pytest.fixture(name="alone")
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes a launcher's variables, which an earlier trainer in this process may have left and which would make DDP
-    wrap the model."""
+    """Removes a launcher's variables, which an earlier trainer may have left and which would make DDP wrap models."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -48,8 +48,7 @@ FAMILIES = ("phi", "gpt-neox", "gpt-j", "stablelm", "phi-3", "llama", "qwen2")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, head: str = "ForCausalLM", **changes: Any) -> PreTrainedModel:
-    """The model in training mode, with the same weights every time; biases and norms differ from their initial
-    values."""
+    """The model in training mode, with the same weights every time; biases and norms are not at initial values."""
     prefix, different = MODELS[name]
     config = getattr(transformers, f"{prefix}Config")(**{**_SHAPE, **different, **changes})
     torch.manual_seed(0)
@@ -98,7 +97,6 @@ def exact_gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Ten
 
 
 def pooled(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Joins the results of several batches: a single loss, or a bias's gradient near 0, is too small a sample to
-    judge."""
+    """Joins several batches: a single loss, or a bias's gradient near 0, is too small a sample to judge."""
     every = list(found)
     return {name: torch.stack([each[name] for each in every]) for name in every[0]}
