@@ -1,1 +1,1 @@
-"""Benchmarks: every figure beside a peer's from the same run."""
+"""Benchmarks of each op and of whole steps, with peers timed in the same run."""

@@ -1,6 +1,6 @@
-"""`--benchmark`: measure in full, keep the results, and print them as tables at the end.
+"""`--benchmark` measures in full, keeps the results, and prints them as tables at the end.
 
-Without it each benchmark runs once, small, as a test.
+Without it each benchmark runs once on a small size, as a test.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """True where figures are wanted, False for the small run that only shows that the benchmark works."""
+    """True for a full measurement, False for the small run that only shows that the benchmark works."""
     return bool(request.config.getoption("--benchmark"))
 
 
 @pytest.fixture(scope="session")
 def results(full: bool, request: pytest.FixtureRequest) -> Results:
-    """Where a benchmark puts its subjects; in a full run they are written at once, and printed at the end."""
+    """Collects the subjects of all benchmarks; a full run writes each at once and prints all at the end."""
     request.config.stash[COLLECTED] = Results(request.config.getoption("--results") if full else None)
     return request.config.stash[COLLECTED]
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """-k, -m, --deselect or --last-failed left something out."""
+    """Remember that -k, -m, --deselect or --last-failed left something out."""
     for item in items[:1]:
         item.config.stash[DESELECTED] = True
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Mark the results as whole where every benchmark was asked for and none failed."""
+    """Mark the results as whole if every benchmark was run and none failed."""
     results = session.config.stash.get(COLLECTED, None)
     files = {item.path for item in session.items}
     some = session.config.stash.get(DESELECTED, False) or any("::" in word for word in session.config.args)
@@ -53,7 +53,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The tables of a full run, and where they are kept."""
+    """Print the tables of a full run, and the file that keeps them."""
     results = config.stash.get(COLLECTED, None)
     if results is None or results.directory is None:
         return
@@ -66,12 +66,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same random numbers in every run."""
+    """Use the same random numbers in every run."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def kept_memory() -> Iterator[None]:
-    """For single kernels: page faults of large outputs do not hide them (`timing.kept_memory`)."""
+    """Keep freed memory (`timing.kept_memory`), so that page faults of large outputs do not hide a kernel's time."""
     with timing.kept_memory():
         yield

@@ -1,7 +1,6 @@
 """Interleaved timing of contenders, and the JSON file that every published figure comes from.
 
-A benchmark hands `compare` its contenders by name and `Results.add` what came of it. Rows whose name begins with
-"phi_fast" are this project's, "copy", "matrix product" and what says "alone" are bounds, all others are peers.
+A benchmark passes its contenders by name to `compare`, and the subject that this returns to `Results.add`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from benchmarks.subjects import Contender, Row, Subject, kind
 
 RESULTS = Path(__file__).parent / "results"
 SLOW_START = 2.0
-"""Seconds of a first call beyond which it is reported: a compiler ran in it."""
+"""A first call that takes longer than this many seconds is reported, since it probably ran a compiler."""
 
 
 def compare(
@@ -33,10 +32,11 @@ def compare(
     warmup: int = 1,
     budget: float | None = None,
 ) -> Subject:
-    """Time every contender once a round, in turn, for `repeats` rounds: a drift of the machine meets all alike.
+    """Time every contender once per round, in turn, for `repeats` rounds, so that a drift of the machine affects all.
 
     A contender that is a string could not be set up; the string says why. A peer that raises in its first, untimed call
-    becomes such a row too; this project's own raise. budget: seconds after which no round begins, once three are done.
+    also becomes a row without times; an exception from this project's own contenders is passed on. budget: seconds
+    after which no further round begins, once three are done.
     """
     where = timing.device()
     measure = timing.timer(where)
@@ -70,13 +70,13 @@ def _row(label: str, contender: Contender | Callable[[], object] | str) -> Row:
 
 
 def _first_call(row: Row, contender: Contender, where: torch.device) -> bool:
-    """Call it once, untimed; False, with the reason in the row, where a peer cannot run."""
+    """Call the contender once, untimed. Returns False, with the reason in the row, if it is a peer and cannot run."""
     begin = time.perf_counter()
     try:
         contender.run()
         if where.type == "cuda":
             torch.cuda.synchronize()
-    except Exception as error:  # a peer's compiler or driver may raise anything, and what it raised is the row
+    except Exception as error:  # a peer's compiler or driver may raise anything; the row shows what it raised
         if kind(row.name) == "ours":
             raise
         first_line = next(iter(str(error).strip().splitlines()), "")
@@ -91,7 +91,7 @@ def _first_call(row: Row, contender: Contender, where: torch.device) -> bool:
 
 
 def _hold_against_bounds(subject: Subject) -> None:
-    """GB/s, GFLOP/s, and the share of the least time that the copy and the product of these rounds allow."""
+    """Add GB/s, GFLOP/s, and the least time that the copy and the product of these rounds allow ÷ the row's median."""
     bounds = {row.name: row for row in subject.rows if row.seconds}
     copy, product = bounds.get("copy"), bounds.get("matrix product")
     for row in subject.rows:
@@ -111,10 +111,10 @@ def _hold_against_bounds(subject: Subject) -> None:
 
 
 class Results:
-    """The subjects of one session, written as they come: a run that is stopped keeps what it has measured.
+    """The subjects of one session, each written as soon as it is measured, so that an interrupted run keeps them.
 
-    directory: where DEVICE-DATE.json is written; None: nowhere. The file says "whole": false until a session has
-    measured every benchmark into it (`finish`): a part must not take a whole one's place in the README.
+    directory: where DEVICE-DATE.json is written; None writes nothing. The file says "whole": false until a session has
+    measured every benchmark into it (`finish`), because a partial file must not replace a whole one in the README.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -123,7 +123,7 @@ class Results:
         self.path: Path | None = None
 
     def add(self, subject: Subject) -> None:
-        """Keep a subject, and write it."""
+        """Add a subject and write it."""
         self.subjects.append(subject)
         if self.directory is not None:
             self.path = self._write(subject, self.directory)
@@ -134,7 +134,7 @@ class Results:
             _replace(self.path, json.loads(self.path.read_text()) | {"whole": True})
 
     def _write(self, subject: Subject, directory: Path) -> Path:
-        """Into the day's file of this machine, where it takes the place of an earlier subject of that name."""
+        """Write into this machine's file of the day, replacing an earlier subject of the same name."""
         here = machine.describe_machine()
         directory.mkdir(parents=True, exist_ok=True)
         path, whole, kept = _day_file(here, directory)
@@ -145,7 +145,7 @@ class Results:
 
 
 def whole(document: dict[str, Any]) -> bool:
-    """Whether a results document has every benchmark of its day; files of before this was recorded do."""
+    """Whether a results document has every benchmark; files from before this was recorded count as whole."""
     return bool(document.get("whole", True))
 
 
@@ -156,8 +156,8 @@ def _replace(path: Path, document: dict[str, Any]) -> None:
 
 
 def _day_file(here: dict[str, Any], directory: Path) -> tuple[Path, bool, list[dict[str, Any]]]:
-    """(today's file, whether it is whole, its subjects). A file of other versions or settings is left alone: the next
-    is numbered."""
+    """(today's file, whether it is whole, its subjects). If a file of other versions or settings has that name, the
+    name gets a number."""
     stem = f"{machine.slug(here)}-{datetime.date.today().isoformat()}"
     number = 1
     while True:

@@ -1,4 +1,4 @@
-"""What a reader needs to place a figure: the device, its cores, the instruction set, versions, the commit."""
+"""The description of the machine that goes with each figure: device, threads, instruction set, versions, commit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, threads, memory, instruction sets, Python and the versions of every package that is measured."""
+    """Device, threads, instruction sets, Python, and the versions of every package that is measured."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -40,12 +40,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """The device's name as a file's."""
+    """The device's name in a form that suits a file name."""
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
 
 
 def commit() -> str:
-    """Short hash of the source measured, with "+" where it has changes; "unknown" outside a git checkout."""
+    """Short hash of the measured source, with "+" if it has uncommitted changes; "unknown" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""phi as this project, transformers and litgpt build it, from one PhiConfig; and the loss each of them trains with."""
+"""phi as transformers and litgpt build it from a PhiConfig, and the loss that each of them trains with."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from phi_fast import PhiConfig
 from phi_fast.conversion.hf_config import phi_config
 
 Preset = Literal["phi-small", "phi-tiny", "small phi-small", "small phi-tiny"]
-"""A preset's name, or "small " and its name for the small run's model."""
+"""A preset's name; with "small " before it, the smaller model of the run that only tests the benchmark."""
 
 
 def hugging_face(config: PhiConfig) -> nn.Module:
-    """transformers' model, its attention by torch's SDPA."""
+    """transformers' model, with attention by torch's SDPA."""
     fields = {name: value for name, value in phi_config(config, torch.float32).items() if name != "torch_dtype"}
     return PhiForCausalLM(HuggingFaceConfig(**fields | {"use_cache": False, "attn_implementation": "sdpa"})).train()
 
@@ -66,5 +66,5 @@ def data(config: PhiConfig, rows: int, device: torch.device | str = "cpu") -> tu
 
 
 def small(config: PhiConfig) -> PhiConfig:
-    """What the small run of a benchmark trains in place of `config`."""
+    """The configuration that the small run of a benchmark trains instead of `config`."""
     return config.replace(num_hidden_layers=1, vocab_size=512, max_position_embeddings=64)

@@ -1,6 +1,6 @@
 """`python -m benchmarks.one_process PRESET DTYPE CONTENDER`: two training steps, then seconds and peak memory as JSON.
 
-A process of its own, because a process's peak resident size never goes down again.
+Each contender needs a separate process, because a process's peak resident size never goes down again.
 """
 
 from __future__ import annotations
@@ -16,35 +16,32 @@ import tyro
 
 from benchmarks import models
 from benchmarks.ops import DTYPES
-from benchmarks.steps import ROWS, ours, transformers_eager
-from phi_fast import PhiConfig
+from benchmarks.steps import ours, shape, transformers_eager
 from phi_fast.startup import tolerate_encodings
 
 STEPS = {"phi_fast": ours, "transformers eager": transformers_eager}
 
 
 def peak_mb() -> int:
-    """Linux's VmHWM. (getrusage's ru_maxrss begins at what the parent had when it forked.)"""
+    """Peak resident size by Linux's VmHWM. (getrusage's ru_maxrss starts at the parent's size when it forked.)"""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
-        raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux alone")
+        raise RuntimeError("/proc/self/status has no VmHWM: peak memory can be measured on Linux only")
     return int(found[1]) >> 10
 
 
 def measure(
     preset: models.Preset, dtype: Literal["fp32", "bf16", "fp16"], name: Literal["phi_fast", "transformers eager"]
 ) -> None:
-    """Two training steps: seconds of the second and peak memory, as JSON.
+    """Run two training steps; print the seconds of the second and the peak memory, as JSON.
 
     preset: "small NAME" for the small run's model. name: one of `STEPS`.
     """
     torch.manual_seed(0)
     imports = peak_mb()
-    config, rows = PhiConfig.preset(preset.removeprefix("small ")), ROWS["phi-small"]
-    if preset.startswith("small "):
-        config, rows = models.small(config), 1
+    config, rows = shape(preset)
     step, seconds = STEPS[name](config, models.data(config, rows), DTYPES[dtype]), []
-    for _ in range(2):  # the optimizer's state is made by the first
+    for _ in range(2):  # the first makes the optimizer's state
         begin = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begin)
@@ -52,7 +49,7 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Parse the command line and run `measure`."""
     tolerate_encodings()
     tyro.cli(
         measure, args=arguments, prog="python -m benchmarks.one_process", config=(tyro.conf.PositionalRequiredArgs,)

@@ -1,4 +1,4 @@
-"""One op under autograd, timed forward and backward: what every kernel's benchmark shares."""
+"""Timing of one op under autograd, forward and backward, for every kernel's benchmark."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from phi_fast.kernels import use
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Tolerance, as a share of the largest output: it shows that contenders compute the same thing, not how well
-(tests/kernels shows that)."""
+"""Largest difference, relative to the largest output. It shows that contenders compute the same function; how
+accurately they do is tested in tests/kernels."""
 
 MOST = 2**29
-"""Bytes that a copy moves at most: beyond any cache, and a row's share of the bound is by rate."""
+"""Bytes that the copy moves at most. This is larger than any cache, and a row's share of the bound uses its rate."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one direction must move and multiply at least."""
+    """The least that one direction must move (bytes) and multiply (FLOPs)."""
 
     moved: int = 0
     flops: int = 0
@@ -37,14 +37,14 @@ class Op:
     """One implementation of an operation."""
 
     run: Callable[[], Tensor]
-    """The forward, recorded. All of a subject's give one shape."""
+    """The forward pass, recorded by autograd. All ops of a subject give outputs of one shape."""
     leaves: Sequence[Tensor]
-    """What the backward gives gradients of."""
+    """The tensors whose gradients the backward computes."""
     forward: Callable[[], object] | None = None
-    """Timed as the forward in place of `run`, where recording would need a copy that the op itself does not."""
+    """Timed as the forward instead of `run`, if recording needs a copy that the op itself does not need."""
     note: str = ""
     backend: tuple[str, str] | None = None
-    """(op, name): this project's back end that is chosen for as long as it runs, backward too; None: whatever is."""
+    """(op, name): back end of this project to use in forward and backward; None keeps the current choice."""
 
     def record(self) -> Tensor:
         with self._chosen():
@@ -55,7 +55,7 @@ class Op:
             return (self.forward or self.run)()
 
     def backward(self, dout: Tensor) -> Callable[[], object]:
-        """The backward of one recorded forward, again and again."""
+        """A call that runs the backward of one recorded forward, as often as it is called."""
         recorded: list[Tensor] = []
 
         def again() -> object:
@@ -71,7 +71,7 @@ class Op:
 
 
 def leaf(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    """Random numbers that want a gradient."""
+    """Random numbers that require a gradient."""
     return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
 
@@ -88,10 +88,10 @@ def measure(
     budget: float = 4.0,
     more: tuple[Mapping[str, Contender], Mapping[str, Contender]] = ({}, {}),
 ) -> list[Subject]:
-    """Two subjects, "NAME, forward" and "NAME, backward", each with the bounds that its cost calls for.
+    """Time two subjects, "NAME, forward" and "NAME, backward", each beside the bounds that apply to its cost.
 
-    costs: of the forward and the backward; (bytes, FLOPs) from which a row's share of the bound follows. more: further
-    contenders a direction, which state their own cost. budget: seconds a direction.
+    costs: of forward and backward, from which each row's share of the bound follows. more: further contenders for
+    forward and backward, which state their own cost. budget: seconds per direction.
     """
     agree({label: op.record for label, op in ops.items() if not isinstance(op, str)}, dout.dtype)
     subjects = []
@@ -119,7 +119,7 @@ def measure(
 
 
 def bounds(cost: Cost, like: Tensor, full: bool) -> dict[str, Contender]:
-    """The yardsticks of what an operation is bound by, on the device and in the dtype of `like`."""
+    """The copy and matrix product that bound an operation of this cost, on the device and in the dtype of `like`."""
     found = {}
     if cost.moved:
         found["copy"] = yardsticks.copy(min(cost.moved, MOST), like.device)
@@ -129,8 +129,8 @@ def bounds(cost: Cost, like: Tensor, full: bool) -> dict[str, Contender]:
 
 
 def agree(outputs: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
-    """Raises AssertionError where a contender does not compute, in `dtype`, what the first does. A peer that cannot run
-    is left to `compare`, which says why."""
+    """Raises AssertionError if a contender's output differs from the first one's by more than the tolerance of `dtype`.
+    A peer that cannot run is passed over here; `compare` reports the reason."""
     first: Tensor | None = None
     for label, output in outputs.items():
         try:
@@ -143,4 +143,4 @@ def agree(outputs: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype) -> No
             first = found
         error = (found.float() - first.float()).abs().max() / first.float().abs().max()
         if not error <= TOLERANCE[dtype]:
-            raise AssertionError(f"{label} is {error:.1e} of the largest output away from the first contender")
+            raise AssertionError(f"{label} differs from the first contender by {error:.1e} of the largest output")

@@ -1,4 +1,4 @@
-"""The README's picture: the loss of `make train`, and a training step beside its peers on the newest machine."""
+"""The README's picture: the loss of `make train`, and a training step beside its peers, from the newest results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVE = "make-train.jsonl"
-"""In the folder of results: the lines of a run's metrics.jsonl, of which step, loss and val_loss are read."""
+"""File in the folder of results with lines of a run's metrics.jsonl; step, loss and val_loss are used."""
 STEP = "training step, phi-small"
-"""Beginning of the names of the subjects that are drawn."""
+"""The names of the subjects that are drawn begin with this."""
 SMOOTHING = 10
-"""Steps that the smoothed loss is the mean of."""
+"""The smoothed loss is the mean of this many steps."""
 
 
 def has_step(document: dict[str, Any]) -> bool:
@@ -34,7 +34,7 @@ def draw(results: Path, document: dict[str, Any], path: Path) -> None:
 
 
 def figure(results: Path, document: dict[str, Any]) -> Figure:
-    """Loss curve on the left, bars on the right. Agg needs no display."""
+    """Draw the loss curve on the left and the bars on the right. Agg needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +67,7 @@ def _curve(axis: Axes, lines: list[Any]) -> None:
 
 
 def _bars(axis: Axes, document: dict[str, Any]) -> None:
-    """Each peer's time as a multiple of phi_fast's; the bound is left out."""
+    """Draw each peer's time as a multiple of phi_fast's; the bound is left out."""
     names, ratios, colors = [], [], []
     for subject in document["subjects"]:
         rows = [row for row in subject["rows"] if row["seconds"] and kind(row["name"]) != "bound"]

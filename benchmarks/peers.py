@@ -1,4 +1,4 @@
-"""Other implementations: which are there, and one line for each that is not."""
+"""Other implementations: which of them can run here, and for each that cannot, one line that says why."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ INSTALL = {
     "megatron": "make bench installs it, or: pip install megatron-core",
     "grain": "make bench installs it, or: pip install grain",
     "flash_attn": "needs a GPU and nvcc: pip install flash-attn",
-    "amp_C": "NVIDIA's apex is built from its source tree on a GPU machine; PyPI's package of that name is another",
+    "amp_C": "NVIDIA's apex is built from its source tree on a GPU machine; PyPI's package of that name is another one",
 }
 """Module -> how to get it."""
 
 _MODULES = {"flash-attn": "flash_attn", "apex": "amp_C"}
 """Back end -> the module it needs."""
 
-_NEED_A_GPU = {"liger_kernel": "its kernels are Triton's", "flash_attn": "it is CUDA", "amp_C": "it is CUDA"}
+_NEED_A_GPU = {"liger_kernel": "its kernels are in Triton", "flash_attn": "it is CUDA", "amp_C": "it is CUDA"}
 
 
 def absent(module: str) -> str | None:
-    """Why `module`'s ops cannot run here; None where they should."""
+    """Why `module`'s ops cannot run here; None if they should run."""
     if importlib.util.find_spec(module) is None:
         return f"not installed: {INSTALL[module]}"
     if module in _NEED_A_GPU and not torch.cuda.is_available():
-        return f"installed, and needs a GPU: {_NEED_A_GPU[module]}"
+        return f"installed, but needs a GPU: {_NEED_A_GPU[module]}"
     return None
 
 
 def peer(module: str, make: Callable[[], Made]) -> Made | str:
-    """What `make` gives, or why it cannot be made: `make` imports from `module`."""
+    """The result of `make`, which imports from `module`, or the reason why `module` cannot run here."""
     return absent(module) or make()
 
 
 def compiled(function: Callable[..., Made], full: bool) -> Callable[..., Made] | None:
-    """`function` under torch.compile; None in the small run, where the compiler would take longer than all the rest."""
+    """`function` under torch.compile; None in the small run, where compiling would take longer than everything else."""
     if not full:
         return None
     import torch._functorch.config as functorch
@@ -59,7 +59,8 @@ NOT_COMPILED = "compiled in the full run only"
 def backends(op: str, device: torch.device) -> dict[str, str]:
     """Row name -> back end of this project that can run `op` on `device`, the default first, without the reference.
 
-    Other libraries' kernels behind this project's interface are peers by name, as what they cannot do is not its doing.
+    Other libraries' kernels behind this project's interface get a peer's name, so that their failures do not count as
+    this project's.
     """
     names = dict.fromkeys([backend.name(op, device), *backend.BACKENDS, *backend.VENDORS])
     found = {}

@@ -1,6 +1,6 @@
-"""Bars of every row of a subject, and a figure per group of subjects, from a results document.
+"""A figure for each group of subjects in a results document, with a panel per subject and a bar per row.
 
-A bar is the median time with its interquartile range or, in a group of `FIGURES`, the figure it was measured for.
+A bar shows the median time with its interquartile range or, in a group of `FIGURES`, the quantity named there.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = {"ours": "#1f5fa8", "peer": "#a9c8e8", "bound": "#9a9a9a"}
-INCHES_A_BAR, INCHES_A_TITLE, INCHES_A_CAPTION, WIDTH = 0.26, 0.65, 0.3, 8.0
+INCHES_PER_BAR, INCHES_PER_TITLE, INCHES_PER_CAPTION, WIDTH = 0.26, 0.65, 0.3, 8.0
 TIME = "ms: median, and its quartiles as a line"
 FIGURES = {
     "peak memory of a step": ("peak MB", "MB at the peak of the process"),
     "stall share of a training step": ("waiting for data", "% of the step's time spent waiting for data"),
 }
-"""Groups whose figure is not the time: the column of `Row.extra` that is drawn, and what it is with its unit."""
+"""Groups that show another quantity than time: group -> (column of `Row.extra`, caption with its unit)."""
 
 
 def group(name: str) -> str:
@@ -35,7 +35,7 @@ def file_name(group_name: str) -> str:
 
 
 def draw(document: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Writes a PNG for every group with something measured into `folder`; group -> path. The file carries no date."""
+    """Write a PNG into `folder` for every group that has a measured row. Returns group -> path. PNGs have no date."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, figure in figures(document).items():
@@ -45,7 +45,7 @@ def draw(document: dict[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def figures(document: dict[str, Any]) -> dict[str, Figure]:
-    """The figure of every group with something measured, a panel per subject."""
+    """The figure of every group that has a measured row."""
     groups: dict[str, list[tuple[str, list[dict[str, Any]]]]] = {}
     for subject in document["subjects"]:
         name = group(subject["name"])
@@ -60,7 +60,7 @@ def _has_figure(group_name: str, row: dict[str, Any]) -> bool:
 
 
 def _bar(group_name: str, row: dict[str, Any]) -> tuple[float, float, float]:
-    """(value, its lower quartile, its upper quartile) of a row; all the same for a figure that was taken once."""
+    """(value, lower quartile, upper quartile) of a row; all three are equal for a quantity that was measured once."""
     if group_name in FIGURES:
         value = float(str(row["extra"][FIGURES[group_name][0]]).removesuffix("%"))
         return value, value, value
@@ -69,12 +69,12 @@ def _bar(group_name: str, row: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def _figure(name: str, panels: list[tuple[str, list[dict[str, Any]]]], device: str) -> Figure:
-    """One panel below the other, each with its own scale. Agg needs no display."""
+    """Draw one panel below the other, each with its own scale. Agg needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [INCHES_A_TITLE + INCHES_A_BAR * len(rows) for _, rows in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights) + INCHES_A_CAPTION), layout="constrained")
+    heights = [INCHES_PER_TITLE + INCHES_PER_BAR * len(rows) for _, rows in panels]
+    figure = Figure(figsize=(WIDTH, sum(heights) + INCHES_PER_CAPTION), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, (title, rows) in zip(axes, panels, strict=True):

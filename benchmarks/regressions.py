@@ -1,4 +1,4 @@
-"""Two results files row by row: what became slower by more than its repeats scatter."""
+"""Comparison of two results files row by row: which rows changed by more than their repeats scatter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.subjects import spread
 
 FLOOR = 0.02
-"""A change below this is none, however close the repeats lie."""
+"""A relative change below this does not count, even if the repeats scatter less."""
 
 Verdict = Literal["slower", "faster", "same"]
 
@@ -37,7 +37,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two results files have in common, and what only one of them has."""
+    """The rows that two results files have in common, and those that only one of them has."""
 
     changes: list[Change]
     only_before: list[str]
@@ -66,7 +66,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print what changed, what is in one file alone, and a summary line."""
+    """Print what changed, what is in only one file, and a summary line."""
     before, after = comparison.devices
     if before != after:
         console.print(f"note: measured on different devices, {before} and {after}")

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.report`: docs/benchmarks.md, its plots, and the README's picture, from results files alone.
+"""`python -m benchmarks.report` writes docs/benchmarks.md, its plots and the README's picture from results files.
 
-`--compare A.json B.json` instead says what became slower from A to B, and ends with status 1 where something did.
+`--compare A.json B.json` instead prints what became slower from A to B, and exits with 1 if anything did.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from phi_fast.terminal import console
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: written by python -m benchmarks.report -->", "<!-- end of results -->"
 TITLE = "# Benchmarks\n\nWritten by `python -m benchmarks.report` from `benchmarks/results/`; do not edit."
-HOW = """Times are medians of repeats taken in turn. Spread: interquartile range ÷ median. × phi_fast: the time as a
-multiple of the first phi_fast row's, repeat by repeat. Of bound: the least time that the copy and the matrix product
-of the same rounds allow for the bytes and FLOPs that the operation needs ÷ the median. Half of what a copy moves is
-writes, and a processor reads what it is about to write: an operation that writes less can pass 100%. A row that did not
-run says why."""
+HOW = """Times are medians. All rows of a table are timed in turn, round by round. "Spread" is the interquartile range ÷
+the median. "× phi_fast" is the time as a multiple of the first phi_fast row's time, from the ratios of each round. "Of
+bound" is the least possible time ÷ the median: the longer of the times that the operation's bytes and its FLOPs take at
+the rates of the copy and of the matrix product, timed in the same rounds. Half of what a copy moves is writes, and a
+processor reads memory before it writes it, so an operation that writes less can exceed 100%. A row that did not run
+says why."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Options:
     """What to do with results files."""
 
     compare: tuple[Path, Path] | None = None
-    """Two results files, before and after: print what changed, write nothing."""
+    """Two results files, before and after. Prints what changed, and writes nothing."""
     results: Path = RESULTS
     """The folder that holds DEVICE-DATE.json files."""
     root: Path = ROOT
@@ -43,11 +44,11 @@ class Options:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results document. Raises UsageError for a file that is none."""
+    """Read a results document. Raises UsageError for a file that is not one."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; expected a file of benchmarks/results/") from error
+        raise UsageError(f"{path} cannot be read: {error.strerror}; expected a file in benchmarks/results/") from error
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}); expected what pytest benchmarks --benchmark writes") from error
     if not isinstance(document, dict) or not {"machine", "subjects"} <= set(document):
@@ -67,13 +68,13 @@ def _last_day(document: dict[str, Any]) -> str:
 
 
 def _commits(document: dict[str, Any]) -> str:
-    """In the order they were measured; "+" is one with changes."""
+    """The commits in the order they were measured; "+" marks one with uncommitted changes."""
     in_order = sorted(document["subjects"], key=lambda subject: subject["measured"])
     return " and ".join(dict.fromkeys(subject["commit"] for subject in in_order))
 
 
 def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs: Path) -> str:
-    """One results file: every subject in full, by group, each group after its plot."""
+    """Markdown of one results file: every subject's table, grouped, with each group's plot first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for subject in document["subjects"]:
         groups.setdefault(plots.group(subject["name"]), []).append(subject)
@@ -88,10 +89,10 @@ def section(document: dict[str, Any], stem: str, plots_of: dict[str, Path], docs
 
 
 def newest(documents: dict[str, dict[str, Any]]) -> list[str]:
-    """The file of each device that the summary shows, by its stem, the newest first.
+    """The stems of the files that the summary shows, one for each device, the newest first.
 
-    The newest that is whole, however many parts (`pytest benchmarks -k rotary --benchmark`) were measured after it.
-    Where no file of a device is whole, the newest part.
+    For each device this is the newest whole file, even if parts (`pytest benchmarks -k rotary --benchmark`) were
+    measured after it. If no file of a device is whole, it is the newest part.
     """
 
     def rank(stem: str) -> tuple[bool, str]:
@@ -104,14 +105,15 @@ def newest(documents: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def write(results: Path, root: Path) -> None:
-    """Raises UsageError where there are no results, or the README has no markers."""
+    """Write the page, the plots and the picture. Raises UsageError without results, or without markers in the
+    README."""
     files = sorted(results.glob("*.json"))
     if not files:
         raise UsageError(f"no results in {results}; measure first: make bench, or pytest benchmarks --benchmark")
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
-        raise UsageError(f"{readme} lacks the lines {BEGIN} and {END}, between which the table goes")
+        raise UsageError(f"{readme} lacks the lines {BEGIN} and {END}, between which the picture goes")
     documents = {file.stem: read(file) for file in files}
     docs = root / "docs"
     sections = [
@@ -128,14 +130,12 @@ def write(results: Path, root: Path) -> None:
     )
     for stem, document in sorted(documents.items()):
         if not whole(document):
-            place = "all that was measured of its device, so" if stem in shown else "not"
-            print(
-                f"{stem} is a part of the benchmarks: {place} in the summary of docs/benchmarks.md. Whole: make bench"
-            )
+            place = "in the summary, since its device has no other" if stem in shown else "not in the summary"
+            print(f"{stem} has only a part of the benchmarks: {place} (docs/benchmarks.md). make bench measures all")
 
 
 def _picture(results: Path, documents: dict[str, dict[str, Any]], shown: list[str], docs: Path) -> str:
-    """Draw the README's picture, of the first of `shown` that has a training step; Markdown that shows it."""
+    """Draw the README's picture from the first of `shown` that has a training step. Returns Markdown that shows it."""
     drawn = next((stem for stem in shown if overview.has_step(documents[stem])), None)
     if drawn is None:
         return "No training step has been measured yet: `make bench`."
@@ -147,7 +147,7 @@ def _picture(results: Path, documents: dict[str, dict[str, Any]], shown: list[st
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit status: 0; 1 where --compare found something slower; 2 after an error."""
+    """Run the command. Returns its exit status: 0; 1 if --compare found something slower; 2 after an error."""
     tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.report", description=__doc__)
     try:

@@ -1,4 +1,4 @@
-"""Training steps of this project and of its peers, and the floor beneath them, for the benchmarks that time steps."""
+"""Training steps of this project and of its peers, and the floor that no step can go below."""
 
 from __future__ import annotations
 
@@ -25,9 +25,16 @@ from phi_fast.training.zero import parameter_groups
 ROWS = {"phi-tiny": 8, "phi-small": 4}
 RECIPE = RECIPES["tiny"]
 FLOOR = "matrix products and SDPA alone"
-LEFT_OUT = "left out, for the time it takes: measured in bf16, and with phi-tiny"
+LEFT_OUT = "left out because it takes long: measured in bf16, and with phi-tiny"
 Step = Callable[[], object]
 Batch = tuple[Tensor, Tensor]
+
+
+def shape(preset: models.Preset) -> tuple[PhiConfig, int]:
+    """(configuration, rows per step) of a preset; "small NAME" gives those of the small run."""
+    name = preset.removeprefix("small ")
+    config = PhiConfig.preset(name)
+    return (config, ROWS[name]) if name == preset else (models.small(config), 1)
 
 
 def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Step:
@@ -41,7 +48,7 @@ def bare_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
 
 
 def ours(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step:
-    """fp32 masters where the weights are 16 bits wide; the clip, and a skip on overflow, inside the update's pass."""
+    """This project's step: fp32 masters for 16-bit weights; the update's pass also clips, and skips on overflow."""
     model = Phi(config).to(batch[0].device, dtype)
     optimizer = FusedAdam(parameter_groups(model, RECIPE), lr=1e-4, master_weights=dtype != torch.float32)
 
@@ -62,7 +69,7 @@ def stock_step(
     dtype: torch.dtype,
     compile: Callable[[nn.Module], nn.Module | None] = lambda model: model,
 ) -> Step | str:
-    """A peer's model under torch's fused AdamW, which keeps its state in the weights' dtype."""
+    """A step of a peer's model under torch's fused AdamW, which keeps its state in the weights' dtype."""
     model = model.to(batch[0].device, dtype)
     run = compile(model)
     if run is None:
@@ -85,7 +92,7 @@ def litgpt(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step | str:
 
 
 def floor(config: PhiConfig, rows: int, dtype: torch.dtype, where: torch.device) -> Step:
-    """The products of one step on buffers of their shapes, and torch's attention."""
+    """The matrix products of one step, on buffers of the same shapes, and torch's attention."""
     d, heads, length = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     tokens = rows * length
     part = config.vocab_size // 8
@@ -114,7 +121,7 @@ def floor(config: PhiConfig, rows: int, dtype: torch.dtype, where: torch.device)
 
 
 def with_rates(subject: Subject, tokens: int) -> Subject:
-    """Tokens per second in every row, of steps of `tokens`."""
+    """Add tokens per second to every row of a subject whose steps have `tokens` tokens."""
     for row in subject.rows:
         if row.median:
             row.extra["tokens/s"] = round(tokens / row.median)
@@ -122,7 +129,7 @@ def with_rates(subject: Subject, tokens: int) -> Subject:
 
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
-    """What `benchmarks.one_process` prints."""
+    """Run `benchmarks.one_process` and return what it prints."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.one_process", *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     if done.returncode:

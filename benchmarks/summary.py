@@ -1,4 +1,4 @@
-"""The two short tables of a machine: whole steps, and one line per kernel."""
+"""The two short tables for a machine: whole steps, and kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 def tables(document: dict[str, Any]) -> str:
-    """Markdown of what a results file has of `STEPS` and `KERNELS`."""
+    """Markdown tables of the subjects in `STEPS` and `KERNELS` that a results file has."""
     subjects = document["subjects"]
     return "\n\n".join(table for table in (_steps(subjects), _kernels(subjects)) if table)
 
 
 def _steps(subjects: list[dict[str, Any]]) -> str:
-    """One line per subject: this project's ms per step, and every other's time as a multiple of it."""
+    """One line per subject: this project's ms per step, and every other row's time as a multiple of it."""
     body = []
     for subject in subjects:
         own = _ours(subject)
@@ -30,11 +30,12 @@ def _steps(subjects: list[dict[str, Any]]) -> str:
         others = [row for row in subject["rows"] if row["seconds"] and row is not own]
         ratios = "; ".join(f"{row['name']} {paired_ratio(row['seconds'], own['seconds']):.2f}×" for row in others)
         body.append([subject["name"], _ms(own), f"{own['extra'].get('tokens/s', 0):,}", ratios])
-    return markdown(["", "phi_fast ms", "tokens/s", "time of the others"], body) if body else ""
+    return markdown(["", "phi_fast ms", "tokens/s", "times of the others"], body) if body else ""
 
 
 def _kernels(subjects: list[dict[str, Any]]) -> str:
-    """A line per kernel and shape, a column per dtype: ms, the fastest peer's multiple of it, share of the bound."""
+    """One line per kernel and shape, one column per dtype: ms, the fastest peer's multiple of it, share of the
+    bound."""
     lines: dict[str, dict[str, list[str]]] = {}
     for subject in subjects:
         parts = subject["name"].split(", ")
@@ -46,7 +47,7 @@ def _kernels(subjects: list[dict[str, Any]]) -> str:
         lines.setdefault(", ".join(parts[:at]), {}).setdefault(dtype, []).append(cell)
     columns = [dtype for dtype in DTYPES if any(dtype in line for line in lines.values())]
     body = [[name, *("<br>".join(line.get(dtype, [])) for dtype in columns)] for name, line in lines.items()]
-    legend = "For each kernel: ms, the fastest peer's time as a multiple of it, and the share of what the bound allows."
+    legend = "Each cell has the kernel's ms, the fastest peer's time as a multiple of it, and the share of the bound."
     return f"{legend}\n\n{markdown(['', *columns], body)}" if body else ""
 
 
@@ -65,7 +66,7 @@ def _cell(subject: dict[str, Any]) -> str:
 
 
 def _ours(subject: dict[str, Any]) -> dict[str, Any] | None:
-    """The first of this project's rows that was measured."""
+    """The first row of this project that was measured."""
     return next((row for row in subject["rows"] if kind(row["name"]) == "ours" and row["seconds"]), None)
 
 

@@ -1,4 +1,4 @@
-"""A subject as a table: in the terminal, and as Markdown from the JSON. Both have the same columns."""
+"""A subject as a table in the terminal, and as Markdown from the JSON, with the same columns."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.table import Table
 from benchmarks.subjects import Subject, kind, paired_ratio, spread
 
 COLUMNS = ("median ms", "spread", "× phi_fast", "of bound")
-"""× phi_fast: the time as a multiple of this project's first row. Of bound: `Row.of_bound`."""
+"""× phi_fast is the time as a multiple of this project's first row, and of bound is `Row.of_bound`."""
 
 
 def cells(subject: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(header, a list of cells for each row) of a subject as the JSON holds it."""
+    """(header, a list of cells for each row) of a subject in the JSON's form."""
     rows = subject["rows"]
     extras = list(dict.fromkeys(key for row in rows for key in row["extra"]))
     bounded = any(row.get("of_bound") for row in rows)
@@ -48,18 +48,18 @@ def _extras(row: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table: names and texts to the left, figures to the right."""
+    """A Markdown table with text aligned left and figures aligned right."""
     texts = [all(not line[i][:1].isdigit() for line in body) for i in range(len(header))]
     rule = ["---" if text else "---:" for text in texts]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 
 def describe(config: dict[str, Any]) -> str:
-    return ", ".join(f"{key.replace(' a ', ' per ')} {value}" for key, value in config.items())
+    return ", ".join(f"{key} {value}" for key, value in config.items())
 
 
 def show(subject: Subject, console: Console) -> None:
-    """Print the subject."""
+    """Print the subject as a table."""
     header, body = cells(asdict(subject))
     table = Table(title=f"{subject.name}: {describe(subject.config)}")
     for title in header:

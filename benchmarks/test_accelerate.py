@@ -1,7 +1,7 @@
-"""Hugging Face models before and after `accelerate`: a training step (forward, backward, clip, AdamW) on one instance.
+"""A training step (forward, backward, clip, AdamW) of Hugging Face models before and after `accelerate`.
 
-Every row trains the same weights on the same tokens under torch's fused AdamW, labels given, so that the model's own
-loss is part of it. The paired ratio is taken round by round.
+Every row trains the same weights on the same tokens under torch's fused AdamW. Labels are given, so the step includes
+the model's own loss. The paired ratio is taken round by round.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import models
 from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES
 from benchmarks.peers import absent, compiled
+from benchmarks.steps import Step, bare_step, with_rates
 from benchmarks.timing import device
 from phi_fast import PhiConfig
 from phi_fast.kernels import accelerate
@@ -26,7 +26,6 @@ from phi_fast.kernels import accelerate
 BEFORE, AFTER = "transformers", "phi_fast accelerate"
 NOT_COMPILED = "compiled in the full run, for phi-tiny only"
 ROWS, LENGTH = {"phi-tiny": 8, "pythia-70m": 4, "llama": 8}, 256
-Step = Callable[[], object]
 
 
 def phi_tiny(full: bool) -> PreTrainedModel:
@@ -35,7 +34,7 @@ def phi_tiny(full: bool) -> PreTrainedModel:
 
 
 def pythia_70m(full: bool) -> PreTrainedModel:
-    """EleutherAI/pythia-70m, of random weights."""
+    """EleutherAI/pythia-70m with random weights."""
     shape: dict[str, Any] = {
         "vocab_size": 50304 if full else 512,
         "hidden_size": 512,
@@ -48,7 +47,7 @@ def pythia_70m(full: bool) -> PreTrainedModel:
 
 
 def llama(full: bool) -> PreTrainedModel:
-    """phi-tiny's width in Llama's layout: where few of the ops fit."""
+    """A Llama of phi-tiny's width, on which few of the ops fit."""
     shape: dict[str, Any] = {
         "vocab_size": 8192 if full else 512,
         "hidden_size": 256,
@@ -65,7 +64,7 @@ MODELS: dict[str, Callable[[bool], PreTrainedModel]] = {"phi-tiny": phi_tiny, "p
 
 
 def liger(name: str, model: PreTrainedModel) -> PreTrainedModel | str:
-    """Liger-Kernel's patch of the instance. Its rotary is left out: it would replace that of every model here."""
+    """The model patched by Liger-Kernel, without its rotary, which would replace that of every model here."""
     if name != "llama":
         return f"does not cover {type(model).__name__}"
     if reason := absent("liger_kernel"):
@@ -77,17 +76,10 @@ def liger(name: str, model: PreTrainedModel) -> PreTrainedModel | str:
 
 
 def training_step(model: PreTrainedModel, ids: torch.Tensor, run: Callable[..., Any] | None = None) -> Step:
-    """run: the model compiled, or None."""
+    """A step of the model, or of its compiled form `run`."""
+    call = run or model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    call = model if run is None else run
-
-    def step() -> None:
-        call(input_ids=ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return bare_step(model, optimizer, lambda: call(input_ids=ids, labels=ids).loss)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -114,9 +106,6 @@ def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None
         repeats=9 if full else 1,
         budget=15.0,
     )
-    for row in subject.rows:
-        if row.median:
-            row.extra["tokens/s"] = round(rows * length / row.median)
-    after = next(row for row in subject.rows if row.name == AFTER)
+    after = next(row for row in with_rates(subject, rows * length).rows if row.name == AFTER)
     after.extra["paired ratio"] = f"{subject.ratio(BEFORE, AFTER):.2f}"
     results.add(subject)

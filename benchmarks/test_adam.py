@@ -1,7 +1,8 @@
-"""AdamW over 50 M parameters: fp32 as every library steps it, and the whole update that a 16-bit model needs.
+"""AdamW over 50 M parameters: the fp32 step that every library has, and the whole update that a 16-bit model needs.
 
-Bytes a parameter: fp32 28 (gradient read; weight, m, v read and written). The whole update 30: the 16-bit gradient read
-for its norm and again; master, m, v read and written; the 16-bit weight written. Peers do the latter in passes.
+The fp32 step moves 28 bytes per parameter: it reads the gradient, and reads and writes weight, m and v. The whole
+update moves 30: it reads the 16-bit gradient twice (once for its norm), reads and writes master, m and v, and writes
+the 16-bit weight. Peers make the whole update in several passes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from phi_fast.training.distributed import deepspeed
 OPTIONS = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}
 CLIP = 1.0
 COMPILED = 20.0
-"""Seconds beyond which making DeepSpeed's optimizer, its process and imports included, was a build."""
+"""If making DeepSpeed's optimizer takes longer than this many seconds, process and imports included, it was
+compiled."""
 BUILD_LIMIT = 240
-"""Seconds after which its build is given up."""
+"""Seconds after which its build is abandoned."""
 Step = Callable[[], object]
 
 
@@ -39,7 +41,7 @@ def parameter(n: int, grad: Tensor) -> nn.Parameter:
 
 
 def deepspeed_adam(params: list[nn.Parameter], full: bool) -> tuple[torch.optim.Optimizer, str] | str:
-    """(its optimizer, a note), or why there is none. It is compiled when it is first made, which takes a minute."""
+    """(DeepSpeed's optimizer, a note), or why there is none. The first call compiles it, which takes a minute."""
     if not full:
         return "compiled in the full run only"
     kind = "cuda" if params[0].is_cuda else "cpu"
@@ -56,8 +58,8 @@ def deepspeed_adam(params: list[nn.Parameter], full: bool) -> tuple[torch.optim.
 
 
 def build_deepspeed_adam(kind: str) -> str | None:
-    """Compile it in a process of its own, and say what failed: beside the lock that a build leaves when it is killed,
-    the next one would wait for ever."""
+    """Compile it in a separate process, and return what failed, or None. The time limit matters because a killed build
+    leaves a lock for which the next build would wait for ever."""
     name = "FusedAdam" if kind == "cuda" else "DeepSpeedCPUAdam"
     code = (
         f"import torch; from phi_fast.training.distributed import deepspeed; deepspeed('{kind}'); "
@@ -72,7 +74,7 @@ def build_deepspeed_adam(kind: str) -> str | None:
             timeout=BUILD_LIMIT,
         )
     except subprocess.TimeoutExpired:
-        return f"not compiled after {BUILD_LIMIT} s: remove what a killed build left in ~/.cache/torch_extensions"
+        return f"not compiled after {BUILD_LIMIT} s: remove the lock of a killed build in ~/.cache/torch_extensions"
     if done.returncode:
         return f"does not build here: {done.stderr.strip().splitlines()[-1][:120]}"
     return None
@@ -117,7 +119,8 @@ def test_adam_fp32(full: bool, results: Results) -> None:
 
 
 def test_whole_update_of_bf16_weights(full: bool, results: Results) -> None:
-    """Norm, unscale, clip, skip on overflow, Adam on the fp32 master, 16-bit weights written."""
+    """The update includes norm, unscaling, clipping, the skip on overflow, Adam on the fp32 master, and the 16-bit
+    weights."""
     n, where = 50_000_000 if full else 4096, device()
     grad = torch.randn(n, device=where).bfloat16()
     cost = Cost(moved=30 * n)
@@ -156,8 +159,8 @@ def own_update(grad: Tensor) -> Step:
 
 
 def update_in_passes(grad: Tensor, master: nn.Parameter, optimizer: torch.optim.Optimizer) -> Step:
-    """The update as mixed-precision trainers write it around a stock optimizer: fp32 gradient, norm, scale, step,
-    cast."""
+    """The update as mixed-precision trainers build it around a stock optimizer: copy the gradient to fp32, norm, scale,
+    step, cast."""
     weight = torch.zeros_like(grad)
 
     def step() -> None:

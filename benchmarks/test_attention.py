@@ -1,6 +1,6 @@
 """Causal attention on slices of a packed buffer, at phi-small's shape and at phi-1.5's length.
 
-FLOPs of the causal half: two products forward, five backward (the scores are formed again).
+FLOPs count the causal half: two products forward, five backward (the scores are computed again).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.usefixtures("kept_memory")
 
 HEAD_DIM = 64
 SHAPES = {"sequence 512": (4, 512, 8), "sequence 2048": (1, 2048, 8)}
-"""Batch, sequence, heads: phi-small's, and phi-1.5's length."""
+"""Name -> (batch, sequence, heads): phi-small's shape, and phi-1.5's length."""
 
 
 def by_head(packed: Tensor) -> list[Tensor]:
-    """q, k, v (batch, heads, sequence, head_dim), views."""
+    """Views q, k, v (batch, heads, sequence, head_dim)."""
     return [x.transpose(1, 2) for x in packed.unbind(2)]
 
 
 def eager(packed: Tensor) -> Tensor:
-    """The formula, with all scores in memory."""
+    """Attention by its formula, with all scores in memory."""
     q, k, v = by_head(packed)
     hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(2, 3) * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf)
@@ -45,7 +45,7 @@ def sdpa(packed: Tensor) -> Tensor:
 
 
 class Module(nn.Module):
-    """What transformers' attention functions ask of the module that calls them."""
+    """The attributes that transformers' attention functions read from the module that calls them."""
 
     num_key_value_groups, is_causal = 1, True
 
@@ -90,7 +90,7 @@ def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None
         "flash-attn": peer("flash_attn", lambda: of(flash_attn)),
         "Liger-Kernel": absent("liger_kernel") or "has no attention over all keys",
     }
-    product = batch * heads * sequence**2 * HEAD_DIM  # 2 FLOPs of half of the pairs
+    product = batch * heads * sequence**2 * HEAD_DIM  # 2 FLOPs for half of the pairs
     costs = (Cost(flops=2 * product), Cost(flops=5 * product))
     config = {"batch": batch, "sequence": sequence, "heads": heads, "head dim": HEAD_DIM}
     measure(f"attention, {shape}, {dtype}", ops, dout, results, costs=costs, config=config, full=full)

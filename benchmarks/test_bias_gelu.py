@@ -1,8 +1,8 @@
 """gelu(x + bias) in its tanh form, over phi-1.5's MLP width.
 
-Bytes: forward reads x and writes the result; backward reads x and its gradient and writes one. The rows "into given
-memory" are the kernel as the parallel block calls it: no bias (the matrix product has added it), no allocation, and a
-backward that writes the activation a second time.
+Bytes: the forward reads x and writes the result; the backward reads x and the result's gradient and writes the gradient
+of x. The rows "into given memory" call the kernel as the parallel block does: without a bias (the matrix product has
+added it), without allocation, and with a backward that also writes the activation again.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def megatron(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def in_given_memory(x: Tensor, dout: Tensor) -> tuple[dict, dict]:
-    """The default back end's kernels into memory that is there."""
+    """The default back end's kernels, which write into existing memory."""
     kernel = backend.implementation("bias_gelu", x.device)
     x = x.detach()
     out, dx, activation = (torch.zeros_like(x) for _ in range(3))
     size = x.numel() * x.element_size()
     forward = Contender(lambda: kernel.forward(x, None, out=out), 2 * size, note="without a bias")
     backward = Contender(
-        lambda: kernel.backward(dout, x, None, dx=dx, activation=activation), 4 * size, note="and the activation again"
+        lambda: kernel.backward(dout, x, None, dx=dx, activation=activation), 4 * size, note="writes the activation too"
     )
     return {"phi_fast, into given memory": forward}, {"phi_fast, into given memory": backward}
 
@@ -67,7 +67,7 @@ def test_bias_gelu(dtype: str, full: bool, results: Results) -> None:
         "torch.compile": Op(lambda: fast(x, bias), [x, bias]) if fast else NOT_COMPILED,
         "transformers gelu_new": Op(lambda: transformers(x, bias), [x, bias]),
         "Megatron bias_gelu": peer("megatron", lambda: megatron_op(x, bias, full)),
-        "Liger-Kernel": absent("liger_kernel") or "has no GELU of one input, only GEGLU",
+        "Liger-Kernel": absent("liger_kernel") or "has only GEGLU, no GELU of one input",
     }
     size = x.numel() * x.element_size()
     measure(

@@ -1,8 +1,8 @@
 """The trainer's whole step under DeepSpeed ZeRO-2 beside transformers + DeepSpeed, in one process and in two.
 
-A step is everything but the loader, whose share test_loader.py measures: forward, backward, partitioned gradients,
-norm, clip, Adam, weights gathered. What the engine adds is the difference to "phi_fast without DeepSpeed", the bare
-step.
+A step is everything except the loader, whose share test_loader.py measures: forward, backward, partitioning the
+gradients, norm, clip, Adam, gathering the weights. The cost of the engine is the difference from "phi_fast without
+DeepSpeed", the bare step.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from benchmarks import models, zero2
 from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES
-from benchmarks.steps import ROWS, ours, with_rates
+from benchmarks.steps import ours, shape, with_rates
 from benchmarks.subjects import Contender, Row, Subject
-from phi_fast import PhiConfig
 from phi_fast.training.distributed import join
 
-PRESET = "phi-tiny"
+PRESET: Literal["phi-tiny"] = "phi-tiny"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_one_process(dtype: str, full: bool, results: Results) -> None:
-    config, rows, world = PhiConfig.preset(PRESET), ROWS[PRESET], join("auto")
-    if not full:
-        config, rows = models.small(config), 1
+    world, (config, rows) = join("auto"), shape(PRESET if full else f"small {PRESET}")
     batch = models.data(config, rows, world.device)
     running = zero2.contenders(config, rows, world, dtype)  # type: ignore[arg-type]
     running["phi_fast without DeepSpeed"] = ours(config, batch, DTYPES[dtype])
@@ -48,17 +46,16 @@ def test_one_process(dtype: str, full: bool, results: Results) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_two_processes(dtype: str, full: bool, results: Results) -> None:
-    """On a CPU the two share the cores; on a machine with two GPUs each has its own."""
-    preset = PRESET if full else f"small {PRESET}"
+    """On a CPU the two processes share the cores; on a machine with two GPUs each process has a GPU."""
+    preset: models.Preset = PRESET if full else f"small {PRESET}"
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", "benchmarks.zero2", preset, dtype, "5" if full else "1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
-    rows = ROWS[PRESET] if full else 1
-    length = PhiConfig.preset(PRESET).max_position_embeddings if full else 64
-    config = {"rows per rank": rows, "tokens per row": length, "ranks": found["ranks"]}
-    config["threads per rank"] = found["threads"]
+    config, rows = shape(preset)
+    length, ranks = config.max_position_embeddings, found["ranks"]
+    settings = {"rows per rank": rows, "tokens per row": length, "ranks": ranks, "threads per rank": found["threads"]}
     measured = [Row(name, seconds) for name, seconds in found["seconds"].items()]
-    subject = Subject(f"end to end under ZeRO-2, {PRESET}, {dtype}, 2 processes", config, measured)
-    results.add(with_rates(subject, found["ranks"] * rows * length))
+    subject = Subject(f"end to end under ZeRO-2, {PRESET}, {dtype}, 2 processes", settings, measured)
+    results.add(with_rates(subject, ranks * rows * length))

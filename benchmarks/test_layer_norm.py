@@ -1,7 +1,8 @@
-"""LayerNorm over phi-1.5's width. transformers and litgpt call torch's: "torch eager" is theirs too.
+"""LayerNorm over phi-1.5's width. transformers and litgpt call torch's, so "torch eager" stands for them too.
 
-Bytes: forward reads x and writes the result; backward reads x and its gradient and writes one. The rows "into given
-memory" are the kernel as the parallel block calls it: no allocation, and the residual's gradient (one more read) added.
+Bytes: the forward reads x and writes the result; the backward reads x and the result's gradient and writes the gradient
+of x. The rows "into given memory" call the kernel as the parallel block does: without allocation, and with the
+residual's gradient added, which is one more read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def flash_attn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def in_given_memory(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> tuple[dict, dict]:
-    """The default back end's kernels into memory that is there."""
+    """The default back end's kernels, which write into existing memory."""
     kernel = backend.implementation("layer_norm", x.device)
     x, weight, bias = (t.detach() for t in (x, weight, bias))
     out, dx, residual_grad = (torch.zeros_like(x) for _ in range(3))

@@ -1,7 +1,8 @@
 """lm_head and loss at phi-small's vocabulary, and the loss alone on one chunk of logits.
 
-FLOPs: the logits, and the gradients of hidden and weight: 3 products. This project and Liger form the gradients in the
-forward, so forward and backward are timed together. Bytes of the loss alone: the logits read, their gradient written.
+FLOPs: three matrix products, for the logits and for the gradients of hidden and weight. This project and Liger compute
+the gradients in the forward, so forward and backward are timed together. Bytes of the loss alone: the logits are read
+and their gradient is written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from phi_fast.kernels import backend, linear_cross_entropy, use
 pytestmark = pytest.mark.usefixtures("kept_memory")
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(hidden (rows, d), weight (V, d), bias (V,), labels (rows,)) -> the mean."""
+"""(hidden (rows, d), weight (V, d), bias (V,), labels (rows,)) -> the mean loss."""
 
 
 def eager(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def test_cross_entropy_of_a_chunk(dtype: str, full: bool, results: Results) -> N
         "phi_fast": Contender(
             lambda: kernel.cross_entropy_(scratch, labels, dbias=dbias, **options),
             cost.moved,
-            note="in place, and dbias",
+            note="in place, with dbias",
         ),
         "torch eager": Contender(theirs, cost.moved),
     }

@@ -1,8 +1,8 @@
-"""Batches of 8 × 2048 tokens from one token file, by our loader and by those its users come from.
+"""Batches of 8 × 2048 tokens from one token file, read by this project's loader and by other common ones.
 
-Each is timed batch by batch, in turn, with the file in the page cache and without. Tokens/s a core is of the CPU time
-of all threads, also of what they do ahead after a turn; the percentiles are of the wall time that a training loop
-would wait for each batch.
+Loaders are timed batch by batch, in turn, with the file in the page cache and without. Tokens/s per core uses the CPU
+time of all threads, including what they read ahead after a turn. The percentiles are of the wall time that a training
+loop would wait for each batch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from phi_fast.data import Mixture, TokenLoader
 
 BATCH, LENGTH = 8, 2048
 Make = Callable[[Path], tuple[Callable[[], object], Callable[[], None]]]
-"""A contender: from the file, the call that gives the next (input_ids, labels), and the one that lets go of all."""
+"""Makes a contender from the file: a call that returns the next (input_ids, labels), and a call that closes it."""
 
 
 def memcpy_bound(path: Path):
-    """What any loader must write: two int64 tensors, here copied from memory that is always the same."""
+    """The least that any loader must do: write two int64 tensors, here copied from the same memory each time."""
     source, out = np.zeros((2, BATCH, LENGTH), np.int64), np.empty((2, BATCH, LENGTH), np.int64)
     return lambda: np.copyto(out, source), lambda: None
 
 
 def nanogpt(path: Path):
-    """nanoGPT's get_batch: the file is mapped anew for each batch, and rows start anywhere."""
+    """nanoGPT's get_batch, which maps the file anew for each batch and starts rows anywhere."""
 
     def next_batch():
         data = np.memmap(path, dtype=np.uint16, mode="r")
@@ -50,7 +50,7 @@ def nanogpt(path: Path):
 
 
 def numpy_gather(path: Path):
-    """One fancy index for the whole batch."""
+    """NumPy's advanced indexing, once for the whole batch."""
     data = np.memmap(path, dtype=np.uint16, mode="r")
     generator, offsets = np.random.default_rng(0), np.arange(LENGTH + 1)
 
@@ -83,7 +83,7 @@ def grain(path: Path):
 
 
 def megatron(path: Path):
-    """Megatron's GPTDataset, row by row as its sampler asks for them, stacked; no worker processes beside it."""
+    """Megatron's GPTDataset without worker processes; rows are read one by one in its sampler's order, and stacked."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexWriter
     from megatron.core.datasets.utils import Split
@@ -141,9 +141,11 @@ class Times:
     """Times of one contender."""
 
     rounds: list[float] = field(default_factory=list)
-    """Wall seconds per batch, mean of each round."""
+    """Wall seconds per batch, as the mean of each round."""
     batches: list[float] = field(default_factory=list)
+    """Wall seconds of each batch."""
     cpu: float = 0.0
+    """CPU seconds of all threads."""
 
     def run(self, next_batch: Callable[[], object], count: int) -> None:
         cpu, marks = time.process_time(), [time.perf_counter()]
@@ -158,11 +160,11 @@ class Times:
     def row(self, name: str) -> Row:
         percentiles = {f"p{q} µs": round(1e6 * float(np.percentile(self.batches, q)), 1) for q in (50, 99, 99.9)}
         rate = len(self.batches) * BATCH * LENGTH / max(self.cpu, 1e-9)
-        return Row(name, self.rounds, extra=percentiles | {"M tokens/s a core": round(rate / 1e6, 1)})
+        return Row(name, self.rounds, extra=percentiles | {"M tokens/s per core": round(rate / 1e6, 1)})
 
 
 def settle() -> None:
-    """Wait until no thread works: what a contender reads ahead must not fall into the next one's turn."""
+    """Wait until no thread works, so that a contender's reading ahead does not fall into the next one's turn."""
     for _ in range(100):
         before = time.process_time()
         time.sleep(0.03)
@@ -171,7 +173,7 @@ def settle() -> None:
 
 
 def forget(path: Path) -> None:
-    """Drop the file from the page cache; only pages that nobody maps go."""
+    """Drop the file's pages from the page cache, except those that a process maps."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -202,7 +204,7 @@ def test_batches(token_file: Path, cache: str, full: bool, results: Results) -> 
                 for _, close in open_.values():
                     close()
                 open_.clear()
-                gc.collect()  # what is mapped would stay in memory
+                gc.collect()  # mapped pages would stay in memory
                 forget(token_file)
             elif round_ == 0:
                 np.fromfile(token_file, np.uint8)
@@ -218,13 +220,13 @@ def test_batches(token_file: Path, cache: str, full: bool, results: Results) -> 
     subject = Subject(f"token loader, {cache} page cache", config, rows)
     results.add(subject)
     if full and cache == "warm":
-        rates = {row.name: row.extra["M tokens/s a core"] for row in rows if row.seconds}
+        rates = {row.name: row.extra["M tokens/s per core"] for row in rows if row.seconds}
         peers = max(rates[name] for name in rates if name.startswith(("nanoGPT", "numpy", "Grain", "Megatron")))
         assert rates["phi_fast"] > peers
 
 
 def test_share_of_a_training_step(tmp_path: Path, full: bool, results: Results) -> None:
-    """What of a step is spent waiting for `next(loader)`: forward and backward of phi-tiny."""
+    """The share of a step (forward and backward of phi-tiny) that is spent waiting for `next(loader)`."""
     torch.manual_seed(0)
     config = PhiConfig.preset("phi-tiny")
     batch_size, length = (8, 256) if full else (2, 32)

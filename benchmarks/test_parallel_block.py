@@ -1,7 +1,8 @@
 """One phi block, forward and backward, with the same weights in every implementation.
 
-FLOPs: the products of Wq, Wk, Wv, dense, fc1 and fc2 (12 d² weights) and causal attention; twice that backward, and
-attention's scores again. "products and SDPA alone" is what no packing or fusing can remove, timed beside the others.
+FLOPs: the matrix products with Wq, Wk, Wv, dense, fc1 and fc2 (12 d² weights) and causal attention; the backward has
+twice as many, and computes attention's scores again. "products and SDPA alone" is the part that no packing or fusing
+can remove.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def litgpt_block(model: Phi, x: Tensor) -> Op:
 
 
 def alone(config: PhiConfig, x: Tensor, costs: tuple[Cost, Cost]) -> tuple[dict, dict]:
-    """The block's matrix products, merged, and torch's SDPA, on buffers of their shapes."""
+    """The block's merged matrix products and torch's SDPA, on buffers of the same shapes."""
     d, tokens = config.hidden_size, x.shape[0] * x.shape[1]
     h, packed, mixed, w_in, w_out = (
         torch.randn(*shape, device=x.device).to(x.dtype)
@@ -115,7 +116,7 @@ def test_parallel_block(dtype: str, full: bool, results: Results) -> None:
         "Liger-Kernel": absent("liger_kernel") or "does not cover phi",
     }
     products = 2 * rows * length * 12 * d**2
-    scores = rows * length**2 * d  # 2 FLOPs of half of the pairs, a product
+    scores = rows * length**2 * d  # per product, 2 FLOPs for half of the pairs
     costs = (Cost(flops=products + 2 * scores), Cost(flops=2 * products + 5 * scores))
     measure(
         f"parallel_block, {dtype}",

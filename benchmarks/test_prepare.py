@@ -1,8 +1,9 @@
-"""`prepare` end to end beside what `tokenizers` alone reaches on the same documents and cores.
+"""`prepare` end to end beside the speed of `tokenizers` alone, on the same documents and cores.
 
-The peer has the documents in memory as Python strings and drops its encodings; ours starts from a JSONL file and ends
-with a shuffled, checksummed corpus on disk. Its start (worker processes, the tokenizer sent to each), which is the same
-for any size, is timed on one document: the row's MB/s are with it, and beside them stands what each further byte gets.
+The peer has the documents in memory as Python strings and discards its encodings. `prepare` starts from a JSONL file
+and ends with a shuffled, checksummed corpus on disk. Its start-up (worker processes, sending the tokenizer to each)
+takes the same time for any size, and is timed on one document. The row's "MB/s" includes the start-up, "MB/s after it"
+does not.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from phi_fast.data.vocabulary import tokenizer
 from phi_fast.terminal import console as open_console
 
 BATCH = 256
-"""Documents in one call of the peer's."""
+"""Documents per call of the peer."""
 
 
 def load_documents(size: int) -> list[str]:
-    """About `size` bytes of Python sources, no document twice: the standard library's, its tests', then torch's…."""
+    """About `size` bytes of Python sources, no document twice: the standard library, its tests, torch, transformers."""
     documents: list[str] = []
     total = 0
     folders = (standard_library() / "test", *(Path(str(module.__file__)).parent for module in (torch, transformers)))
@@ -47,7 +48,7 @@ def load_documents(size: int) -> list[str]:
 
 
 def seconds_of_tokenizers(documents: list[str], encoder: Tokenizer) -> float:
-    """Its own threads on every core, by its faster call."""
+    """Seconds that `tokenizers` takes with its own threads on every core, by the faster of its two calls."""
     encode = encoder.encode_batch_fast
     start = time.perf_counter()
     for first in range(0, len(documents), BATCH):

@@ -1,6 +1,6 @@
-"""Rotary embedding of half of each head's dims: q and k of a packed buffer, beside what others rotate.
+"""Rotary embedding of half of each head's dims, on q and k in a packed buffer, beside the peers' functions.
 
-Bytes: half of q and k, read and written. Peers that write new tensors move twice as much, and their row shows it.
+Bytes: half of q and k, read and written. Peers that write new tensors move twice as much, which makes them slower.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def transformers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What PhiAttention does: q and k split, rotated, joined. cos and sin (1, sequence, rotary_dim)."""
+    """Split, rotate and join q and k as PhiAttention does. cos and sin (1, sequence, rotary_dim)."""
     q, k = x.chunk(2, 2)
-    turned = apply_rotary_pos_emb(q[..., :ROTARY_DIM], k[..., :ROTARY_DIM], cos, sin, unsqueeze_dim=2)
-    return torch.cat([torch.cat((t, y[..., ROTARY_DIM:]), -1) for t, y in zip(turned, (q, k), strict=True)], 2)
+    rotated = apply_rotary_pos_emb(q[..., :ROTARY_DIM], k[..., :ROTARY_DIM], cos, sin, unsqueeze_dim=2)
+    return torch.cat([torch.cat((r, y[..., ROTARY_DIM:]), -1) for r, y in zip(rotated, (q, k), strict=True)], 2)
 
 
 def litgpt(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What its CausalSelfAttention does, on heads before rows."""
+    """Rotate as litgpt's CausalSelfAttention does, on (batch, heads, sequence, head_dim)."""
     from litgpt.model import apply_rope
 
     heads = x.transpose(1, 2)
@@ -49,8 +49,8 @@ def liger(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rope
 
     q, k = (y.transpose(1, 2) for y in x.chunk(2, 2))
-    turned = liger_rope(q.clone(), k.clone(), cos, sin, rotary_dim=ROTARY_DIM)
-    return torch.cat([y.transpose(1, 2) for y in turned], 2)
+    rotated = liger_rope(q.clone(), k.clone(), cos, sin, rotary_dim=ROTARY_DIM)
+    return torch.cat([y.transpose(1, 2) for y in rotated], 2)
 
 
 def flash_attn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def flash_attn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def ours(x: Tensor, cos: Tensor, sin: Tensor, name: str) -> Op:
-    """Rotation in place: the backward is of a graph that rotated a copy, the forward rotates the buffer itself."""
+    """The op rotates in place. The timed forward rotates a buffer; the timed backward is that of a rotated copy."""
     buffer = x.detach().clone()
     return Op(
         lambda: apply_rotary_(x.clone(), None, cos, sin)[0],
@@ -95,8 +95,8 @@ def test_rotary(dtype: str, full: bool, results: Results) -> None:
         "flash-attn": peer("flash_attn", lambda: of(flash_attn, [t[:, 0] for t in narrow])),
     }
     cost = Cost(moved=2 * x.numel() // 2 * x.element_size())
-    gradient, turn = dout.clone(), backend.implementation("rotary", where).rotate_
-    in_place = Contender(lambda: turn(gradient, cos, sin, 0, inverse=True), cost.moved, note="as in the block")
+    gradient, rotate_ = dout.clone(), backend.implementation("rotary", where).rotate_
+    in_place = Contender(lambda: rotate_(gradient, cos, sin, 0, inverse=True), cost.moved, note="as in the block")
     config = {"batch": batch, "sequence": sequence, "heads": 2 * heads, "head dim": HEAD_DIM, "rotary dim": ROTARY_DIM}
     more = ({}, {"phi_fast, in place": in_place})
     measure(f"rotary, {dtype}", ops, dout, results, costs=(cost, cost), config=config, full=full, more=more)

@@ -1,8 +1,8 @@
-"""One training step (forward, backward, clip, Adam) in fp32 and bf16, beside transformers', litgpt's, and the floor.
+"""One training step (forward, backward, clip, Adam) in fp32 and bf16, beside transformers' and litgpt's, and the floor.
 
-The floor is what no packing or fusing can remove: the matrix products alone, merged as in the parallel block, and
-torch's scaled_dot_product_attention forward and backward, with nothing between them. Peak memory is of a process that
-takes such steps and nothing else.
+The floor is the part that no packing or fusing can remove: only the matrix products, merged as in the parallel block,
+and torch's scaled_dot_product_attention forward and backward. Peak memory is that of a process that only takes such
+steps.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ from benchmarks.steps import (
     in_a_process,
     litgpt,
     ours,
+    shape,
     transformers_compiled,
     transformers_eager,
     with_rates,
 )
 from benchmarks.subjects import Contender, Row, Subject
 from benchmarks.timing import device
-from phi_fast import PhiConfig
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("preset", ["phi-tiny", "phi-small"])
 def test_training_step(preset: str, dtype: str, full: bool, results: Results) -> None:
-    config, rows, where = PhiConfig.preset(preset), ROWS[preset], device()
-    if not full:
-        config, rows = models.small(config), 1
+    where, (config, rows) = device(), shape(preset if full else f"small {preset}")
     batch = models.data(config, rows, where)
     kind = DTYPES[dtype]
     flops = rows * config.max_position_embeddings * config.flops_per_token(config.max_position_embeddings, causal=True)
@@ -63,9 +61,9 @@ def test_training_step(preset: str, dtype: str, full: bool, results: Results) ->
 
 
 def test_peak_memory(full: bool, results: Results) -> None:
-    """The largest resident size of a process that takes two steps, the imports (which the row names) included."""
+    """Peak resident size of a process that takes two steps, with the imports, whose share the row shows."""
     if device().type != "cpu":
-        pytest.skip("on a GPU the rows of the training step have the allocator's peak")
+        pytest.skip("on a GPU the rows of the training step show the allocator's peak")
     preset, rows = "phi-small" if full else "small phi-small", []
     for name in ("phi_fast", "transformers eager") if full else ("phi_fast",):
         found = in_a_process(preset, "bf16", name)

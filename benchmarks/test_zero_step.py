@@ -1,8 +1,8 @@
 """The optimizer step on one flat ZeRO partition: this project's fused step beside DeepSpeed's own.
 
-Both follow the same backward pass, with fp16 weights, clipping and the overflow check on, and end with the fp16 weights
-written. Only `zero.step` is timed: DeepSpeed has by then accumulated the gradient in an fp32 partition, which on one
-rank this project leaves out, to read it as autograd made it.
+Both follow the same backward pass, with fp16 weights, clipping and the overflow check, and end by writing the fp16
+weights. Only `zero.step` is timed. By then DeepSpeed has accumulated the gradient in an fp32 partition; on one rank
+this project omits that, and reads the gradient that autograd made.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from phi_fast.training.zero import Zero2
 
 GRADIENT, STATE = 2, 4  # bytes per element: the fp16 gradient as autograd made it; master, m and v are fp32
 UPDATE_BYTES = GRADIENT + 2 * 3 * STATE + 2
-"""Bytes a parameter of the update: gradient read; master, m, v read and written; the 16-bit weight written."""
+"""Bytes per parameter that the update moves: it reads the gradient, reads and writes master, m and v, and writes the
+16-bit weight."""
 BYTES = UPDATE_BYTES + GRADIENT
-"""With the pass that finds the norm and any overflow."""
+"""Bytes per parameter including the pass that computes the norm and finds overflows."""
 
 
 class Flat(nn.Module):
-    """One parameter of n elements whose gradient is `slopes`, the loss scale apart."""
+    """One parameter of n elements whose gradient is `slopes` times the loss scale."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Flat(nn.Module):
 
 
 def contender(n: int, world: World, *, fused: bool, torch_adam: bool = False) -> Callable[[], float]:
-    """Seconds of one step, after an untimed backward pass."""
+    """A call that runs a backward pass and a step, and returns the seconds of the step."""
     recipe = RECIPES["tiny"].replace(gradient_clipping=0.5, initial_loss_scale=256.0)
     optimizer = functools.partial(torch.optim.AdamW, fused=True)
     with mock.patch("phi_fast.training.zero.FusedAdam", optimizer) if torch_adam else mock.MagicMock():

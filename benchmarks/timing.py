@@ -1,4 +1,4 @@
-"""Seconds of one call: a clock on the CPU, events on a GPU with a flushed L2 cache; and what a call launches."""
+"""Timing of one call, by a clock on the CPU and by events with a flushed L2 cache on a GPU; counts of its launches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 
 def device() -> torch.device:
-    """Where the kernels are measured: the GPU where there is one."""
+    """The device to measure on: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -24,7 +24,7 @@ def timer(where: torch.device) -> Timer:
 
 
 def clock(run: Callable[[], object]) -> float:
-    """Wall seconds of `run`. Garbage is collected before, so that none is during."""
+    """Wall seconds of `run`. Garbage is collected first, so that no collection falls into the timed call."""
     gc.collect()
     start = time.perf_counter()
     run()
@@ -34,8 +34,8 @@ def clock(run: Callable[[], object]) -> float:
 class EventTimer:
     """Seconds between two CUDA events around `run`.
 
-    A write over more than the L2 cache precedes the first event in the stream: `run` finds its operands in memory, as
-    in a model, and Python has queued its launches by the time the GPU reaches them.
+    The stream first writes more memory than the L2 cache holds. `run` then finds its operands in memory, as in a model,
+    and Python has queued its launches by the time the GPU reaches them.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class EventTimer:
 
 
 def launches(run: Callable[[], object]) -> dict[str, int]:
-    """Kernels that one call of `run` launches on the GPU, and the bytes it allocates there beyond what it found."""
+    """Number of kernels that one call of `run` launches on the GPU, and its peak of additionally allocated MB."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -71,11 +71,11 @@ def launches(run: Callable[[], object]) -> dict[str, int]:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Let the process keep what it frees, as a caching allocator does; where libc is not glibc, nothing changes.
+    """Let the process keep the memory it frees, as a caching allocator does. Does nothing if libc is not glibc.
 
-    glibc hands every block over 32 MB back at once, so that a large output costs a page fault every 4 KB, the same for
-    every contender and up to ten times what its kernel takes. At the end come the limits that glibc's own adjustment
-    ends at in a process that frees large blocks.
+    glibc returns every block over 32 MB at once, so that a large output costs a page fault every 4 KB. This adds the
+    same time to every contender, up to ten times what its kernel takes. Afterwards the limits are set to the values at
+    which glibc's own adjustment arrives in a process that frees large blocks.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

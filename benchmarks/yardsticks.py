@@ -1,6 +1,6 @@
-"""What the machine can do at most, measured in the same rounds as what is held against it.
+"""The fastest copy and matrix product of the machine, measured in the same rounds as the rows compared with them.
 
-As contenders named "copy" and "matrix product" they give a subject's bounds: bytes and FLOPs per second.
+As contenders named "copy" and "matrix product" they bound a subject's rows, in bytes and in FLOPs per second.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ def copy(size: int, device: torch.device) -> Contender:
 
 
 def product(n: int, dtype: torch.dtype, device: torch.device) -> Contender:
-    """An n × n × n matrix product as torch does it, into memory that is there."""
+    """torch's n × n × n matrix product, which writes into existing memory."""
     a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
     return Contender(lambda: torch.mm(a, b.T, out=out), flops=2 * n**3)

@@ -1,4 +1,5 @@
-"""Whole training steps under DeepSpeed ZeRO-2: this project's trainer beside transformers' model, on 1 rank or several.
+"""Whole training steps under DeepSpeed ZeRO-2, of this project's trainer and of transformers' model, on any number of
+ranks.
 
 `torchrun --nproc_per_node 2 -m benchmarks.zero2 PRESET DTYPE REPEATS` prints each contender's seconds, measured on rank
 0 between barriers, as JSON.
@@ -14,7 +15,7 @@ import torch
 import tyro
 
 from benchmarks import models
-from benchmarks.steps import RECIPE, ROWS, Step
+from benchmarks.steps import RECIPE, Step, shape
 from phi_fast import Phi, PhiConfig
 from phi_fast.precision import Precision
 from phi_fast.startup import tolerate_encodings
@@ -23,7 +24,8 @@ from phi_fast.training.zero import Zero2, parameter_groups
 
 
 def trainer(config: PhiConfig, rows: int, world: World, dtype: Precision, *, fused: bool) -> Step:
-    """The trainer's step: engine, gradients partitioned, then this project's optimizer pass or DeepSpeed's own."""
+    """The trainer's step: DeepSpeed's engine partitions the gradients, then this project's or DeepSpeed's own optimizer
+    pass runs."""
     batch = models.data(config, rows, world.device)
     options: dict[str, Any] = {"precision": dtype, "micro_batch_size": rows, "accumulation": 1}
     zero = Zero2(Phi(config).to(world.device), RECIPE.replace(model=config), world, fused=fused, **options)
@@ -67,12 +69,10 @@ def contenders(config: PhiConfig, rows: int, world: World, dtype: Precision) -> 
 
 
 def measure(preset: models.Preset, dtype: Precision, repeats: int) -> None:
-    """Each contender's seconds under ZeRO-2, as JSON. preset: "small NAME" for the small run's model."""
+    """Print each contender's seconds under ZeRO-2, as JSON. preset: "small NAME" for the small run's model."""
     torch.manual_seed(0)
     world = join("auto")
-    config, rows = PhiConfig.preset(preset.removeprefix("small ")), ROWS[preset.removeprefix("small ")]
-    if preset.startswith("small "):
-        config, rows = models.small(config), 1
+    config, rows = shape(preset)
     steps = contenders(config, rows, world, dtype)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(1 + repeats):
@@ -89,7 +89,7 @@ def measure(preset: models.Preset, dtype: Precision, repeats: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Parse the command line and run `measure`."""
     tolerate_encodings()
     tyro.cli(measure, args=arguments, prog="python -m benchmarks.zero2", config=(tyro.conf.PositionalRequiredArgs,))
 

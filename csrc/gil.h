@@ -1,4 +1,4 @@
-// Work without Python's lock, safe in a thread that Python's end overtakes.
+// Work without Python's lock, safe in a thread that is still running when the interpreter ends.
 #pragma once
 #include <Python.h>
 
@@ -9,11 +9,11 @@
 
 namespace phi_fast {
 
-/// Releases the GIL for as long as it lives.
+/// Releases the GIL during its lifetime.
 ///
-/// Before 3.14 Python ends a daemon thread that asks for the GIL after the interpreter has begun to end, by unwinding
-/// its stack from within the destructor below. pybind11's own class lets that end the process with SIGABRT; here the
-/// thread stays where it is until the process has ended, as from 3.14 on.
+/// When the interpreter has begun to end, Python before 3.14 ends a daemon thread that asks for the GIL, by unwinding
+/// its stack from within the destructor below. With pybind11's own class this ends the process with SIGABRT. Here the
+/// thread waits until the process has ended, as Python does from 3.14 on.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}

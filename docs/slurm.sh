@@ -1,5 +1,5 @@
 #!/bin/bash
-# phi_fast on Slurm: a rank a GPU, started by srun itself so that signals reach every rank.
+# phi_fast on Slurm: one rank per GPU, started by srun itself so that signals reach every rank.
 # Two minutes before the time limit Slurm sends SIGTERM; the run saves, exits with 75, and is queued again.
 #SBATCH --job-name=phi-fast
 #SBATCH --nodes=4
@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000)) # another at each restart: it may be in use
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 20000)) # a new port per restart: the old may be in use
 
 srun --kill-on-bad-exit=0 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS

@@ -213,10 +213,8 @@ def test_a_part_never_replaces_a_whole_measurement(root: Path, capsys: pytest.Ca
     results_file(results, "part", "2026-11-20", {"rotary, fp32, forward": 1.0}, whole=False)
     assert report.main(arguments) == 0
     assert "forward 1.0 ms" in in_short(root), "of a device without a whole one the part is shown"
-    assert (
-        "part-2026-11-20 is a part of the benchmarks: all that was measured of its device, so in the summary"
-        in capsys.readouterr().out
-    )
+    said = "part-2026-11-20 has only a part of the benchmarks: in the summary, since its device has no other"
+    assert said in capsys.readouterr().out
 
     results_file(results, "old", "2026-11-21", WHOLE)  # of before the mark
     results_file(results, "part", "2026-11-25", {"rotary, fp32, forward": 3.0}, whole=False)
@@ -225,7 +223,7 @@ def test_a_part_never_replaces_a_whole_measurement(root: Path, capsys: pytest.Ca
     assert "commit old" in shown and "forward 10.0 ms" in shown and "| adam | 20.0 ms" in shown
     assert "forward 3.0" not in shown
     assert "| phi_fast | 3.00 |" in (root / "docs" / "benchmarks.md").read_text()
-    assert "part-2026-11-25 is a part of the benchmarks: not in the summary" in capsys.readouterr().out
+    assert "part-2026-11-25 has only a part of the benchmarks: not in the summary" in capsys.readouterr().out
 
     results_file(results, "new", "2026-11-26", WHOLE | {"adam, fp32": 30.0}, whole=True)
     assert report.main(arguments) == 0
@@ -474,7 +472,7 @@ def test_back_ends_on_a_cpu_are_those_that_run_there() -> None:
 def test_contenders_that_disagree_are_refused() -> None:
     x = torch.ones(4, requires_grad=True)
     agree({"phi_fast": lambda: 2 * x, "peer": lambda: x + x}, torch.float32)
-    with pytest.raises(AssertionError, match="peer is 5"):
+    with pytest.raises(AssertionError, match="peer differs from the first contender by 5"):
         agree({"phi_fast": lambda: 2 * x, "peer": lambda: 3 * x}, torch.float32)
 
 

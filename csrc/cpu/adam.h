@@ -1,4 +1,4 @@
-// Step t of AdamW (arXiv 1412.6980 and 1711.05101), g the gradient ÷ loss scale, clipped:
+// Step t of AdamW (arXiv 1412.6980 and 1711.05101), where g is the gradient ÷ loss scale, clipped:
 //   m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
 //   w = w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + lambda w)
 #pragma once
@@ -8,7 +8,7 @@
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// Steps elements [begin, end) of a tensor; returns whether the weights as they are stored, and the moments, are
+/// Updates elements [begin, end) of a tensor. Returns whether the moments and the weights, as they are stored, are
 /// finite.
 template <class P, class G>
 bool adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t end) {
@@ -19,7 +19,7 @@ bool adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t 
   const Vec grad_scale(a.grad_scale), one_minus_beta1(a.one_minus_beta1), beta2(a.beta2),
       one_minus_beta2(a.one_minus_beta2);
   const Vec step_size(a.step_size), inverse_root2(a.inverse_root2), eps(a.eps), l2(a.l2), keep(a.keep);
-  Vec products_with_zero(0.0f);  // NaN once a factor is not finite
+  Vec products_with_zero(0.0f);  // becomes NaN when a factor is not finite
   for_lanes(end - begin, [=, &products_with_zero](int64_t i, auto lanes) {
     Vec p = master ? load(master + i, lanes) : load(param + i, lanes);
     const Vec g = fma(l2, p, load(grad + i, lanes) * grad_scale);
@@ -31,20 +31,20 @@ bool adam_range(const Adam& a, const AdamTensor& tensor, int64_t begin, int64_t 
     store(exp_avg_sq + i, v, lanes);
     if (master) store(master + i, p, lanes);
     store(param + i, p, lanes);
-    // The weight as it is stored, for one that fp32 holds may overflow 16 bits. m that is not finite is seen in it.
+    // The stored weight is checked, because one that is finite in fp32 may overflow in 16 bits. It also shows whether m
+    // is finite.
     products_with_zero = fma(v, Vec(0.0f), fma(load(param + i, lanes), Vec(0.0f), products_with_zero));
   });
   return sum(products_with_zero) == 0.0f;
 }
 
-/// fn(tensor, begin, end) over every element of tensors of the given sizes,
-/// split evenly over the threads.
+/// Calls fn(tensor, begin, end) for ranges that cover every element of tensors of the given sizes, split evenly over
+/// the threads.
 template <class Size, class Fn>
 void over_elements(int64_t count, int threads, Size size, Fn fn) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += size(i);
-  constexpr int64_t kLine = 64;  // cuts at whole cache lines of every dtype,
-                                 // where the tensors start at one
+  constexpr int64_t kLine = 64;  // so that cuts are at whole cache lines for every dtype, if the tensors start at one
   parallel_for((total + kLine - 1) / kLine, threads_for(total, threads), [=](int64_t begin, int64_t end) {
     begin *= kLine;
     end *= kLine;
@@ -71,8 +71,7 @@ inline bool adam(const Adam& a) {
   return finite;
 }
 
-/// Elements whose squares are summed in fp32, four at a time in each lane,
-/// before they join a double.
+/// The squares of this many elements are summed in fp32, with four sums per lane, and then added to a double.
 inline constexpr int64_t kNormBlock = 4096;
 
 template <class T>
@@ -85,8 +84,7 @@ double block_norm_squared(const T* grad, int64_t size) {
   return squares.sum();
 }
 
-/// The sum over blocks of kNormBlock elements, in an order that depends on the
-/// sizes alone.
+/// The sum over blocks of kNormBlock elements, in an order that depends only on the sizes.
 inline double grad_norm_squared(const GradNorm& a) {
   double total = 0;
   for (int64_t t = 0; t < a.count; ++t) {

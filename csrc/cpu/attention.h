@@ -1,17 +1,16 @@
-// What attention's two passes share: the pieces of work, and heads packed into
-// words (FlashAttention, Dao et al., arXiv 2205.14135, with a head's keys and
-// values in the cache in the place of a GPU's shared memory).
+// The parts that attention's two passes share: the division of the work, and packing heads into words. The algorithm is
+// FlashAttention (Dao et al., arXiv 2205.14135) with the keys and values of a head in the cache instead of a GPU's
+// shared memory.
 #pragma once
 #include "cpu/rotary.h"
 #include "cpu/words.h"
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// Rows and keys that are taken together: their scores and both operands fit
-/// the first-level cache.
+/// Number of rows and of keys in a block: their scores and both operands fit the first-level cache.
 inline constexpr int64_t kBlock = 64;
 
-/// Rows of one batch entry, and the keys that they see at most: both from `start` on.
+/// Rows of one batch entry, and the keys that they can see, both from `start` on.
 struct Segment {
   int64_t batch, start, length, keys;
 };
@@ -26,7 +25,7 @@ inline Segment segment_of(const Attention& a, int64_t index) {
 
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/// Room for any segment: the most rows and the most keys.
+/// The largest number of rows and of keys of any segment.
 inline Segment longest_segment(const Attention& a) {
   Segment longest{0, 0, 0, 0};
   for (int64_t i = 0; i < segment_count(a); ++i) {
@@ -37,18 +36,18 @@ inline Segment longest_segment(const Attention& a) {
   return longest;
 }
 
-/// Places first … end - 1 of a segment; first <= end.
+/// Positions first … end - 1 in a segment; first <= end.
 struct Span {
   int64_t first, end;
 };
 
-/// Keys that row `row` of a segment sees. Neither end falls from one row to the next.
+/// Keys that row `row` of a segment sees. Neither end decreases from one row to the next.
 inline Span visible_keys(const Attention& a, Segment segment, int64_t row) {
   if (row >= segment.length) return {0, 0};
   return {larger(0, row + a.least), larger(0, smaller(segment.keys, row + a.most + 1))};
 }
 
-/// Rows of a segment that see any of the keys first … end - 1.
+/// Rows of a segment that see at least one of the keys first … end - 1.
 inline Span seeing_rows(const Attention& a, Segment segment, Span keys) {
   const int64_t first = larger(0, keys.first - a.most);
   return {first, larger(first, smaller(segment.length, keys.end - a.least))};
@@ -56,18 +55,18 @@ inline Span seeing_rows(const Attention& a, Segment segment, Span keys) {
 
 inline int64_t round_down(int64_t count, int64_t multiple) { return count / multiple * multiple; }
 
-/// Rows and dims padded with zeros to what the products' words want.
+/// Numbers of rows and dims, padded with zeros to the multiple that the products need.
 template <class W>
 struct Padded {
   int64_t rows, dims;
 
   Padded(const Attention& a, int64_t length)
       : rows(round_up(length, W::kGrain)), dims(round_up(a.head_dim, W::kGrain)) {}
-  /// Numbers, of rows in whole blocks.
+  /// Count of numbers, with rows rounded up to whole blocks.
   int64_t numbers() const { return round_up(rows, kBlock) * dims; }
 };
 
-/// Hands out pieces of a thread's scratch memory.
+/// Divides a thread's scratch memory into pieces.
 class Arena {
  public:
   explicit Arena(float* memory) : next_(memory) {}
@@ -79,7 +78,7 @@ class Arena {
     next_ += round_up(words, 16);
     return piece;
   }
-  /// What pieces of these many words take.
+  /// Size of the memory for pieces of these numbers of words.
   template <class... Counts>
   static int64_t need(Counts... words) {
     return (round_up(words, 16) + ...);
@@ -89,11 +88,11 @@ class Arena {
   float* next_;
 };
 
-/// Rows first … first + count - 1 of a segment, of one head.
+/// Rows first … first + count - 1 of one head in a segment.
 struct Part {
   Segment segment;
   int64_t head, first, count;
-  int64_t shift = 0;  // a row's position for the rotation, less its place
+  int64_t shift = 0;  // a row's position for the rotation, minus its position in the segment
 };
 
 inline void rotate_row(const Attention& a, float* row, int64_t position, float direction) {
@@ -101,10 +100,9 @@ inline void rotate_row(const Attention& a, float* row, int64_t position, float d
   rotate_pairs(row, row + a.half, a.cos + at, a.sin + at, direction, a.half);
 }
 
-/// Packs a part, padded with zeros to whole W::kGrain rows. along: (rows, dims)
-/// with words along the dims; across: (rows, dims) with words across rows;
-/// either may be null. `rotate`: by the table, at the row's place in the
-/// segment plus the part's shift.
+/// Packs a part, padded with zeros to a multiple of W::kGrain rows, as (rows, dims): into `along` with words along the
+/// dims, and into `across` with words across rows. Either may be null. With `rotate`, each row is rotated by the table
+/// at its position in the segment plus the part's shift.
 template <class T, class W>
 void pack(const Attention& a, const Heads& x, Part part, bool rotate, typename W::Word* along,
           typename W::Word* across) {
@@ -130,11 +128,9 @@ void pack(const Attention& a, const Heads& x, Part part, bool rotate, typename W
   }
 }
 
-/// Packed words to blocks: those of kBlock rows of a head, (rows, columns) or,
-/// where words run across `per` rows, (rows / per, columns), stand transposed
-/// in a piece of their own. A product's operand is then no row longer than a
-/// page: rows a power of two apart would share few lines of the first-level
-/// cache.
+/// Rearranges packed words into blocks of kBlock rows, each stored transposed in one piece. The words of a block are
+/// (rows, columns), or (rows / per, columns) if a word holds `per` rows. No row of a product's operand is then longer
+/// than a page; rows a power of two apart would compete for few lines of the first-level cache.
 template <class Word>
 void transpose_blocks(const Word* from, int64_t rows, int64_t per, int64_t columns, Word* to) {
   for (int64_t row = 0; row < rows; row += kBlock) {
@@ -143,8 +139,7 @@ void transpose_blocks(const Word* from, int64_t rows, int64_t per, int64_t colum
   }
 }
 
-/// Writes a part from fp32 rows of `width`, times `factor`; `rotate`: by the
-/// inverse of what pack did.
+/// Writes a part from fp32 rows of `width`, multiplied by `factor`. With `rotate`, it undoes the rotation of `pack`.
 template <class T>
 void unpack(const Attention& a, float* rows, int64_t width, const Heads& x, Part part, float factor, bool rotate) {
   for (int64_t r = 0; r < part.count; ++r) {

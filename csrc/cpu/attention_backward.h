@@ -1,4 +1,4 @@
-// With P = exp(S - LSE), S = tau Q K^T, and D = rowsum(dO * O) (FlashAttention-2, arXiv 2307.08691):
+// With P = exp(S - LSE), S = tau Q K^T and D = rowsum(dO * O) (FlashAttention-2, arXiv 2307.08691):
 //   dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D)
 //   dQ = tau dS K,  dK = tau dS^T Q
 #pragma once
@@ -6,9 +6,8 @@
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// One thread's backward of a key head and the heads that share it. The
-/// probabilities are formed again from the saved log-sum-exp; all sums over
-/// rows are one thread's, so that two runs give the same bits.
+/// One thread's backward for a key head and the heads that share it. It computes the probabilities again from the saved
+/// log-sum-exp. One thread takes all sums over rows, so that two runs give the same bits.
 template <class T>
 class BackwardWorker {
   using W = typename WordsOf<T>::Type;
@@ -77,13 +76,13 @@ class BackwardWorker {
   }
 
  private:
-  /// Writes a block of a gradient that stands (dims, kBlock).
+  /// Writes a block of a gradient that is stored transposed, (dims, kBlock).
   void unpack_turned(const float* gradient, Part part, int64_t dims, const Heads& to, float factor, bool rotate) {
     transpose(gradient + part.first * dims, dims, kBlock, turned_);
     unpack<T>(a_, turned_, dims, to, part, factor, rotate);
   }
 
-  /// lse, and dout · out: what the softmax's gradient takes off.
+  /// Loads lse, and computes dout · out, which the gradient of the softmax subtracts.
   void row_statistics(Segment segment, int64_t head, int64_t padded_rows) {
     const float* lse = a_.lse + (segment.batch * a_.heads + head) * a_.sequence + segment.start;
     for (int64_t r = 0; r < padded_rows; ++r) {
@@ -99,8 +98,8 @@ class BackwardWorker {
     }
   }
 
-  /// What `rows` rows from `row` on and `columns` keys from `key` on add. dk and dv
-  /// are summed transposed: the products then take both operands as they lie.
+  /// Adds the contribution of `rows` rows from `row` on and `columns` keys from `key` on to dq, dk and dv. dk and dv
+  /// are summed transposed, so that the products read both operands in the layout they already have.
   void block(Segment segment, int64_t rows, int64_t columns, int64_t row, int64_t key) {
     const int64_t dims = Padded<W>(a_, 0).dims, words = dims / kPer, turned = row * dims / kPer;
     constexpr int64_t kWords = kBlock / kPer;
@@ -117,8 +116,7 @@ class BackwardWorker {
                       dq_ + row * dims, dims);
   }
 
-  /// Weights and score gradients, before the scale, of kPer rows from row + r
-  /// on; hidden ones are 0.
+  /// Computes weights and score gradients (before the scale) of kPer rows from row + r on. Those of hidden keys are 0.
   void softmax_gradient(Segment segment, int64_t row, int64_t key, int64_t r, int64_t columns) {
     Span visible[kPer];
     for (int i = 0; i < kPer; ++i) visible[i] = visible_keys(a_, segment, row + r + i);
@@ -145,7 +143,7 @@ class BackwardWorker {
     }
   }
 
-  /// x with 0 in the first `count` lanes, or in all where there are no more.
+  /// x with 0 in the first `count` lanes, or in all lanes if there are fewer.
   static Vec without(int64_t count, Vec x) {
     float lanes[Vec::kLanes];
     store(lanes, x);

@@ -1,5 +1,5 @@
-// O = P V with P = softmax(S), S = tau Q K^T, over blocks of keys (FlashAttention-2, arXiv 2307.08691). Of a row, m is
-// the maximum so far and l the sum so far; a block with the new maximum m' makes
+// O = P V with P = softmax(S), S = tau Q K^T, over blocks of keys (FlashAttention-2, arXiv 2307.08691). For each row, m
+// is the maximum so far and l the sum so far; a block with the new maximum m' updates
 //   O = O exp(m - m') + exp(S - m') V,  l = l exp(m - m') + sum(exp(S - m'))
 // and at the end O = O / l, LSE = m + log(l).
 #pragma once
@@ -10,8 +10,8 @@
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// One thread's forward: keys and values of a head packed once, then a block of
-/// queries at a time against every block of keys that it sees.
+/// One thread's forward. It packs the keys and values of a head once, then multiplies one block of queries at a time
+/// with every block of keys that it sees.
 template <class T>
 class ForwardWorker {
   using W = typename WordsOf<T>::Type;
@@ -40,11 +40,10 @@ class ForwardWorker {
     for (float** const place : {&max_, &larger_, &shrink_, &sum_}) *place = arena.take(kBlock);
   }
 
-  /// Blocks first, first + step, … of the queries of every head that shares
-  /// this key head.
+  /// Computes the query blocks first, first + step, … of every head that shares this key head.
   void run(Segment segment, int64_t key_head, int64_t first, int64_t step) {
     if (segment.length == 0) return;
-    // Keys before the first row's window are not even packed.
+    // Keys before the first row's window are not packed at all.
     packed_from_ = round_down(visible_keys(a_, segment, 0).first, kBlock);
     const Part keys{segment, key_head, packed_from_, segment.keys - packed_from_};
     const Padded<W> padded(a_, keys.count);
@@ -66,7 +65,7 @@ class ForwardWorker {
     const int64_t rows = Padded<W>(a_, part.count).rows, words = padded.dims / kPer;
     pack<T, W>(a_, a_.q, part, a_.cos != nullptr, queries_, nullptr);
     fill(out_, rows * padded.dims, 0.0f);
-    // The least finite number: a row of scores -inf leaves it, and is then seen by what it sums to.
+    // The lowest finite number: a row whose scores are all -inf keeps it, and its sum is then 0.
     fill(max_, kBlock, std::numeric_limits<float>::lowest());
     fill(sum_, kBlock, 0.0f);
     const int64_t first = round_down(visible_keys(a_, segment, part.first).first, kBlock);
@@ -85,7 +84,7 @@ class ForwardWorker {
     }
     float* const lse = a_.lse + (segment.batch * a_.heads + part.head) * a_.sequence + segment.start + part.first;
     for (int64_t r = 0; r < part.count; ++r) {
-      lse[r] = max_[r] * a_.scale + std::log(sum_[r]);  // -inf where the row sees nothing
+      lse[r] = max_[r] * a_.scale + std::log(sum_[r]);  // -inf if the row sees no key
       const Part row{segment, part.head, part.first + r, 1};
       const Span seen = visible_keys(a_, segment, row.first);
       const float factor = seen.first == seen.end ? 0.0f : 1 / sum_[r];
@@ -93,8 +92,8 @@ class ForwardWorker {
     }
   }
 
-  /// The row's maximum with this block's keys, of which it sees those of the
-  /// span; the scores of the others become -inf.
+  /// Finds the row's maximum including this block's keys. The row sees the keys of the span; the scores of the others
+  /// become -inf.
   void find_maximum(int64_t r, Span seen, int64_t columns) {
     float* const scores = scores_ + r * kBlock;
     constexpr float kHidden = -std::numeric_limits<float>::infinity();
@@ -105,7 +104,7 @@ class ForwardWorker {
     larger_[r] = max(top);
   }
 
-  /// Sums and outputs so far, scaled to the new maxima of all rows.
+  /// Rescales the sums and outputs so far to the new maxima of all rows.
   void shrink_to_maximum(int64_t rows, int64_t dims) {
     for (int64_t r = 0; r < rows; r += Vec::kLanes) {
       const Vec larger = load(larger_ + r), shrink = exp((load(max_ + r) - larger) * Vec(a_.scale));
@@ -120,7 +119,7 @@ class ForwardWorker {
     }
   }
 
-  /// The weights of this block's keys, and what they add to the row's sum.
+  /// Computes the weights of this block's keys, and adds them to the row's sum.
   void weigh(int64_t r, int64_t columns) {
     const float* const scores = scores_ + r * kBlock;
     const Vec largest(max_[r]), scale(a_.scale);
@@ -148,7 +147,7 @@ inline void attention_forward(const Attention& a) {
     const Segment longest = longest_segment(a);
     if (heads == 0 || longest.length == 0) return;
     const int threads = threads_for(work, a.threads);
-    // Heads are cut where there are too few to go round; each cut packs the keys again.
+    // If there are too few heads for the threads, heads are divided; each part packs the keys again.
     const int64_t blocks = round_up(longest.length, kBlock) / kBlock;
     const int64_t cuts = threads == 1 ? 1 : smaller(blocks, (4 * threads + heads - 1) / heads);
     const int64_t each = Worker::scratch(a, longest);

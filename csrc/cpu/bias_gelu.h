@@ -8,13 +8,13 @@
 namespace phi_fast::cpu::PHI_ISA {
 
 /// gelu(x) = x (1 + tanh(u)) / 2 = x s with s = 1 / (1 + e^-2u), u = sqrt(2/π) (x + 0.044715 x³), and its derivative
-/// s + x s (1 - s) 2u'. No difference of nearly equal numbers is taken, on either side. Beyond ±10, s is 0 or 1 in
-/// fp32. Adding x · 0 gives NaN where torch does: the value at -inf, the derivative at both.
+/// s + x s (1 - s) 2u'. Neither is computed as a difference of nearly equal numbers. Beyond ±10, s is 0 or 1 in fp32.
+/// Adding x · 0 gives NaN where torch gives NaN: for the value at -inf, for the derivative at both infinities.
 struct TanhGelu {
   static constexpr float kTwoRoot = 1.5957691216057308f;  // 2 sqrt(2/π)
   static constexpr float kCubic = 0.044715f;
 
-  Vec x, t, power, s;  // t is x within ±10, power e^-2u
+  Vec x, t, power, s;  // t is x clamped to ±10, power is e^-2u
 
   PHI_INLINE explicit TanhGelu(Vec input) : x(input), t(max(Vec(-10.0f), min(Vec(10.0f), input))) {
     power = exp_in_range(t * fma(Vec(-kTwoRoot * kCubic), t * t, Vec(-kTwoRoot)));
@@ -27,7 +27,7 @@ struct TanhGelu {
   }
 };
 
-/// gelu(x) = x Φ(x), and Φ(x) + x φ(x).
+/// gelu(x) = x Φ(x), and its derivative Φ(x) + x φ(x).
 struct ErfGelu {
   Vec x, cdf;
 
@@ -72,8 +72,8 @@ inline void bias_gelu_forward(const BiasGeluForward& a) {
   });
 }
 
-/// The gradient of a row, which is added to dbias. A row at a time: several, a power of two apart, would share few
-/// lines of the first-level cache.
+/// Computes the gradient of a row and adds it to dbias. Rows are processed one at a time, because several rows a power
+/// of two apart would compete for few lines of the first-level cache.
 template <class T, class G>
 void bias_gelu_backward_row(const BiasGeluBackward& a, int64_t r, float* dbias) {
   const T *x = a.x.row<T>(r), *dout = a.dout.row<T>(r);

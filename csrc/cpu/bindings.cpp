@@ -86,7 +86,7 @@ void bind_bias_gelu(py::module_& module) {
       py::call_guard<GilReleased>());
 }
 
-/// Both tables as (positions, half), with half <= head_dim / 2.
+/// The sizes (positions, half) of both tables, with half <= head_dim / 2.
 Sizes table_sizes(const Call& call, const Tensor& cos, int64_t head_dim) {
   call.expect(cos.sizes.size() == 2 && cos.sizes[1] <= head_dim / 2,
               "cos is " + shown(cos.sizes) + "; expected two tables (positions, rotary_dim / 2) with rotary_dim <= " +
@@ -125,7 +125,7 @@ void bind_rotary(py::module_& module) {
       py::call_guard<GilReleased>());
 }
 
-/// The longest document's length.
+/// The length of the longest document, after checking the ends.
 int64_t check_documents(const Call& call, const int32_t* ends, int64_t count, int64_t sequence) {
   int64_t longest = 0;
   for (int64_t i = 0; i <= count; ++i) {
@@ -138,7 +138,7 @@ int64_t check_documents(const Call& call, const int32_t* ends, int64_t count, in
   return longest;
 }
 
-/// The documents and tables of a call whose sizes are set.
+/// Sets the documents and tables of a call whose sizes are set.
 void set_positions(const Call& call, Attention& a, const MaybeTensor& documents, const MaybeTensor& cos,
                    const MaybeTensor& sin) {
   int64_t longest = a.keys;
@@ -207,7 +207,7 @@ void bind_cross_entropy(py::module_& module) {
         const DType dtype = call.dtype("logits", logits, 2);
         const int64_t rows = logits.sizes[0], columns = logits.sizes[1];
         const bool by_row = !scale.sizes.empty();
-        // The kernel itself compares each label with the columns before it is an index: NaN is the answer.
+        // The kernel itself checks each label before it indexes with it, and gives NaN for a label out of range.
         kernels().cross_entropy(
             {dtype, rows, columns, call.rows("logits", logits, dtype, rows, columns),
              call.whole<int64_t>("labels", labels, {rows}), call.whole<float>("bias", bias, {columns}),
@@ -263,7 +263,7 @@ void bind_weight_gradient(py::module_& module) {
       py::call_guard<GilReleased>());
 }
 
-/// param, grad, exp_avg, exp_avg_sq, master.
+/// (param, grad, exp_avg, exp_avg_sq, master).
 using AdamGiven = std::tuple<Tensor, Tensor, Tensor, Tensor, MaybeTensor>;
 
 void bind_adam(py::module_& module) {

@@ -1,6 +1,6 @@
 // Cross entropy of a row z of logits with label t:
 //   lse = m + log(sum(exp(z - m))), m = max(z);  loss = lse - z[t]
-//   dz[c] = exp(z[c] - lse) - [c = t], times the loss's gradient
+//   dz[c] = (exp(z[c] - lse) - [c = t]) times the loss's gradient
 #pragma once
 #include <cmath>
 #include <limits>
@@ -9,13 +9,13 @@
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// What the gradient of a row needs. With s the scores (logits + bias, capped) and e = e^(s[c] - max), that of s is
-/// e · factor - offset · weight[c], less `hit` for the label's.
+/// Quantities of a row that its gradient needs. With the scores s (logits + bias, capped) and e = e^(s[c] - max), the
+/// gradient of s[c] is e · factor - offset · weight[c], minus `hit` for the label.
 struct SoftmaxRow {
   float max, factor, offset, hit, label_score, label_slope;
 };
 
-/// cap · tanh(x / cap), as Gemma 2 (arXiv 2408.00118) caps its logits; and its derivative.
+/// cap · tanh(x / cap), the cap on Gemma 2's logits (arXiv 2408.00118), and its derivative.
 template <bool kCapped>
 PHI_INLINE Vec score(Vec x, float cap, Vec* slope = nullptr) {
   if constexpr (!kCapped) return x;
@@ -32,8 +32,8 @@ float score(float x, float cap, float* slope = nullptr) {
   return cap * t;
 }
 
-/// The row's loss. Where fp32 logits will be overwritten anyway, they are by e^(s - max): no second exponential; not
-/// where they are capped, for then the gradient needs s.
+/// The row's loss. fp32 logits are overwritten with e^(s - max), since the gradient replaces them anyway; this saves
+/// the second exponential. Capped logits are not, because their gradient needs s.
 template <class T, bool kCapped>
 float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* row) {
   T* logits = a.logits.row<T>(r);
@@ -54,7 +54,7 @@ float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* r
     const float x = widen(logits[i]) + (bias ? bias[i] : 0.0f);
     if (x > row->max) row->max = x;
   }
-  row->max = score<kCapped>(row->max, cap);  // the cap keeps the order
+  row->max = score<kCapped>(row->max, cap);  // the cap is monotonic
 
   const Vec highest(row->max);
   Accumulators exponentials(0.0f), below(0.0f);
@@ -72,7 +72,8 @@ float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* r
   row->factor = scale * ((weight ? of_target + of_others : 1.0f) + 2 * a.z_loss * of_label * lse) / total;
   row->offset = smoothing / float(a.columns) * scale;
   row->hit = of_target * scale;
-  // Differences from the largest logit: with logits of hundreds lse - logit would lose the loss's last digits.
+  // Uses differences from the largest logit: with logits in the hundreds, lse - logit would lose the loss's last
+  // digits.
   const float above = row->max - row->label_score, of_z = a.z_loss * of_label;
   float loss = weight ? of_target * (log_total + above) + of_others * log_total : log_total + of_target * above;
   loss += of_z * lse * lse;
@@ -80,7 +81,7 @@ float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* r
   return loss;
 }
 
-/// Losses and gradients of `group` rows from row `first` on; the sum of the gradients is added to dbias.
+/// Computes losses and gradients of `group` rows from row `first` on, and adds the sum of the gradients to dbias.
 template <class T, bool kCapped>
 void cross_entropy_group(const CrossEntropy& a, int64_t first, int group, float* dbias) {
   SoftmaxRow softmax[kGroup];

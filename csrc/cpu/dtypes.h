@@ -1,5 +1,4 @@
-// Storage types. Arithmetic is fp32; a bf16 or fp16 value is widened on load
-// and rounded to nearest even on store.
+// Storage types. Arithmetic is in fp32: bf16 and fp16 values are widened on load and rounded to nearest even on store.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -35,8 +34,7 @@ inline float widen(Float16 value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t rest = value.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bit_float(sign | 0x7f800000u | (rest << 13));  // inf, NaN
-  // 2^112 moves the exponent bias from 15 to 127, and makes normals of
-  // subnormals.
+  // Multiplying by 2^112 changes the exponent bias from 15 to 127, and normalises subnormals.
   return bit_float(sign | float_bits(bit_float(rest << 13) * 0x1p112f));
 }
 

@@ -1,5 +1,5 @@
-// The tile instructions in plain loops, with PHI_EMULATE_TILES: a sanitizer sees what they read and write, and a
-// processor with AVX-512 BF16 but without tiles runs the code that is written for them.
+// The tile instructions as plain loops, used with PHI_EMULATE_TILES. A sanitizer can then see what they read and write,
+// and a processor with AVX-512 BF16 but without tiles can run the code that uses them.
 #pragma once
 #include <cstring>
 
@@ -19,7 +19,7 @@ struct EmulatedTile {
     char* row = static_cast<char*>(to);
     for (int r = 0; r < kRows; ++r, row += row_bytes) std::memcpy(row, words[r], sizeof words[r]);
   }
-  /// This tile of fp32 += a · b, of words of two bf16 along the summed dimension.
+  /// This tile of fp32 += a · b, whose words hold two bf16 along the summed dimension.
   void add_product(const EmulatedTile& a, const EmulatedTile& b) {
     const auto low = [](uint32_t word) { return bit_float(word << 16); };
     const auto high = [](uint32_t word) { return bit_float(word & 0xffff0000u); };
@@ -38,7 +38,7 @@ struct EmulatedTile {
 
 inline thread_local EmulatedTile emulated_tiles[8];
 
-/// The thread's tiles need no setting up.
+/// Emulated tiles need no configuration.
 class Tiles {
  public:
   Tiles() {}

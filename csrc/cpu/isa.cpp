@@ -15,8 +15,7 @@
 namespace phi_fast::cpu {
 namespace {
 
-/// Tiles with bf16 products, which the system must grant the process: their
-/// 8 KB join what it saves of a thread.
+/// Whether tiles with bf16 products can be used. The system must permit it, since it has to save 8 KB more per thread.
 bool amx() {
 #if defined(PHI_EMULATE_TILES)
   return true;
@@ -33,11 +32,11 @@ bool amx() {
 
 struct Candidate {
   const char* name;
-  const Kernels* kernels;  // null where the compiler did not know the instructions
-  bool supported;          // by the processor
+  const Kernels* kernels;  // null if the compiler did not know the instructions
+  bool supported;          // whether the processor has the instructions
 };
 
-// The best first.
+/// All instruction sets, the best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> all;
 #if defined(__x86_64__)

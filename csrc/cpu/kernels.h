@@ -1,10 +1,8 @@
-// What every instruction set's kernels implement: the arguments of each kernel,
-// and the table of entry points.
+// The interface that every instruction set implements: the arguments of each kernel, and the table of entry points.
 //
-// Pointers are to the first element, strides count elements, the last stride
-// is 1. One `dtype` holds for every void pointer of a call. `threads` is the
-// most to use. Sums over rows are taken in an order that does not depend on the
-// thread count.
+// Pointers point to the first element, strides count elements, and the last stride is 1. `dtype` is the type behind
+// every void pointer of a call. `threads` is the largest number of threads to use. Sums over rows are taken in an order
+// that does not depend on it.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +11,7 @@
 
 namespace phi_fast::cpu {
 
-/// A matrix by rows; null where optional.
+/// A matrix by its rows; data is null if an optional matrix is absent.
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
@@ -28,9 +26,8 @@ struct Rows {
 struct LayerNormForward {
   DType dtype;
   int64_t rows, columns;
-  Rows x, residual, summed, out;  // with residual: x + residual goes to summed,
-                                  // and is what is normalised
-  Rows shifted;                   // with shift: what is normalised + shift
+  Rows x, residual, summed, out;  // with residual: x + residual is written to summed and normalised
+  Rows shifted;                   // with shift: what is normalised, plus shift
   const float *weight, *bias;     // (columns,)
   const float* shift;             // (columns,) or null
   float eps;
@@ -81,7 +78,7 @@ struct Rotary {
   int threads;
 };
 
-/// A (batch, sequence, heads, head_dim) tensor; null where there is none.
+/// A (batch, sequence, heads, head_dim) tensor; data is null if it is absent.
 struct Heads {
   void* data = nullptr;
   int64_t batch_stride = 0, sequence_stride = 0, head_stride = 0;
@@ -97,14 +94,14 @@ struct Attention {
   int64_t batch, sequence, keys, heads, key_heads, head_dim;  // keys: rows of k and v
   Heads q, k, v, out;
   float* lse;                // (batch, heads, sequence)
-  const int32_t* documents;  // ends of documents, 0 first, with batch 1; or null
+  const int32_t* documents;  // 0, then the end of each document, with batch 1; or null
   int64_t document_count;
-  const float *cos, *sin;  // (positions, half), or null: q and k are rotated
+  const float *cos, *sin;  // (positions, half) to rotate q and k by, or null
   int64_t half;
   float scale;
   int64_t least, most;  // row i of a document sees its key j where least <= j - i <= most
   int threads;
-  Heads dout, dq, dk, dv;  // of the backward
+  Heads dout, dq, dk, dv;  // for the backward
 };
 
 struct CrossEntropy {
@@ -113,21 +110,20 @@ struct CrossEntropy {
   Rows logits;
   const int64_t* labels;  // (rows,)
   const float* bias;      // (columns,) or null
-  const float* weight;    // (columns,) or null: a class's
-  float mean_weight;      // of all classes; 1 where weight is null
+  const float* weight;    // (columns,) or null: class weights
+  float mean_weight;      // mean class weight; 1 if weight is null
   int64_t ignore_index;
   float label_smoothing, z_loss;
   float softcap;       // 0: none
-  const float* scale;  // of the gradient: (rows,), or one for all
+  const float* scale;  // factor of the gradient: (rows,), or one for all
   bool scale_by_row;
   bool need_grad;
-  float* dbias;   // (columns,) or null: column sums are added
+  float* dbias;   // (columns,) or null: the column sums are added to it
   float* losses;  // (rows,)
   int threads;
 };
 
-/// out (a_columns, b_columns) (+)= aᵀ · b of bf16 a (rows, a_columns) and b
-/// (rows, b_columns).
+/// out (a_columns, b_columns) = aᵀ · b (or += with `add`) for bf16 a (rows, a_columns) and b (rows, b_columns).
 struct WeightGradient {
   int64_t rows, a_columns, b_columns;
   Rows a, b;
@@ -137,7 +133,7 @@ struct WeightGradient {
   int threads;
 };
 
-/// out (+)= x · factor, element by element.
+/// out = x · factor (or += with `add`), element by element.
 struct Scaled {
   DType from, to;
   int64_t size;
@@ -148,8 +144,7 @@ struct Scaled {
   int threads;
 };
 
-/// One tensor of an Adam step. master is null where the parameter is its own;
-/// else it is read in the parameter's place.
+/// One tensor of an Adam step. If master is not null, it is read instead of the parameter.
 struct AdamTensor {
   int64_t size;
   void* param;
@@ -167,7 +162,7 @@ struct Adam {
   float inverse_root2;  // 1 / sqrt(1 - beta2^t)
   float eps;
   float l2;    // weight decay added to the gradient
-  float keep;  // 1 - lr · weight decay, or 1: multiplied onto the parameter
+  float keep;  // 1 - lr · weight decay, or 1: the parameter is multiplied by it
   int threads;
 };
 
@@ -190,8 +185,8 @@ struct Kernels {
   void (*attention_backward)(const Attention&);
   void (*cross_entropy)(const CrossEntropy&);
   void (*scaled)(const Scaled&);
-  void (*weight_gradient)(const WeightGradient&);  // null where the processor has no tiles
-  bool (*adam)(const Adam&);                       // whether every value it wrote is finite
+  void (*weight_gradient)(const WeightGradient&);  // null if the instruction set has no tiles
+  bool (*adam)(const Adam&);                       // returns whether every value it wrote is finite
   double (*grad_norm_squared)(const GradNorm&);
 };
 
@@ -199,7 +194,7 @@ namespace portable {
 extern const Kernels kernels;
 }
 #if defined(__x86_64__)
-// Weak: at null where setup.py left them out of the build.
+// Weak symbols: their address is null if setup.py left them out of the build.
 #define PHI_OPTIONAL __attribute__((weak))
 namespace avx2 {
 PHI_OPTIONAL extern const Kernels kernels;
@@ -215,12 +210,10 @@ PHI_OPTIONAL extern const Kernels kernels;
 }
 #endif
 
-/// Rows that are taken together, so that their column sums meet in registers
-/// before they meet memory.
+/// Rows that are processed together, so that their column sums are added in registers before they are added in memory.
 inline constexpr int kGroup = 4;
 
-/// How rows are cut into blocks, each with its own column sums. It depends on
-/// the shape alone.
+/// The division of rows into blocks, each with its own column sums. It depends only on the shape.
 struct RowBlocks {
   int64_t rows, count;
 
@@ -229,13 +222,13 @@ struct RowBlocks {
     if (count > 64) count = 64;
   }
 
-  /// fn(row) for each of the block's rows.
+  /// Calls fn(row) for each row of the block.
   template <class Fn>
   void by_row(int64_t block, Fn fn) const {
     for (int64_t r = rows * block / count; r < rows * (block + 1) / count; ++r) fn(r);
   }
 
-  /// fn(first row, how many) for the block's rows, kGroup at a time.
+  /// Calls fn(first row, number of rows) for the block's rows, kGroup at a time.
   template <class Fn>
   void by_group(int64_t block, Fn fn) const {
     const int64_t end = rows * (block + 1) / count;
@@ -243,7 +236,7 @@ struct RowBlocks {
   }
 };
 
-/// fn(T{}) with the storage type that `dtype` names.
+/// Calls fn(T{}) with the storage type T that `dtype` names.
 template <class Fn>
 void with_type(DType dtype, Fn fn) {
   if (dtype == DType::kFloat32) fn(float{});

@@ -1,5 +1,5 @@
-// The kernels for amx-tile,amx-bf16 and all of avx512bf16's, whatever the rest
-// of the build is for.
+// The kernels, compiled for amx-tile,amx-bf16 and all of avx512bf16's instruction sets whatever the rest of the build
+// targets.
 #if defined(__x86_64__) && !defined(PHI_WITHOUT_AMX)
 #include <immintrin.h>
 
@@ -16,8 +16,7 @@
     apply_to = function)
 #else
 #pragma GCC push_options
-// GCC 12 takes the "undefined" operands inside its own AVX-512 intrinsics for a
-// mistake.
+// GCC 12 wrongly warns of the "undefined" operands inside its own AVX-512 intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -27,7 +26,7 @@
 #define PHI_AVX512_BF16
 #define PHI_AMX
 #include "cpu/simd_amx.h"
-// The table needs the Vec above.
+// table.h uses the Vec that the header above defines.
 #include "cpu/table.h"
 
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-// The kernels for avx2,fma,f16c, whatever the rest of the build is for.
+// The kernels, compiled for avx2,fma,f16c whatever the rest of the build targets.
 #if defined(__x86_64__) && !defined(PHI_WITHOUT_AVX2)
 #include <immintrin.h>
 
@@ -18,7 +18,7 @@
 
 #define PHI_ISA avx2
 #include "cpu/simd_avx2.h"
-// The table needs the Vec above.
+// table.h uses the Vec that the header above defines.
 #include "cpu/table.h"
 
 #if defined(__clang__)

@@ -1,5 +1,5 @@
-// The kernels for avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,
-// whatever the rest of the build is for.
+// The kernels, compiled for avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c whatever the rest of the build
+// targets.
 #if defined(__x86_64__) && !defined(PHI_WITHOUT_AVX512_BF16)
 #include <immintrin.h>
 
@@ -15,8 +15,7 @@
                              apply_to = function)
 #else
 #pragma GCC push_options
-// GCC 12 takes the "undefined" operands inside its own AVX-512 intrinsics for a
-// mistake.
+// GCC 12 wrongly warns of the "undefined" operands inside its own AVX-512 intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -25,7 +24,7 @@
 #define PHI_ISA avx512_bf16
 #define PHI_AVX512_BF16
 #include "cpu/simd_avx512.h"
-// The table needs the Vec above.
+// table.h uses the Vec that the header above defines.
 #include "cpu/table.h"
 
 #if defined(__clang__)

@@ -7,5 +7,5 @@
 
 #define PHI_ISA portable
 #include "cpu/simd_portable.h"
-// The table needs the Vec above.
+// table.h uses the Vec that the header above defines.
 #include "cpu/table.h"

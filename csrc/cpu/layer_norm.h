@@ -1,4 +1,4 @@
-// LayerNorm (Ba et al., arXiv 1607.06450) of a row x of n elements, dy the gradient of y:
+// LayerNorm (Ba et al., arXiv 1607.06450) of a row x of n elements, where dy is the gradient of y:
 //   mu = sum(x) / n, rstd = 1 / sqrt(sum((x - mu)^2) / n + eps), xhat = (x - mu) rstd, y = gamma xhat + beta
 //   dx = rstd (gamma dy - sum(gamma dy) / n - xhat sum(gamma dy xhat) / n), plus the residual's gradient
 //   dgamma = sum over rows of dy xhat, dbeta = sum over rows of dy
@@ -50,7 +50,7 @@ inline void layer_norm_forward(const LayerNormForward& a) {
   });
 }
 
-/// What dx of a row needs of the row as a whole.
+/// Means over a row that its dx needs: of gamma dy, and of gamma dy xhat.
 struct RowGradient {
   float mean, projection;
 };
@@ -70,8 +70,7 @@ void layer_norm_backward_row(const LayerNormBackward& a, int64_t r, RowGradient 
   });
 }
 
-/// dx of `count` rows from row r on; the rows' parts of dweight and dbias are
-/// added to the two sums.
+/// Computes dx of `count` rows from row r on, and adds the rows' parts of dweight and dbias to the two sums.
 template <class T>
 void layer_norm_backward_rows(const LayerNormBackward& a, int64_t r, int count, float* dweight, float* dbias) {
   const T *dy = a.dy.row<T>(r), *x = a.x.row<T>(r);
@@ -81,7 +80,7 @@ void layer_norm_backward_rows(const LayerNormBackward& a, int64_t r, int count, 
     Vec weight_total(0.0f), bias_total(0.0f);
     const Vec weight = load(a.weight + i, lanes);
     const auto add_row = [&](int g) {
-      const Vec d = load(dy + g * a.dy.stride + i, lanes);  // 0 where there is no element
+      const Vec d = load(dy + g * a.dy.stride + i, lanes);  // 0 beyond the row's end
       const Vec normalised = (load(x + g * a.x.stride + i, lanes) - Vec(a.mean[r + g])) * Vec(a.rstd[r + g]);
       weight_total = fma(d, normalised, weight_total);
       bias_total = bias_total + d;
@@ -104,7 +103,7 @@ void layer_norm_backward_rows(const LayerNormBackward& a, int64_t r, int count, 
 
 inline void layer_norm_backward(const LayerNormBackward& a) {
   const RowBlocks blocks(a.rows, 16);
-  const Scratch partial(blocks.count * 2 * a.columns);  // dweight of every block, then dbias of every block
+  const Scratch partial(blocks.count * 2 * a.columns);  // dweight of all blocks, then dbias of all blocks
   float *dweight = partial.data(), *dbias = dweight + blocks.count * a.columns;
   with_type(a.dtype, [&](auto type) {
     parallel_for(blocks.count, threads_for(a.rows * a.columns, a.threads), [&](int64_t begin, int64_t end) {

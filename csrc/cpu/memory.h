@@ -2,9 +2,8 @@
 
 namespace phi_fast::cpu {
 
-/// Makes malloc keep freed memory for the next allocation, however large,
-/// instead of handing it back to the system. For the whole process, from now
-/// on. False where the C library has no such setting.
+/// Makes malloc keep freed memory of any size for later allocations instead of returning it to the system. It applies
+/// to the whole process from now on. Returns false if the C library has no such setting.
 bool keep_freed_memory();
 
 }  // namespace phi_fast::cpu

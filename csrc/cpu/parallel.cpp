@@ -15,9 +15,8 @@ struct OpenMP {
   int (*num_threads)() = nullptr;
 };
 
-// torch loads its OpenMP runtime with global symbols, so that it is found here
-// whatever its file is called. Linking one instead would bring in a second copy
-// wherever the wheel renames its own.
+// torch loads its OpenMP runtime with global symbols, so it is found here under any file name. Linking a runtime
+// instead would load a second copy if torch's wheel renames its own.
 const OpenMP& openmp() {
   static const OpenMP found = [] {
     OpenMP omp;

@@ -1,4 +1,4 @@
-// Work split over the threads torch already has.
+// Work split over the threads that torch already has.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -8,24 +8,21 @@ namespace phi_fast::cpu {
 
 using Task = void (*)(void* context, int thread, int threads);
 
-/// Calls task(context, i, n) for i = 0 … n - 1 in n <= `threads` threads and
-/// returns when all are done.
+/// Calls task(context, i, n) for i = 0 … n - 1 in n <= `threads` threads, and returns when all are done.
 ///
-/// Where an OpenMP runtime with GCC's entry points is in the process, as
-/// torch's is on Linux, its threads do the work: a pool of our own would wake
-/// while torch's still spins, on the same cores. Otherwise threads are started
-/// for the call.
+/// If the process has an OpenMP runtime with GCC's entry points, as torch's on Linux, its threads do the work: a
+/// separate pool would wake on the same cores while torch's threads still spin. Otherwise threads are started for the
+/// call.
 void run_parallel(int threads, Task task, void* context);
 
 /// "openmp" or "std::thread": what run_parallel uses.
 const char* parallel_backend();
 
-/// `available`, or 1 where there is too little work to wake another thread for.
-/// Never between: libgomp ends the threads that a smaller team leaves out, and
-/// the next larger one starts them again.
+/// `available`, or 1 if there is too little work to wake another thread. It is never a number between, because libgomp
+/// ends the threads that a smaller team leaves out, and the next larger team starts them again.
 inline int threads_for(int64_t elements, int available) { return elements < 16384 ? 1 : available; }
 
-/// body(begin, end) over [0, count), one contiguous range a thread.
+/// Calls body(begin, end) for ranges that cover [0, count), one contiguous range per thread.
 template <class Body>
 void parallel_for(int64_t count, int threads, Body body) {
   if (threads <= 1 || count <= 1) {
@@ -46,7 +43,7 @@ void parallel_for(int64_t count, int threads, Body body) {
       &context);
 }
 
-/// body(item, thread) for every item in [0, count), each taken by the next thread that is free.
+/// Calls body(item, thread) for every item in [0, count). The next free thread takes the next item.
 template <class Body>
 void parallel_items(int64_t count, int threads, Body body) {
   std::atomic<int64_t> next{0};
@@ -60,7 +57,7 @@ void parallel_items(int64_t count, int threads, Body body) {
       const_cast<void*>(static_cast<const void*>(&take)));
 }
 
-/// fp32 scratch, 64-byte aligned, not initialised.
+/// Scratch memory for fp32 numbers, 64-byte aligned, not initialised.
 class Scratch {
  public:
   explicit Scratch(int64_t size);

@@ -1,13 +1,12 @@
 // Rotary embedding (RoFormer, arXiv 2104.09864) of a pair (a, b) at position p with frequency f:
 //   a' = a cos(p f) - b sin(p f),  b' = b cos(p f) + a sin(p f)
-// The gradient is turned by the opposite angle.
+// The gradient is rotated by the opposite angle.
 #pragma once
 #include "cpu/vector_math.h"
 
 namespace phi_fast::cpu::PHI_ISA {
 
-/// The pairs (first[i], second[i]) turned by the angles whose cosines and sines
-/// are given.
+/// Rotates the pairs (first[i], second[i]) by the angles whose cosines and sines are given.
 template <class T>
 PHI_INLINE void rotate_pairs(T* first, T* second, const float* cos, const float* sin, float sign, int64_t half) {
   for_lanes(half, [=](int64_t i, auto lanes) {
@@ -18,7 +17,7 @@ PHI_INLINE void rotate_pairs(T* first, T* second, const float* cos, const float*
   });
 }
 
-/// As rotate_pairs, of the pairs (x[2i], x[2i + 1]).
+/// Like rotate_pairs, for the pairs (x[2i], x[2i + 1]).
 template <class T>
 void rotate_interleaved(T* x, const float* cos, const float* sin, float sign, int64_t half) {
   constexpr int64_t kChunk = 64;

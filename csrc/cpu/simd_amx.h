@@ -1,5 +1,5 @@
-// Matrix tiles: AMX with bf16 of Sapphire Rapids, beside the lanes of AVX-512.
-// A tile is 16 rows of 64 bytes; a product is 16 × 16 sums of 32 terms.
+// Matrix tiles (AMX with bf16, from Sapphire Rapids on) in addition to AVX-512's lanes. A tile is 16 rows of 64 bytes;
+// a product gives 16 × 16 sums of 32 terms.
 #pragma once
 #include "cpu/simd_avx512.h"
 #if defined(PHI_EMULATE_TILES)
@@ -9,8 +9,8 @@
 namespace phi_fast::cpu::PHI_ISA {
 
 #if !defined(PHI_EMULATE_TILES)
-/// This thread's tiles, all of the full size, as long as it lives. oneDNN sets
-/// them up anew for every product of its own.
+/// Configures this thread's tiles, all of the full size, during its lifetime. oneDNN configures them anew for each of
+/// its own products.
 class Tiles {
  public:
   Tiles() {
@@ -27,20 +27,19 @@ class Tiles {
 };
 #endif
 
-/// Two tiles of one operand, `second` words apart; those of the next product
-/// are `step` words on.
+/// Two tiles of one operand, `second` words apart. The tiles of the next product follow after `step` words.
 struct TilePair {
   const uint32_t* first;
   int64_t second, step;
   long row_bytes;
 };
 
-/// sums (32, 32) = or += the products of `count` pairs of tiles of either
-/// operand: a's are rows of words, b's pairs of rows.
+/// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b. Tiles of a
+/// are rows of words, tiles of b are pairs of rows.
 PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add) {
   float* const lower = sums + 16 * sums_row;
   const long row_bytes = sums_row * 4;
-  // The compiler does not see that the instructions read and write memory.
+  // The compiler does not know that these instructions read and write memory.
   __asm__ volatile("" : : : "memory");
   if (add) {
     _tile_loadd(0, sums, row_bytes);
@@ -70,7 +69,7 @@ PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* su
   __asm__ volatile("" : : : "memory");
 }
 
-/// As multiply, of words of two bf16: m and n multiples of 32, k of 16.
+/// Like `multiply`, for words of two bf16: m and n are multiples of 32, k is a multiple of 16.
 template <bool kAdd>
 PHI_INLINE void multiply_by_tiles(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b,
                                   int64_t b_row, float* c, int64_t c_row) {

@@ -17,7 +17,7 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(_mm256_set1_ps(value)) {}
 };
 
-/// Vectors in a row of the matrix products' tile: what the registers hold beside its operands.
+/// Vectors per row of the matrix products' tile: as many as the registers hold beside the operands.
 inline constexpr int kTileVecs = 2;
 
 struct Mask {
@@ -50,7 +50,7 @@ PHI_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v
 /// 1 / a for 1 <= a, to about 1 unit in the last place.
 PHI_INLINE Vec reciprocal(Vec a) { return Vec(1.0f) / a; }
 
-/// a times 2 to the power of the integer in the low bits of `magic` (see exp).
+/// a · 2^n, where n is the integer in the low bits of `magic` (see exp_in_range).
 PHI_INLINE Vec scale_by_power(Vec a, Vec magic) {
   const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(magic.v), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), power));
@@ -67,8 +67,7 @@ PHI_INLINE float max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-/// Every lane, or the first few (1 … kLanes - 1): loads give 0 in the others,
-/// stores leave memory alone.
+/// Every lane, or the first few (1 … kLanes - 1): in the others, loads give 0 and stores change nothing.
 struct Full {};
 struct Tail {
   int count;

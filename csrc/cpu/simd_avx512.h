@@ -1,5 +1,5 @@
-// Sixteen fp32 lanes: AVX-512 F, BW, DQ and VL; with PHI_AVX512_BF16 also the
-// bf16 conversions of Cooper Lake and Zen 4.
+// Sixteen fp32 lanes: AVX-512 F, BW, DQ and VL. With PHI_AVX512_BF16 it also uses the bf16 conversions of Cooper Lake
+// and Zen 4.
 #pragma once
 #include <immintrin.h>
 
@@ -18,7 +18,7 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(_mm512_set1_ps(value)) {}
 };
 
-/// Vectors in a row of the matrix products' tile: what the registers hold beside its operands.
+/// Vectors per row of the matrix products' tile: as many as the registers hold beside the operands.
 inline constexpr int kTileVecs = 4;
 
 struct Mask {
@@ -50,11 +50,11 @@ PHI_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v
 
 /// 1 / a for 1 <= a, to about 1 unit in the last place.
 PHI_INLINE Vec reciprocal(Vec a) {
-  const Vec r = _mm512_rcp14_ps(a.v);  // 14 bits; a step of Newton's doubles them, and is quicker than a division
+  const Vec r = _mm512_rcp14_ps(a.v);  // 14 bits; a Newton step doubles them, and is faster than a division
   return r * fnma(a, r, Vec(2.0f));
 }
 
-/// a times 2 to the power of the integer in the low bits of `magic` (see exp).
+/// a · 2^n, where n is the integer in the low bits of `magic` (see exp_in_range).
 PHI_INLINE Vec scale_by_power(Vec a, Vec magic) {
   const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23);
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), power));
@@ -63,8 +63,7 @@ PHI_INLINE Vec scale_by_power(Vec a, Vec magic) {
 PHI_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 PHI_INLINE float max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-/// Every lane, or the first few (1 … kLanes - 1): loads give 0 in the others,
-/// stores leave memory alone.
+/// Every lane, or the first few (1 … kLanes - 1): in the others, loads give 0 and stores change nothing.
 struct Full {};
 struct Tail {
   __mmask16 mask;
@@ -117,7 +116,7 @@ PHI_INLINE void store(T* to, Vec a, Tail lanes) {
 PHI_INLINE Vec keep(Full, Vec a) { return a; }
 PHI_INLINE Vec keep(Tail lanes, Vec a) { return _mm512_maskz_mov_ps(lanes.mask, a.v); }
 
-/// rows[j][i] = rows[i][j] of 16 × 16 words of 32 bits.
+/// rows[j][i] = rows[i][j] for 16 × 16 words of 32 bits.
 PHI_INLINE void transpose_square(__m512i rows[16]) {
   __m512i pairs[16];
   for (int i = 0; i < 16; i += 2) {
@@ -145,7 +144,7 @@ PHI_INLINE void transpose_square(__m512i rows[16]) {
 }
 
 #define PHI_TRANSPOSE_SQUARE
-/// to[j][i] = from[i][j] of 16 × 16 words of 32 bits.
+/// to[j][i] = from[i][j] for 16 × 16 words of 32 bits.
 template <class Word>
 PHI_INLINE void transpose_square(const Word* from, int64_t from_row, Word* to, int64_t to_row) {
   static_assert(sizeof(Word) == 4);

@@ -22,7 +22,7 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(Float4{value, value, value, value}) {}
 };
 
-/// Vectors in a row of the matrix products' tile: what the registers hold beside its operands.
+/// Vectors per row of the matrix products' tile: as many as the registers hold beside the operands.
 inline constexpr int kTileVecs = 2;
 
 struct Mask {
@@ -50,7 +50,7 @@ PHI_INLINE Vec sqrt(Vec a) {
   return Float4{std::sqrt(a.v[0]), std::sqrt(a.v[1]), std::sqrt(a.v[2]), std::sqrt(a.v[3])};
 }
 
-/// a·b + c and c - a·b; one rounding where the machine has it.
+/// a·b + c and c - a·b, with one rounding if the machine has such an instruction.
 PHI_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__aarch64__)
   return Float4{std::fma(a.v[0], b.v[0], c.v[0]), std::fma(a.v[1], b.v[1], c.v[1]), std::fma(a.v[2], b.v[2], c.v[2]),
@@ -64,14 +64,13 @@ PHI_INLINE Vec fnma(Vec a, Vec b, Vec c) { return fma(Vec(-a.v), b, c); }
 /// 1 / a for 1 <= a, to about 1 unit in the last place.
 PHI_INLINE Vec reciprocal(Vec a) { return Vec(1.0f) / a; }
 
-/// a times 2 to the power of the integer in the low bits of `magic` (see exp).
+/// a · 2^n, where n is the integer in the low bits of `magic` (see exp_in_range).
 PHI_INLINE Vec scale_by_power(Vec a, Vec magic) { return Float4(UInt4(a.v) + (UInt4(magic.v) << 23)); }
 
 PHI_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 PHI_INLINE float max(Vec a) { return std::fmax(std::fmax(a.v[0], a.v[2]), std::fmax(a.v[1], a.v[3])); }
 
-/// Every lane, or the first `count` (1 … kLanes - 1) of them: loads give 0 in
-/// the others, stores leave memory alone.
+/// Every lane, or the first `count` (1 … kLanes - 1) lanes: in the others, loads give 0 and stores change nothing.
 struct Full {};
 struct Tail {
   int count;

@@ -1,5 +1,4 @@
-// Defines PHI_ISA::kernels from the kernels' source, compiled for the Vec that
-// is in place.
+// Defines PHI_ISA::kernels: includes the kernels' source, compiled for the Vec that the including file has defined.
 #pragma once
 #include "cpu/adam.h"
 #include "cpu/attention_backward.h"

@@ -11,8 +11,8 @@ const char* const kNames[] = {"torch.float32", "torch.bfloat16", "torch.float16"
 
 std::string dtype_name(int code) { return code >= 0 && code < 5 ? kNames[code] : "dtype " + std::to_string(code); }
 
-/// Whether the tensor can be one of torch's: memory where there are elements, a stride for each dim, and no element
-/// farther away than a process's memory reaches.
+/// Whether the tensor can come from torch: it has memory if it has elements, a stride for each dim, and no element
+/// beyond a process's address space.
 bool is_sound(const Tensor& x) {
   if (x.sizes.size() != x.strides.size()) return false;
   int64_t count = 1, last = 0;
@@ -35,7 +35,7 @@ bool is_contiguous(const Tensor& x) {
   return true;
 }
 
-/// A row of one element, or no rows, may have any last stride.
+/// Whether elements of a row are adjacent. The last stride does not matter for rows of one element, or without rows.
 bool has_whole_rows(const Tensor& x) { return x.strides.back() == 1 || x.sizes.back() <= 1 || x.numel() == 0; }
 
 }  // namespace
@@ -47,7 +47,7 @@ std::string shown(const Sizes& sizes) {
 }
 
 int64_t Tensor::numel() const {
-  uint64_t count = 1;  // which may wrap: is_sound refuses what is too large
+  uint64_t count = 1;  // may wrap; is_sound refuses sizes that are too large
   for (const int64_t size : sizes) count *= uint64_t(size);
   return int64_t(count);
 }

@@ -1,5 +1,5 @@
-// Tensors as kernels/cpp/_tensors.py hands them over: no address comes without what lies there, and every entry checks
-// that against what its kernel reads and writes.
+// Tensors as kernels/cpp/_tensors.py passes them: each address comes with the dtype, sizes and strides of the data
+// there, and every entry compares these with what its kernel reads and writes.
 #pragma once
 #include <pybind11/stl.h>
 
@@ -14,7 +14,8 @@ namespace phi_fast::cpu {
 
 using Sizes = std::vector<int64_t>;
 
-/// Sizes and strides are torch's, in elements; dtype is a code of kernels/cpp/_tensors.py, where DType's come first.
+/// Sizes and strides are torch's, in elements. dtype is a code of kernels/cpp/_tensors.py, whose first codes are
+/// DType's.
 struct Tensor {
   uintptr_t address = 0;
   int dtype = 0;
@@ -34,22 +35,22 @@ inline constexpr int kCode<int64_t> = 3;
 template <>
 inline constexpr int kCode<int32_t> = 4;
 
-/// The checks of one call. Each throws std::invalid_argument (ValueError in Python), naming the op, the argument, what
-/// it is and what was expected.
+/// The checks of one call. Each throws std::invalid_argument (ValueError in Python) with the op, the argument, its
+/// value and what was expected.
 class Call {
  public:
   explicit Call(const char* op) : op_(op) {}
 
-  /// The storage type of a tensor of `dims` dims that the kernels compute with.
+  /// The storage type of a tensor with `dims` dims. Fails for a type that the kernels do not compute with.
   DType dtype(const char* name, const Tensor& x, size_t dims) const;
-  /// (rows, columns) with last stride 1; null for none.
+  /// (rows, columns) with last stride 1; null if there is no tensor.
   Rows rows(const char* name, const Tensor& x, DType dtype, int64_t rows, int64_t columns) const;
   Rows rows(const char* name, const MaybeTensor& x, DType dtype, int64_t rows, int64_t columns) const {
     return x ? this->rows(name, *x, dtype, rows, columns) : Rows{};
   }
   /// (batch, sequence, heads, head_dim) with last stride 1.
   Heads heads(const char* name, const Tensor& x, DType dtype, const Sizes& sizes) const;
-  /// Contiguous T of these sizes; null for none.
+  /// Contiguous data of type T and these sizes; null if there is no tensor.
   template <class T>
   T* whole(const char* name, const Tensor& x, const Sizes& sizes) const {
     return static_cast<T*>(contiguous(name, x, kCode<T>, sizes));
@@ -58,7 +59,7 @@ class Call {
   T* whole(const char* name, const MaybeTensor& x, const Sizes& sizes) const {
     return x ? whole<T>(name, *x, sizes) : nullptr;
   }
-  /// Contiguous elements of any shape, `count` of them.
+  /// `count` contiguous elements of any shape.
   void* flat(const char* name, const Tensor& x, int dtype, int64_t count) const;
   /// Fails with `message` unless `holds`.
   void expect(bool holds, const std::string& message) const;
@@ -71,7 +72,7 @@ class Call {
   const char* op_;
 };
 
-/// "(2, 3)".
+/// The sizes as text, such as "(2, 3)".
 std::string shown(const Sizes& sizes);
 
 }  // namespace phi_fast::cpu

@@ -1,5 +1,4 @@
-// Loops over a row, and the functions the kernels need, for whichever Vec the
-// including file has chosen.
+// Loops over a row, and the functions that the kernels need, for the Vec that the including file has defined.
 #pragma once
 #include <type_traits>
 
@@ -10,8 +9,7 @@ namespace phi_fast::cpu::PHI_ISA {
 template <int kIndex>
 using Index = std::integral_constant<int, kIndex>;
 
-/// body(i, lanes) for i = 0, kLanes, 2 kLanes …, with `lanes` Full, and Tail
-/// for what is left at the end.
+/// Calls body(i, lanes) for i = 0, kLanes, 2 kLanes …, where `lanes` is Full, or Tail for the rest at the end.
 template <class Body>
 PHI_INLINE void for_lanes(int64_t count, Body body) {
   int64_t i = 0;
@@ -19,8 +17,8 @@ PHI_INLINE void for_lanes(int64_t count, Body body) {
   if (i < count) body(i, tail(int(count - i)));
 }
 
-/// As for_lanes, four at a time: body(i, lanes, Index<k>) where k = 0 … 3 names
-/// the accumulator, so that four additions are in flight.
+/// Like for_lanes, four vectors at a time: calls body(i, lanes, Index<k>), where k = 0 … 3 selects the accumulator, so
+/// that four additions are in flight.
 template <class Body>
 PHI_INLINE void for_lanes_by_four(int64_t count, Body body) {
   constexpr int64_t n = Vec::kLanes;
@@ -52,13 +50,14 @@ void fill(T* to, int64_t count, float value) {
 
 PHI_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/// e^x for |x| <= 87.3 to about 1 unit in the last place; NaN stays.
+/// e^x for |x| <= 87.3, to about 1 unit in the last place; NaN stays NaN.
 PHI_INLINE Vec exp_in_range(Vec x) {
   // x = n ln2 + r, |r| <= ln2 / 2. Adding 1.5 · 2^23 rounds to an integer, which is then in the low bits.
   const Vec magic = fma(x, Vec(1.44269504f), Vec(12582912.0f));
   const Vec n = magic - Vec(12582912.0f);
   const Vec r = fnma(n, Vec(-2.12194440e-4f), fnma(n, Vec(0.693359375f), x));
-  // e^r = 1 + r + r² q(r); q is the minimax polynomial of relative error 3e-9. Pairs of terms shorten the chain.
+  // e^r = 1 + r + r² q(r); q is the minimax polynomial of relative error 3e-9. Pairing terms shortens the dependency
+  // chain.
   const Vec r2 = r * r;
   const Vec low = fma(Vec(0.1666652113199234f), r, Vec(0.4999999403953552f));
   const Vec high = fma(Vec(8.368716575205326e-3f), r, Vec(4.166838899254799e-2f));
@@ -66,13 +65,13 @@ PHI_INLINE Vec exp_in_range(Vec x) {
   return scale_by_power(fma(q, r2, r) + Vec(1.0f), magic);
 }
 
-/// e^x for x <= 88; 0 below -87.3; NaN stays.
+/// e^x for x <= 88; 0 below -87.3; NaN stays NaN.
 PHI_INLINE Vec exp(Vec x) { return select(Vec(-87.3f) > x, Vec(0.0f), exp_in_range(x)); }
 
-/// tanh, relative error about 2 units in the last place (Cephes' tanhf); NaN stays.
+/// tanh with a relative error of about 2 units in the last place (Cephes' tanhf); NaN stays NaN.
 PHI_INLINE Vec tanh(Vec x) {
   const Vec t = min(Vec(9.1f), abs(x)), s = t * t;  // 1 - tanh(9.1) is below half a unit in the last place
-  Vec small(-5.70498872745e-3f);                    // tanh(t) / t - 1 in t², over t², t <= 0.625
+  Vec small(-5.70498872745e-3f);                    // polynomial of (tanh(t) / t - 1) / t² in t², for t <= 0.625
   small = fma(small, s, Vec(2.06390887954e-2f));
   small = fma(small, s, Vec(-5.37397155531e-2f));
   small = fma(small, s, Vec(1.33314422036e-1f));
@@ -82,17 +81,17 @@ PHI_INLINE Vec tanh(Vec x) {
   return with_sign(select(t > Vec(0.625f), large, small), x);
 }
 
-/// The error function, absolute error about 1e-7.
+/// The error function with an absolute error of about 1e-7.
 PHI_INLINE Vec erf(Vec x) {
   const Vec t = min(Vec(4.0f), abs(x)),
             s = t * t;               // 1 - erf(4) is below half a unit in the last place
-  Vec small(-5.99940656684339e-4f);  // erf(t) / t in t², |t| <= 0.92
+  Vec small(-5.99940656684339e-4f);  // polynomial of erf(t) / t in t², for |t| <= 0.92
   small = fma(small, s, Vec(4.994830582290888e-3f));
   small = fma(small, s, Vec(-2.676771953701973e-2f));
   small = fma(small, s, Vec(0.11281845718622208f));
   small = fma(small, s, Vec(-0.3761249780654907f));
   small = fma(small, s, Vec(1.1283791065216064f)) * t;
-  Vec large(-1.07631485661841e-5f);  // log(erfc(t)) / t in t, 0.9 <= t <= 4
+  Vec large(-1.07631485661841e-5f);  // polynomial of log(erfc(t)) / t in t, for 0.9 <= t <= 4
   large = fma(large, t, Vec(3.180594649165869e-4f));
   large = fma(large, t, Vec(-3.6229179240763187e-3f));
   large = fma(large, t, Vec(2.3720184341073036e-2f));
@@ -102,8 +101,8 @@ PHI_INLINE Vec erf(Vec x) {
   return with_sign(select(t > Vec(0.91f), large, small), x);
 }
 
-/// out[c] = (or, with `add`, +=) the sum over b of partial[b][c], in the order
-/// of b: the same bits for any thread count.
+/// out[c] = (or +=, with `add`) the sum over b of partial[b][c]. It is added in the order of b, so that any thread
+/// count gives the same bits.
 inline void reduce_blocks(const float* partial, int64_t blocks, int64_t columns, bool add, float* out, int threads) {
   parallel_for(columns, threads_for(blocks * columns, threads), [=](int64_t begin, int64_t end) {
     for_lanes(end - begin, [=](int64_t i, auto lanes) {

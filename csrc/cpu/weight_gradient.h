@@ -1,19 +1,19 @@
-// out = aᵀ · b, the gradient of a weight: both operands are summed along their rows, as they lie in memory. A library
-// turns one of them and repacks the other before it multiplies; here both go straight into tiles.
+// out = aᵀ · b, the gradient of a weight: the sum runs over the rows of both operands, so its terms are not adjacent in
+// memory. A library transposes one operand and repacks the other before it multiplies; here both are packed straight
+// into tiles.
 #pragma once
 #include "cpu/words.h"
 
 namespace phi_fast::cpu::PHI_ISA {
 
 #if defined(PHI_AMX)
-inline constexpr int64_t kTile = 16;            // rows, and words a row, of a tile
-inline constexpr int64_t kPanel = 2 * kTile;    // columns of a or b that are multiplied together; rows of a tile
-inline constexpr int64_t kDepth = 512;          // rows of a and b at a time: such a panel fits the first-level cache
-inline constexpr int64_t kHeight = 4 * kPanel;  // columns of a, and
-inline constexpr int64_t kWidth = 16 * kPanel;  // columns of b at a time: their sums fit the second-level cache
+inline constexpr int64_t kTile = 16;            // rows of a tile, and words per row
+inline constexpr int64_t kPanel = 2 * kTile;    // columns of a or b that are multiplied together; rows of them per tile
+inline constexpr int64_t kDepth = 512;          // rows of a and b at a time: a panel of them fits the first-level cache
+inline constexpr int64_t kHeight = 4 * kPanel;  // columns of a at a time
+inline constexpr int64_t kWidth = 16 * kPanel;  // columns of b at a time: the sums fit the second-level cache
 
-/// 16 columns from `column` on of 32 rows from `row` on: two rows per word, zeros
-/// beyond the matrix.
+/// 32 rows from `row` on of 16 columns from `column` on, two rows per word, with zeros beyond the matrix.
 PHI_INLINE void pairs_of_rows(const Rows& x, int64_t rows, int64_t columns, int64_t row, int64_t column,
                               __m512i words[kTile]) {
   const __mmask16 there = columns - column >= kTile ? 0xffff : __mmask16((1u << (columns - column)) - 1);
@@ -26,9 +26,8 @@ PHI_INLINE void pairs_of_rows(const Rows& x, int64_t rows, int64_t columns, int6
   }
 }
 
-/// A panel of x, kPanel columns from `column` on, as tiles: (rows / 32, 2, 16,
-/// 16) words. kTurned: a tile's rows are columns of x, as a product's left
-/// operand; else pairs of rows of x.
+/// Packs a panel of x, kPanel columns from `column` on, as tiles: (rows / 32, 2, 16, 16) words. With kTurned, a tile's
+/// rows are columns of x, for the left operand of a product; otherwise they are pairs of rows of x.
 template <bool kTurned>
 void pack_panel(const Rows& x, int64_t rows, int64_t columns, int64_t column, uint32_t* to) {
   for (int64_t row = 0; row < rows || row == 0; row += kPanel) {
@@ -45,10 +44,10 @@ void pack_panel(const Rows& x, int64_t rows, int64_t columns, int64_t column, ui
   }
 }
 
-/// Products that a sum is made of; one, of zeros, where there are no rows.
+/// The number of tile products in each sum. Without rows it is one, of zeros.
 inline int64_t depth_steps(const WeightGradient& a) { return a.rows == 0 ? 1 : (a.rows + kPanel - 1) / kPanel; }
 
-/// One thread's columns of a, up to kHeight: their tiles and their sums.
+/// Computes the output for one thread's columns of a, up to kHeight of them, in its own tiles and sums.
 class GradientWorker {
  public:
   static int64_t scratch(int64_t steps) { return kHeight / kTile * steps * kTile * kTile + kHeight * kWidth; }
@@ -74,13 +73,12 @@ class GradientWorker {
   }
 
  private:
-  /// A panel's tiles stand one after the other.
+  /// Tiles that are stored one after the other.
   static TilePair packed(const uint32_t* tiles) { return {tiles, kTile * kTile, 2 * kTile * kTile, 64}; }
 
   int64_t panel_words() const { return steps_ * 2 * kTile * kTile; }
 
-  /// What kDepth rows from `step` on add to the sums of a panel of a and the
-  /// columns of b.
+  /// Adds the products of kDepth rows from `step` on to the sums for a panel of a and the columns of b.
   void products(int64_t i, int64_t column, int64_t width, int64_t step) {
     const int64_t count = smaller(kDepth / kPanel, steps_ - step), offset = step * 2 * kTile * kTile;
     const uint32_t* left = a_tiles_ + i / kPanel * panel_words() + offset;
@@ -91,8 +89,8 @@ class GradientWorker {
     }
   }
 
-  /// The sums of a square of kPanel columns of a and of b stand in one piece,
-  /// (kPanel, kPanel).
+  /// Writes the sums to the output. The sums for kPanel columns of a and of b are stored in one piece, (kPanel,
+  /// kPanel).
   template <class T>
   void write(T, int64_t first, int64_t height, int64_t column, int64_t width) {
     for (int64_t i = 0; i < height; ++i) {

@@ -1,6 +1,5 @@
-// Small matrix products from operands packed into words: what a CPU multiplies
-// in one instruction. An fp32 word holds one number, a bf16 word two numbers
-// that are neighbours along the summed dimension.
+// Small matrix products of operands packed into words. A word is what one lane multiplies in one instruction: one fp32
+// number, or two bf16 numbers that are neighbours along the summed dimension.
 #pragma once
 #include "cpu/vector_math.h"
 
@@ -10,18 +9,18 @@ struct FloatWords {
   using Word = float;
   using Lanes = Vec;
   static constexpr int kPerWord = 1;
-  /// Numbers that operands are padded to a multiple of, along every dimension.
+  /// Operands are padded to a multiple of this size along every dimension.
   static constexpr int kGrain = Vec::kLanes;
-  /// What a thread holds while it multiplies.
+  /// State that a thread keeps while it multiplies.
   struct Session {};
 
   PHI_INLINE static Lanes words(const Word* from) { return load(from); }
   PHI_INLINE static Lanes everywhere(Word word) { return Vec(word); }
   PHI_INLINE static Vec dot(Lanes a, Lanes b, Vec sum) { return fma(a, b, sum); }
 
-  /// Numbers i … i + kLanes - 1 of a row whose words run along it.
+  /// Stores numbers i … i + kLanes - 1 of a row whose words run along it.
   PHI_INLINE static void along(Word* row, int64_t i, Vec x) { store(row + i, x); }
-  /// kLanes words that run across kPerWord rows.
+  /// Stores kLanes words that run across kPerWord rows.
   PHI_INLINE static void across(Word* to, const Vec* rows) { store(to, rows[0]); }
 };
 
@@ -47,14 +46,14 @@ struct BFloat16Words {
 #endif
 
 #if defined(PHI_AMX)
-/// The same words, multiplied 16 × 16 × 16 an instruction.
+/// The same words, multiplied 16 × 16 × 16 per instruction.
 struct TileWords : BFloat16Words {
   static constexpr int kGrain = 2 * Vec::kLanes;
   using Session = Tiles;
 };
 #endif
 
-/// The words for products of T: bf16 where there are instructions for it.
+/// The words for products of T: bf16 words if there are instructions for them.
 template <class T>
 struct WordsOf {
   using Type = FloatWords;
@@ -71,13 +70,12 @@ struct WordsOf<BFloat16> {
 };
 #endif
 
-/// Rows of a tile: with kTileVecs vectors each, enough sums in flight to hide
-/// the latency of an fma.
+/// Rows per tile: with kTileVecs vectors each, enough sums are in flight to hide the latency of an fma.
 inline constexpr int kTileRows = 4;
 
 PHI_INLINE int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-/// kTileRows × kVecs vectors of C = A · B, or C += A · B.
+/// Computes kTileRows × kVecs vectors of C = A · B, or C += A · B with kAdd.
 template <class W, int kVecs, bool kAdd>
 PHI_INLINE void multiply_tile(int64_t k, const typename W::Word* a, int64_t a_row, const typename W::Word* b,
                               int64_t b_row, float* c, int64_t c_row) {
@@ -95,15 +93,15 @@ PHI_INLINE void multiply_tile(int64_t k, const typename W::Word* a, int64_t a_ro
   }
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < kVecs; ++v) {
-      // Added last: a sum of blocks' sums rounds less often at its full size.
+      // C is added last, so that fewer additions round at the sum's full size.
       float* const to = c + r * c_row + v * Vec::kLanes;
       store(to, kAdd ? load(to) + sums[r][v] : sums[r][v]);
     }
   }
 }
 
-/// C (m, n) = A (m, k) · B (k, n), or C += A · B, k in words; m and n are
-/// multiples of W::kGrain, k of W::kGrain / W::kPerWord.
+/// C (m, n) = A (m, k) · B (k, n), or C += A · B with kAdd. k counts words; m and n are multiples of W::kGrain, and k
+/// is a multiple of W::kGrain / W::kPerWord.
 template <class W, bool kAdd>
 void multiply(int64_t m, int64_t n, int64_t k, const typename W::Word* a, int64_t a_row, const typename W::Word* b,
               int64_t b_row, float* c, int64_t c_row) {

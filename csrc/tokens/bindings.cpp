@@ -21,14 +21,14 @@ namespace py = pybind11;
 namespace phi_fast::tokens {
 namespace {
 
-// Memory that is written to: a buffer's own length, item size and strides are checked before an address is taken.
+// A buffer to write to. Its length, item size and strides are checked before its address is used.
 struct Memory {
   void* address;
   uint64_t size;  // items
 };
 
 Memory memory_of(const char* name, const py::buffer& buffer, py::ssize_t itemsize) {
-  const py::buffer_info info = buffer.request(true);  // BufferError where it is read-only
+  const py::buffer_info info = buffer.request(true);  // BufferError if it is read-only
   py::ssize_t expected = info.itemsize;
   bool contiguous = true;
   for (py::ssize_t dim = info.ndim; dim-- > 0; expected *= info.shape[dim]) {
@@ -79,7 +79,7 @@ uint64_t take(Prefetcher& prefetcher) {
       batch = prefetcher.take(std::chrono::milliseconds(200));
     }
     if (batch) return batch->segments;
-    if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C, also where a disk hangs
+    if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C, even while a disk hangs
   }
 }
 

@@ -49,7 +49,7 @@ TokenFile::TokenFile(std::string path, int width, uint64_t offset, uint64_t toke
       if (map == MAP_FAILED) fail(path_);
       map_ = static_cast<const std::byte*>(map);
       install_guard();
-      madvise(map, size_, MADV_RANDOM);  // rows are shuffled: what follows a row is not what is read next
+      madvise(map, size_, MADV_RANDOM);  // rows are shuffled, so the row after this one is not read next
     }
   } catch (...) {
     close(descriptor_);
@@ -78,8 +78,7 @@ void TokenFile::read(uint64_t first, uint64_t count, void* out) const {
 void TokenFile::copy_mapped(uint64_t byte, uint64_t bytes, void* out) const {
   if (!guarded_copy(out, map_ + byte, bytes)) cut_short(byte);
   if (size_ <= kMappedLimit) return;
-  // A fault maps up to 64 KB around it. What is handed back stays in the page cache, and other threads just fault
-  // again.
+  // A fault maps up to 64 KB around it. Released pages stay in the page cache, and other threads simply fault again.
   const uint64_t touched = bytes + (uint64_t{64} << 10);
   if (mapped_.fetch_add(touched, std::memory_order_relaxed) + touched > kMappedLimit) {
     mapped_.store(0, std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// One file of little-endian tokens, mapped or read.
+// One file of little-endian tokens, either mapped or read.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -9,30 +9,29 @@ namespace phi_fast::tokens {
 
 enum class Mode { kMmap, kPread };
 
-// Mapped pages of one file that may count as the process's before they are handed back.
+// Bytes of one file's mapped pages that may count as the process's memory before they are released.
 constexpr uint64_t kMappedLimit = uint64_t{256} << 20;
 
 class TokenFile {
  public:
-  // `tokens` tokens of `width` bytes (2 or 4) from byte `offset` on. Throws std::system_error where the file cannot be
-  // opened, std::runtime_error where it is not a file or too short.
+  // Opens `tokens` tokens of `width` bytes (2 or 4) from byte `offset` on. Throws std::system_error if the file cannot
+  // be opened, std::runtime_error if it is not a regular file or is too short.
   TokenFile(std::string path, int width, uint64_t offset, uint64_t tokens, Mode mode);
   ~TokenFile();
   TokenFile(const TokenFile&) = delete;
   TokenFile& operator=(const TokenFile&) = delete;
 
-  // Throws std::out_of_range where the file does not have these tokens.
+  // Throws std::out_of_range if the file does not have these tokens.
   void check_bounds(uint64_t first, uint64_t count) const;
-  // Copies `count` tokens from token `first` on. Throws std::runtime_error where the file has been cut short since.
+  // Copies `count` tokens from token `first` on. Throws std::runtime_error if the file has been truncated since.
   void read(uint64_t first, uint64_t count, void* out) const;
   // Asks the system to bring the tokens into memory, without waiting.
   void will_need(uint64_t first, uint64_t count) const;
-  // Throws std::runtime_error if the file's size or time of change are not what they were when it was opened, or when
-  // its content was last found to be the same.
+  // Throws std::runtime_error if the file's size or time of change has changed since it was opened, or since `accept`.
   void check_unchanged() const;
-  // The time of the file's last change, in nanoseconds. Throws std::runtime_error where its size is another by now.
+  // The time of the file's last change, in nanoseconds. Throws std::runtime_error if its size has changed.
   int64_t change_stamp() const;
-  // The file's content was compared and is the same: its time of change may be `stamp` from now on.
+  // Accepts `stamp` as the file's time of change, after its content was compared and found to be the same.
   void accept(int64_t stamp) { changed_.store(stamp, std::memory_order_relaxed); }
 
   const std::string& path() const { return path_; }
@@ -50,7 +49,7 @@ class TokenFile {
   uint64_t offset_, tokens_, size_ = 0;
   std::atomic<int64_t> changed_{0};  // ns
   const std::byte* map_ = nullptr;
-  mutable std::atomic<uint64_t> mapped_{0};  // an upper bound, since the last release
+  mutable std::atomic<uint64_t> mapped_{0};  // bytes since the last release; an upper bound
 };
 
 }  // namespace phi_fast::tokens

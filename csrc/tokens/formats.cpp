@@ -16,7 +16,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token files are little
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
-// An index is a mapped file, which may be cut short meanwhile: every read of one is guarded.
+// An index is a mapped file, which may be truncated while it is read, so every read of it is guarded.
 template <typename T>
 T load(Bytes bytes, uint64_t at) {
   if (at > bytes.size || bytes.size - at < sizeof(T)) {
@@ -29,7 +29,7 @@ T load(Bytes bytes, uint64_t at) {
   return value;
 }
 
-// The tokens must fill the file to its end: anything else is a copy that broke off, or a header of another file.
+// The tokens must fill the file to its end. Otherwise the copy was interrupted, or the header belongs to another file.
 Layout whole_file(Layout layout, uint64_t file_size) {
   const uint64_t room = file_size < layout.offset ? 0 : (file_size - layout.offset) / layout.width;
   if (layout.tokens > room) {
@@ -133,8 +133,8 @@ Layout parse_megatron(Bytes index, uint64_t file_size) {
            " documents, more than its " + std::to_string(index.size) + " bytes hold: it was cut short. Copy it again");
   }
   const uint64_t pointers = kHeader + sequences * 4;
-  // Tokens are read as one stream, so each sequence must start where the last one ended, as Megatron writes them. Some
-  // thousands are looked at, the last among them: all would take seconds where there are 10^8.
+  // Tokens are read as one stream, so each sequence must start where the last one ended, as Megatron writes them. A few
+  // thousand are checked, including the last one: checking 10^8 would take seconds.
   uint64_t end = 0;
   for (uint64_t k = 0, checks = std::min<uint64_t>(sequences, 4096); k < checks; ++k) {
     const uint64_t i = checks > 1 ? k * ((sequences - 1) / (checks - 1)) : 0;

@@ -1,4 +1,4 @@
-// Headers of other programs' token files. Each parser is given the header's bytes and trusts none of them.
+// Headers of other programs' token files. Each parser gets the header's bytes and trusts none of them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,7 @@ struct Layout {
   int width;           // bytes per token
   uint64_t offset;     // bytes before the first token
   uint64_t tokens;     // in the file
-  uint64_t documents;  // 0 where the format does not say
+  uint64_t documents;  // 0 if the format does not record them
 };
 
 struct Bytes {
@@ -17,7 +17,8 @@ struct Bytes {
   uint64_t size;
 };
 
-// All throw std::invalid_argument, which says what was found and expected, for a header that cannot be read.
+// All parsers throw std::invalid_argument for a header that cannot be read; the message says what was found and
+// expected.
 
 // llm.c: 256 int32 [magic, version, tokens, ...], then tokens: magic 20240520 version 1 uint16, 20240801 version 7
 // uint32.

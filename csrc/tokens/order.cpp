@@ -11,7 +11,7 @@ namespace phi_fast::tokens {
 namespace {
 
 constexpr uint64_t kLongestPeriod = uint64_t{1} << 20;  // a table of 8 MB, built in milliseconds
-constexpr uint64_t kPhase = 0x7068617365ULL;            // "phase": parts the cut's key from the shuffle's
+constexpr uint64_t kPhase = 0x7068617365ULL;            // "phase": makes the offset's key differ from the shuffle's
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -35,8 +35,9 @@ std::vector<uint32_t> chairman(const std::vector<uint64_t>& weights) {
   std::vector<uint64_t> given(weights.size(), 0);
   std::vector<uint32_t> slots(period);
   for (uint64_t slot = 0; slot < period; ++slot) {
-    // Among the corpora whose deficit (slot+1) * w/period - given is at least 1/m, take the one that would be first to
-    // owe 1 - 1/m: at time ((m-1) + m * given) / (m * w) of a period. All in integers: a sum here stays below 2^63.
+    // Among the corpora whose deficit (slot+1) * w/period - given is at least 1/m, take the one whose deficit would
+    // reach 1 - 1/m first, at time ((m-1) + m * given) / (m * w) of a period. All in integers: a sum here stays below
+    // 2^63.
     int64_t best = -1;
     uint64_t best_due = 0, best_weight = 1;
     for (const uint32_t i : taking_part) {
@@ -65,7 +66,7 @@ Order::Order(std::vector<Corpus> corpora, std::vector<Stage> stages, uint64_t se
       refuse("a corpus of " + std::to_string(corpus.tokens) + " tokens is shorter than one row of " +
              std::to_string(sequence_length) + " + 1");
     }
-    // One row fewer than fits, where there are more, so that every epoch can start its cut anywhere in a row's length.
+    // One row less than fits, if there are several, so that every epoch can start at any offset within a row's length.
     const uint64_t rows = corpus.tokens / sequence_length > 1 ? corpus.tokens / sequence_length - 1 : 1;
     const uint64_t spare = corpus.tokens - 1 - rows * sequence_length;
     rows_.push_back(rows);
@@ -110,7 +111,7 @@ Place Order::at(uint64_t row) const {
   place.epoch = place.rank / n;
   const uint64_t key = combine(combine(mix(seed_), corpora_[slot.corpus].key), place.epoch);
   place.row = Permutation(n, key)(place.rank % n);
-  const uint64_t phase = combine(key, kPhase) % phases_[slot.corpus];  // phases are few: the modulo's bias is < 2^-24
+  const uint64_t phase = combine(key, kPhase) % phases_[slot.corpus];  // few phases: the modulo has a bias below 2^-24
   place.token = phase + place.row * sequence_length_;
   return place;
 }

@@ -7,11 +7,11 @@
 namespace phi_fast::tokens {
 
 struct Corpus {
-  uint64_t key;     // of its name: keeps two corpora of one size from being shuffled alike
+  uint64_t key;     // hash of its name, so that two corpora of the same size are shuffled differently
   uint64_t tokens;  // in its file
 };
 
-// From `start_row` on, corpus i gives weights[i] rows of every sum(weights).
+// From `start_row` on, corpus i contributes weights[i] of every sum(weights) rows.
 struct Stage {
   uint64_t start_row;
   std::vector<uint64_t> weights;
@@ -19,19 +19,19 @@ struct Stage {
 
 struct Place {
   uint32_t corpus;
-  uint64_t rank;   // how many rows of this corpus came before
+  uint64_t rank;   // number of this corpus's rows that came before
   uint64_t epoch;  // rank / rows of the corpus
   uint64_t row;    // which of the corpus's rows, in file order
   uint64_t token;  // its first token; it holds sequence_length + 1, the last being the next row's first
 };
 
-// Tijdeman's chairman assignment of one period (sum of weights) of slots: at every prefix of m slots, corpus i has been
-// given m * weights[i] / sum slots to within 1 - 1/(2n-2). Tijdeman, "The chairman assignment problem", 1980.
+// Tijdeman's chairman assignment for one period (sum of weights) of slots: in every prefix of m slots, corpus i has
+// m * weights[i] / sum slots to within 1 - 1/(2n-2). Tijdeman, "The chairman assignment problem", 1980.
 std::vector<uint32_t> chairman(const std::vector<uint64_t>& weights);
 
 class Order {
  public:
-  // Throws std::invalid_argument for what cannot be ordered.
+  // Throws std::invalid_argument for corpora, stages or lengths that cannot be ordered.
   Order(std::vector<Corpus> corpora, std::vector<Stage> stages, uint64_t sequence_length, uint64_t seed);
 
   Place at(uint64_t row) const;

@@ -1,4 +1,4 @@
-// A keyed bijection of [0, n) in no memory: a Feistel network on exactly ceil(log2 n) bits, and cycle walking.
+// A keyed bijection of [0, n) that needs no memory: a Feistel network on exactly ceil(log2 n) bits with cycle walking.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -14,7 +14,7 @@ inline uint64_t mix(uint64_t x) {
   return x ^ (x >> 33);
 }
 
-constexpr uint64_t kGolden = 0x9e3779b97f4a7c15ULL;  // 2^64 / golden ratio: steps that never fall into a short cycle
+constexpr uint64_t kGolden = 0x9e3779b97f4a7c15ULL;  // 2^64 / golden ratio: odd, so its multiples have no short cycle
 
 inline uint64_t combine(uint64_t hash, uint64_t value) { return mix((hash ^ mix(value + kGolden)) + kGolden); }
 
@@ -37,9 +37,9 @@ class Permutation {
   }
 
  private:
-  static constexpr int kRounds = 8;  // even: each half is rewritten 4 times, twice what Luby and Rackoff need
+  static constexpr int kRounds = 8;  // even: each half is changed 4 times, twice as often as Luby and Rackoff need
 
-  // The halves take turns, so that they need not be of one width and an odd number of bits wastes none.
+  // The halves are changed in turn, so they may differ in width, and an odd number of bits wastes none.
   uint64_t scramble(uint64_t i) const {
     uint64_t low = i & low_mask_, high = i >> low_bits_;
     for (int round = 0; round < kRounds; round += 2) {

@@ -8,11 +8,11 @@
 namespace phi_fast::tokens {
 namespace {
 
-// Slower than this, a batch did not come from the page cache, which gives 1 GB/s and more.
+// A batch that arrives more slowly than this did not come from the page cache, which gives 1 GB/s and more.
 constexpr double kCachedBytesPerSecond = 250e6;
-// Announcing a row costs 0.7 us where it is cached already, so it is done only for this many batches after a slow one.
+// Announcing a cached row wastes 0.7 us, so rows are announced only for this many batches after a slow one.
 constexpr int kAnnounced = 1024;
-constexpr uint64_t kFarthest = uint64_t{1} << 20;  // batches: each of them is a call
+constexpr uint64_t kFarthest = uint64_t{1} << 20;  // batches: each one is a system call
 
 }  // namespace
 

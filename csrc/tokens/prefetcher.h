@@ -20,22 +20,22 @@ namespace phi_fast::tokens {
 
 class Prefetcher {
  public:
-  // Batches follow each other `stride` rows apart; the system is told of the rows that come `lookahead` batches later.
-  // threads = 0: take() fills the batch itself.
+  // Batches follow each other `stride` rows apart. Rows are announced to the system `lookahead` batches ahead. With
+  // threads = 0, take() fills the batch itself.
   Prefetcher(std::shared_ptr<Reader> reader, int threads, uint64_t stride, uint64_t lookahead);
   ~Prefetcher();
 
   uint64_t sequence_length() const { return length_; }
 
-  // May be called from any thread. All but close() throw std::runtime_error once close() was called.
+  // These may be called from any thread. All except close() throw std::runtime_error after close() was called.
   //
-  // Queues a batch, whose memory must live until it was taken or close() has returned.
+  // Queues a batch, whose memory must live until the batch is taken or close() has returned.
   void submit(const Batch& batch);
-  // The oldest batch not yet taken, if it is full in time. Throws what went wrong in filling it, and
-  // std::runtime_error while another thread is in take(): both would wait for the same batch.
+  // The oldest batch not yet taken, or nothing if it is not filled in time. Throws the error that occurred while
+  // filling it, and std::runtime_error while another thread is in take(), because both would wait for the same batch.
   std::optional<Batch> take(std::chrono::milliseconds patience);
-  // Drops what is queued, wakes who waits in take() and joins the threads. No batch's memory is written after it,
-  // whichever of several callers returns first.
+  // Drops the queued batches, wakes a thread that waits in take(), and joins the threads. After any call has returned,
+  // no batch's memory is written, even if several threads call it.
   void close();
 
  private:
@@ -66,7 +66,7 @@ class Prefetcher {
 
   State& state() const;
 
-  // A forked child has no threads, and locks in whatever state they were: there the state is let go of, not destroyed.
+  // A forked child has none of the threads, and its locks are in an arbitrary state: there the state is not destroyed.
   State* const state_;
   pid_t process_;
   const uint64_t length_;

@@ -9,29 +9,30 @@
 
 namespace phi_fast::tokens {
 
-// Memory of one batch of `rows` rows; the owner keeps it alive while it is being filled.
+// Memory of one batch of `rows` rows, which the owner keeps alive while it is being filled.
 struct Batch {
   uint64_t first_row, rows;
   int64_t* input_ids;     // (rows, sequence_length)
   int64_t* labels;        // (rows, sequence_length): the token after each of input_ids
   int32_t* corpora;       // (rows,)
-  int64_t* positions;     // (rows, sequence_length), or null where documents are not isolated
+  int64_t* positions;     // (rows, sequence_length), or null if documents are not isolated
   int32_t* cu_seqlens;    // (rows * sequence_length + 1,), or null
-  uint64_t segments = 0;  // written: entries of cu_seqlens, less one
+  uint64_t segments = 0;  // output: entries of cu_seqlens, minus 1
 };
 
 class Reader {
  public:
-  // `files` in the order's corpora order; ids must be below `id_limit`; documents start at `delimiters[corpus]`.
+  // `files` are in the order of the order's corpora; ids must be below `id_limit`; documents start at
+  // `delimiters[corpus]`.
   Reader(std::vector<std::shared_ptr<TokenFile>> files, std::shared_ptr<Order> order, uint64_t id_limit,
          std::vector<int64_t> delimiters);
 
-  // Throws std::runtime_error where a file has changed, std::invalid_argument for an id that is too large.
+  // Throws std::runtime_error if a file has changed, std::invalid_argument for an id that is too large.
   void fill(Batch& batch) const;
   // Asks the system to bring rows into memory, without waiting.
   void will_need(uint64_t first_row, uint64_t rows) const;
   uint64_t sequence_length() const { return order_->sequence_length(); }
-  // Bytes of tokens that `rows` rows are read from, at most.
+  // The largest number of bytes that are read for `rows` rows.
   uint64_t bytes(uint64_t rows) const { return rows * (order_->sequence_length() + 1) * sizeof(uint32_t); }
 
  private:

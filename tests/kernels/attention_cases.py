@@ -12,7 +12,7 @@ from torch import Tensor
 from phi_fast.kernels import use
 from phi_fast.kernels.attention import attention
 
-# Ragged ends, both head dims, every option alone and the options together.
+# Ragged ends, both head dims, each option alone, and combinations of options.
 CASES: dict[str, dict[str, Any]] = {
     "17 rows, head_dim 128": {"sequence": 17, "head_dim": 128},
     "63 rows, full": {"sequence": 63, "causal": False},
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Case:
-    """Inputs of one case, and attention over them by whatever back end is in use."""
+    """Inputs of one case; calling it runs attention over them by the back end in use."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class Case:
         return attention(q, k, v, **options, cos=self.cos, sin=self.sin)
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """By torch's public functions alone, nothing of phi_fast's."""
+        """Attention by torch's public functions alone."""
         sequence, heads = q.shape[1], q.shape[2]
         columns = torch.arange(k.shape[1], device=q.device)
-        rows = torch.arange(sequence, device=q.device) + k.shape[1] - sequence  # where each row stands among the keys
+        rows = torch.arange(sequence, device=q.device) + k.shape[1] - sequence  # each row's position among the keys
         left, right = self.window or (-1, -1)
         seen = torch.ones(sequence, len(columns), dtype=torch.bool, device=q.device)
         if self.causal:
@@ -109,7 +109,7 @@ class Case:
         return torch.where(seen.any(-1)[:, None], out, 0.0).transpose(1, 2)
 
     def composed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `plain`, in fp32 from a product, a softmax and a product: what the reference is made of."""
+        """Like `plain`, but in fp32 from a product, a softmax and a product, as the reference computes it."""
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return self.plain(q.float(), k.float(), v.float()).to(q.dtype)
 

@@ -1,4 +1,4 @@
-"""Shared by the kernels' tests."""
+"""Fixtures that the kernels' tests share."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ import torch
 
 @pytest.fixture
 def device() -> str:
-    """Where the tests run; on a CPU Triton's kernels run in its interpreter (see `tests/conftest.py`)."""
+    """The device of the tests. On a CPU, Triton's kernels run in its interpreter (see `tests/conftest.py`)."""
     return "cuda" if torch.cuda.is_available() else "cpu"

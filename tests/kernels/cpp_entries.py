@@ -1,4 +1,4 @@
-"""A good call of each entry of `phi_fast._C.cpu` that takes tensors, and what would be a wrong one."""
+"""A valid call of each entry of `phi_fast._C.cpu` that takes tensors, and invalid ones."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ FP32, BF16, INT64, INT32 = torch.float32, torch.bfloat16, torch.int64, torch.int
 
 @dataclass
 class Entry:
-    """Arguments by name, in order; a tensor stands for its description, in a list and in a list of tuples too."""
+    """A call, with its arguments by name and in order. Tensors, also those in lists and in lists of tuples, are
+    replaced by their descriptions when the entry is called."""
 
     name: str
     arguments: dict[str, Any]
     wrong: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Further wrong calls: a name, and the arguments that are different."""
+    """Further invalid calls: name -> the arguments that differ."""
     same_dtype: bool = True
-    """Whether each floating tensor's dtype follows from another's."""
+    """Whether every floating tensor must have the dtype of the others."""
     any_shape: bool = False
     """Whether only the number of elements counts."""
     free: frozenset[tuple[str, int]] = frozenset()
-    """Arguments' dims that no other argument has."""
+    """(argument, dim) pairs whose size no other argument determines."""
     needs: Callable[[], bool] = lambda: True
-    """Whether this machine can carry out the good call."""
+    """Whether this machine can run the valid call."""
 
     def placed(self, place: Callable[[Tensor], Tensor]) -> Entry:
-        """The same call, each of its tensors in the memory that `place` gives it."""
+        """The same call, with each tensor in the memory that `place` gives it."""
         return replace(self, arguments={name: _each(place, value) for name, value in self.arguments.items()})
 
     def call(self, **different: Any) -> Any:
-        """The good call, or one with other arguments: tensors, or descriptions of them."""
+        """Make the call, with some arguments replaced by other tensors or descriptions."""
         given = self.arguments | different
         return getattr(cpu, self.name)(*(_each(partial(described, self.name), value) for value in given.values()))
 
@@ -55,7 +56,7 @@ def randn(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 
 def matrix(dtype: torch.dtype, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
-    """Rows that lie apart."""
+    """A matrix with gaps between its rows."""
     return torch.cat((randn(rows, columns), randn(rows, 3)), 1).to(dtype)[:, :columns]
 
 

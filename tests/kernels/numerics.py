@@ -1,4 +1,4 @@
-"""How the kernels' tests judge a result: against the same computation in float64, beside plain PyTorch's error."""
+"""How the kernels' tests judge a result: its error against float64, compared with plain PyTorch's error."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def assert_no_worse(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "", factor: float = 2.0) -> None:
-    """`actual` errs from `exact` (float64) at most `factor` times as much as `plain`, in root mean square and at worst.
+    """Asserts that the error of `actual` against `exact` (float64) is at most `factor` times that of `plain`, both in
+    root mean square and at its largest.
 
-    `plain` is what plain PyTorch makes of the same inputs at the same dtype. Where it is nearer than the exact result
-    rounded to that dtype (a lucky draw on few entries), the rounding's error stands in for it. NaN and inf must be
-    where the exact result, rounded to that dtype, has them.
+    `plain` is plain PyTorch's result for the same inputs at the same dtype. If its error happens to be less than that
+    of `exact` rounded to that dtype (by chance, with few entries), the rounding error is used instead. NaN and inf must
+    be where `exact`, rounded to that dtype, has them.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
@@ -39,14 +40,14 @@ def assert_no_worse(actual: Tensor, plain: Tensor, exact: Tensor, what: str = ""
 
 
 def assert_same_nonfinite(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """NaN, +inf and -inf stand at the same places."""
+    """Asserts that NaN, +inf and -inf are at the same places."""
     for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         a, b = test(actual.detach()), test(expected.detach())
         assert torch.equal(a, b), f"{what}: {name} at {int(a.sum())} places, expected {int(b.sum())} (or other places)"
 
 
 def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
-    """{"out": function(**inputs), name: its gradient under `dout`} with each input a fresh leaf; strides are kept."""
+    """{"out": function(**inputs), name: its gradient for `dout`}. Inputs become new leaves of the same strides."""
     leaves = {
         name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x).requires_grad_()
         for name, x in inputs.items()
@@ -62,5 +63,5 @@ def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def backends(device: str) -> tuple[str, ...]:
-    """Those every op of this library runs in here. Triton's kernels run in its interpreter where there is no GPU."""
+    """The back ends that every op of this library has here. Without a GPU, Triton's kernels run in its interpreter."""
     return ("reference", "triton") if device == "cuda" else ("reference", "triton", "cpp")

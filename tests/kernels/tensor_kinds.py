@@ -1,7 +1,7 @@
 """Public ops on every kind of tensor: `python tensor_kinds.py` prints "op/kind" and then the outcome, as lines of JSON.
 
-An op that takes an address of what has none ends the process. Arguments are pairs that are passed over:
-`test_tensor_kinds.py` starts again after each death.
+An op that takes the address of a tensor without memory ends the process. The arguments are "op/kind" pairs to skip:
+`test_tensor_kinds.py` starts the program again after each crash.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Op = Callable[..., Tensor]
 @dataclass
 class Case:
     op: Op
-    """phi_fast's function of the tensors in `inputs`."""
+    """A function of the tensors in `inputs`, by phi_fast."""
     plain: Op
-    """The same by torch's public functions alone."""
+    """The same function by torch's public functions alone."""
     inputs: tuple[Tensor, ...]
 
 
@@ -109,11 +109,11 @@ def cases() -> dict[str, Case]:
 
 
 class Named(torch.Tensor):
-    """A subclass with memory of its own, and no dispatch of its own."""
+    """A subclass that has memory but no dispatch of its own."""
 
 
 class Wrapper(torch.Tensor):
-    """A tensor around another one; no memory of its own."""
+    """A tensor that wraps another one and has no memory of its own."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -129,7 +129,7 @@ class Wrapper(torch.Tensor):
 
 
 class Lying(Wrapper):
-    """Hands itself on to the kernel."""
+    """A wrapper whose dispatch passes the wrapper itself to the kernel."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -149,7 +149,7 @@ class Holder(nn.Module):
 
 
 def same(case: Case, result: Any, expected: Any) -> str:
-    """ "right" where the values are."""
+    """Checks the values; returns "right"."""
     for a, b in zip(tree_leaves(result), tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     return "right"
@@ -162,19 +162,19 @@ def shape(case: Case, result: Tensor) -> str:
 
 
 def mapped(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[Case], str]:
-    """The kind of tensor that `change` makes of a plain one with the same values."""
+    """A run whose inputs are the kind of tensor that `change` makes from plain ones of the same values."""
     return lambda case: same(case, back(case.op(*map(change, case.inputs))), case.plain(*case.inputs))
 
 
 def negative(x: Tensor) -> Tensor:
-    """A view whose memory holds -x: torch negates when it reads it."""
+    """A view whose memory holds -x; torch negates the values when it reads them."""
     view = torch._neg_view(-x)
     assert view.is_neg()
     return view
 
 
 def last(change: Callable[[Tensor], Tensor]) -> Callable[[Case], str]:
-    """As `mapped`, of the last input alone: torch's own ops would end the process on these."""
+    """Like `mapped`, for the last input alone: torch's own ops would end the process on these tensors."""
     return lambda case: same(case, case.op(*case.inputs[:-1], change(case.inputs[-1])), case.plain(*case.inputs))
 
 
@@ -217,7 +217,7 @@ def fake_training(case: Case) -> str:
 
 
 def traced(trace: Callable[[Op, tuple[Tensor, ...]], Op]) -> Callable[[Case], str]:
-    """A graph recorded on some values, run on others."""
+    """A run that records a graph on some values and runs it on others."""
 
     def run(case: Case) -> str:
         graph = trace(case.op, case.inputs)
@@ -229,7 +229,7 @@ def traced(trace: Callable[[Op, tuple[Tensor, ...]], Op]) -> Callable[[Case], st
 
 
 def gradient_graph(case: Case) -> str:
-    """make_fx over the backward pass of a forward that ran before."""
+    """A run of make_fx over the backward pass of a forward that ran before."""
     x = case.inputs[0].clone().requires_grad_()
     out, expected = case.op(x, *case.inputs[1:]), case.plain(x, *case.inputs[1:])
     grads = [torch.randn(out.shape) for _ in range(2)]
@@ -259,7 +259,7 @@ def batched_gradients(case: Case) -> str:
 
 
 def gradient_of(change: Callable[[Tensor], Tensor]) -> Callable[[Case], str]:
-    """A plain forward, and an incoming gradient of another kind."""
+    """A run with a plain forward and an incoming gradient of another kind."""
 
     def run(case: Case) -> str:
         x = case.inputs[0].clone().requires_grad_()
@@ -355,7 +355,7 @@ def main(passed_over: list[str]) -> None:
             print(json.dumps(pair), flush=True)
             try:
                 outcome = run(case)
-            except Exception as error:  # whatever it is, the test is told
+            except Exception as error:  # any error is reported to the test
                 outcome = f"{type(error).__name__}: {error}"
             print(json.dumps(outcome), flush=True)
 

@@ -19,7 +19,7 @@ from phi_fast.kernels.adam import adam_step_, grad_norm_squared, unscale_and_cli
 
 module = importlib.import_module("phi_fast.kernels.adam")
 BACKENDS = [name for name in backend.BACKENDS if importlib.util.find_spec(f"phi_fast.kernels.{name}.adam")]
-SHAPES = ((37,), (16, 32), (5, 7, 3), (1,), (4, 0, 2), (33000,))  # ragged, empty, longer than a program's share
+SHAPES = ((37,), (16, 32), (5, 7, 3), (1,), (4, 0, 2), (33000,))  # ragged, empty, longer than a program handles
 RECIPE = {"lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}  # phi-1.5's
 
 
@@ -29,7 +29,7 @@ def draw(seed: int, device: str, dtype: torch.dtype = torch.float32, shapes=SHAP
 
 
 def gradients_of(seed: int, device: str, dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[Tensor]:
-    """Gradients that span nine orders of magnitude, as a model's do."""
+    """Gradients that span nine orders of magnitude, as those of a model do."""
     generator = torch.Generator().manual_seed(1000 + seed)
     sizes = [10.0 ** torch.randint(-8, 2, shape, generator=generator) for shape in shapes]
     return [
@@ -52,7 +52,7 @@ def run(optimizer: torch.optim.Optimizer, params: list[Tensor], steps: int) -> N
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_trajectory_is_torchs(device: str, backend_name: str, decoupled: bool) -> None:
-    """fp32: parameters within 4 of their last bits (2⁻²³), moments within 2; the reference's bit for bit."""
+    """In fp32, parameters agree to 4 units of 2⁻²³ and moments to 2; the reference agrees bit for bit."""
     steps = 30 if backend_name != "triton" or device == "cuda" else 8  # the interpreter is slow
     ours, theirs = parameters(device), parameters(device)
     options = {**RECIPE, "lr": 1e-2}
@@ -76,7 +76,7 @@ def test_trajectory_is_torchs(device: str, backend_name: str, decoupled: bool) -
 @pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)])
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_error_against_float64(device, backend_name, dtype, master, grad_dtype) -> None:
-    """One step from a given state: no worse than torch's in fp32; 16-bit weights are the master's rounding."""
+    """One step from a given state errs no more than torch's in fp32; 16-bit weights are the rounded master."""
     grads = gradients_of(3, device, grad_dtype)
     exp_avgs, exp_avg_sqs = draw(1, device), [v.square() for v in draw(2, device)]
     masters = draw(0, device)
@@ -107,7 +107,7 @@ def test_error_against_float64(device, backend_name, dtype, master, grad_dtype) 
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_sixteen_bit_parameters_without_master(device: str, backend_name: str) -> None:
-    """Stepped in fp32 from the rounded weight and rounded once: what torch's fp32 step gives, rounded."""
+    """The step is computed in fp32 from the rounded weight and rounded once, like torch's fp32 step, rounded."""
     for dtype in (torch.float16, torch.bfloat16):
         ours = parameters(device, dtype)
         theirs = [p.detach().float().requires_grad_() for p in ours]
@@ -117,7 +117,7 @@ def test_sixteen_bit_parameters_without_master(device: str, backend_name: str) -
             p.grad = g.to(dtype).float()
         torch.optim.AdamW(theirs, foreach=False, **RECIPE).step()
         different = [(a != b.to(dtype)).float().mean() for a, b in zip(ours, theirs, strict=True) if a.numel()]
-        assert max(different) < 1e-3  # a last bit of fp32 may tip a rounding
+        assert max(different) < 1e-3  # a difference in fp32's last bit may change a rounding
 
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
@@ -141,7 +141,7 @@ def test_found_inf_changes_nothing(device: str, backend_name: str, bad: float) -
 @pytest.mark.parametrize(
     ("dtype", "what", "value"),
     [
-        (torch.float16, "master", 7e4),  # fp32 holds it, the stored fp16 weight does not
+        (torch.float16, "master", 7e4),  # finite in fp32, but not in the stored fp16 weight
         (torch.float16, "master", float("nan")),
         (torch.bfloat16, "master", 3.4e38),
         (torch.float32, "param", float("inf")),
@@ -157,7 +157,7 @@ def test_found_inf_changes_nothing(device: str, backend_name: str, bad: float) -
 def test_a_value_that_is_not_finite_sets_the_flag(
     device: str, backend_name: str, at: int, dtype: torch.dtype, what: str | None, value: float
 ) -> None:
-    """One element of 33,000, at the beginning, in a vector's middle and in the tail, with eps 0; and none at all."""
+    """One of 33,000 elements, at the beginning, inside a vector or in the tail, is not finite, or none is; eps is 0."""
     masters, shape = draw(0, device, shapes=((33000,),)), ((33000,),)
     states = {"master": masters[0], "exp_avg": draw(1, device, shapes=shape)[0]}
     states["exp_avg_sq"] = draw(2, device, shapes=shape)[0].square() + 0.1
@@ -171,7 +171,7 @@ def test_a_value_that_is_not_finite_sets_the_flag(
     with backend.use(backend_name, op="adam"):
         adam_step_(*lists, masters if dtype != torch.float32 else None, nonfinite=flag, **options)
         assert flag == (what is not None)
-        adam_step_(*lists, masters if dtype != torch.float32 else None, **options)  # nobody asks
+        adam_step_(*lists, masters if dtype != torch.float32 else None, **options)  # without the flag
     assert flag == (what is not None)
 
 
@@ -221,7 +221,7 @@ def test_grad_norm(device: str, backend_name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_flat_partition_and_views(device: str, backend_name: str) -> None:
-    """Slices of a flat buffer at odd offsets: the same numbers as the whole, and nothing outside them touched."""
+    """Slices of a flat buffer at odd offsets give the same numbers as the whole, and nothing outside them changes."""
     n = 1003
     master, exp_avg, grad = draw(0, device, shapes=[(n,), (n,), (n,)])
     exp_avg_sq, weights = exp_avg.square(), master.half()
@@ -258,7 +258,7 @@ def test_parameters_that_sit_out_keep_their_own_count(device: str) -> None:
 
 
 def test_state_dicts_of_torch_load_both_ways(device: str) -> None:
-    """3 steps here, 3 in torch, 3 here: as 9 steps in torch."""
+    """3 steps of FusedAdam, 3 of torch's AdamW and 3 of FusedAdam equal 9 steps of torch's."""
     params, theirs = parameters(device), parameters(device)
     run(torch.optim.AdamW(theirs, foreach=False, **RECIPE), theirs, 9)
     state = None
@@ -313,7 +313,7 @@ def test_grad_scaler_divides_its_scale_out(device: str) -> None:
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where a value is read back to the host."""
+    """Fails when a value is read back to the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -364,7 +364,7 @@ def test_cuda_graph_replays_the_step() -> None:
 
 
 def test_a_capture_of_tensors_that_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph would copy the table of addresses at each replay, from pinned memory that others use by then."""
+    """At each replay, a graph would copy the table of addresses from pinned memory that has been reused by then."""
     upload = pytest.importorskip("phi_fast.kernels.triton.adam")._Uploaded
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"take a step first.*zero_grad\(set_to_none=False\)"):

@@ -30,14 +30,14 @@ RECIPE = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}
 
 
 def sharded_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Rows of 5, 3 and 1: on two ranks shards of 3 and 2, 2 and 1, 1 and none."""
+    """Parameters with 5, 3 and 1 rows; on two ranks the shards have 3 and 2, 2 and 1, 1 and 0 rows."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1)).to(dtype)
     return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def backward(model: nn.Module, step: int) -> None:
-    """Gradients of a batch that differs between ranks and steps."""
+    """Compute gradients of a batch that differs between ranks and steps."""
     generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
     dtype = next(model.parameters()).dtype
     model.zero_grad()
@@ -75,7 +75,7 @@ def check_trajectory(_: Path) -> None:
 
 
 def check_16_bit_with_masters(_: Path) -> None:
-    """Bit for bit what the step makes of the whole tensors on one rank."""
+    """The result equals a step on the whole tensors on one rank, bit for bit."""
     model = sharded_model(torch.bfloat16)
     whole = [p.detach().full_tensor().clone().requires_grad_() for p in model.parameters()]
     mine = FusedAdam(model.parameters(), master_weights=True, **RECIPE)
@@ -94,14 +94,15 @@ def check_16_bit_with_masters(_: Path) -> None:
 
 
 def check_state_dicts(folder: Path) -> None:
-    """2 steps each here, in torch, here, by state dicts sharded, whole and from a file: as 6 steps in torch."""
+    """2 steps each of FusedAdam, torch's AdamW and FusedAdam, with sharded, whole and saved state dicts between them,
+    equal 6 steps of torch's AdamW."""
     model, theirs = sharded_model(), sharded_model()
     peer = torch.optim.AdamW(theirs.parameters(), **RECIPE)
     run(theirs, peer, 1, 6)
     saved, options = None, StateDictOptions()
     for first, kind in ((1, FusedAdam), (3, torch.optim.AdamW), (5, FusedAdam)):
         optimizer = kind(model.parameters(), **RECIPE)
-        model.zero_grad()  # torch makes the states to load into by a step of its own, where there are no gradients yet
+        model.zero_grad()  # without gradients, torch creates the states to load into by a step of its own
         if saved is not None:
             set_optimizer_state_dict(model, optimizer, saved, options=options)
         run(model, optimizer, first, first + 1)
@@ -137,7 +138,7 @@ def check_norm_and_clipping(_: Path) -> None:
 
 
 def check_norm_of_every_placement(_: Path) -> None:
-    """Shards are added up, copies count once, terms of a sum are summed first, and a plain tensor is this rank's."""
+    """Shards are added up, replicas count once, partial sums are summed first, a plain tensor is its rank's own."""
     mesh, rank, world = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank(), dist.get_world_size()
     shard = DTensor.from_local(torch.full((3,), rank + 1.0), mesh, [Shard(0)])
     copies = DTensor.from_local(torch.full((2,), 3.0), mesh, [Replicate()])
@@ -152,7 +153,7 @@ def check_norm_of_every_placement(_: Path) -> None:
 
 
 def check_gradient_of_another_placement(_: Path) -> None:
-    """As torch's: a gradient that is a sum over ranks, or whole, goes to where the parameter is."""
+    """As in torch, a partial or replicated gradient is redistributed to the parameter's placement."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for placement in (Replicate(), Shard(0)):
         results = []
@@ -224,7 +225,7 @@ def without_memory() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", without_memory())
 def test_tensors_without_memory_are_refused(kind: str) -> None:
-    """Before any address is taken, whichever list they are in."""
+    """They are refused before any address is taken, in every list."""
     bad = without_memory()[kind]
     scalars = {"step": torch.zeros(()), "lr": 0.1}
     for place in range(5):

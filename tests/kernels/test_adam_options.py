@@ -1,4 +1,4 @@
-"""FusedAdam's options: torch's own keywords, parameters of other strides (channels_last), no bias correction."""
+"""FusedAdam's options: torch's keywords, parameters with other strides (channels_last), no bias correction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def leaf() -> Tensor:
 
 
 def torchs_keywords() -> dict[str, object]:
-    """AdamW's and Adam's own, at their defaults."""
+    """The keywords of AdamW and Adam, with their defaults."""
     parameters = {**inspect.signature(torch.optim.Adam).parameters, **inspect.signature(torch.optim.AdamW).parameters}
     return {name: parameter.default for name, parameter in parameters.items() if name != "params"}
 
@@ -35,7 +35,7 @@ def torchs_keywords() -> dict[str, object]:
 def test_torchs_keywords_at_their_defaults_give_torchs_step() -> None:
     keywords = torchs_keywords()
     assert {"amsgrad", "foreach", "fused", "maximize", "capturable", "differentiable"} <= set(keywords)
-    keywords.pop("decoupled_weight_decay", None)  # Adam's; True in FusedAdam
+    keywords.pop("decoupled_weight_decay", None)  # a keyword of Adam; FusedAdam is decoupled
     ours, theirs = leaf(), leaf()
     for p, kind in ((ours, FusedAdam), (theirs, torch.optim.AdamW)):
         optimizer = kind([p], **keywords)
@@ -66,7 +66,7 @@ def test_other_values_are_refused_by_name(name: str, value: object, allowed: str
 def test_values_that_change_no_result_are_taken() -> None:
     for keywords in ({"fused": True}, {"foreach": True}, {"foreach": False}, {"capturable": True}):
         assert FusedAdam([leaf()], **keywords).param_groups[0].items() >= keywords.items()
-    assert FusedAdam([leaf()], 1e-3, (0.9, 0.999), 1e-8, 0.0, False).defaults["amsgrad"] is False  # torch's positions
+    assert FusedAdam([leaf()], 1e-3, (0.9, 0.999), 1e-8, 0.0, False).defaults["amsgrad"] is False  # torch's order
 
 
 def saved_by_torch(**keywords: object) -> dict:
@@ -107,7 +107,7 @@ def test_a_state_dict_of_any_of_torchs_implementations_loads(keywords: dict) -> 
 
 
 def layouts(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Parameters without gaps in memory that are not contiguous, and one that is."""
+    """Parameters that are not contiguous but have no gaps in memory, and one that is contiguous."""
     conv = draw(0, 6, 3, 5, 5).to(dtype).contiguous(memory_format=torch.channels_last)
     conv3d = draw(1, 4, 2, 3, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     pointwise = draw(2, 8, 4, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -144,7 +144,7 @@ def test_state_of_other_strides_loads_into_the_parameters() -> None:
     theirs = [p.requires_grad_() for p in contiguous]
     optimizers = [FusedAdam(params, master_weights=True, **RECIPE) for params in (ours, theirs)]
     for step in range(1, 5):
-        if step == 3:  # each goes on from the other's state
+        if step == 3:  # each continues from the other's state
             saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
             for optimizer, state in zip(optimizers, reversed(saved), strict=True):
                 optimizer.load_state_dict(state)
@@ -186,7 +186,7 @@ def uncorrected_step(decoupled: bool, wide: torch.dtype, p: Tensor, g: Tensor, m
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_without_bias_correction(backend_name: str, decoupled: bool) -> None:
-    """The third step: with the correction it would be another."""
+    """The third step is compared, because the correction would change it."""
     given = (draw(0, 333), draw(1, 333), draw(2, 333), draw(3, 333).square())
     exact, usual = (uncorrected_step(decoupled, wide, *given) for wide in (torch.float64, torch.float32))
     p, g, m, v = (x.clone() for x in given)

@@ -1,4 +1,4 @@
-"""The adapters to NVIDIA's apex, which is not there: what they say then, and how they call it, on stand-ins.
+"""The adapters to NVIDIA's apex, which is not installed: their message for that, and their calls, tested on stand-ins.
 
 The stand-ins have the signatures of apex's `fused_layer_norm_cuda` and `amp_C` and compute the same in plain PyTorch.
 """

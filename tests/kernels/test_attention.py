@@ -1,4 +1,4 @@
-"""Attention: every back end against float64, beside torch's own scaled_dot_product_attention at the same dtype."""
+"""Attention on every back end against float64, beside torch's own scaled_dot_product_attention at the same dtype."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_errs_no_more_than_torch(name: str, options: dict[str, Any], dtype: torc
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_one_row_sees_itself(name: str, dtype: torch.dtype, device: str) -> None:
-    """out = v, dv = dout, and dq = dk = 0 but for dout·v - dout·out, summed in fp32 in two orders."""
+    """out = v, dv = dout, and dq = dk = 0 up to dout·v - dout·out, which fp32 sums in two different orders."""
     case = Case(dtype, device, sequence=1, batch=4)
     actual = run(name, case, case)
     assert torch.equal(actual["out"], case.inputs["v"])
@@ -63,11 +63,11 @@ def test_one_row_sees_itself(name: str, dtype: torch.dtype, device: str) -> None
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_stays_sound_where_queries_and_keys_reach_hundreds(name: str, device: str) -> None:
-    """Scores pass a million: they would overflow in fp16, and exp would without the running maximum.
+    """Scores exceed a million: they would overflow in fp16, and exp would overflow without the running maximum.
 
-    The softmax is normalised by its own sums: the output is as good as torch's. The gradients form probabilities from
-    the saved log-sum-exp: where two products sum a score in different orders, fp32 knows it to a few units in the last
-    place, and no probability is known better than that.
+    The softmax is normalised by its own sums, so the output is as accurate as torch's. The gradients compute
+    probabilities from the saved log-sum-exp. If two products sum a score in different orders, fp32 gives it to a few
+    units in the last place, and no probability can be more accurate than that.
     """
     case = Case(torch.float16, device, sequence=70, magnitude=300.0)
     q, k = case.inputs["q"].double(), case.inputs["k"].double()
@@ -77,7 +77,7 @@ def test_stays_sound_where_queries_and_keys_reach_hundreds(name: str, device: st
     plain = gradients(case.plain, case.inputs, case.dout)
     exact = gradients(case.plain, double(case.inputs), case.dout.double())
     assert_no_worse(actual["out"], plain["out"], exact["out"], f"{name} out")
-    known = 4 * 2.0**-24 * largest / 8  # relative, of a probability; the scale is 1 / 8
+    known = 4 * 2.0**-24 * largest / 8  # relative error of a probability; the scale is 1 / 8
     for tensor, x in actual.items():
         assert x.isfinite().all(), f"{name} {tensor}"
         assert (x - exact[tensor]).abs().max() <= known * (1 + exact[tensor].abs().max()), f"{name} {tensor}"
@@ -107,7 +107,7 @@ def test_gradients_in_float64_are_the_derivative(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_reads_and_writes_slices_of_packed_buffers(name: str, device: str) -> None:
-    """The block's layout: q, k, v of a (T, 7d) buffer, out in a (T, 5d) one, gradients in a (T, 7d) one."""
+    """The block's layout: q, k, v in a (T, 7d) buffer, out in a (T, 5d) buffer, gradients in a (T, 7d) buffer."""
     batch, sequence, heads, head_dim = 2, 70, 2, 64
     dtype, width = torch.float16, heads * head_dim
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def test_reads_and_writes_slices_of_packed_buffers(name: str, device: str) -> No
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_log_sum_exp_is_natural_and_interchangeable(name: str, device: str) -> None:
-    """One back end's backward takes another's forward: the statistics have one meaning."""
+    """One back end's backward works on another's forward, because the statistics have the same meaning in all."""
     case = Case(torch.float32, device, sequence=40)
     with use("reference", op="attention"):
         reference = backend.implementation("attention", case.dout.device)
@@ -160,11 +160,11 @@ def test_log_sum_exp_is_natural_and_interchangeable(name: str, device: str) -> N
     + [("k", -float("inf"))],
 )
 def test_spreads_nan_and_inf_as_plain_pytorch_does(name: str, tensor: str, value: float, device: str) -> None:
-    """All who look at a poisoned row see it, and where plain PyTorch stays finite the kernel does.
+    """A NaN or infinity reaches every row that sees it, and the kernel is finite wherever plain PyTorch is.
 
-    Plain PyTorch multiplies hidden values by zero, which NaN survives: it spreads further than causality asks. The
-    kernel skips the blocks that are hidden whole, so it ends between the two: what each row alone makes of the keys it
-    sees, and what plain PyTorch makes of all.
+    Plain PyTorch multiplies hidden values by zero, which does not remove a NaN, so a NaN spreads to rows that should
+    not see it. The kernel skips blocks that are entirely hidden. Its result is therefore finite in no more places than
+    if each row is computed alone from the keys it sees, and in no fewer places than plain PyTorch's.
     """
     case = Case(torch.float32, device, sequence=40)
     (case.dout if tensor == "dout" else case.inputs[tensor])[0, 20, 0, 3] = value
@@ -190,7 +190,7 @@ def test_spreads_nan_and_inf_as_plain_pytorch_does(name: str, tensor: str, value
 
 @pytest.mark.parametrize("name", OURS)
 def test_blocks_outside_the_window_are_not_touched(name: str, device: str) -> None:
-    """0 * NaN is NaN: a product with a hidden block would show it, in either pass."""
+    """0 * NaN is NaN, so a product with a hidden block would show in either pass."""
     case = Case(torch.float32, device, sequence=400, window=(30, 0))
     for x in (*case.inputs.values(), case.dout):
         x[:, :64] = float("nan")
@@ -203,7 +203,7 @@ def test_blocks_outside_the_window_are_not_touched(name: str, device: str) -> No
 def test_rows_that_see_nothing_give_zero(name: str, keys: int, device: str) -> None:
     case = Case(torch.float32, device, sequence=70, keys=keys)
     for tensor, x in run(name, case, case).items():
-        if tensor in ("out", "q"):  # the last `keys` rows see something
+        if tensor in ("out", "q"):  # the last `keys` rows see some keys
             assert not x[:, : 70 - keys].any(), tensor
     with use(name, op="attention"):
         kernels = backend.implementation("attention", case.dout.device)
@@ -228,7 +228,7 @@ def test_documents_by_stride(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_document_is_what_it_is_alone(name: str, device: str) -> None:
-    """Nothing leaks over a border, the rotation starts again, and a document is as if there were no others."""
+    """The rotation starts again with each document, and the others do not affect its results."""
     case = Case(torch.float32, device, sequence=70, documents=[0, 29, 70], rotary_dim=32)
     joined = run(name, case, case)
     for rows in (slice(0, 29), slice(29, 70)):
@@ -242,7 +242,7 @@ def test_a_document_is_what_it_is_alone(name: str, device: str) -> None:
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.8 has the older name")
 def test_triton_follows_torchs_switch_of_fp32_products(precision: str) -> None:
-    """By its newer name: the older one then raises."""
+    """The switch is read by its newer name; reading the older name would then raise an error."""
     module, matmul = pytest.importorskip("phi_fast.kernels.triton.specimens"), torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:

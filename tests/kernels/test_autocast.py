@@ -1,5 +1,5 @@
-"""The ops under torch.autocast, and layer_norm's mixed dtypes and missing bias: against float64, beside torch's own
-functions on the same tensors in the same context."""
+"""The ops under torch.autocast, and layer_norm with mixed dtypes or without bias, against float64 and beside torch's
+own functions on the same tensors in the same context."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, T
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_under_autocast_as_torchs_own(name: str, dtype: torch.dtype, backend: str) -> None:
-    """fp32 parameters, forward and backward inside the context; gradients arrive in each input's own dtype."""
+    """Forward and backward with fp32 parameters inside the context; gradients have each input's dtype."""
     ours, plain, inputs = CASES[name]
     exact_inputs = {n: x.double() for n, x in inputs.items()}
     dout = plain(**exact_inputs).sin() + 1
@@ -87,7 +87,7 @@ def test_layer_norm_of_mixed_dtypes_and_without_bias(
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if {x.dtype, weight.dtype} == {torch.float32, BF16} and x.dtype == torch.float32:
-            weight, bias = weight.float(), None if bias is None else bias.float()  # torch refuses this pair
+            weight, bias = weight.float(), None if bias is None else bias.float()  # torch refuses this pair of dtypes
         return F.layer_norm(x, x.shape[-1:], weight, bias)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,7 +110,7 @@ def test_layer_norm_without_bias_compiles_and_adds_a_residual() -> None:
 
 @pytest.mark.parametrize("through_library", [False, True])
 def test_parallel_block_casts_its_parameters(through_library: bool) -> None:
-    """The parameters of a bf16 x are cast, and no product is cast again: as with bf16 parameters outside autocast."""
+    """The parameters are cast once to the dtype of a bf16 x, with the result of bf16 parameters outside autocast."""
     d, m = 32, 48
     shapes = ((d,), (d,), (3 * d + m, d), (3 * d + m,), (d, d + m), (d,), (d,))
     x, table = draw(1, 5, d, dtype=BF16), rotary_table(5, 16)

@@ -1,4 +1,4 @@
-"""The switch: what runs where, and what is refused by name."""
+"""The switch between back ends: what runs where, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_back_end_that_cannot_run_says_what_to_do(monkeypatch):
 
 
 def test_import_needs_neither_triton_nor_a_gpu():
-    """With triton made unimportable, and any question to CUDA an error."""
+    """Importing works when triton cannot be imported and every query to CUDA is an error."""
     script = """
 import sys
 sys.modules["triton"] = None
@@ -87,7 +87,7 @@ assert not [name for name in sys.modules if name.startswith("triton.")]
 
 
 def test_the_folder_is_empty_under_its_own_name():
-    """In the repository's root transformers imports `kernels`, another package's name: no op is registered twice."""
+    """In the repository's root transformers imports the folder as another package: no op is registered twice."""
     script = """
 import sys
 import phi_fast

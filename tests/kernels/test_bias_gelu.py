@@ -32,7 +32,7 @@ def draw(rows: int, n: int, dtype: torch.dtype, device: str) -> Tensor:
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("rows", "n", "scale"), [(5, 64, 1.5), (67, 150, 1.5), (4, 96, 300.0)])
 def test_error_forward_and_gradients(backend, dtype, form, biased, rows, n, scale, device):
-    """Rows by stride, ragged widths, more rows than one program of the backward walks, both tails of the function."""
+    """Covers strided rows, ragged widths, more rows than a program of the backward handles, and both tails."""
     inputs = make(rows, n, dtype, device, scale)
     if not biased:
         del inputs["bias"]
@@ -54,7 +54,7 @@ def test_error_forward_and_gradients(backend, dtype, form, biased, rows, n, scal
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slices_in_place_of_the_gradient_and_beside_it(backend, dtype, device):
-    """As the parallel block calls it: strided in and out, g over dout, o carried beside; nothing else touched."""
+    """The parallel block's call: strided tensors, g written over dout, o copied along, and nothing else changes."""
     kernels = importlib.import_module(f"phi_fast.kernels.{backend}.bias_gelu")
     rows, d, n = 66, 8, 32
     packed, mixed, o = (
@@ -86,8 +86,9 @@ def test_slices_in_place_of_the_gradient_and_beside_it(backend, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_and_inf_spread_as_in_torch(backend, dtype, form, device):
-    """Torch in float64, but for the reference, which is torch: its fp32 erf-gelu of +inf is NaN with AVX-512 and inf
-    without. The slope at an infinite input is NaN in torch; its limit, 1 or 0, is allowed too."""
+    """Compares with torch in float64. The reference is compared with torch in fp32, since it is torch, whose fp32
+    erf-gelu of +inf is NaN with AVX-512 and inf without. torch's slope at an infinite input is NaN; its limit, 1 or 0,
+    is accepted too."""
     x = torch.tensor([[torch.nan, 1.0, -60000.0, 60000.0, 0.0, torch.inf, -torch.inf]], device=device, dtype=dtype)
     with use(backend, op="bias_gelu"):
         actual = gradients(lambda x: bias_gelu(x, approximate=form), {"x": x}, torch.ones_like(x))

@@ -1,4 +1,4 @@
-"""What codegen reads out of compiled code, and that the kernels' code is what their docstrings promise."""
+"""codegen reads compiled code correctly, and the kernels' code is what their docstrings promise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, where no kernel was imported for the interpreter yet, nor stays imported."""
+    """The command in a separate process, so that kernels imported for the interpreter do not affect it."""
     command = [sys.executable, "-m", "phi_fast.kernels.codegen", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
@@ -99,7 +99,7 @@ def test_accesses_join_tiles_and_instructions() -> None:
     assert _accesses(TTGIR, widths, threads=128) == (
         Access("helper.py:3", False, "64x64xf16", 64.0, (64, 128)),
         Access("kernel.py:13", True, "128xf32", 4.0, (32,)),
-        Access("kernel.py:14", False, "2048xf16", 32.0, ()),  # no instruction bears the line
+        Access("kernel.py:14", False, "2048xf16", 32.0, ()),  # no instruction has this line
     )
 
 
@@ -122,9 +122,9 @@ def test_narrow_is_what_could_have_been_wide() -> None:
     [
         ("sm_90", 4, 32, 0, (1.0, "warps")),
         ("sm_90", 8, 128, 0, (0.25, "registers")),  # 65536 / (128 * 256) = 2 blocks of 8 warps, of 64
-        ("sm_90", 8, 129, 0, (0.125, "registers")),  # handed out by 8: 136
+        ("sm_90", 8, 129, 0, (0.125, "registers")),  # registers are allocated in units of 8: 136
         ("sm_80", 4, 64, 65536, (0.125, "shared memory")),  # 2 blocks of 4
-        ("gfx942", 4, 256, 0, (0.25, "registers")),  # 512 a lane: 2 wavefronts of 8 on each SIMD
+        ("gfx942", 4, 256, 0, (0.25, "registers")),  # 512 per lane: 2 wavefronts of 8 on each SIMD
         ("gfx942", 4, 128, 32768, (0.25, "shared memory")),
     ],
 )
@@ -148,7 +148,7 @@ def test_problems_name_what_is_wrong() -> None:
 
 
 def test_forward_attention_on_hopper(tmp_path: Path) -> None:
-    """At most 128 registers leave room for two blocks of 8 warps: one's softmax hides behind the other's products."""
+    """With at most 128 registers, two blocks of 8 warps fit: one's softmax overlaps with the other's products."""
     report = tmp_path / "codegen.json"
     only = "attention.forward (2, 2048, 32, 64) float16"
     done = run("--arch", "sm_90", "--only", only, "--check", "--json", str(report))
@@ -185,14 +185,14 @@ print(json.dumps(found))
 
 
 def code(*specimens: str) -> dict[str, dict[str, str]]:
-    """Specimen whose name begins with one of these -> its code for sm_90, "ttir" and "ptx"."""
+    """Compiles the specimens whose names begin with one of these; name -> code for sm_90, "ttir" and "ptx"."""
     command = [sys.executable, "-c", PRINT_CODE, *specimens]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
 
 
 def test_the_target_is_read_before_any_warp_writes_gradients_over_it() -> None:
-    """Warps meet only at the sums: what one reads of the row after them, another may have overwritten."""
+    """Warps synchronise only at the sums; after that, another warp may have overwritten what one reads from the row."""
     [found] = code("linear_cross_entropy.loss_and_gradient").values()
     accesses = re.findall(r"bar\.sync|ld\.global\S*\.b16|st\.global\S*\.v4", found["ptx"])
     target, barrier = (max(i for i, x in enumerate(accesses) if kind in x) for kind in (".b16", "bar.sync"))

@@ -1,4 +1,4 @@
-"""One compiled graph serves any length: ten lengths cost at most two compilations."""
+"""One compiled graph works for any length: ten lengths need at most two compilations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention in C++ on every instruction set of this machine: what test_attention.py asks of the best one."""
+"""Attention in C++ on every instruction set of this machine; test_attention.py tests only the best one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from phi_fast.kernels.attention import attention
 from phi_fast.kernels.cpp import attention as kernels
 from phi_fast.kernels.reference.attention import AttentionOptions
 
-# Head dims of one number, of a ragged vector, of whole vectors and a ragged tile; more than a block of rows and less.
+# Head dims of one number, of a ragged vector, of whole vectors with a ragged tile; more rows than a block, and fewer.
 SHAPES: dict[str, dict[str, Any]] = {
     **CASES,
     "head_dim 1": {"sequence": 70, "head_dim": 1, "batch": 10, "heads": 3, "key_heads": 3},
@@ -45,7 +45,7 @@ def test_errs_no_more_than_torch(isa: str, options: dict[str, Any], dtype: torch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unaligned_rows_with_gaps(isa: str, dtype: torch.dtype) -> None:
-    """Every tensor a slice that starts at an odd element, odd strides; what lies beside is not touched."""
+    """Every tensor is a slice with odd strides that starts at an odd element; memory beside it does not change."""
     case = Case(dtype, "cpu", sequence=75, heads=2, key_heads=2, head_dim=63)
 
     def apart(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def test_unaligned_rows_with_gaps(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_any_number_of_threads_gives_the_same_bits(isa: str) -> None:
-    """One head is cut into pieces where there are more threads than heads."""
+    """With more threads than heads, each head is divided."""
     case = Case(torch.bfloat16, "cpu", sequence=300, heads=1, key_heads=1)
     threads = torch.get_num_threads()
     results = []

@@ -30,7 +30,7 @@ INT64, INT32 = 3, 4
 
 
 def changed_descriptions(entry: Entry, name: str, good: Described) -> Iterator[tuple[str, Any]]:
-    """Descriptions of a tensor that do not fit the call's others, or are none."""
+    """Descriptions of a tensor that do not fit the call's other tensors, or are not descriptions."""
     address, dtype, sizes, strides = good[0], good[1], tuple(good[2]), tuple(good[3])
     others = [-1, 5, 2**31 - 1, INT32 if dtype == INT64 else INT64]
     if entry.same_dtype:
@@ -50,12 +50,12 @@ def changed_descriptions(entry: Entry, name: str, good: Described) -> Iterator[t
         yield f"stride -1 of dim {dim}", (address, dtype, sizes, (*strides[:dim], -1, *strides[dim + 1 :]))
     if sizes:
         yield "last stride 2", (address, dtype, sizes, (*strides[:-1], 2))
-    if sizes and (name, 0) not in entry.free and name != "scale":  # one scale for all rows is none too few
+    if sizes and (name, 0) not in entry.free and name != "scale":  # a scale without dims is valid for all rows
         yield "a dim too few", (address, dtype, sizes[1:], strides[1:])
 
 
 def wrong_values(entry: Entry, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What argument `name` could be instead of `value`."""
+    """Invalid values for argument `name` instead of `value`."""
     optional = {"residual", "shifted", "shift", "residual_grad", "activation", "bias", "class_weight", "dbias"}
     optional |= {"positions", "documents"} - ({"positions"} if entry.arguments.get("offset") is None else set())
     if isinstance(value, Tensor):
@@ -63,7 +63,7 @@ def wrong_values(entry: Entry, name: str, value: Any) -> Iterator[tuple[str, Any
             if description is not None or name not in optional:
                 yield f"{name}: {how}", description
     elif isinstance(value, list):
-        # The first of a list without other tensors says what the rest must be.
+        # In a list of which any shape is allowed, the first tensor determines what the rest must be.
         for i, element in list(enumerate(value))[entry.any_shape :]:
             parts = element if isinstance(element, tuple) else (element,)
             for j, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Which instruction set the C++ kernels use, and whose threads."""
+"""Which instruction set and which threads the C++ kernels use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from phi_fast import _C
 
-# The extension alone, without the seconds that importing torch takes.
+# Imports the extension alone, to save the seconds that importing torch takes.
 CODE = f"""
 import importlib.util
 spec = importlib.util.spec_from_file_location("phi_fast._C", {_C.__file__!r})

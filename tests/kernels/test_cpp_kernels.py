@@ -21,7 +21,7 @@ from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.rotary import rotary_table
 
-WIDTHS = (1, 3, 8, 15, 16, 17, 63, 64, 100, 256)  # one lane, one less than a vector, whole vectors, four and a tail
+WIDTHS = (1, 3, 8, 15, 16, 17, 63, 64, 100, 256)  # one lane, a vector less one, whole vectors, four and a tail
 
 
 @pytest.fixture(params=cpu.supported_isas(), autouse=True)
@@ -32,7 +32,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, magnitude: float = 1.0) -> Tensor:
-    """Normal values in a view that starts one element into its buffer and whose rows lie 5 elements apart from it."""
+    """Normal values in a view that starts one element into its buffer, with 5 elements between rows."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
     values = torch.randn(shape, generator=generator) * magnitude
     buffer = torch.zeros(*shape[:-1], shape[-1] + 5, dtype=dtype)
@@ -41,7 +41,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, magnitu
 
 
 def padded(like: Tensor) -> tuple[Tensor, Tensor]:
-    """A view of `like`'s shape in a larger buffer full of 7s, and the buffer: what is written beside the view shows."""
+    """A view of `like`'s shape in a larger buffer full of 7s, and the buffer, which shows writes beside the view."""
     buffer = torch.full((like.shape[0], like.shape[1] + 10), 7.0, dtype=like.dtype)
     return buffer[:, 5:-5], buffer
 
@@ -55,13 +55,13 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 class Comparison:
-    """Results of many shapes, judged together: on one column the largest error is a single draw."""
+    """Results for many shapes, judged together, because with one column the largest error is a single sample."""
 
     def __init__(self) -> None:
         self._results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def add(self, names: tuple[str, ...], *lists: tuple[Tensor, ...]) -> None:
-        """Per name its tensor from the kernel, from plain PyTorch, and in float64."""
+        """Add, for each name, the tensor from the kernel, from plain PyTorch, and in float64."""
         for name, *tensors in zip(names, *lists, strict=True):
             self._results.setdefault(name, []).append(tuple(x.flatten() for x in tensors))
 
@@ -96,7 +96,7 @@ def test_layer_norm(dtype: torch.dtype, magnitude: float) -> None:
         assert_untouched(dx_buffer)
         plain = reference_layer_norm.backward(dy, summed, weight, *plain[1:], residual_grad=carried)
         exact = reference_layer_norm.backward(*wide(dy, summed, weight), *exact[1:], residual_grad=carried.double())
-        if columns > 1:  # one element's gradient through its own mean is 0 and rounding
+        if columns > 1:  # with one column dx is 0 but for rounding
             comparison.add(("dx", "dweight", "dbias"), backward, plain, exact)
     comparison.judge()
 
@@ -137,7 +137,7 @@ def test_bias_gelu(approximate: str, dtype: torch.dtype, magnitude: float) -> No
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_gelu_is_right_in_its_tails(approximate: str) -> None:
-    """Every magnitude from 1e-30 to 1e30: finite, and relative accuracy near 0 where the value is x / 2."""
+    """From 1e-30 to 1e30 the value is finite; near 0, where it is x / 2, it is relatively accurate."""
     x = torch.logspace(-30, 30, 4001, dtype=torch.float64)
     x = torch.cat((x, -x)).float().reshape(2, -1)
     out = bias_gelu.forward(x, None, approximate=approximate)
@@ -275,12 +275,13 @@ def test_adam_skips_on_found_inf() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding_is_torchs_for_every_kind_of_number(dtype: torch.dtype, isa: str) -> None:
-    """fp32 of every exponent, subnormal, infinite, NaN and halfway: to 16 bits as torch rounds; and back, all 65536."""
+    """fp32 numbers of every exponent, subnormals, infinities, NaN and ties are rounded to 16 bits as torch rounds them;
+    all 65536 16-bit numbers are widened exactly."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator, dtype=torch.int64)
-    bits[::3] &= ~0xFFF  # exact ties of both formats
+    bits[::3] &= ~0xFFF  # exact ties in both formats
     master = bits.to(torch.int32).view(torch.float32)
-    flushes = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16  # the instruction takes subnormals for 0
+    flushes = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16  # the instruction treats subnormals as 0
     if flushes:
         master = master[(master.abs() >= 2**-126) | master.isnan()]
     param = torch.empty_like(master, dtype=dtype)
@@ -368,7 +369,7 @@ def test_what_the_kernels_refuse() -> None:
 
 
 def test_no_rows_have_gradients() -> None:
-    """The gradient of a sum over nothing is expanded with strides of 0, which are those of no matrix."""
+    """The gradient of a sum over nothing is expanded with strides of 0, which no ordinary matrix has."""
     from phi_fast.kernels import attention, bias_gelu, layer_norm
 
     x = torch.zeros(0, 8, requires_grad=True)

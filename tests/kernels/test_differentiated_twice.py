@@ -1,4 +1,4 @@
-"""Second derivatives: right where an op has them, an error where it has not, and never left out in silence."""
+"""Second derivatives are right if an op has them, and otherwise an error; they are never omitted silently."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from phi_fast.kernels import accelerate, linear_cross_entropy
 
 OPS = list(cases())
 HAVE_IT = ("apply_rotary_",)
-"""Linear ops: the derivative of their gradient is theirs."""
+"""Linear ops, whose gradient has the same form as the op and can be differentiated again."""
 
 
 def penalty(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of the sum of the result plus the squared gradient of the first input, as WGAN-GP's penalty has it."""
+    """Gradients of the squared result plus the squared gradient of the first input, as in WGAN-GP's penalty."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     loss = function(*leaves).square().sum()
     (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
@@ -40,7 +40,7 @@ def test_a_gradient_penalty_is_right_or_refused(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_first_derivative_of_a_graph_is_right(op: str) -> None:
-    """create_graph=True alone, and gradients used without being differentiated."""
+    """create_graph=True is allowed if the gradients are used but not differentiated."""
     case = cases()[op]
     grads = []
     for function in (case.op, case.plain):

@@ -1,4 +1,4 @@
-"""torch.export with a dynamic batch and sequence: each op is one node, and the numbers are eager's at any size."""
+"""torch.export with a dynamic batch and sequence: each op is one node, and results equal eager mode's at any size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH, HEADS, LONGEST, CLASSES = 16, 2, 32, 9
 
 
 class Module(nn.Module):
-    """Parameters for any of the ops, and the op."""
+    """An op, with parameters that suit any of the ops."""
 
     def __init__(self, op: Callable[..., object]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def loss(m: Module, x: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def model(m: Module, x: Tensor) -> Tensor:
-    """All of them, one after the other."""
+    """Runs all ops, one after the other."""
     h, x = layer_norm(x, m.vector, None, residual=bias_gelu(x, m.vector))
     q, k = apply_rotary_(heads(h * 1), heads(h * 2), m.cos, m.sin)
     return loss(m, block(m, x + attention(q, k, heads(h)).flatten(2)))

@@ -1,4 +1,4 @@
-"""Tensors between pages that cannot be read: vectors and masked loads at an edge touch nothing beyond, whatever the
+"""Tensors between pages that cannot be read: vector and masked loads at an edge access nothing beyond it, on every
 instruction set. AddressSanitizer does not see these loads."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Guarded:
         self._at_end, self._maps = at_end, []
 
     def __call__(self, x: Tensor) -> Tensor:
-        """With x's own strides: what lies between its rows is there, what lies after its last element is not."""
+        """A copy with x's strides. Gaps between its rows can be accessed, memory after its last element cannot."""
         extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         size = extent * x.element_size()
         inside = -(-size // PAGE) * PAGE
@@ -46,7 +46,7 @@ class Guarded:
 
 
 def ends_by(call: Callable[[], object]) -> int:
-    """The signal that ends a child which calls, or 0; its exit status, negative, where it raises."""
+    """The signal that ends a child process that makes the call, or 0; if the call raises, minus its exit status."""
     child = os.fork()
     if not child:
         faulthandler.disable()  # the parent reports the signal
@@ -78,7 +78,7 @@ def test_nothing_beside_a_tensor_is_touched(isa: str, dtype: torch.dtype, at_end
 
 
 def test_the_pages_are_there() -> None:
-    """One element beyond either end, of the same tensors."""
+    """Accessing one element beyond either end of these tensors ends the process."""
     for at_end, offset in ((True, COLUMNS), (False, -1)):
         x = Guarded(at_end)(torch.zeros(COLUMNS))
         assert ends_by(lambda x=x, offset=offset: ctypes.string_at(x.data_ptr() + 4 * offset, 4)) != 0

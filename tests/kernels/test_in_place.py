@@ -1,4 +1,4 @@
-"""What an op writes in place, autograd knows of: a backward pass that needs the old values raises, as in torch."""
+"""autograd knows what an op writes in place: a backward pass that needs the old values raises an error, as in torch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_adam_step_(compiled: bool) -> None:
     nonfinite = torch.zeros((), device=DEVICE)
     written = [*tensors[0], *tensors[2], *tensors[3], *tensors[4], step, nonfinite]
     leaf = torch.ones((), requires_grad=True, device=DEVICE)
-    stale = [(tensor * leaf).sum() for tensor in written]  # needs the tensor's value for the leaf's gradient
+    stale = [(tensor * leaf).sum() for tensor in written]  # the leaf's gradient needs the tensor's value
     versions = [grad._version for grad in tensors[1]]
     run = torch.compile(adam_step_, backend="aot_eager") if compiled else adam_step_
     run(*tensors, step=step, lr=0.1, nonfinite=nonfinite)
@@ -88,7 +88,7 @@ def test_adam_step_on_views_is_seen_by_their_base() -> None:
 
 @pytest.mark.usefixtures("backend_name")
 def test_adam_steps_tensors_of_inference_mode() -> None:
-    """They have no version, which is no reason to refuse them."""
+    """Such tensors have no version counter, and must be accepted all the same."""
     with torch.inference_mode():
         tensors, step = lists(4), torch.zeros((), device=DEVICE)
     before = tensors[0][0].clone()
@@ -150,7 +150,7 @@ OUT_OF_PLACE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
 @pytest.mark.usefixtures("backend_name")
 @pytest.mark.parametrize("op", OUT_OF_PLACE)
 def test_other_ops_write_into_nothing_of_their_users(op: str) -> None:
-    """Neither inputs nor the gradient that comes in, forward and backward, and again from one graph."""
+    """Inputs and the incoming gradient stay unchanged in forward, backward, and a second backward of the same graph."""
     function, inputs = OUT_OF_PLACE[op]
     out = function(*inputs)
     dout = torch.randn_like(out)

@@ -36,7 +36,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     [(5, 64, 1.0, 0.0), (3, 37, 100.0, 0.0), (1, 1000, 1.0, 0.0), (4, 200, 1.0, 50.0)],
 )
 def test_error_forward_and_gradients(backend, dtype, rows, d, scale, mean, device):
-    """Rows by stride, ragged widths, large magnitudes, a mean that dwarfs the deviation."""
+    """Covers strided rows, ragged widths, large magnitudes, and a mean much larger than the deviation."""
     inputs = make(rows, d, dtype, device, scale, mean)
     dout = torch.randn(rows, d, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     with use(backend, op="layer_norm"):
@@ -48,7 +48,7 @@ def test_error_forward_and_gradients(backend, dtype, rows, d, scale, mean, devic
 
 @pytest.mark.parametrize("rows", [12, 13, 16])
 def test_triton_programs_share_out_the_rows(rows, device, monkeypatch):
-    """More rows than programs, an even share or not: every row is summed once."""
+    """With more rows than programs, evenly divided or not, every row is summed once."""
     monkeypatch.setattr(importlib.import_module("phi_fast.kernels.triton.layer_norm"), "PROGRAMS", 5)
     inputs = make(rows, 200, torch.float32, device)
     dout = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1)).to(device)
@@ -66,7 +66,7 @@ def test_residual_sum_and_both_gradients(backend, dtype, device):
     dout, dsummed = (make(6 + i, 400, dtype, device)["x"][i:] for i in (2, 3))
 
     def both(function):
-        # The two outputs side by side, so that one gradient reaches both.
+        # The two outputs are concatenated, so that one gradient reaches both.
         return lambda **tensors: torch.cat(function(**tensors), -1)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def test_residual_sum_and_both_gradients(backend, dtype, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shifted_stream_beside_the_norm(backend, dtype, device):
-    """x + shift in the same pass, into rows of another stride; the norm is the same as without."""
+    """x + shift is written in the same pass, to rows of another stride, and does not change the norm."""
     kernels = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm")
     x, weight, bias = make(5, 48, dtype, device).values()
     shifted = x.new_zeros(5, 64)
@@ -103,7 +103,7 @@ def test_shifted_stream_beside_the_norm(backend, dtype, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_past_the_norm_is_added_in_place(backend, dtype, device):
-    """dx written over dy, as the parallel block does, with the residual's gradient added before rounding."""
+    """dx is written over dy, as in the parallel block, with the residual's gradient added before rounding."""
     kernels = importlib.import_module(f"phi_fast.kernels.{backend}.layer_norm")
     x, weight, bias = make(5, 48, dtype, device).values()
     dy, past = (make(5 + i, 48, dtype, device)["x"][i:] for i in (1, 2))
@@ -149,7 +149,7 @@ def test_any_leading_shape_and_none(backend, device):
         cube = layer_norm(x.reshape(2, 3, 16), weight, bias)
         assert torch.equal(cube, layer_norm(x, weight, bias).view(2, 3, 16))
         assert torch.equal(layer_norm(x[0], weight, bias), cube[0, 0])
-        turned = x.T.contiguous().T  # last stride not 1: copied
+        turned = x.T.contiguous().T  # its last stride is not 1, so it is copied
         assert torch.equal(layer_norm(turned, weight, bias), cube.view(6, 16))
         assert layer_norm(x[:0], weight, bias).shape == (0, 16)
 
@@ -210,7 +210,7 @@ def test_triton_names_what_it_cannot_do(device):
     ids=str,
 )
 def test_tensors_of_several_dtypes(backend, device, x_dtype, residual_dtype, weight_dtype) -> None:
-    """The sum has torch's dtype of x + residual, the result x's, gradients their tensors'; no worse than torch's."""
+    """The sum has torch's dtype of x + residual, the result has x's, and no error exceeds torch's."""
     generator = torch.Generator().manual_seed(3)
     shapes = {"x": (37, 96), "residual": (37, 96), "weight": (96,), "bias": (96,)}
     dtypes = {"x": x_dtype, "residual": residual_dtype, "weight": weight_dtype, "bias": weight_dtype}

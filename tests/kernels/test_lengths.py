@@ -1,4 +1,4 @@
-"""Lengths that are tensors' values (documents) are checked on a CPU before a kernel uses them as addresses."""
+"""Lengths that come from a tensor's values (documents) are checked on a CPU before a kernel uses them as addresses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_documents_that_do_not_cover_the_sequence_are_refused(
 
 
 def test_on_a_gpu_the_table_must_reach_the_sequence() -> None:
-    """The documents are not looked at there. Meta tensors stand for the GPU's: only shapes are known."""
+    """A GPU's documents are not read. Meta tensors, of which only the shapes are known, stand in for the GPU's."""
     q, (cos, sin) = torch.empty(1, 64, 1, 16, device="meta"), rotary_table(4, 16, device="meta")
     with pytest.raises(ValueError, match="cos and sin have 4 positions for a sequence of 64"):
         attention(q, q, q, cos=cos, sin=sin, cu_seqlens=ends(0, 64).to("meta"))

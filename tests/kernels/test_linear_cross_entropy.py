@@ -1,4 +1,4 @@
-"""linear_cross_entropy against float64, beside plain PyTorch: loss, gradients, memory, underflow, what it refuses."""
+"""linear_cross_entropy against float64, beside plain PyTorch: loss, gradients, memory, underflow, refused arguments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def plain_rows(logits: Tensor, labels: Tensor, eps: float = 0.0, z: float = 0.0)
 def plain(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, labels: Tensor, eps: float = 0.0, z: float = 0.0
 ) -> Tensor:
-    """The mean loss, with its logits."""
+    """The mean loss, computed with all logits in memory."""
     return plain_rows(F.linear(hidden, weight, bias), labels, eps, z).sum() / (labels != -100).sum()
 
 
@@ -72,7 +72,7 @@ def compare(
     usual = gradients(theirs, inputs, one)
     with backend.use(backend_name, op="linear_cross_entropy"):
         actual = gradients(ours, inputs, one)
-    # The loss is one number, whose error is a single draw: it is held to the rows' error in plain PyTorch.
+    # The loss is a single number, so its error is a single sample: compare it with the rows' error in plain PyTorch.
     typical = (rows(inputs).double() - rows(double(inputs))).square().mean().sqrt()
     error = (actual.pop("out").double() - exact["out"]).abs()
     assert error <= 2 * typical, f"{backend_name} loss: error {error:.3e}, a row's in plain PyTorch {typical:.3e}"
@@ -88,7 +88,7 @@ def compare(
         (19, 24, 301, 1.0, True, 0.0, 0.0),
         (8, 16, 4097, 1.0, False, 0.0, 1e-3),
         (5, 16, 64, 1.0, True, 0.1, 1e-2),
-        (7, 32, 130, 40.0, True, 0.1, 0.0),  # logits of hundreds
+        (7, 32, 130, 40.0, True, 0.1, 0.0),  # logits in the hundreds
     ],
 )
 def test_error_against_float64(device, dtype, backend_name, rows, d, vocab, magnitude, with_bias, eps, z) -> None:
@@ -110,7 +110,7 @@ def test_primitive_error_against_float64(device, dtype, backend_name, eps, z, ma
 
     def judge(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        x = (logits.to(wide) + bias.to(wide)).requires_grad_()  # the sum that a matrix product's epilogue forms
+        x = (logits.to(wide) + bias.to(wide)).requires_grad_()  # the sum that a matrix product's epilogue computes
         losses = plain_rows(x, labels, eps, z)
         (dx,) = torch.autograd.grad(losses.sum(), x)
         dx = dx.to(logits.dtype)
@@ -127,7 +127,7 @@ def test_primitive_error_against_float64(device, dtype, backend_name, eps, z, ma
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's products")
 def test_error_of_bf16_products_on_a_cpu_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits, their gradient and each chunk's products rounded to bf16, as on a CPU with bf16 instructions."""
+    """Logits, their gradient and each chunk's products are rounded to bf16, as on a CPU with bf16 instructions."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     inputs = make(64, 24, 301, torch.bfloat16, "cpu")
     assert chunks.working_dtype(inputs["hidden"]) == torch.bfloat16
@@ -138,7 +138,7 @@ def test_error_of_bf16_products_on_a_cpu_that_has_them(monkeypatch: pytest.Monke
 def test_what_memory_held_before_does_not_show(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of logits are padded, and a product may read the padding: oneDNN's for AMX does."""
+    """Rows of logits are padded, and a matrix product may read the padding, as oneDNN's for AMX does."""
     inputs, labels = make(37, 128, 1003, dtype, device), make_labels(37, 1003, device)
     for x in inputs.values():
         x.requires_grad_()
@@ -186,7 +186,7 @@ def test_gradcheck_in_float64() -> None:
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_primitive_keeps_its_contract(device: str, backend_name: str) -> None:
-    """Row strides, padding left alone, dbias added to, ignored rows 0 whatever they hold, labels outside give NaN."""
+    """Rows may be strided; padding stays; dbias is added to; ignored rows give 0, labels out of range give NaN."""
     kernel = pytest.importorskip(f"phi_fast.kernels.{backend_name}.linear_cross_entropy").cross_entropy_
     padded = torch.randn(6, 90, device=device)
     padded[2] = torch.nan
@@ -213,7 +213,7 @@ def test_primitive_keeps_its_contract(device: str, backend_name: str) -> None:
 
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_bias_gradient_sums_every_row(device: str, backend_name: str) -> None:
-    """More rows than a program of the column sums takes at a time, and one over."""
+    """The rows are one more than a multiple of what a program of the column sums takes at a time."""
     kernel = pytest.importorskip(f"phi_fast.kernels.{backend_name}.linear_cross_entropy").cross_entropy_
     logits, dbias = torch.randn(129, 70, device=device), torch.zeros(70, device=device)
     options = {"objective": Objective(), "need_grad": True, "dbias": dbias}
@@ -235,13 +235,13 @@ def test_nan_and_inf_spread_as_in_torch(device: str, backend_name: str, value: f
         assert_same_nonfinite(actual[name], exact[name], name)
     counted = (
         labels != -100
-    )  # torch lets a NaN of the logits into the gradient of a row that does not count; here it is 0
+    )  # torch passes a NaN in the logits on to the gradient of an ignored row; here that gradient is 0
     assert_same_nonfinite(actual["hidden"][counted], exact["hidden"][counted], "hidden")
 
 
 @pytest.fixture
 def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, what a GPU does: logits and gradient stored in fp16, products accumulated and returned in fp32."""
+    """Makes a CPU do what a GPU does: store logits and gradient in fp16, accumulate and return products in fp32."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
         for place in (chunks, weight_gradient):
@@ -256,7 +256,7 @@ def scaled_gradients(loss_function, inputs: dict[str, Tensor]) -> dict[str, Tens
 
 
 def lost(actual: Tensor, exact: Tensor) -> int:
-    """How many elements are 0 that fp16 can hold."""
+    """The number of elements that are 0 although fp16 can hold them."""
     return int(((actual == 0) & (exact.abs() > 2.0**-24)).sum())
 
 
@@ -270,7 +270,7 @@ def test_no_fp16_gradient_underflows_that_scaled_autograd_keeps(device: str, bac
     usual = scaled_gradients(lambda **t: plain(**t, labels=labels), inputs)
     with backend.use(backend_name, op="linear_cross_entropy"):
         actual = scaled_gradients(lambda **t: linear_cross_entropy(**t, labels=labels, chunk_size=40), inputs)
-        # What the default scale is for: as gradients of the mean, unscaled, the same fp16 storage loses elements.
+        # The default scale prevents this: unscaled gradients of the mean lose elements in the same fp16 storage.
         unscaled = scaled_gradients(lambda **t: linear_cross_entropy(**t, labels=labels, loss_scale=1 / 96), inputs)
     for name in ("hidden", "weight", "bias"):
         assert actual[name].isfinite().all()
@@ -282,7 +282,7 @@ def test_no_fp16_gradient_underflows_that_scaled_autograd_keeps(device: str, bac
 @pytest.mark.parametrize("z", [0.0, 1e-4, 0.1])
 @pytest.mark.usefixtures("fp16_storage")
 def test_fp16_storage_cannot_overflow(device: str, z: float) -> None:
-    """Certain and wrong, logits at the edge of fp16, weights of 900: all stays finite until grad_output is known."""
+    """With wrong logits at the edge of fp16 and weights of 900, all stays finite until grad_output is known."""
     hidden = torch.full((4, 8), 9.0, device=device, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(40, 8, device=device, dtype=torch.float16)
     weight[3] = 900.0
@@ -342,7 +342,7 @@ def test_no_gradient_is_formed_that_is_not_wanted(device: str, monkeypatch: pyte
 
 
 class NoSync(TorchDispatchMode):
-    """Fails where a value is read back to the host."""
+    """Fails when a value is read back to the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -351,7 +351,7 @@ class NoSync(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "check_labels", lambda *_: None)  # on a CPU only
+    monkeypatch.setattr(chunks, "check_labels", lambda *_: None)  # it runs on a CPU only
     inputs = {name: x.requires_grad_() for name, x in make(9, 8, 20, torch.float32, device).items()}
     labels = make_labels(9, 20, device)
     with backend.use("reference") if device == "cpu" else backend.use("triton"), NoSync():
@@ -359,7 +359,7 @@ def test_nothing_waits_for_the_device(device: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_nothing_counts(device: str) -> None:
-    """As torch: the mean of nothing is NaN, and its gradients are 0."""
+    """As in torch, the mean of no rows is NaN and its gradients are 0."""
     inputs = make(4, 8, 20, torch.float32, device)
     result = gradients(lambda **t: linear_cross_entropy(**t, labels=torch.full((4,), -100)), inputs, torch.ones(()))
     assert result.pop("out").isnan()
@@ -415,7 +415,7 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
 
 
 def peak_bytes(function) -> int:
-    """Most bytes that `function` holds at once beyond what is live before, from the allocator's own events."""
+    """Peak bytes that `function` holds beyond those that are live before it, from the allocator's own events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
     live = peak = 0

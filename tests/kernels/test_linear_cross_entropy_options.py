@@ -52,7 +52,7 @@ PRIMITIVE_CASES = [
 
 
 def make_weights(vocab: int) -> Tensor:
-    """Class weights over two orders of magnitude, with a class that does not count."""
+    """Class weights over two orders of magnitude, one of them 0."""
     weights = 10.0 ** torch.rand(vocab, generator=torch.Generator().manual_seed(vocab)).mul(2).sub(1)
     weights[3] = 0.0
     return weights.to(DEVICE)
@@ -68,7 +68,7 @@ def plain_loss(
     z: float,
     reduction: str,
 ) -> Tensor:
-    """As PyTorch users write it; the z-loss weighs a position as its cross entropy does."""
+    """The loss as PyTorch users write it; the z-loss gives a position the same weight as its cross entropy."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if weights is None else weights.to(scores.dtype)
     if cap is not None:
@@ -86,7 +86,7 @@ def plain_loss(
 @pytest.mark.parametrize(("backend_name", "name", "reduction"), CASES)
 def test_error_against_float64(dtype: torch.dtype, backend_name: str, name: str, reduction: str) -> None:
     cap, weighted, eps, z, magnitude = OPTIONS[name]
-    rows, d, vocab = 160, 24, 301  # enough that the largest errors are no single draws
+    rows, d, vocab = 160, 24, 301  # enough for the largest errors not to depend on a few samples
     inputs, labels = make(rows, d, vocab, dtype, DEVICE, magnitude), make_labels(rows, vocab, DEVICE)
     weights = make_weights(vocab) if weighted else None
     dout = torch.ones(())
@@ -104,7 +104,7 @@ def test_error_against_float64(dtype: torch.dtype, backend_name: str, name: str,
     exact, usual = gradients(theirs, double(inputs), dout), gradients(theirs, inputs, dout)
     with backend.use(backend_name, op="linear_cross_entropy"):
         actual = gradients(ours, inputs, dout)
-    if reduction != "none":  # one number, whose error is a single draw: it is held to the rows' error in plain PyTorch
+    if reduction != "none":  # a single number is compared with the rows' error in plain PyTorch
         errors = theirs("none", **inputs).double() - theirs("none", **double(inputs))
         typical = errors[labels != -100].square().mean().sqrt() * (1 if reduction == "mean" else rows)
         error = (actual.pop("out").double() - exact["out"]).abs()
@@ -116,7 +116,7 @@ def test_error_against_float64(dtype: torch.dtype, backend_name: str, name: str,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("backend_name", "name"), PRIMITIVE_CASES)
 def test_primitive_error_against_float64(dtype: torch.dtype, backend_name: str, name: str) -> None:
-    """Losses, gradients under a scale of each row, and their sum; odd widths, logits far beyond the cap."""
+    """Covers losses, gradients scaled by row, and their sum, for odd widths and logits far beyond the cap."""
     cap, weighted, eps, z, magnitude = OPTIONS[name]
     rows, vocab = 131, 517
     generator = torch.Generator().manual_seed(1)
@@ -127,7 +127,7 @@ def test_primitive_error_against_float64(dtype: torch.dtype, backend_name: str, 
 
     def judge(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        x = (logits.to(wide) + bias.to(wide)).requires_grad_()  # the sum that a matrix product's epilogue forms
+        x = (logits.to(wide) + bias.to(wide)).requires_grad_()  # the sum that a matrix product's epilogue computes
         losses = plain_loss(x, labels, weights, cap=cap, eps=eps, z=z, reduction="none")
         (dx,) = torch.autograd.grad(losses, x, scale.to(wide))
         dx = dx.to(logits.dtype)
@@ -188,7 +188,7 @@ def test_shape_of_the_rows_losses() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_counts(reduction: str) -> None:
-    """As torch: the mean of nothing is NaN; its gradients are 0."""
+    """As in torch, the mean of no rows is NaN and its gradients are 0."""
     inputs, labels = make(4, 8, 20, torch.float32, DEVICE), torch.full((4,), -100, device=DEVICE)
     options = {"class_weight": make_weights(20), "softcap": 3.0, "reduction": reduction}
     dout = torch.ones(4 if reduction == "none" else ())
@@ -208,7 +208,7 @@ def test_the_mean_does_not_depend_on_the_unit_of_the_weights() -> None:
 
 @pytest.fixture
 def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, what a GPU does: logits and gradient stored in fp16, products accumulated and returned in fp32."""
+    """Makes a CPU do what a GPU does: store logits and gradient in fp16, accumulate and return products in fp32."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
         for place in (chunks, weight_gradient):
@@ -219,7 +219,7 @@ def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.usefixtures("fp16_storage")
 def test_no_fp16_gradient_underflows_that_scaled_autograd_keeps(backend_name: str, reduction: str) -> None:
-    """With weights of hundreds, and rows whose gradients arrive 1 to 10 times as large."""
+    """Class weights are in the hundreds, and the rows' incoming gradients range from 1 to 10."""
     inputs = make(192, 16, 128, torch.float16, DEVICE)
     inputs["bias"][64:] -= 8
     labels = torch.randint(128, (192,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -271,7 +271,7 @@ def test_fp16_storage_neither_overflows_nor_vanishes_whatever_the_weights(unit: 
 @pytest.mark.parametrize(("dout", "judged"), [(2.0**-20, "weight"), (2.0**17, "hidden")])
 @pytest.mark.usefixtures("fp16_storage")
 def test_fp16_rows_keep_what_arrives_small_or_large(dout: float, judged: str) -> None:
-    """dlogits · dout leave fp16's range on either side; their products with large hidden and small weights do not."""
+    """dlogits · dout exceeds fp16's range at either end; its products with large hidden or small weights do not."""
     inputs, labels = make(8, 8, 40, torch.float16, DEVICE), torch.arange(8, device=DEVICE)
     inputs["hidden"] *= 256
     inputs["weight"] /= 256
@@ -286,7 +286,7 @@ def test_fp16_rows_keep_what_arrives_small_or_large(dout: float, judged: str) ->
 
 
 def test_rows_whose_gradient_is_not_finite_do_not_hide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An overflow must reach the scaler's check, not vanish in the division by the largest."""
+    """An overflow must reach the loss scaler's check and not vanish in the division by the largest row."""
     monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
     for place in (chunks, weight_gradient):
         monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
@@ -299,7 +299,7 @@ def test_rows_whose_gradient_is_not_finite_do_not_hide(monkeypatch: pytest.Monke
 
 
 def test_rows_form_gradients_in_the_backward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None in the forward pass, and only those wanted after it."""
+    """The forward pass computes no gradients, and the backward pass only those that are needed."""
     formed, compute = [], chunks.losses_and_gradients
     monkeypatch.setattr(chunks, "losses_and_gradients", lambda *a: formed.append(a[-1]) or compute(*a))
     inputs, labels = make(6, 8, 20, torch.float32, DEVICE), make_labels(6, 20, DEVICE)
@@ -312,7 +312,7 @@ def test_rows_form_gradients_in_the_backward_pass_alone(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nothing_waits_for_the_device(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "check_labels", lambda *_: None)  # on a CPU only
+    monkeypatch.setattr(chunks, "check_labels", lambda *_: None)  # it runs on a CPU only
     monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
     if DEVICE == "cpu":
         for place in (chunks, weight_gradient):

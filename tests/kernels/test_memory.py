@@ -1,4 +1,4 @@
-"""Memory that is freed and taken again, in a process of its own: the setting holds to its end."""
+"""Memory that is freed and allocated again, in a separate process, because the setting lasts until a process ends."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def page_faults(setting: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
 def test_a_block_that_is_freed_and_taken_again_faults_no_page() -> None:
     assert page_faults("keep") < 100
-    assert page_faults("leave") > 10 * 100  # or the test shows nothing
+    assert page_faults("leave") > 10 * 100  # otherwise the test would show nothing

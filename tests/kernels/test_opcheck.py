@@ -66,7 +66,7 @@ def test_parallel_block(recompute):
 
 
 def test_compiled_ops_are_the_eager_ones():
-    """fullgraph, forward and gradients, with rotary in place on a slice of a buffer that needs its gradient."""
+    """Forward and gradients with fullgraph, and rotary in place on a slice of a buffer that needs its gradient."""
     cos, sin = rotary_table(8, 8, device=DEVICE)
     leaves = {"x": draw(2, 3, 4 * 16), "weight": draw(64), "bias": draw(64)}
 

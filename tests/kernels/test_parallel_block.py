@@ -1,4 +1,4 @@
-"""parallel_block against float64 beside a plain PyTorch block, and what it costs: products, copies, bytes kept."""
+"""parallel_block against float64 beside a plain PyTorch block, and its cost: products, copies, bytes kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ours(recompute: str = "norm_gelu"):
 
 
 def plain(x: Tensor, **p: Tensor) -> Tensor:
-    """The block as models write it: one Linear after the other, in x's dtype."""
+    """The block as most models implement it: one Linear after the other, in x's dtype."""
     batch, sequence, d = x.shape
     h = F.layer_norm(x, (d,), p["norm_weight"], p["norm_bias"])
     sizes = [d, d, d, p["in_bias"].shape[0] - 3 * d]
@@ -88,14 +88,14 @@ def test_error_forward_and_gradients(choice, dtype, batch, sequence, heads, mlp,
 
 
 STARTS = (0, 5, 6, 17)
-"""Documents of a packed row, and its end: one of a single token among them."""
+"""Starts of the documents in a packed row, and its end; one document is a single token."""
 
 
 @pytest.mark.parametrize("choice", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_documents_are_blocks_of_their_own(choice, dtype, level, device):
-    """Output and every gradient are those of the documents one by one, added up."""
+    """The output is that of each document alone, and every gradient is the sum over the documents."""
     inputs = make(1, STARTS[-1], 2, 96, dtype, device)
     dout = upstream(inputs["x"])
     cu_seqlens = torch.tensor(STARTS, dtype=torch.int32, device=device)
@@ -231,8 +231,7 @@ ALLOCATIONS = {"empty", "new_empty", "empty_like", "new_empty_strided", "empty_s
 
 
 class Ledger(TorchDispatchMode):
-    """Matrix products, and what else runs outside the kernels: every aten op that writes as much as a token's worth a
-    row. The kernels themselves are listed by name."""
+    """Counts matrix products; lists kernels by name, and other ops that write at least d numbers per token."""
 
     def __init__(self, large: int = 9 * 64) -> None:
         super().__init__()
@@ -259,7 +258,7 @@ class Ledger(TorchDispatchMode):
 
     def _listed(self, name, primitive):
         def run(*args, **kwargs):
-            product = name == "weight_gradient.product"  # whoever multiplies
+            product = name == "weight_gradient.product"  # by any back end
             self.products += product
             self.kernels.append("product" if product else name)
             self.inside = True
@@ -292,8 +291,8 @@ class Ledger(TorchDispatchMode):
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_two_products_forward_four_backward_and_nothing_between(level, attention, device):
-    """Counted by the dispatcher: outside the kernels nothing writes a (tokens, ...) tensor. Our attention can apply
-    RoPE as it reads; for torch's q and k are rotated first."""
+    """The dispatcher sees no op outside the kernels that writes a (tokens, ...) tensor. This project's attention can
+    apply RoPE while loading; for torch's, q and k are rotated first."""
     leaves = {name: t.requires_grad_() for name, t in make(1, 9, 1, 64, torch.float32, device).items()}
     dout = upstream(leaves["x"])
     with use(attention, op="attention"), fuse_rotary(True if attention == "auto" else None):
@@ -301,7 +300,7 @@ def test_two_products_forward_four_backward_and_nothing_between(level, attention
             out = ours(level)(**leaves)
         with Ledger() as backward:
             out.backward(dout)
-    # The gradients of the two biases are one tensor, which autograd copies for the second: (d,) numbers.
+    # The two biases share one gradient tensor, which autograd copies for the second: (d,) numbers.
     assert forward.others == []
     assert backward.others == []
     rotary = ["rotary.rotate_"] if attention == "sdpa" else []
@@ -320,7 +319,7 @@ def test_two_products_forward_four_backward_and_nothing_between(level, attention
 
 @pytest.mark.skipif(GPU, reason="the profiler's own names are those of the CPU")
 def test_products_on_row_strided_slices_copy_nothing():
-    """The profiler sees inside the products: none of them makes an operand contiguous."""
+    """The profiler, which sees inside the products, shows that none of them makes an operand contiguous."""
     leaves = {name: t.requires_grad_() for name, t in make(2, 32, 1, 256, torch.float32, "cpu").items()}
     dout = upstream(leaves["x"])
     with use("cpp"), use("reference", op="attention"), torch.profiler.profile(record_shapes=True) as profile:
@@ -333,12 +332,12 @@ def test_products_on_row_strided_slices_copy_nothing():
         if child.name in ("aten::copy_", "aten::clone", "aten::contiguous")
     ]
     assert len(products) == 6
-    # A CPU's addmm writes its bias under the product first, a broadcast row; no operand is copied.
+    # On a CPU addmm first writes its bias, a broadcast row, to the output; no operand is copied.
     assert copies == [("aten::addmm", [64, 448])]
 
 
 def kept_bytes(model, *inputs: Tensor) -> int:
-    """Bytes of the storages that autograd keeps for backward, parameters left out, each once."""
+    """Bytes of the storages that autograd keeps for the backward, each counted once, without parameters."""
     ours = {p.untyped_storage().data_ptr() for p in model.values()}
     kept: dict[int, int] = {}
 
@@ -355,7 +354,7 @@ def kept_bytes(model, *inputs: Tensor) -> int:
 
 @pytest.mark.parametrize(("level", "numbers"), [("none", 14), ("norm_gelu", 9), ("all", 1)])
 def test_bytes_kept_for_backward(level, numbers, device):
-    """In units of d numbers per token; x counts, and mean, rstd, log-sum-exp and the rotary table come to little."""
+    """Counted in units of d numbers per token, x included; mean, rstd, log-sum-exp and the rotary table are small."""
     leaves = {name: t.requires_grad_() for name, t in make(1, 32, 2, 512, torch.float32, device).items()}
     alive = []
     kept = kept_bytes({n: t for n, t in leaves.items() if n != "x"}, lambda: alive.append(ours(level)(**leaves)))

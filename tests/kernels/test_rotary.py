@@ -14,7 +14,7 @@ LENGTH = 24
 
 
 def plain(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """Rotary in x's own dtype, out of place, as models write it."""
+    """Rotary embedding in x's own dtype, out of place, as models implement it."""
     half = cos.shape[1]
     c, s = (table.to(x.dtype)[positions].unsqueeze(-2) for table in (cos, sin))
     turning, through = x[..., : 2 * half], x[..., 2 * half :]
@@ -26,7 +26,7 @@ def plain(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: b
 
 
 def packed(shape: tuple[int, ...], dtype: torch.dtype, device: str, scale: float = 1.0, seed: int = 0) -> Tensor:
-    """(batch, sequence, 3, heads, head_dim): x is [:, :, 1], strided as in a packed buffer."""
+    """A buffer (batch, sequence, 3, heads, head_dim); x is [:, :, 1], strided as in a packed buffer."""
     batch, sequence, heads, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(batch, sequence, 3, heads, head_dim, generator=generator)).to(device, dtype)
@@ -64,7 +64,7 @@ def test_error_forward_and_gradient(backend, dtype, interleaved, shape, rotary_d
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_the_rotary_dims_of_the_heads_named_are_written(backend, dtype, device):
-    """q and k of a packed buffer in one call; v and every dim past rotary_dim keep their bits."""
+    """One call rotates q and k of a packed buffer; v and every dim past rotary_dim keep their bits."""
     buffer = packed((2, 3, 4, 64), dtype, device)
     buffer[:, :, :, :, 40] = torch.nan  # never read
     before = buffer.clone()
@@ -102,7 +102,7 @@ def test_positions_by_tensor_offset_and_documents_agree(backend, dtype, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_separate_q_and_k_by_stride(backend, device):
-    """k with fewer heads, both transposed as (batch, heads, sequence, head_dim); two runs agree bit for bit."""
+    """k has fewer heads, and both are views of (batch, heads, sequence, head_dim); two runs agree bit for bit."""
     cos, sin = rotary_table(LENGTH, 8, device=device)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 16, generator=generator).to(device).transpose(1, 2) for heads in (6, 2))
@@ -128,7 +128,7 @@ def test_nan_and_inf_stay_in_their_pair(backend, dtype, device):
 
 
 def test_gradient_reaches_the_buffer_that_a_slice_belongs_to(device):
-    """In-place on a view that autograd tracks: the rest of the buffer keeps its gradient."""
+    """After a rotation in place on a view that autograd tracks, the rest of the buffer keeps its gradient."""
     cos, sin = rotary_table(LENGTH, 8, device=device)
     leaf = packed((1, 4, 2, 16), torch.float32, device).requires_grad_()
     buffer = leaf * 1

@@ -1,4 +1,4 @@
-"""No op takes an address of what has none: every public op on every kind of tensor is right, or refuses it in words."""
+"""Each public op is right on every kind of tensor or refuses it, and takes no address of one without memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""accelerate on Hugging Face models: loss and gradients against float64 beside the plain model's, and undoing it."""
+"""accelerate on Hugging Face models: loss and gradients against float64 beside the plain model's, and restore."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SEEDS = 8
 
 
 def compare(name: str, dtype: torch.dtype, batches: list[dict]) -> None:
-    """Loss and every gradient of the accelerated model over all batches: at most twice the plain model's root mean
-    square error against float64, and at most four times its largest (as in phi_fast.verify)."""
+    """Asserts for loss and every gradient over all batches that the accelerated model's error against float64 is at
+    most twice the plain model's in root mean square and at most four times its largest (as in phi_fast.verify)."""
     plain = build(name, dtype)
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)
@@ -47,7 +47,7 @@ def unpadded(seed: int, rows: int = 2, length: int = 17) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
-    seeds = 3 * SEEDS if dtype == torch.bfloat16 else SEEDS  # 8 losses of bf16 models still err by chance
+    seeds = 3 * SEEDS if dtype == torch.bfloat16 else SEEDS  # with 8 losses, bf16 errors still depend on chance
     compare(name, dtype, [unpadded(seed) for seed in range(seeds)])
 
 
@@ -60,7 +60,7 @@ def test_padding(name: str, side: str) -> None:
 @pytest.mark.parametrize("use_cache", [None, False])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_positions_that_differ_by_row(name: str, use_cache: bool | None) -> None:
-    """A mere offset would not be seen, rotary being relative; a mask keeps transformers from finding documents."""
+    """A constant offset would not show: rotary is relative. The mask keeps transformers from finding documents."""
     positions = torch.arange(9) * torch.tensor([[1], [3]])
     options = {"position_ids": positions, "attention_mask": torch.ones_like(positions), "use_cache": use_cache}
     compare(name, torch.float32, [{**unpadded(seed, 2, 9), **options} for seed in range(SEEDS)])
@@ -68,7 +68,7 @@ def test_positions_that_differ_by_row(name: str, use_cache: bool | None) -> None
 
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_positions_that_start_again(use_cache: bool | None) -> None:
-    """transformers reads them as documents that see only themselves, and makes a mask; not if it builds a KV cache."""
+    """transformers treats such positions as separate documents and makes a mask, except when it builds a KV cache."""
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None]
     options = {"position_ids": positions, "use_cache": use_cache}
     compare("phi", torch.float32, [{**unpadded(seed, 1, 12), **options} for seed in range(SEEDS)])
@@ -81,10 +81,10 @@ def test_num_items_in_batch_is_what_the_sum_is_divided_by() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_ops_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the report says was replaced is what runs: each module's own forward is never entered in a plain step."""
+    """The modules that the report lists as replaced run on the ops: a plain step never calls their own forward."""
     model = build(name)
     report = accelerate(model)
-    left = {entry.module for entry in report.left}  # StableLM's norms per head have no bias, its others have one
+    left = {entry.module for entry in report.left}  # StableLM's norms per head have no bias, its other norms have one
     replaced = {entry.module for entry in report.replaced} - left - {"PhiDecoderLayer"}
     assert replaced
     calls = []
@@ -143,7 +143,7 @@ def test_what_others_have_wrapped_is_left_by_name() -> None:
     norm.__class__ = type("FSDPLayerNorm", (type(norm),), {})
     with pytest.raises(ValueError, match="FSDPLayerNorm was made from an accelerated module's class"):
         restore(model)
-    assert list(model(input_ids=tokens(), labels=tokens())) == ["loss"]  # nothing was restored by halves
+    assert list(model(input_ids=tokens(), labels=tokens())) == ["loss"]  # nothing was half restored
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -157,7 +157,7 @@ def test_restore_leaves_the_instance_as_it_was(name: str) -> None:
     state = {key: value.clone() for key, value in model.state_dict().items()}
 
     accelerate(model)
-    names = [(cls.__module__, cls.__qualname__) for cls in classes]  # PEFT and save_pretrained write them down
+    names = [(cls.__module__, cls.__qualname__) for cls in classes]  # PEFT and save_pretrained record them
     assert [(type(module).__module__, type(module).__qualname__) for module in model.modules()] == names
     assert list(model.state_dict()) == list(state)
     assert model.config.to_dict() == config
@@ -211,14 +211,14 @@ def test_attention_is_ours_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> N
     [
         *((name, 64, {}) for name in FAMILIES),
         ("phi", 64, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
-        *((name, 80, {}) for name in FAMILIES),  # Phi-2's, Pythia-2.8B's
+        *((name, 80, {}) for name in FAMILIES),  # as in Phi-2 and Pythia-2.8B
         ("llama, eager", 80, {}),
     ],
 )
 def test_triton_takes_the_heads_that_it_has(
     name: str, head_dim: int, changes: dict, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """As on a GPU: the other ops run all the same, and attention with heads of another size is the model's own."""
+    """As on a GPU, heads of other sizes run on the model's own attention, and the other ops still run."""
     triton_attention = importlib.import_module("phi_fast.kernels.triton.attention")
     forward, calls = triton_attention.forward, []
     monkeypatch.setattr(triton_attention, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))

@@ -1,4 +1,4 @@
-"""The config stays the user's: accelerate writes nothing into it, and what it says at a call is what the call does."""
+"""accelerate writes nothing into the user's config, and each call follows what the config says at that time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers_models import FAMILIES, MODELS, build, padded, tokens
 from phi_fast.kernels import accelerate, attention, restore
 from phi_fast.kernels.transformers import attention as replaced_attention
 
-SETTABLE = tuple(name for name in FAMILIES if name != "gpt-j")  # transformers' GPT-J has but one attention
+SETTABLE = tuple(name for name in FAMILIES if name != "gpt-j")  # transformers' GPT-J has only one attention
 EAGER = {"attn_implementation": "eager"}
 
 
 def pair(name: str, **changes: object) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(as it is, accelerated), each with its own config."""
+    """(the plain model, the accelerated model), each with its own config."""
     plain = build(name, **changes).eval()
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)
@@ -35,7 +35,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one where a module calls this library's attention, phi's block apart."""
+    """A list that grows by one whenever a module other than phi's block calls this library's attention."""
     found: list[str] = []
     monkeypatch.setattr(replaced_attention, "attention", lambda *a, **k: found.append("ours") or attention(*a, **k))
     return found
@@ -66,14 +66,14 @@ def test_models_that_share_a_config(name: str, calls: list[str]) -> None:
     restore(first)
     ids = tokens()
     for model, count in ((first, 0), (second, 2), (third, 0)):
-        model(ids, use_cache=True)  # with a cache, phi's block leaves attention to its module
+        model(ids, use_cache=True)  # with a cache, phi's block calls its attention module
         assert len(calls) == count
         calls.clear()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_new_models_from_the_config_of_an_accelerated_one(name: str, tmp_path: Path) -> None:
-    """By the plain class, the accelerated one or transformers' factories: a plain model."""
+    """The plain class, the accelerated class and transformers' factories all make a plain model."""
     model, ids = build(name).eval(), tokens()
     theirs, plain = model(ids).logits, type(model)
     accelerate(model)
@@ -127,7 +127,7 @@ def test_sdpa_and_eager_set_later(name: str, calls: list[str]) -> None:
 def test_an_attention_of_the_users_own(
     name: str, as_sdpa: bool, how: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs, whether it has a name of its own or stands in for sdpa."""
+    """The user's attention runs, whether it has its own name or replaces sdpa."""
     own, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def mine(*args: object, **kwargs: object) -> object:
@@ -191,7 +191,7 @@ def test_sliding_windows(name: str, changes: dict, implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks_of_the_users_own(name: str, implementation: str) -> None:
-    """Of four dims, additive: here each position sees itself and the two before it."""
+    """The additive mask has four dims; here each position sees itself and the two before it."""
     plain, accelerated = pair(name, attn_implementation=implementation if name in SETTABLE else None)
     ids = tokens(2, 9)
     distance = torch.arange(9)[:, None] - torch.arange(9)
@@ -203,7 +203,7 @@ def test_masks_of_the_users_own(name: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_else_eager_masks_hide(name: str) -> None:
-    """Documents by their positions, padding, earlier tokens in a cache, and a static cache's room for later ones."""
+    """Masks hide other documents (by positions), padding, and a static cache's room; a cache adds earlier tokens."""
     plain, accelerated = pair(name, **EAGER)
     ids, first = tokens(2, 12), tokens(2, 5, seed=2)
     restarting = torch.cat((torch.arange(5), torch.arange(7)))[None]
@@ -269,7 +269,7 @@ def test_the_base_model_takes_positional_arguments(name: str) -> None:
 
 
 def test_a_module_of_another_version_is_left_and_named():
-    """GPT-J's attention without its own table, as transformers 5.24 has it."""
+    """GPT-J's attention has no table of its own in transformers 5.24."""
     model = build("gpt-j")
     for module in model.modules():
         if type(module).__name__ == "GPTJAttention":

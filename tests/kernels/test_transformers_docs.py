@@ -1,4 +1,4 @@
-"""docs/kernels.md's tables say what the code does."""
+"""The tables in docs/kernels.md agree with the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accelerated models answer as before: generation, KV caches, attentions and hidden states on request."""
+"""Accelerated models give the same results as before: generation, KV caches, attentions and hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
 
 def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(as it is, accelerated)."""
+    """(the plain model, the accelerated model)."""
     plain = build(name, dtype).eval()
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)

@@ -1,4 +1,4 @@
-"""Logits of a training step with labels: formed when they are asked for, and what happens where they cannot be."""
+"""Logits of a training step with labels are computed when they are read; and the errors if they cannot be."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from phi_fast.kernels.transformers import loss
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one where the loss is computed without logits."""
+    """A list that grows by one whenever the loss is computed without logits."""
     found: list[str] = []
     monkeypatch.setattr(
         loss, "linear_cross_entropy", lambda *a, **k: found.append("fused") or linear_cross_entropy(*a, **k)
@@ -32,7 +32,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def pair(name: str, **changes: object) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(as it is, accelerated), training."""
+    """(the plain model, the accelerated model), in training mode."""
     plain = build(name, **changes)
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)
@@ -73,13 +73,13 @@ def test_each_way_to_the_logits(way: str, checkpointing: bool, fused: list[str])
     assert fused == ["fused"]
     assert list(out) == ["loss", "hidden_states"] and "logits=formed when asked for" in repr(out)
     assert torch.equal(out[0], out.loss)
-    assert list(out) == ["loss", "hidden_states"]  # reading the loss forms nothing
+    assert list(out) == ["loss", "hidden_states"]  # reading the loss does not compute logits
     assert_same(WAYS[way](out), plain(**batch).logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_they_are_the_models_own(name: str) -> None:
-    """Value, place among the fields, and the gradient through them together with the loss's."""
+    """The logits have the model's own values and position in the output, and their gradient adds to the loss's."""
     found = []
     for model in pair(name):
         out = model(**labelled(), output_hidden_states=True, use_cache=True)
@@ -191,7 +191,7 @@ def test_the_loss_is_saved_without_the_head() -> None:
 
 @pytest.fixture(name="alone")
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher's variables, which a trainer that ran in this process before has left: DDP would wrap the model."""
+    """Removes a launcher's variables, which an earlier trainer may have left and which would make DDP wrap models."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -199,7 +199,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_trainer_whose_loss_reads_them(bf16: bool, tmp_path: Path, fused: list[str], alone: None) -> None:
-    """As TRL's does for its metrics. With bf16, accelerate's autocast rebuilds the output from its items."""
+    """TRL's trainer reads them for its metrics. With bf16, accelerate's autocast rebuilds the output from its items."""
     shapes = []
 
     class Reading(Trainer):

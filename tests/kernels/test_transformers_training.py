@@ -1,4 +1,4 @@
-"""Accelerated models in what people train them with: Trainer, PEFT, gradient checkpointing, autocast, checkpoints."""
+"""Accelerated models with the usual training tools: Trainer, PEFT, gradient checkpointing, autocast, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    """The same bits with and without."""
+    """The gradients have the same bits with and without checkpointing."""
     model = build(name)
     accelerate(model)
     expected = gradients(model, batch())
@@ -43,7 +43,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 
 @pytest.mark.parametrize("name", ["phi", "gpt-neox"])
 def test_gradient_checkpointing_keeps_less(name: str) -> None:
-    """Of a layer nothing but its input is kept."""
+    """Only the input of each layer is kept."""
     kept = []
     for checkpointing in (False, True):
         model = build(name, num_hidden_layers=6)
@@ -99,7 +99,7 @@ def test_lora_on_two_projections_leaves_the_rest_on_the_ops() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_autocast(name: str) -> None:
-    """bf16 products of fp32 weights: errors against float64 as the plain model's under autocast."""
+    """Products of fp32 weights run in bf16; errors against float64 are like the plain model's under autocast."""
     plain = build(name)
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)
@@ -115,7 +115,7 @@ def test_autocast(name: str) -> None:
 
 
 def test_what_autocast_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_head's product is taken in bf16, and a 16-bit LayerNorm is torch's own: it may answer in fp32."""
+    """lm_head's product runs in bf16. A 16-bit LayerNorm stays torch's own, which may return fp32."""
     seen, own = [], []
     fused, norm = loss.linear_cross_entropy, nn.LayerNorm.forward
     monkeypatch.setattr(loss, "linear_cross_entropy", lambda h, *a, **k: seen.append(h.dtype) or fused(h, *a, **k))
@@ -130,7 +130,7 @@ def test_what_autocast_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of different lengths: the collator pads them, so some steps have a mask."""
+    """Rows of different lengths, which the collator pads, so that some steps have a mask."""
 
     def __len__(self) -> int:
         return 16
@@ -172,7 +172,7 @@ def trained(model: PreTrainedModel, folder: Path, **options: object) -> Trainer:
 
 @pytest.mark.parametrize("name", ["phi", "gpt-neox", "gpt-j"])
 def test_trainer(name: str, tmp_path: Path) -> None:
-    """Accumulation with unequal rows (num_items_in_batch), padding, evaluation with logits, a saved folder."""
+    """Covers accumulation with unequal rows (num_items_in_batch), padding, evaluation with logits, a saved folder."""
     plain = build(name)
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)
@@ -193,7 +193,7 @@ def test_trainer(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "bf16"])
 def test_trainer_options(option: str, tmp_path: Path) -> None:
-    """bf16 is autocast, put around the instance's forward."""
+    """The option bf16 wraps the instance's forward in autocast."""
     plain = build("phi")
     accelerated = copy.deepcopy(plain)
     accelerate(accelerated)

@@ -1,4 +1,4 @@
-"""The gradient of a weight: torch's product, and in C++ by tiles where the processor has them."""
+"""The gradient of a weight, by torch's product, and in C++ by tiles if the processor has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phi_fast.kernels import linear_cross_entropy
 from phi_fast.kernels.cpp import weight_gradient
 from phi_fast.kernels.reference import weight_gradient as reference
 
-# Rows, columns of a, columns of b: one, ragged tiles, whole ones, more than is taken at a time of each.
+# Rows, columns of a, columns of b: one, ragged tiles, whole tiles, and for each more than is processed at a time.
 SHAPES = [(1, 1, 1), (37, 70, 45), (33, 16, 17), (64, 32, 96), (1100, 200, 40), (40, 300, 530), (0, 3, 5)]
 
 
@@ -26,7 +26,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def operands(rows: int, m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Slices of wider buffers, as in the packed block, at odd elements; what lies beside would be seen in a sum."""
+    """Slices of wider buffers that start at odd elements, as in the packed block; a read beside them changes a sum."""
     generator = torch.Generator().manual_seed(rows + m + n)
     buffers = [torch.full((rows, columns + 8), torch.nan, dtype=dtype) for columns in (m, n)]
     a, b = (buffer[:, 3:-5] for buffer in buffers)

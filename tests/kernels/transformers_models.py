@@ -26,7 +26,7 @@ _SHAPE = {
 }
 _GPTJ = {"n_embd": 64, "n_inner": 160, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
 
-# name -> (prefix of transformers' classes, what differs from _SHAPE)
+# name -> (prefix of transformers' classes, differences from _SHAPE)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {}),
     "phi, grouped heads, q/k norm, exact GELU": (
@@ -48,7 +48,7 @@ FAMILIES = ("phi", "gpt-neox", "gpt-j", "stablelm", "phi-3", "llama", "qwen2")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, head: str = "ForCausalLM", **changes: Any) -> PreTrainedModel:
-    """The model in training mode; the same weights every time, biases and norms not at their initial values."""
+    """The model in training mode, with the same weights every time; biases and norms are not at initial values."""
     prefix, different = MODELS[name]
     config = getattr(transformers, f"{prefix}Config")(**{**_SHAPE, **different, **changes})
     torch.manual_seed(0)
@@ -60,12 +60,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, head: str = "ForCausalL
 
 
 def tokens(rows: int = 2, length: int = 17, seed: int = 1) -> Tensor:
-    """(rows, length) int64, no padding."""
+    """Token ids (rows, length), int64, without padding."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def padded(side: str, seed: int = 1, length: int = 17) -> dict[str, Tensor]:
-    """Three rows of which two are padded on that side: input_ids, attention_mask, labels."""
+    """input_ids, attention_mask and labels of three rows, two of which are padded on that side."""
     ids, mask = tokens(3, length, seed), torch.ones(3, length, dtype=torch.int64)
     for row, padding in enumerate((0, 5, 9)):
         hidden = slice(length - padding, length) if side == "right" else slice(0, padding)
@@ -84,7 +84,7 @@ def gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def exact_gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`gradients` of a model in float64. transformers' own loss rounds logits to fp32, so the loss is formed here."""
+    """`gradients` of a model in float64. transformers' own loss rounds logits to fp32, so the loss is computed here."""
     model.zero_grad()
     inputs = {name: x for name, x in batch.items() if name not in ("labels", "num_items_in_batch")}
     logits = model(**inputs).logits[:, :-1].flatten(0, 1)
@@ -97,6 +97,6 @@ def exact_gradients(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Ten
 
 
 def pooled(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch's loss, or a bias's gradient that is nearly 0, is too few draws to tell an error from luck."""
+    """Joins several batches: a single loss, or a bias's gradient near 0, is too small a sample to judge."""
     every = list(found)
     return {name: torch.stack([each[name] for each in every]) for name in every[0]}
