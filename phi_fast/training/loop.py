@@ -14,6 +14,7 @@ from ..errors import INTERRUPTED
 from ..json_files import flatten
 from ..terminal import printable
 from .corpora import Corpora
+from .deferred_gradients import reduces_once
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .display import Display
 from .metrics import Meter, MetricsLog
@@ -57,6 +58,7 @@ class Trainer:
             micro_batch_size=setup.micro_batch_size,
             accumulation=setup.accumulation,
             fused=options.zero_step == "fused",
+            reduce_once=reduces_once(options, world, setup.accumulation),
         )
         self.sampling = plan_sample(options, self.corpora.tokenizer) if options.sample_tokens else None
         self.loader = self.corpora.loader(setup.micro_batch_size)

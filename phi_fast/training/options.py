@@ -58,6 +58,9 @@ class Options(Recipe):
     checkpointing)."""
     zero_step: Literal["fused", "deepspeed"] = "fused"
     """Who updates the weights after DeepSpeed reduced the gradients: this project's fused pass, or DeepSpeed."""
+    reduce_gradients: Literal["auto", "step", "micro-batch"] = "auto"
+    """How often several ranks reduce gradients: once per step, which takes 4 bytes per parameter on each, or after each
+    micro-batch. auto: once per step where that is at most a tenth of the GPU's memory."""
     val_every: int = 100
     """Steps between validation losses, which are also taken before the first and after the last; 0: never."""
     val_rows: int = 32
@@ -104,6 +107,8 @@ class Options(Recipe):
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         if self.skip_spikes and self.zero_step == "deepspeed":
             raise UsageError("--skip-spikes needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
+        if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
+            raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
 
     def recipe_fields(self) -> dict[str, Any]:
         """JSON-able: the fields that decide the losses."""

@@ -15,6 +15,7 @@ from ..model.phi import Phi
 from ..model.reference import ReferencePhi
 from ..precision import DTYPES, Precision, auto_precision
 from .corpora import Corpora
+from .deferred_gradients import reduces_once
 from .display import back_ends, show
 from .distributed import World
 from .options import Options, plan_batch
@@ -78,7 +79,8 @@ def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int
         used = {"adam": used["adam"]}
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if world.device.type == "cpu" else ""
-    split = f"{setup.micro_batch_size} × {setup.accumulation} accumulated × {world.size} ranks"
+    once = ", gradients reduced once per step" if reduces_once(options, world, setup.accumulation) else ""
+    split = f"{setup.micro_batch_size} × {setup.accumulation} accumulated × {world.size} ranks{once}"
     lines = {
         "recipe": f"{options.recipe} → {run.directory}",
         "model": f"{config.num_parameters():,} parameters: {config.num_hidden_layers} layers, "

@@ -23,6 +23,7 @@ from ..kernels import FusedAdam
 from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from ..precision import Precision
 from ..recipes import Recipe, decays
+from .deferred_gradients import DeferredGradients
 from .distributed import World, deepspeed
 from .local_gradients import LocalGradients
 from .spikes import SpikeFilter
@@ -81,6 +82,7 @@ class Zero2:
         micro_batch_size: int,
         accumulation: int,
         fused: bool = True,
+        reduce_once: bool = False,
     ) -> None:
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
@@ -107,6 +109,8 @@ class Zero2:
             local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
             self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, local)
             self.zero.step = self.fused
+            if reduce_once and world.size > 1:
+                DeferredGradients(self.zero, accumulation)
 
     @property
     def loss_scale(self) -> float:
@@ -362,6 +366,8 @@ def _config(
             "contiguous_gradients": True,
             "overlap_comm": world.device.type == "cuda",
             "reduce_bucket_size": bucket,
+            # Each part of a bucket is reduced to the rank that owns it, with half the bytes of an all-reduce.
+            "use_multi_rank_bucket_allreduce": False,
             "allgather_bucket_size": bucket,
             "round_robin_gradients": False,
         },

@@ -1,0 +1,73 @@
+"""One reduction of gradients per step, however many micro-batches it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import World
+from .options import Options
+
+
+class DeferredGradients:
+    """Adds up each rank's micro-batches in fp32, and hands the sum to DeepSpeed's reduction in the last one.
+
+    DeepSpeed's ZeRO-2 reduces the gradients of every micro-batch. Reducing their sum sends as many bytes as one
+    micro-batch, still in buckets beside the backward pass, and costs 4 bytes per parameter on each rank. The sum is
+    rounded to the model's dtype before it is sent, where DeepSpeed rounds each micro-batch's part.
+    """
+
+    def __init__(self, zero: Any, accumulation: int) -> None:
+        self._zero, self._accumulation = zero, accumulation
+        self._left = accumulation
+        """Backward passes to come in this step."""
+        self._sums: dict[nn.Parameter, tuple[int, Tensor]] = {}
+        """Parameter -> (its group, sum of its gradients so far)."""
+        self._reduce, self._finish = zero.process_gradients, zero.overlapping_partition_gradients_reduce_epilogue
+        zero.process_gradients = self._take
+        zero.overlapping_partition_gradients_reduce_epilogue = self._end
+
+    def _take(self, parameter: nn.Parameter, group: int) -> None:
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if self._left == 1:
+            _, earlier = self._sums.pop(parameter, (group, None))
+            if earlier is not None:
+                parameter.grad = earlier.add_(gradient).to(parameter.dtype)
+            self._hand_over(parameter, group)
+            return
+        parameter.grad = None
+        if parameter in self._sums:
+            self._sums[parameter][1].add_(gradient)
+        else:
+            self._sums[parameter] = group, gradient.to(torch.float32, copy=True)
+
+    def _hand_over(self, parameter: nn.Parameter, group: int) -> None:
+        self._zero.micro_step_id = 0  # DeepSpeed adds later micro-batches to what it has reduced of the first
+        self._reduce(parameter, group)
+
+    def _end(self) -> None:
+        """After each backward pass."""
+        self._left -= 1
+        if self._left:
+            return
+        for parameter, (group, earlier) in self._sums.items():  # that took no part in the last micro-batch
+            parameter.grad = earlier.to(parameter.dtype)
+            self._hand_over(parameter, group)
+        self._sums.clear()
+        self._left = self._accumulation
+        self._finish()
+
+
+def reduces_once(options: Options, world: World, accumulation: int) -> bool:
+    """Whether `--reduce-gradients` asks these ranks for one reduction per step."""
+    choice = options.reduce_gradients
+    if world.size == 1 or accumulation == 1 or choice == "micro-batch" or options.zero_step == "deepspeed":
+        return False
+    if choice == "step" or world.device.type != "cuda":
+        return True
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    return 4 * options.model.num_parameters() <= memory / 10

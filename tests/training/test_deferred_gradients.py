@@ -1,0 +1,175 @@
+"""Two ranks whose micro-batches are reduced one by one, or once per step: the same updates, and fewer bytes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import trainer_processes
+from torch import Tensor, nn
+
+from phi_fast import PhiConfig
+from phi_fast.model.output import Output
+from phi_fast.model.reference import ReferencePhi
+from phi_fast.precision import DTYPES
+from phi_fast.recipes import RECIPES
+from phi_fast.training.deferred_gradients import reduces_once
+from phi_fast.training.distributed import World, join, leave
+from phi_fast.training.options import Options
+from phi_fast.training.zero import Zero2, parameter_groups
+
+CONFIG = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+RECIPE = RECIPES["tiny"].replace(model=CONFIG, gradient_clipping=0.5, initial_loss_scale=2.0**10)
+MICRO_BATCHES, STEPS = 3, 4
+
+
+class Late(nn.Module):
+    """The model, and a weight that only the first micro-batch of each step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.phi = ReferencePhi(CONFIG)
+        self.extra = nn.Parameter(torch.ones(5))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Output:
+        loss = self.phi(input_ids, labels).loss
+        return Output(loss + (self.extra.float().square().sum() if input_ids[0, 0] == 1 else 0.0), None)
+
+
+def rows(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + 10 * micro_batch + rank)
+    ids = torch.randint(2, 64, (2, 17), generator=generator)
+    ids[0, 0] = 1 if micro_batch == 0 else 0
+    return ids[:, :-1], ids[:, 1:]
+
+
+def train(rank: int, folder: str) -> None:
+    """Both modes in each precision, on this rank of two; rank 0 keeps the weights and what was sent."""
+    world = join("cpu")
+    sent = {"elements": 0}
+    for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
+        collective = getattr(dist, name)
+
+        def spy(tensor, *args, collective=collective, name=name, **kwargs):
+            # A ring sends each element twice to reduce it on all ranks, once to reduce it on one.
+            sent["elements"] += tensor.numel() * (2 if name == "all_reduce" else 1)
+            return collective(tensor, *args, **kwargs)
+
+        setattr(dist, name, spy)
+    found = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        for once in (True, False):
+            model = Late().to(DTYPES[precision])
+            options = {"precision": precision, "micro_batch_size": 2, "accumulation": MICRO_BATCHES}
+            zero = Zero2(model, RECIPE, world, reduce_once=once, **options)
+            sent["elements"] = 0
+            outcomes = []
+            for step in range(STEPS):
+                for micro_batch in range(MICRO_BATCHES):
+                    zero.backward(zero.loss(*rows(step, rank, micro_batch)))
+                outcomes.append(zero.step(1e-2))
+            found[precision, once] = (
+                {name: p.detach().clone() for name, p in model.named_parameters()},
+                [outcome.grad_norm for outcome in outcomes],
+                [outcome.loss for outcome in outcomes],
+                sent["elements"] / STEPS,
+            )
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    leave()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder, port = tmp_path_factory.mktemp("ranks"), trainer_processes._free_port()
+    processes = []
+    for rank in range(2):
+        here = {**trainer_processes.of_no_launcher(), **trainer_processes._environment(rank, 2, port)}
+        here["PYTHONPATH"] = str(Path(trainer_processes.__file__).parent)
+        processes.append(subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=here))
+    assert [process.wait(120) for process in processes] == [0, 0]
+    return torch.load(folder / "found.pt")
+
+
+def in_one_process() -> tuple[dict[str, Tensor], list[float], list[float]]:
+    """Weights, gradient norms and losses of torch's AdamW on all rows of both ranks at once."""
+    model, norms, losses = Late(), [], []
+    optimizer = torch.optim.AdamW(parameter_groups(model, RECIPE), lr=1e-2, betas=RECIPE.betas, eps=RECIPE.eps)
+    for step in range(STEPS):
+        parts = [model(*rows(step, rank, i)).loss for rank in range(2) for i in range(MICRO_BATCHES)]
+        loss = torch.stack(parts).mean()
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), RECIPE.gradient_clipping)))
+        losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}, norms, losses
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["once", "each micro-batch"])
+def test_updates_are_torchs_on_all_rows(found: dict, once: bool) -> None:
+    (weights, norms, losses), (ours, our_norms, our_losses, _) = in_one_process(), found["fp32", once]
+    assert our_norms == pytest.approx(norms, rel=1e-5)
+    assert our_losses == pytest.approx(losses, rel=1e-6)
+    for name, weight in weights.items():  # an update moves a weight by up to the rate of 1e-2: a thousandth of that
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_16_bits_both_ways_are_as_near_to_fp32(found: dict, precision: str) -> None:
+    """Rounding the sum once errs no more than rounding each part."""
+    exact = found["fp32", True][1]
+    errors = [
+        max(abs(a / b - 1) for a, b in zip(found[precision, once][1], exact, strict=True)) for once in (True, False)
+    ]
+    assert errors[0] <= max(2 * errors[1], {"bf16": 2**-8, "fp16": 2**-11}[precision])
+    for name, weight in found["fp32", True][0].items():
+        difference = (found[precision, True][0][name].float() - weight).abs().max()
+        usual = (found[precision, False][0][name].float() - weight).abs().max()
+        assert difference <= 2 * usual + 1e-3, name
+
+
+def test_elements_sent(found: dict) -> None:
+    """Each gradient goes once to the rank that owns it: once per step, or once per micro-batch. The rest is scalars."""
+    parameters = sum(p.numel() for p in Late().parameters())
+    for precision in ("fp32", "bf16", "fp16"):
+        assert found[precision, True][3] == pytest.approx(parameters, rel=0.01)
+        assert found[precision, False][3] == pytest.approx(MICRO_BATCHES * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks", "accumulation", "gigabytes", "expected"),
+    [
+        ("auto", 2, 4, 80, True),
+        ("auto", 2, 4, 40, False),  # 5.7 GB of sums are more than a tenth
+        ("auto", 2, 4, None, True),
+        ("auto", 1, 4, 80, False),
+        ("step", 1, 4, 80, False),
+        ("step", 2, 1, 80, False),
+        ("step", 2, 4, 40, True),
+        ("micro-batch", 2, 4, 80, False),
+    ],
+)
+def test_when(
+    monkeypatch: pytest.MonkeyPatch,
+    choice: str,
+    ranks: int,
+    accumulation: int,
+    gigabytes: int | None,
+    expected: bool,
+) -> None:
+    memory = SimpleNamespace(total_memory=(gigabytes or 0) * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    world = World(0, ranks, 0, torch.device("cpu" if gigabytes is None else "cuda"))
+    options = Options(model=PhiConfig.preset("phi-1.5"), reduce_gradients=choice)  # type: ignore[arg-type]
+    assert reduces_once(options, world, accumulation) is expected
+
+
+if __name__ == "__main__":
+    train(int(sys.argv[1]), sys.argv[2])
