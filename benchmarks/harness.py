@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import machine, timing
 from benchmarks.subjects import Contender, Row, Subject, kind
+from phi_fast.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 SLOW_START = 2.0
@@ -150,9 +151,7 @@ def whole(document: dict[str, Any]) -> bool:
 
 
 def _replace(path: Path, document: dict[str, Any]) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(document, indent=1) + "\n")
-    aside.replace(path)
+    write_atomically(path, f"{json.dumps(document, indent=1)}\n".encode())
 
 
 def _day_file(here: dict[str, Any], directory: Path) -> tuple[Path, bool, list[dict[str, Any]]]:

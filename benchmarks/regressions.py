@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from rich.console import Console
@@ -53,7 +53,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     """before, after: results documents (`harness.Results`). Rows that did not run in one count as missing there."""
     old, new = _measured(before), _measured(after)
     changes = [
-        Change(*key, _median(new[key]) / _median(old[key]), max(spread(old[key]), spread(new[key]), FLOOR))
+        Change(*key, median(new[key]) / median(old[key]), max(spread(old[key]), spread(new[key]), FLOOR))
         for key in old
         if key in new
     ]
@@ -97,7 +97,3 @@ def _measured(document: dict[str, Any]) -> dict[tuple[str, str], list[float]]:
             if row["seconds"]:
                 found[subject["name"], row["name"]] = row["seconds"]
     return found
-
-
-def _median(seconds: list[float]) -> float:
-    return statistics.median(seconds)

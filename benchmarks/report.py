@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from benchmarks import overview, plots, regressions, summary
 from benchmarks.harness import RESULTS, whole
 from benchmarks.tables import cells, describe, markdown
 from phi_fast.errors import UsageError
+from phi_fast.json_files import read_json
 from phi_fast.startup import tolerate_encodings
 from phi_fast.terminal import console
 
@@ -44,13 +44,11 @@ class Options:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a results document. Raises UsageError for a file that is not one."""
+    """Read a results document. Raises UsageError for a file that cannot be read or is not one."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; expected a file in benchmarks/results/") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); expected what pytest benchmarks --benchmark writes") from error
     if not isinstance(document, dict) or not {"machine", "subjects"} <= set(document):
         raise UsageError(f"{path} has no machine and subjects; expected what pytest benchmarks --benchmark writes")
     return document

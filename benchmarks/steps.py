@@ -129,9 +129,9 @@ def with_rates(subject: Subject, tokens: int) -> Subject:
 
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
-    """Run `benchmarks.one_process` and return what it prints."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.one_process", *arguments]
+    """Run `python -m` with these arguments in a separate process, and return the JSON object that it prints last."""
+    command = [sys.executable, "-W", "ignore", "-m", *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-3000:]}")
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))

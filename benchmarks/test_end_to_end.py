@@ -7,10 +7,6 @@ DeepSpeed", the bare step.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -18,7 +14,7 @@ import pytest
 from benchmarks import models, zero2
 from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES
-from benchmarks.steps import ours, shape, with_rates
+from benchmarks.steps import in_a_process, ours, shape, with_rates
 from benchmarks.subjects import Contender, Row, Subject
 from phi_fast.training.distributed import join
 
@@ -48,11 +44,8 @@ def test_one_process(dtype: str, full: bool, results: Results) -> None:
 def test_two_processes(dtype: str, full: bool, results: Results) -> None:
     """On a CPU the two processes share the cores; on a machine with two GPUs each process has a GPU."""
     preset: models.Preset = PRESET if full else f"small {PRESET}"
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "benchmarks.zero2", preset, dtype, "5" if full else "1"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"')))
+    torchrun = ("torch.distributed.run", "--nproc_per_node", "2")
+    found = in_a_process(*torchrun, "-m", "benchmarks.zero2", preset, dtype, "5" if full else "1")
     config, rows = shape(preset)
     length, ranks = config.max_position_embeddings, found["ranks"]
     settings = {"rows per rank": rows, "tokens per row": length, "ranks": ranks, "threads per rank": found["threads"]}

@@ -66,7 +66,7 @@ def test_peak_memory(full: bool, results: Results) -> None:
         pytest.skip("on a GPU the rows of the training step show the allocator's peak")
     preset, rows = "phi-small" if full else "small phi-small", []
     for name in ("phi_fast", "transformers eager") if full else ("phi_fast",):
-        found = in_a_process(preset, "bf16", name)
+        found = in_a_process("benchmarks.one_process", preset, "bf16", name)
         extra = {"peak MB": found["peak_mb"], "of them imports": found["imports_mb"]}
         rows.append(Row(name, found["seconds"], "one step, after one untimed", extra))
     config = {"model": preset, "rows": ROWS["phi-small"] if full else 1, "threads": torch.get_num_threads()}

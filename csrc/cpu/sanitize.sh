@@ -1,15 +1,16 @@
 #!/bin/sh
-# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer beside the installed one, and runs the C++
+# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer, apart from the installed one, and runs the C++
 # kernels' tests on it, or a module. Usage, from the repository's root:
 # PYTHON=.venv/bin/python sh csrc/cpu/sanitize.sh [pytest options | -m MODULE [its arguments]]
 set -eu
 python=${PYTHON:-python}
 build=${TMPDIR:-/tmp}/phi_fast_sanitized
-# Tiles in plain loops: their instructions read memory behind the sanitizer's back, and few processors have them.
+# Tiles are emulated in plain loops: the sanitizer cannot see what tile instructions read, and few processors have them.
 flags="-DPHI_EMULATE_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 CFLAGS="$flags -O1" CXXFLAGS="$flags -O1" LDFLAGS="$flags" \
   "$python" setup.py -q build_ext --build-lib "$build/lib" --build-temp "$build/temp"
-# -s: a captured report would be lost with the process. Python and torch are not instrumented: their own leaks are not looked for, and the runtime must come first.
+# -s: a captured report would be lost with the process. Python and torch are not instrumented, so their leaks are not
+# reported and the sanitizer's runtime must be loaded first.
 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
   "$python" - "$build" "$@" <<'PYTHON'
 import importlib.util

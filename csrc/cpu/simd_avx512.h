@@ -18,7 +18,7 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(_mm512_set1_ps(value)) {}
 };
 
-/// Vectors per row of the matrix products' tile: as many as the registers hold beside the operands.
+/// Vectors per row of the matrix products' tile: as many as the registers hold in addition to the operands.
 inline constexpr int kTileVecs = 4;
 
 struct Mask {

@@ -22,7 +22,7 @@ struct Vec {
   PHI_INLINE Vec(float value) : v(Float4{value, value, value, value}) {}
 };
 
-/// Vectors per row of the matrix products' tile: as many as the registers hold beside the operands.
+/// Vectors per row of the matrix products' tile: as many as the registers hold in addition to the operands.
 inline constexpr int kTileVecs = 2;
 
 struct Mask {

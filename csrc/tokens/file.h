@@ -27,11 +27,11 @@ class TokenFile {
   void read(uint64_t first, uint64_t count, void* out) const;
   // Asks the system to bring the tokens into memory, without waiting.
   void will_need(uint64_t first, uint64_t count) const;
-  // Throws std::runtime_error if the file's size or time of change has changed since it was opened, or since `accept`.
+  // Throws std::runtime_error if the file's size or modification time differs from when it was opened or accepted.
   void check_unchanged() const;
-  // The time of the file's last change, in nanoseconds. Throws std::runtime_error if its size has changed.
+  // The file's modification time, in nanoseconds. Throws std::runtime_error if its size has changed.
   int64_t change_stamp() const;
-  // Accepts `stamp` as the file's time of change, after its content was compared and found to be the same.
+  // Accepts `stamp` as the file's modification time, after its content was compared and found to be the same.
   void accept(int64_t stamp) { changed_.store(stamp, std::memory_order_relaxed); }
 
   const std::string& path() const { return path_; }

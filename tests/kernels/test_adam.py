@@ -372,7 +372,7 @@ def test_a_capture_of_tensors_that_moved_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_another_stream_waits_for_the_tables_and_their_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second model on a stream of its own steps tensors of the same sizes, so it is given the first one's table."""
+    """A second model on another stream steps tensors of the same sizes, so it gets the first model's table."""
     module = pytest.importorskip("phi_fast.kernels.triton.adam")
     log: list[tuple] = []
 

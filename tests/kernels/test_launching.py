@@ -1,4 +1,4 @@
-"""Launches that are kept ready get the arguments that Triton would bind, and none is used where another is needed."""
+"""Launches that are kept ready get the arguments that Triton would bind, and each is used only where it fits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODULES = (adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary)
 
 
 class Compiled:
-    """Takes the place of Triton's compiled kernel: notes the arguments of each launch."""
+    """A stand-in for Triton's compiled kernel that records the arguments of each launch."""
 
     def __init__(self, launch: Launch, log: list[tuple]) -> None:
         self.launch, self.log = launch, log
@@ -33,7 +33,7 @@ class Compiled:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
-    """The launches that were ready. Nothing runs; the first launch of a kind is described, as on a GPU."""
+    """A log of the launches that were ready. No kernel runs; the first launch of a kind is described, as on a GPU."""
     log: list[tuple] = []
     monkeypatch.setattr(launching, "CompiledKernel", Compiled)
     monkeypatch.setattr(Launch, "__call__", lambda self: Compiled(self, log))
@@ -44,7 +44,7 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
 
 
 def bound(launch: Launch) -> tuple:
-    """The arguments in the kernel's order; of a tensor, the address."""
+    """The arguments in the kernel's order, with tensors replaced by their addresses."""
     values = {**launch.arguments, **launch.constants}
     ordered = (values[name] for name in launch.kernel.arg_names)
     return tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in ordered)
@@ -137,7 +137,8 @@ CALLS: dict[str, Callable[[], None]] = {
 def test_a_ready_launch_has_the_arguments_of_a_described_one(
     ready: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every op with every kind of option, three times over with new tensors, each beside its own description."""
+    """Runs every op with every kind of option three times with new tensors, and compares each launch with a
+    description."""
     counted = {"ready": 0, "all": 0}
 
     def spy(build: Callable[..., Launch], *arguments: Any) -> None:
@@ -152,7 +153,7 @@ def test_a_ready_launch_has_the_arguments_of_a_described_one(
 
     for module in MODULES:
         monkeypatch.setattr(module, "launch", spy)
-    kept = []  # so that no address comes back
+    kept = []  # so that no address is used again
     for _ in range(3):
         for name, call in CALLS.items():
             kept.append(draw(64))

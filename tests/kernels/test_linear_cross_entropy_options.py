@@ -36,7 +36,7 @@ OPTIONS = {
 
 
 def interpreted(backend_name: str, *case: str, quick: bool) -> tuple:
-    """A case, slow in the interpreter unless it is `quick`: one that has every option at once is run always."""
+    """A case, marked slow in the interpreter unless `quick`; a case with every option at once always runs."""
     slow = backend_name == "triton" and DEVICE == "cpu" and not quick
     return pytest.param(backend_name, *case, marks=[pytest.mark.slow] if slow else [])  # type: ignore[return-value]
 

@@ -116,7 +116,7 @@ def test_documents_are_blocks_of_their_own(choice, dtype, level, device):
 
 
 def test_fuse_rotary_chooses_who_rotates(device):
-    """The default of each back end, each choice, and the end of a choice."""
+    """Checks the default of each back end, each choice, and that the earlier choice returns afterwards."""
     on = torch.device(device)
     before = backend.rotary_inside(on)
     assert before is not GPU

@@ -19,7 +19,7 @@ from phi_fast.kernels.triton.specimens import specimens
 
 
 def test_every_kernel_has_a_specimen() -> None:
-    """A kernel is a jitted function that no other calls."""
+    """A kernel is a jitted function that no other function calls."""
     names = [info.name for info in pkgutil.iter_modules(package.__path__)]
     sources = {name: Path(package.__path__[0], f"{name}.py").read_text() for name in names}
     called = set(re.findall(r"(?<!def )\b(\w+)\(", "".join(sources.values())))

@@ -1,4 +1,4 @@
-"""FusedAdam remembers its last step: used while nothing moved, given up at each change, no gradient kept alive."""
+"""FusedAdam reuses its last step while no tensor moved, discards it at each change, and keeps no gradient alive."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Params, Fu
 
 
 def fill(params: Params, seed: int) -> None:
-    """Gradients of `seed`, in the memory of those before where there are any."""
+    """Fill gradients from `seed`, in the memory of the earlier ones if there are any."""
     generator = torch.Generator().manual_seed(seed)
     for p in params:
         grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
@@ -38,7 +38,7 @@ def fill(params: Params, seed: int) -> None:
 
 
 def looks(optimizer: FusedAdam) -> list[int]:
-    """Grows at each step that looks at its tensors anew."""
+    """A list that grows by one at each step that examines its tensors again."""
     counted: list[int] = []
     look = optimizer._look
 
@@ -109,7 +109,7 @@ def cleared(params: Params, optimizer: FusedAdam) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_change_is_seen(change: Callable[[Params, FusedAdam], None], dtype: torch.dtype, name: str) -> None:
-    """The trajectory is that of an optimizer which forgets after each step."""
+    """The trajectory equals that of an optimizer that remembers nothing between steps."""
     results = []
     for forgets in (True, False):
         params, optimizer = make(dtype=dtype)
