@@ -1,19 +1,19 @@
-"""Checkpoints that a crash at any moment cannot spoil.
+"""Checkpoints that a crash at any moment cannot corrupt.
 
-A checkpoint is written beside its final place, synced, listed in a manifest with sizes and SHA-256, and renamed; then
+A checkpoint is written into a temporary folder, synced, listed in a manifest with sizes and SHA-256, and renamed; then
 `latest` is replaced. So a folder named `step-N` is complete or was damaged later, and the manifest tells which. `Saver`
-does this beside the training: it copies to host memory, and a thread writes.
+does this while training goes on: it copies the tensors to host memory, and a thread writes them.
 
     checkpoints/
       latest                         "step-400"
       step-400/
-        manifest.json                sizes and hashes of the files below, and its own; written last
+        manifest.json                sizes and hashes of the files below, and its own hash; written last
         state.json                   step, configuration, data position, loss scale
         model.safetensors            weights as the model uses them, by parameter name
         rank-0-of-2.safetensors      fp32 master, exp_avg, exp_avg_sq: this rank's flat ZeRO partition of each group
-        rank-0-of-2.json             Python's, NumPy's and torch's random states of this rank
+        rank-0-of-2.json             this rank's random states of Python, NumPy and torch
 
-Only plain tensors (safetensors) and JSON are read back: no pickle.
+Files are safetensors and JSON only: no pickle is read back.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ class CheckpointError(PhiFastError, RuntimeError):
 
 @dataclass
 class Snapshot:
-    """What one rank puts into a checkpoint, or finds in one."""
+    """What one rank writes into a checkpoint."""
 
     state: dict[str, Any]
-    """JSON-able; the same on every rank."""
+    """Content of state.json; the same on every rank."""
     model: dict[str, Tensor]
     """Weights by parameter name; the same on every rank."""
     partitions: dict[str, Tensor]
     """This rank's flat partition of each optimizer tensor, e.g. "master.0"; 1-D."""
     random_states: dict[str, Any] = field(default_factory=lambda: random_states())
-    """This rank's, JSON-able, as `random_states` gives them."""
+    """This rank's random states, JSON-able."""
     checked: bool = False
-    """The weights and the optimizer's tensors are known to be finite; else `save` looks at each."""
+    """True if all weights and optimizer tensors are known to be finite; otherwise `save` checks each."""
 
     def on_host(self, world: World) -> Snapshot:
-        """A copy in host memory, with no more than this rank writes; training can go on."""
+        """Copy what this rank writes to host memory, so that training can go on."""
         weights = self.model if world.is_main else {}
         model, partitions = (
             {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -77,15 +77,15 @@ class Snapshot:
 
 
 class Saver:
-    """Saves off the training's path: `save` takes a copy and returns, a thread writes it; one save at a time.
+    """Saves in the background: `save` copies the snapshot and returns, a thread writes it; one save at a time.
 
-    Every rank makes one and calls it alike. A save that failed raises CheckpointError at the next `save` or `wait`, on
-    every rank; `failed` tells of it before.
+    Every rank creates a Saver and makes the same calls. A failed save raises CheckpointError at the next `save` or
+    `wait`, on every rank; `failed` is true before that.
     """
 
     def __init__(self, directory: Path, world: World, *, keep_last: int, keep_every: int = 0) -> None:
         self.directory, self.keep_last, self.keep_every = directory, keep_last, keep_every
-        # The thread's collectives must not fall between the training's: a group of its own, over host memory.
+        # The thread's collectives must not interleave with training's, so they have their own group, over host memory.
         self.world = replace(world, group=dist.new_group(backend="gloo")) if world.size > 1 else world
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -95,7 +95,7 @@ class Saver:
         return self._error is not None
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Begin to write `snapshot` once the save before has ended; returns the folder that it will be in."""
+        """Wait for the previous save, then begin to write `snapshot`; returns the folder that it will be in."""
         self.wait()
         copy = snapshot.on_host(self.world)
         self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint")
@@ -103,7 +103,7 @@ class Saver:
         return self.directory / f"step-{snapshot.state['step']}"
 
     def wait(self) -> None:
-        """Until the save in flight has ended; raises what went wrong in it."""
+        """Wait until the save in flight has ended; raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -114,16 +114,16 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             save(self.directory, snapshot, self.world, keep_last=self.keep_last, keep_every=self.keep_every)
-        except Exception as error:  # of any kind: it is raised again by `wait`
+        except Exception as error:  # `wait` raises it again, whatever it is
             self._error = error
 
 
 def save(directory: Path, snapshot: Snapshot, world: World, *, keep_last: int, keep_every: int = 0) -> Path:
-    """Write `directory/step-N`, N = snapshot.state["step"], and keep the newest `keep_last` (0: all) up to N, and
-    those whose step is a multiple of `keep_every` (0: none).
+    """Write `directory/step-N`, N = snapshot.state["step"]; every rank calls it.
 
-    A complete `step-N` that is there already stays. Every rank calls it. Raises CheckpointError on every rank where one
-    of them could not write, or has a weight or a moment that is not finite; earlier checkpoints stay as they were.
+    Of the checkpoints up to N, the newest `keep_last` (0: all) and those whose step is a multiple of `keep_every`
+    (0: none) are kept. A complete `step-N` that already exists is not replaced. Raises CheckpointError on every rank if
+    any rank could not write, or has a weight or a moment that is not finite; earlier checkpoints are not changed.
     """
     final = directory / f"step-{snapshot.state['step']}"
     aside = directory / f".{final.name}.partial"
@@ -134,7 +134,7 @@ def save(directory: Path, snapshot: Snapshot, world: World, *, keep_last: int, k
     entries: dict[str, dict[str, Any]] = {}
     if error is None:
         error = _not_finite(snapshot) or _attempt(lambda: entries.update(_write_rank(aside, snapshot, world)))
-    gathered = _gather((error, entries), world)
+    gathered = world.gather((error, entries))
     errors = [message for message, _ in gathered if message]
     if not errors and world.is_main:
         files = {name: entry for _, part in gathered for name, entry in part.items()}
@@ -151,9 +151,9 @@ def save(directory: Path, snapshot: Snapshot, world: World, *, keep_last: int, k
 def newest(
     directory: Path, world: World, *, fits: Callable[[dict[str, Any]], bool] = lambda state: True
 ) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint below `directory`, and a line about each damaged one that was passed over.
+    """Find the newest complete checkpoint in `directory`; returns it and a line about each damaged one passed over.
 
-    fits: of those, only one whose state.json it holds for.
+    fits: skips checkpoints for whose state.json it returns False.
     """
     found, skipped = None, []
     if world.is_main:
@@ -168,12 +168,12 @@ def newest(
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises JsonFileError and OSError."""
+    """Read a checkpoint's state.json. Raises JsonFileError and OSError."""
     return read_object(path / "state.json").values
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint by parameter name. Raises CheckpointError where the file is not plain tensors."""
+    """Read a checkpoint's weights by parameter name. Raises CheckpointError if the file is not safetensors."""
     try:
         return load_file(path / "model.safetensors")
     except SafetensorError as error:
@@ -181,10 +181,10 @@ def load_model(path: Path) -> dict[str, Tensor]:
 
 
 def load_partitions(path: Path, sizes: dict[str, tuple[int, int]], world: World) -> dict[str, Tensor]:
-    """This rank's part of each flat optimizer tensor, whatever number of ranks wrote them.
+    """Read this rank's part of each flat optimizer tensor, whatever number of ranks wrote them.
 
-    sizes: name -> (elements of this rank's partition now, elements of the whole without the tail's padding).
-    Raises CheckpointError where a file is not plain tensors, or the whole on disk is shorter than the model's.
+    sizes: name -> (elements of this rank's partition now, elements of the whole tensor without the padded tail).
+    Raises CheckpointError if a file is not safetensors, or a tensor on disk is shorter than the model needs.
     """
     writers = _read_manifest(path).whole("world_size", least=1)
     shards = [_open(path / f"rank-{rank}-of-{writers}.safetensors") for rank in range(writers)]
@@ -212,7 +212,7 @@ def _open(file: Path) -> safe_open:
 
 
 def restore_random_states(path: Path, world: World) -> None:
-    """Set this rank's random states, where the same number of ranks wrote the checkpoint."""
+    """Set this rank's random states, if the same number of ranks wrote the checkpoint."""
     file = path / f"rank-{world.rank}-of-{world.size}.json"
     if not file.exists():
         return
@@ -227,7 +227,7 @@ def restore_random_states(path: Path, world: World) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """Python's, NumPy's and torch's, JSON-able."""
+    """Random states of Python, NumPy and torch, JSON-able."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -254,38 +254,38 @@ def _write_rank(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dic
 
 
 def _publish(aside: Path, final: Path, files: dict[str, Any], world_size: int, keep_last: int, keep_every: int) -> None:
-    """Manifest, rename, `latest`, and the removal of what is too old."""
+    """Write the manifest, rename the folder, point `latest` at it, and remove checkpoints that are too old."""
     manifest = {"format": FORMAT, "world_size": world_size, "files": files}
     manifest["sha256"] = _own_sha256(manifest)
     _write_synced(aside / "manifest.json", json.dumps(manifest, indent=1))
     sync_directory(aside)
     if final.exists() and _problem(final) is None:
-        shutil.rmtree(aside)  # a run that was stopped before it took a step; to replace the old one would risk it
+        shutil.rmtree(aside)  # this start was stopped before it took a step: do not put the old checkpoint at risk
     else:
         if final.exists():
-            shutil.rmtree(final)  # damaged, passed over by the resume, and its step trained again
+            shutil.rmtree(final)  # damaged: the resume passed over it and trained its step again
         aside.rename(final)
     pointer = final.parent / "latest"
     _write_synced(pointer.with_suffix(".tmp"), final.name)
     pointer.with_suffix(".tmp").replace(pointer)
     sync_directory(final.parent)
-    # Newer ones than this are damaged ones that a resume passed over: they do not count among the newest kept.
+    # Newer checkpoints are damaged (a resume passed over them): they do not count among the newest kept.
     step = int(final.name.removeprefix("step-"))
     older = [(number, path) for number, path in _numbered(final.parent) if number <= step]
     for number, old in older[:-keep_last] if keep_last else []:
         if not keep_every or number % keep_every:
-            hidden = old.with_name(f".{old.name}.removed")  # so that no half of it looks like a damaged checkpoint
+            hidden = old.with_name(f".{old.name}.removed")  # a half-removed folder must not look like a checkpoint
             old.rename(hidden)
             shutil.rmtree(hidden)
 
 
 def _numbered(directory: Path) -> list[tuple[int, Path]]:
-    """(N, path) of every `step-N` in `directory`, in order of N."""
+    """List (N, path) of every `step-N` in `directory`, in order of N."""
     return sorted((int(match[1]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name)))
 
 
 def _problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None. Reads and hashes every file."""
+    """Return why a checkpoint cannot be used, or None. Reads and hashes every file."""
     try:
         manifest = _read_manifest(path)
         files = manifest.inner("files")
@@ -300,7 +300,7 @@ def _problem(path: Path) -> str | None:
                 return f"{name} does not have the manifest's SHA-256"
         step = read_object(path / "state.json").whole("step")
         if path.name != f"step-{step}":
-            return f"state.json is of step {step}"
+            return f"state.json belongs to step {step}"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except JsonFileError as error:
@@ -311,28 +311,30 @@ def _problem(path: Path) -> str | None:
 
 
 def _read_manifest(path: Path) -> Fields:
-    """A checkpoint's manifest.json: of this format, with the hash of its own content, listing each rank's files and no
-    other. Raises JsonFileError and OSError."""
+    """Read a checkpoint's manifest.json.
+
+    Raises OSError, and JsonFileError for another format, a wrong hash of its own content, or missing or extra files.
+    """
     manifest = read_object(path / "manifest.json")
     if manifest.whole("format") != FORMAT:
         manifest.refuse("format", f"{FORMAT}, which this version writes and reads")
     content = {name: value for name, value in manifest.values.items() if name != "sha256"}
     if manifest.text("sha256") != _own_sha256(content):
-        manifest.refuse("sha256", f"{_own_sha256(content)}, its content's: the file is damaged")
+        manifest.refuse("sha256", f"{_own_sha256(content)}, the hash of its content: the file is damaged")
     world_size = manifest.whole("world_size", least=1, most=2**20)
     ranks = {f"rank-{rank}-of-{world_size}{end}" for rank in range(world_size) for end in (".safetensors", ".json")}
     if set(manifest.inner("files").values) != {"model.safetensors", "state.json", *ranks}:
-        manifest.refuse("files", f"model.safetensors, state.json, and two files of each of {world_size} ranks")
+        manifest.refuse("files", f"model.safetensors, state.json, and two files for each of {world_size} ranks")
     return manifest
 
 
 def _own_sha256(content: dict[str, Any]) -> str:
-    """Hex digest of a manifest without its own hash, whatever its white space."""
+    """Hash a manifest's content without its own hash, as a hex digest that does not depend on white space."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _not_finite(snapshot: Snapshot) -> str | None:
-    """Which tensor is not finite, where it is not known that all are."""
+    """Name a tensor that is not finite, or return None; nothing is checked in a snapshot already `checked`."""
     if snapshot.checked:
         return None
     tensors = {**{f"the weights of {name}": x for name, x in snapshot.model.items()}, **snapshot.partitions}
@@ -341,7 +343,7 @@ def _not_finite(snapshot: Snapshot) -> str | None:
 
 
 def _attempt(action: Any) -> str | None:
-    """The error of an action as text, so that it can be told to every rank; None where it went well."""
+    """Run an action; returns its error as text, which can be sent to every rank, or None if it succeeded."""
     try:
         action()
     except (OSError, SafetensorError) as error:
@@ -349,16 +351,8 @@ def _attempt(action: Any) -> str | None:
     return None
 
 
-def _gather(value: Any, world: World) -> list[Any]:
-    if world.size == 1:
-        return [value]
-    box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, value, group=world.group)
-    return box
-
-
 def _fresh(folder: Path) -> None:
-    """Make `folder`, and clear away what a killed save left beside it."""
+    """Make `folder`, after removing what a killed save left beside it."""
     for leftover in folder.parent.glob(".step-*"):
         shutil.rmtree(leftover)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The data of a run: the corpora its recipe names, the loader over their mixture, their validation rows."""
+"""The data of a run: its recipe's corpora, the loader over their mixture, and their validation rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .distributed import World
 
 
 class Corpora:
-    """Opens what `recipe.mixture` names below `recipe.data`; makes the standard-library corpus where it is asked for.
+    """Opens the corpora of `recipe.mixture` in `recipe.data`; builds the standard-library corpus if it is needed.
 
-    Raises FileNotFoundError for a corpus that is not there, UsageError or TokenizerError for one that does not fit.
+    Raises FileNotFoundError for a missing corpus, UsageError or TokenizerError for one that does not fit the model.
     """
 
     def __init__(self, recipe: Recipe, world: World, console: Console) -> None:
@@ -29,8 +29,8 @@ class Corpora:
         if recipe.tokenizer == "stdlib":
             if not recipe.data.exists() and recipe.data != RECIPES["tiny"].data:
                 raise UsageError(
-                    f"--data {recipe.data} is not there. Of itself the standard-library corpus is built at "
-                    f"{RECIPES['tiny'].data} only: correct the path, or leave --data out"
+                    f"--data {recipe.data} does not exist. The standard-library corpus is built automatically only at "
+                    f"{RECIPES['tiny'].data}: correct the path, or leave --data out"
                 )
             if world.is_main:
                 stdlib_corpus.prepare(recipe.data, progress=lambda line: console.print(line, highlight=False))
@@ -57,12 +57,12 @@ class Corpora:
                     f"{recipe.model.vocab_size} entries; use the corpus's tokenizer or raise --model.vocab-size"
                 )
         self.model = self._with_token_ids(recipe.model)
-        """The recipe's model with the ids that begin and end a text in these corpora."""
+        """The recipe's model with the token ids that begin and end a text in these corpora."""
 
     def _with_token_ids(self, model: PhiConfig) -> PhiConfig:
-        """The ids are the corpora's delimiter or else the tokenizer's `<|endoftext|>`; None where there is neither.
+        """Set both ids to the corpora's delimiter, else the tokenizer's `<|endoftext|>`, else None.
 
-        Raises UsageError where corpora, tokenizer, the model's own ids and its vocabulary contradict each other.
+        Raises UsageError if the corpora, the tokenizer, and the model's own ids and vocabulary contradict each other.
         """
         size = vocab_size(self.tokenizer)
         if size > model.vocab_size:
@@ -73,7 +73,7 @@ class Corpora:
         ends = {name: manifest.delimiter.id for name, manifest in self.manifests.items() if manifest.delimiter}
         if len(set(ends.values())) > 1:
             each = ", ".join(f"{name} with {id}" for name, id in ends.items())
-            raise UsageError(f"the corpora end their documents with different ids, {each}: prepare them again alike")
+            raise UsageError(f"the corpora end their documents with different ids, {each}: prepare them again")
         end = next(iter(ends.values()), self.tokenizer.token_to_id(END_OF_TEXT))
         if end is not None and self.tokenizer.id_to_token(end) is None:
             raise UsageError(
@@ -84,7 +84,7 @@ class Corpora:
             if given is not None and given != end:
                 raise UsageError(
                     f"model.{field}={given}, but these corpora and their tokenizer have {end} between documents; leave "
-                    f"--model.{field.replace('_', '-')} out, and it is taken from them"
+                    f"--model.{field.replace('_', '-')} out to use theirs"
                 )
         return model.replace(bos_token_id=end, eos_token_id=end)
 
@@ -93,34 +93,37 @@ class Corpora:
         for name, manifest in self.manifests.items():
             if "validation" not in manifest.splits:
                 raise UsageError(
-                    f"corpus {name!r} at {self.paths[name]} has no validation split, and --val-every wants its "
-                    "loss: give --val-every 0, or prepare it again with more documents or a larger --validation"
+                    f"corpus {name!r} at {self.paths[name]} has no validation split, which --val-every needs: give "
+                    "--val-every 0, or prepare it again with more documents or a larger --validation"
                 )
 
     def loader(self, micro_batch_size: int) -> TokenLoader:
-        """This rank's micro-batches; `accumulation` of them over all ranks are a global batch's rows."""
+        """Load this rank's micro-batches; `accumulation` of them on every rank make up a global batch."""
         recipe = self.recipe
         weights = {name: (self.paths[name], weight) for name, weight in recipe.mixture.items()}
         stages = [(step * recipe.global_batch_size, later) for step, later in recipe.mixture_stages]
         return TokenLoader(
             Mixture.of(weights, "train", stages),
-            self.recipe.sequence_length,
+            recipe.sequence_length,
             micro_batch_size,
             rank=self.world.rank,
             world_size=self.world.size,
-            seed=self.recipe.seed,
+            seed=recipe.seed,
             document_isolation=recipe.document_isolation,
-            max_token_id=self.recipe.model.vocab_size - 1,
+            max_token_id=recipe.model.vocab_size - 1,
         )
 
     def validation(self, rows: int, batch: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-        """This rank's share of the first `rows` validation rows of each corpus: (corpus, input_ids, labels, cu_seqlens
-        where documents are isolated)."""
+        """Read this rank's share of the first `rows` validation rows of each corpus.
+
+        Yields (corpus, input_ids, labels, cu_seqlens); cu_seqlens is None unless documents are isolated.
+        """
         for name, path in self.paths.items():
             there = min(rows, count_rows(path, "validation", self.recipe.sequence_length))
             start, stop = (there * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
             if start < stop:
-                shares = sequential_rows(
+                delimiter = self.manifests[name].delimiter if self.recipe.document_isolation else None
+                for input_ids, labels in sequential_rows(
                     path,
                     "validation",
                     self.recipe.sequence_length,
@@ -128,20 +131,16 @@ class Corpora:
                     start=start,
                     stop=stop,
                     max_token_id=self.recipe.model.vocab_size - 1,
-                )
-                delimiter = self.manifests[name].delimiter
-                isolated = delimiter is not None and self.recipe.document_isolation
-                for input_ids, labels in shares:
-                    cu_seqlens = documents(input_ids, delimiter.id) if isolated else None  # type: ignore[union-attr]
-                    yield name, input_ids, labels, cu_seqlens
+                ):
+                    yield name, input_ids, labels, documents(input_ids, delimiter.id) if delimiter else None
 
     def weighted(self, losses: dict[str, float], step: int) -> float:
-        """Mean of per-corpus losses by the mixture's weights in step `step`."""
+        """Average the losses by corpus with the mixture's weights in step `step`."""
         weights = {name: weight for name, weight in self.recipe.mixture_at(step).items() if name in losses}
         return sum(weight * losses[name] for name, weight in weights.items()) / sum(weights.values())
 
     def summary(self) -> str:
-        """One line for the header: each corpus with its share and its training tokens, then later stages' shares."""
+        """Describe the mixture in one line: each corpus's share and training tokens, then later stages' shares."""
         sizes = {name: f" ({manifest.splits['train'].tokens:,} tokens)" for name, manifest in self.manifests.items()}
         lines = [_shares(self.recipe.mixture, sizes)]
         lines += [f"from step {step} on {_shares(weights, {})}" for step, weights in self.recipe.mixture_stages]

@@ -1,7 +1,7 @@
-"""Why a step could not be taken: the first layer and op whose output or gradient was not finite, and the data in it.
+"""Diagnosis of a diverged run: the first layer and op whose output or gradient was not finite, and the rows in it.
 
 The step's micro-batches are run again with hooks on every module and autograd node. This costs one more step, once, at
-the end of a run that has nothing better to do. The model is left as it is: no gradient reaches its parameters.
+the end of the run. The model is not changed: no gradient reaches its parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +23,7 @@ from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin, withi
 from .distributed import World
 
 SLOWER = "--resume --allow-change with a lower --learning-rate"
-"""Advice that works under every schedule; a constant rate could be changed without --allow-change."""
+"""Advice that works under every schedule. With a constant learning rate --allow-change would not be needed."""
 
 
 class Diverged(PhiFastError, RuntimeError):
@@ -40,19 +39,19 @@ class Overflow:
     forward: bool
     """True in the forward pass or in the weights, false in the backward pass."""
     rows: tuple[int, ...]
-    """Rows of the micro-batch in which it is not finite; all where the tensor does not tell."""
+    """Rows of the micro-batch in which it is not finite; all rows if the tensor has no batch dimension."""
     largest: float
-    """Largest finite magnitude in it."""
+    """Its largest finite magnitude."""
     data: str = ""
-    """Rank, rows of the stream, and their corpora."""
+    """The rank, the rows of the training stream, and their corpora."""
 
 
 def find_overflow(
     model: nn.Module, loader: TokenLoader, micro_batches: int, scale: float, world: World
 ) -> Overflow | None:
-    """Run the last `micro_batches` of `loader` again, with the loss times `scale`; what is found first, on every rank.
+    """Run the last `micro_batches` of `loader` again, with the loss times `scale`; every rank gets the same result.
 
-    None where everything was finite this time: then it is the sum over micro-batches or ranks that overflowed.
+    Returns None if everything was finite this time: then the sum over micro-batches or ranks overflowed.
     """
     loader.seek(loader.row - micro_batches * loader.batch * world.size)
     found = None
@@ -65,20 +64,16 @@ def find_overflow(
             rows = ", ".join(f"{batch.rows[i]} ({corpora[int(batch.components[i])].name})" for i in found.rows)
             found = replace(found, data=f"on rank {world.rank}, rows {rows} of the training stream")
             break
-    everyones: list[Overflow | None] = [found]
-    if world.size > 1:
-        everyones = [None] * world.size
-        dist.all_gather_object(everyones, found)
-    return next((each for each in everyones if each is not None), None)
+    return next((each for each in world.gather(found) if each is not None), None)
 
 
 def first_overflow(
     model: nn.Module, input_ids: Tensor, labels: Tensor, scale: float = 1.0, cu_seqlens: Tensor | None = None
 ) -> Overflow | None:
-    """The first tensor of `model(input_ids, labels)` or of the backward pass of loss × scale that is not finite.
+    """Find the first non-finite tensor in `model(input_ids, labels)` and the backward pass of loss × scale.
 
-    Inside a block of `Phi`, which is one op, the block is run again as `reference.ParallelBlock` to name the op; where
-    plain PyTorch in the same dtype does not overflow, the block is named.
+    A block of `Phi` is a single op, so it is run again as `reference.ParallelBlock` to find the op inside it. If plain
+    PyTorch in the same dtype does not overflow, the block itself is reported.
     """
     batch = len(input_ids)
     for name, parameter in model.named_parameters():
@@ -97,9 +92,9 @@ def first_overflow(
 
 
 class Probe(TorchFunctionMode):
-    """Looks at the output of every module of `module`, and at every gradient on the way back, until one is not finite.
+    """Checks every module's output in `module`, and every gradient of the backward pass, until one is not finite.
 
-    functions: look at every torch function's result too; not for kernels, which begin with uninitialised memory.
+    functions: check every torch function's result too. Not for the kernels, which allocate uninitialised memory.
     """
 
     def __init__(self, module: nn.Module, batch: int, *, functions: bool, prefix: str = "") -> None:
@@ -109,9 +104,9 @@ class Probe(TorchFunctionMode):
         """The module it was found in."""
         self.name = ""
         self.gradient: Tensor | None = None
-        """What came into the node whose gradients were not finite; None in the forward pass."""
+        """The gradient that entered the node whose gradients were not finite; None in the forward pass."""
         self.inputs: dict[nn.Module, Tensor] = {}
-        """First input of each module."""
+        """The first input of each module."""
         self._batch, self._functions = batch, functions
         self._names = {child: (prefix + name).rstrip(".") or "the model" for name, child in module.named_modules()}
         self._running: list[nn.Module] = []
@@ -158,7 +153,7 @@ class Probe(TorchFunctionMode):
         module: nn.Module | None = None,
         gradient: Tensor | None = None,
     ) -> None:
-        """Keep `tensor` as what was found, if it is the first that is not finite."""
+        """Record `tensor` if it is the first that is not finite."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
             if self.found is not None or not tensor.is_floating_point() or _finite(tensor):
                 return
@@ -169,7 +164,7 @@ class Probe(TorchFunctionMode):
             self.module, self.name, self.gradient = module, self._names.get(module, ""), gradient
 
     def claim(self, output: Tensor, where: str, module: nn.Module | None = None) -> None:
-        """Watch the backward nodes that lead to `output` and are not yet watched: they were made by `where`."""
+        """Check the gradients of the backward nodes behind `output`; those that are new are attributed to `where`."""
         waiting = [output.grad_fn]
         while waiting:
             node = waiting.pop()
@@ -189,7 +184,7 @@ class Probe(TorchFunctionMode):
 
 
 def _inside(block: Block, name: str, x: Tensor, gradient: Tensor | None, cu_seqlens: Tensor | None) -> Overflow | None:
-    """What is first not finite inside a block with input x (batch, sequence, d) and the gradient of its output."""
+    """Find the first non-finite tensor inside a block, from its input x (batch, sequence, d) and output gradient."""
     merged = {f"layers.0.{key}": value for key, value in block.state_dict().items()}
     split = to_split({**dict.fromkeys(OUTSIDE, x), **merged})
     layer = "model.layers.0."
@@ -215,26 +210,28 @@ def _largest(tensor: Tensor) -> float:
 def explain(
     found: Overflow | None, step: int, loss: float, scale: float, precision: str, checkpoint: Path | None
 ) -> str:
-    """The message of a run that ends in step `step`, from what was found to what to try."""
+    """Write the message of a run that diverged in step `step`: what was found, and what to try."""
     text = f"step {step} cannot be taken: the loss is {loss:g}, "
     text += f"the loss scale {scale:g}. " if precision == "fp16" else f"in {precision}. "
     if found is None:
-        text += "Run again, every micro-batch was finite: their sum overflowed, or the machine erred. "
+        text += "When run again, every micro-batch was finite: their sum overflowed, or the hardware made an error. "
     else:
-        text += f"First not finite: {found.what} (largest finite value {found.largest:.3g}), {found.data}. "
-    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-    return text + f"This step updated nothing; {kept}. To try: {_advice(found, precision)}"
+        text += f"First non-finite tensor: {found.what} (largest finite value {found.largest:.3g}), {found.data}. "
+    return text + f"This step updated nothing; {_kept(checkpoint)}. To try: {_advice(found, precision)}"
 
 
 def explain_broken(model: nn.Module, step: int, lr: float, checkpoint: Path | None) -> str:
-    """The message of a run whose update in step `step`, at learning rate `lr`, left a value that is not finite."""
+    """Write the message of a run whose update in step `step`, at learning rate `lr`, left a non-finite value."""
     broken = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     what = f"the weights of {broken}" if broken else "an optimizer moment"
-    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     return (
-        f"the update of step {step}, at learning rate {lr:g}, left {what} not finite. Nothing of it is saved; {kept}. "
-        f"To try: {SLOWER}"
+        f"the update of step {step}, at learning rate {lr:g}, left {what} not finite. It is not saved; "
+        f"{_kept(checkpoint)}. To try: {SLOWER}"
     )
+
+
+def _kept(checkpoint: Path | None) -> str:
+    return f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
 
 
 def _advice(found: Overflow | None, precision: str) -> str:

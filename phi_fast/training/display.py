@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines elsewhere, and the summary at the end."""
+"""The output of a run: a live line on a terminal, plain lines elsewhere, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rich.text import Text
 from .metrics import StepRecord
 
 SMOOTHING = 0.9
-"""Weight that the shown tokens/s keeps per step of the steps before it."""
+"""Decay per step of the exponential average of tokens/s."""
 BAR_WIDTH = 6
-"""Columns of the progress bar that other parts of the line are left out for."""
+"""Least width of the progress bar, in columns; other parts of the line are dropped to make room for it."""
 DROPPED_FIRST = ("ms", "lr", "norm", "scale", "mfu", "tasks", "rate", "val")
-"""Parts of the live line in the order in which a narrow terminal loses them; step, loss and ETA always stay."""
+"""Parts of the live line in the order in which a narrow terminal drops them; step, loss and ETA always stay."""
 
 
 class Display:
@@ -36,7 +36,7 @@ class Display:
         self._started = time.perf_counter()
         self._rates: list[float] = []
         self._recent = (0.0, 0.0)
-        """Tokens and seconds, each weighted by SMOOTHING per step since."""
+        """Tokens and seconds of the steps so far, each step weighted by SMOOTHING ** (steps since)."""
         self._first_validation: float | None = None
         self._validation: float | None = None
         self._parts: dict[str, str] = {"loss": "the first step has begun"}
@@ -55,7 +55,7 @@ class Display:
             self._live.stop()
 
     def validation_before(self, val_loss: float) -> None:
-        """The validation loss before the first step."""
+        """Show the validation loss before the first step."""
         self._first_validation = self._validation = val_loss
         self.line(f"before training | val {val_loss:.4f}")
 
@@ -76,7 +76,7 @@ class Display:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def summary(self, saved: Path | None, run: Path) -> None:
-        """Time, speed and validation loss of this start, and the commands that go on from the run."""
+        """Print time, speed and validation loss of this start, and the commands to use the run with."""
         facts = {"took": _duration(time.perf_counter() - self._started)}
         if self._rates:
             facts["speed"] = f"{statistics.median(self._rates):,.0f} tokens/s, median of {len(self._rates):,} steps"
@@ -93,7 +93,7 @@ class Display:
         self.line(f"  python -m phi_fast.convert {name} {_quoted(run.with_name(run.name + '-hf'))}")
 
     def _smoothed(self, record: StepRecord) -> float:
-        """Tokens/s over about the last 1 / (1 - SMOOTHING) steps."""
+        """Average tokens/s over about the last 1 / (1 - SMOOTHING) steps."""
         seconds = record.step_ms / 1000
         tokens_before, seconds_before = self._recent
         self._recent = (
@@ -103,7 +103,7 @@ class Display:
         return self._recent[0] / self._recent[1]
 
     def _line(self) -> Table:
-        """The live line, at the terminal's width now."""
+        """Lay out the live line for the terminal's present width."""
         step = f"step {self._done:>{self._width}}/{self._steps}"
         parts = fitting(self._parts, self._console.width - cell_len(f"{step}  | {self._eta}") - BAR_WIDTH)
         status = " | ".join([*parts, *([self._eta] if self._eta else [])])
@@ -119,7 +119,7 @@ class Display:
 
 
 def show(console: Console, facts: Mapping[str, str]) -> None:
-    """Lines of a name, in bold, and what is so called; on a terminal long ones go on under their beginning."""
+    """Print one line per fact: its name in bold, then its text, which on a terminal wraps with a hanging indent."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(justify="right", style="bold", no_wrap=True, min_width=8)
     grid.add_column(overflow="fold")
@@ -133,7 +133,7 @@ def show(console: Console, facts: Mapping[str, str]) -> None:
 
 
 def back_ends(used: Mapping[str, str]) -> str:
-    """op -> back end in few words: "all cpp", or the ops by back end."""
+    """Summarise op -> back end: "all cpp", or the ops by back end."""
     names = dict.fromkeys(used.values())
     if len(used) > 1 and len(names) == 1:
         return f"all {next(iter(names))}"
@@ -141,7 +141,7 @@ def back_ends(used: Mapping[str, str]) -> str:
 
 
 def fitting(parts: Mapping[str, str], width: int) -> list[str]:
-    """What is left of the parts of a line after those of `DROPPED_FIRST` went that do not fit, joined by " | "."""
+    """Drop parts in the order of `DROPPED_FIRST` until the rest, joined by " | ", fits into `width` columns."""
     left = dict(parts)
     for name in DROPPED_FIRST:
         if cell_len(" | ".join(left.values())) <= width:
@@ -179,5 +179,5 @@ def _duration(seconds: float) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """The path as a shell needs it."""
+    """Quote the path for a shell."""
     return shlex.quote(str(path))

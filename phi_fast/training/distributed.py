@@ -1,8 +1,8 @@
 """Processes and devices: one process without a launcher, many under torchrun, deepspeed or Slurm.
 
-DeepSpeed is imported through `deepspeed()` here and nowhere else, because three of its habits have to be settled before
-its first import: the accelerator (a CPU that may train in fp16 and compiles nothing at start), its log level, and the
-environment of a single process (without it DeepSpeed looks for MPI).
+DeepSpeed is imported only through `deepspeed()`, because three things must be set before its first import: the
+accelerator (a CPU that may train in fp16 and compiles nothing at start), its log level, and the environment of a single
+process (without it DeepSpeed looks for MPI).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..kernels import keep_freed_memory
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process's place among all processes of the run."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """The group of these ranks, for `barrier` and `broadcast`; None: the default group."""
+    """The process group for the methods below; None: the default group."""
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: the one that prints and writes metrics."""
+        """True on rank 0, which prints and writes metrics."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -46,30 +46,38 @@ class World:
             dist.barrier(self.group)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value of a small picklable object, on every rank."""
+        """Send rank 0's `value`, a small picklable object, to every rank."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a small picklable object from every rank; every rank gets the list, in order of rank."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.group)
+        return box
+
 
 RESOLVE_SECONDS = 30.0
-"""How long MASTER_ADDR may take to have an address."""
+"""How long to wait until MASTER_ADDR resolves to an address."""
 
 
 class LostRank(PhiFastError, RuntimeError):
-    """A rank died, hung, or never came; the message says what to do."""
+    """A rank died, hung, or never started; the message says what to do."""
 
     status = INTERRUPTED
     one_rank = True
 
 
 def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0) -> World:
-    """Join the process group of the launcher, or make one of a single process.
+    """Join the launcher's process group, or make one for a single process.
 
-    timeout: seconds that a rank waits for the others, here and in every collective after, before it fails.
-    Raises UsageError where `device` is "cuda" and no GPU is visible, or a launcher's variables are not all there.
+    timeout: seconds that a rank waits for the others, here and in every later collective, before it fails.
+    Raises UsageError if `device` is "cuda" and no GPU is visible, or some of a launcher's variables are missing.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
@@ -80,14 +88,14 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
     else:
         keep_freed_memory()
         if size > 1:
-            # torchrun leaves every rank one thread, other launchers one per core: share the cores out.
+            # torchrun gives every rank one thread, other launchers one per core: divide the cores among the ranks.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     module = deepspeed(kind)
     if not dist.is_initialized():
-        # DeepSpeed makes more groups later and gives them no timeout: they take these defaults, of up to half an hour.
+        # DeepSpeed makes more groups later without a timeout: they would take these defaults of up to half an hour.
         limit = datetime.timedelta(seconds=timeout)
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
-        # torchrun restarts ranks beside the store of those that died: their addresses must not be found in it.
+        # torchrun restarts ranks with the store of the ranks that died: their addresses must not be found in it.
         store = _meet(rank, size, limit)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if kind == "cuda" else "gloo"
@@ -98,17 +106,18 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
 
 
 def _place() -> tuple[int, int, int, int]:
-    """(rank, ranks, rank on this machine, ranks on this machine) from the launcher's environment, or of one process.
+    """Read (rank, ranks, rank on this machine, ranks on this machine) from the launcher's environment.
 
-    Raises UsageError where the variables are not all there, or are no numbers that fit each other.
+    Without a launcher the environment is set up for one process. Raises UsageError if a variable is missing, is not a
+    number, or contradicts another.
     """
     if "RANK" not in os.environ:
         alone = {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         left = {name: os.environ[name] for name, one in alone.items() if os.environ.get(name, one) != one}
         if left:
-            told = " and ".join(f"{name}={value}" for name, value in left.items())
+            found = " and ".join(f"{name}={value}" for name, value in left.items())
             raise UsageError(
-                f"{told} is set, but not RANK: a launcher sets them all (docs/at-scale.md). Set RANK, or unset "
+                f"{found} is set, but not RANK: a launcher sets them all (docs/at-scale.md). Set RANK, or unset "
                 f"{' and '.join(left)} to train in one process"
             )
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -126,7 +135,7 @@ def _place() -> tuple[int, int, int, int]:
 
 
 def _number(name: str, least: int, most: int, *, default: int | None = None) -> int:
-    """A launcher's variable. Raises UsageError where it is no integer in [least, most]."""
+    """Read a launcher's variable. Raises UsageError unless it is an integer in [least, most]."""
     text = os.environ.get(name, "" if default is None else str(default))
     try:
         value = int(text)
@@ -140,7 +149,7 @@ def _number(name: str, least: int, most: int, *, default: int | None = None) -> 
 
 
 def _meet(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT. Raises UsageError for an address at which no start can ever meet."""
+    """Connect to the store at MASTER_ADDR:MASTER_PORT. Raises UsageError if the name is unknown or the port in use."""
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     deadline = time.monotonic() + min(RESOLVE_SECONDS, limit.total_seconds())
     while True:
@@ -150,10 +159,10 @@ def _meet(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"MASTER_ADDR={host} is not the name of a machine that this one knows ({error.strerror}): give "
-                    "the first machine's address"
+                    f"MASTER_ADDR={host} cannot be resolved on this machine ({error.strerror}): give the first "
+                    "machine's address"
                 ) from None
-            time.sleep(0.5)  # a machine that is just starting may get its name a moment later
+            time.sleep(0.5)  # a machine that is still starting may become known a moment later
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
     except dist.DistError as error:
@@ -167,7 +176,7 @@ def _meet(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
 
 
 def lost_rank(error: Exception) -> LostRank | None:
-    """What a failed collective means, if `error` comes from one."""
+    """Return the LostRank error for a failed collective, or None if `error` comes from something else."""
     if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
     reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
@@ -179,13 +188,13 @@ def lost_rank(error: Exception) -> LostRank | None:
 
 
 def leave() -> None:
-    """Leave the process group, at the end of the process: DeepSpeed keeps hold of it and cannot join another."""
+    """Leave the process group at the end of the process; DeepSpeed keeps a reference and cannot join another."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def deepspeed(kind: str) -> ModuleType:
-    """DeepSpeed, imported quietly for "cuda" or "cpu"."""
+    """Import DeepSpeed quietly, for "cuda" or "cpu"."""
     os.environ.setdefault("DS_ACCELERATOR", kind)
     warnings.filterwarnings("ignore", module=r"deepspeed(\..*)?|torch\.(jit|distributed)(\..*)?")
     from deepspeed.utils import logger
@@ -198,13 +207,13 @@ def deepspeed(kind: str) -> ModuleType:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         class QuietCPU(CPU_Accelerator):
-            """A CPU on which fp16 runs (torch computes it, slowly) and no op is compiled at the first start."""
+            """A CPU accelerator that allows fp16 (torch computes it, slowly) and compiles no op at the first start."""
 
             def is_fp16_supported(self) -> bool:
                 return True
 
             def create_op_builder(self, op_name: str) -> None:
-                # The only op asked for is the shared-memory all-reduce, 54 s of g++ at first use; gloo does its work.
+                # DeepSpeed only asks for the shared-memory all-reduce: 54 s of g++ at first use, and gloo replaces it.
                 return None
 
         set_accelerator(QuietCPU())

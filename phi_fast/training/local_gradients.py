@@ -1,4 +1,4 @@
-"""Gradients on one rank, where ZeRO has nothing to send."""
+"""Gradients on a single rank, where ZeRO has nothing to communicate."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class LocalGradients:
-    """Takes each gradient from autograd's hook, in the place of DeepSpeed's reduction.
+    """Takes each gradient from autograd's hook, in place of DeepSpeed's reduction.
 
-    Among several ranks that reduction averages and partitions. On one it is passes over memory that change nothing: to
-    fp32, into a bucket, ÷ 1, out of it, onto a partition filled with zeros. Here a step of one micro-batch keeps what
-    autograd made, in the model's dtype; micro-batches are summed in fp32.
+    With several ranks that reduction averages and partitions the gradients. On one rank it only copies them: to fp32,
+    into a bucket, divided by 1, out of the bucket, added to a zero-filled partition. Here a step of one micro-batch
+    keeps autograd's gradients in the model's dtype; several micro-batches are summed in fp32.
     """
 
     def __init__(self, zero: Any, accumulation: int) -> None:
@@ -35,11 +35,11 @@ class LocalGradients:
             self._taken[parameter] = gradient.float() if self._sum else gradient.contiguous()
 
     def of(self, group: int) -> Iterator[tuple[int, Tensor]]:
-        """(first element in the flat group, gradient) of every parameter; zeros where it took no part in the step."""
+        """Yield (first element in the flat group, gradient) per parameter; zeros for a parameter without gradient."""
         for parameter, offset in zip(self._groups[group], self._offsets[group], strict=True):
             gradient = self._taken.get(parameter)
             yield offset, torch.zeros_like(parameter) if gradient is None else gradient
 
     def clear(self) -> None:
-        """Forget the step's gradients."""
+        """Release the step's gradients."""
         self._taken.clear()

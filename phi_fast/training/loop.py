@@ -1,4 +1,4 @@
-"""The training loop: steps, and between them validation, scores, records and checkpoints."""
+"""The training loop: steps, with validation, task scores, metrics and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .zero import StepOutcome, Zero2
 
 
 def train(options: Options, signals: Signals, console: Console) -> int:
-    """One run, or the rest of one; every rank calls it. Returns 0 at the last step, INTERRUPTED at a stop."""
+    """Start or resume a run; every rank calls it. Returns 0 after the last step, INTERRUPTED if stopped before it."""
     setup = Setup.of(options, signals.world)
     with Run.open(options, signals.world, console) as run:
         signals.abandon = run.close
@@ -39,7 +39,7 @@ def train(options: Options, signals: Signals, console: Console) -> int:
 
 
 class Trainer:
-    """A run that is open: all that it needs is made and checked before its first step."""
+    """Trains in an open run. Everything that it needs is created and checked before the first step."""
 
     def __init__(self, setup: Setup, run: Run, signals: Signals, console: Console) -> None:
         world = setup.world
@@ -70,7 +70,7 @@ class Trainer:
         self.meter = Meter(options, world)
 
     def train(self) -> int:
-        """Take the steps that are left; returns the exit status."""
+        """Take the remaining steps; returns the exit status."""
         options, signals, run = self.options, self.signals, self.run
         steps, first = options.steps, self.done
         last = min(steps, first + options.stop_after) if options.stop_after else steps
@@ -85,7 +85,7 @@ class Trainer:
                 lr = options.learning_rate_at(self.done)
                 outcome = train_step(self.zero, batches, lr)
                 self.done += 1
-                if self.done < last:  # one batch that cannot be read does not break off the step before it
+                if self.done < last:  # the step just taken is still saved if the next batch cannot be read
                     with self.trouble.kept():
                         batches = self.next_batches()
                 signals.agree(save=run.save_due, failed=run.save_failed, broken=outcome.broken, ended=self.trouble.here)
@@ -109,17 +109,17 @@ class Trainer:
         return self.finish(saved, display)
 
     def next_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next step."""
+        """Load this rank's micro-batches for the next step."""
         return [next(self.loader) for _ in range(self.setup.accumulation)]
 
     def is_due(self, every: int) -> bool:
-        """What happens every so many steps (0: never), and after the last, happens after this one."""
+        """Return whether an action due every `every` steps (0: never) and after the last step is due now."""
         return bool(every) and (self.done % every == 0 or self.done == self.options.steps) and not self.signals.ended
 
     def refuse_to_diverge(self, outcome: StepOutcome, lr: float) -> None:
-        """Raises Diverged where the step left, or the next ones would leave, nothing that may be saved."""
+        """Raise Diverged if the step left non-finite values, or no later step can update the weights."""
         hopeless = outcome.hopeless or not math.isfinite(outcome.loss)
-        if self.signals.failed:  # on every rank, the save raises what went wrong in it; another is tried at the end
+        if self.signals.failed:  # `wait` raises the failed save's error on every rank; another save follows at the end
             with self.trouble.kept():
                 self.run.wait()
             self.signals.ended = True
@@ -136,12 +136,12 @@ class Trainer:
             raise Diverged(explain(found, self.done, outcome.loss, outcome.loss_scale, self.setup.precision, kept))
 
     def validate(self) -> dict[str, float]:
-        """Loss by corpus; empty where the run is about to stop."""
+        """Compute the validation loss by corpus; empty if the run is about to stop."""
         rows, batch = self.options.val_rows, self.setup.micro_batch_size
         return validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
 
     def validate_before(self, display: Display) -> None:
-        """The validation before the first step."""
+        """Show and log the validation loss before the first step."""
         losses = self.validate()
         if not losses:
             return
@@ -152,16 +152,16 @@ class Trainer:
                 self.log.validation_before(val_loss, losses)
 
     def score(self) -> dict[str, float] | None:
-        """Accuracy on --eval-tasks."""
+        """Score the model on --eval-tasks: accuracy by task, or None after an error, which every rank gets."""
         assert self.tasks is not None
         scores = None
-        with self.trouble.kept():  # on every rank
+        with self.trouble.kept():
             scores = self.tasks(as_phi(self.model, self.options))
         self.signals.ended |= self.trouble.here
         return scores
 
     def finish(self, saved: Path, display: Display) -> int:
-        """Say where the run is saved, or why it ended; sample from a model that is done. Returns the exit status."""
+        """Print where the run is saved, or raise its error; sample from a finished model. Returns the exit status."""
         steps, console = self.options.steps, self.console
         self.loader.close()
         if self.signals.ended or self.trouble.here:

@@ -1,4 +1,4 @@
-"""What a run writes of its steps: metrics.jsonl and TensorBoard."""
+"""The metrics of a run's steps, written to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ class StepRecord:
     """One line of metrics.jsonl."""
 
     step: int
-    """Optimizer steps taken, this one included."""
+    """Optimizer steps taken, including this one."""
     tokens: int
     """Tokens seen by all ranks so far."""
     loss: float
     """Mean cross entropy over the global batch, in nats per token."""
     lr: float
     grad_norm: float | None
-    """Global gradient norm before clipping; null where it overflowed and the step was skipped."""
+    """Global gradient norm before clipping; null if it overflowed and the step was skipped."""
     loss_scale: float
-    """The scale that this step's gradients carried; 1 unless fp16."""
+    """The loss scale of this step's gradients; 1 unless fp16."""
     skipped: bool
-    """True where a gradient overflowed, or --skip-spikes left the step out, and nothing was updated."""
+    """True if nothing was updated, because a gradient overflowed or --skip-spikes left the step out."""
     tokens_per_s: float
     step_ms: float
     mfu: float | None
-    """Share of the device's peak, attention counted in full (PaLM's convention); null where the peak is not known."""
+    """Share of the device's peak, attention counted in full (PaLM's convention); null if the peak is not known."""
     val_loss: float | None = None
-    """Mean cross entropy over the validation rows of all corpora, by the mixture's weights; null where not measured."""
+    """Mean cross entropy over the validation rows, weighted by corpus like the mixture; null if not measured."""
     val_losses: dict[str, float] | None = None
-    """The same by corpus."""
+    """Mean cross entropy over the validation rows by corpus; null if not measured."""
     tasks: dict[str, float] | None = None
-    """Accuracy by task, a fraction of 1; null where not measured (--eval-every)."""
+    """Accuracy by task, a fraction of 1; null if not measured (--eval-every)."""
 
 
 TAGS = {
@@ -62,11 +62,11 @@ TAGS = {
     "step_ms": "speed/step_ms",
     "mfu": "speed/mfu",
 }
-"""TensorBoard's tags, in groups, by field of a record; of a field with members, what stands before their names."""
+"""Maps a record's field to its TensorBoard tag; for a field with members, to the prefix of the members' tags."""
 
 
 class Meter:
-    """Makes the record of a step from what the step did and how long it took."""
+    """Makes a step's record from its outcome and its duration."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self._tokens_per_step, self._size = recipe.tokens_per_step, world.size
@@ -75,7 +75,7 @@ class Meter:
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if cuda else None
 
     def record(self, step: int, outcome: StepOutcome, lr: float, seconds: float, **measured: Any) -> StepRecord:
-        """measured: the fields of StepRecord that only some steps have."""
+        """Make a step's record; measured: the fields of StepRecord that only some steps have."""
         tokens_per_s = self._tokens_per_step / seconds
         return StepRecord(
             step=step,
@@ -95,13 +95,14 @@ class Meter:
 class MetricsLog:
     """Appends to `metrics.jsonl` and TensorBoard in a run directory; only rank 0 has one.
 
-    A line per step, and a first one with step 0, without a loss, for the validation before the first step.
+    One line per step, preceded by a line for step 0 with the validation loss before training.
     """
 
     def __init__(self, run: Path, resume_step: int, hyperparameters: Mapping[str, Any] | None = None) -> None:
-        """resume_step: lines after it are dropped; 0: a new run's. hyperparameters: for TensorBoard, by dotted name.
+        """Open the files; lines after `resume_step` are dropped, for a new run (0) all of them.
 
-        Raises UsageError where the files cannot be written, or a line of metrics.jsonl is no step's record.
+        hyperparameters: by dotted name, for TensorBoard.
+        Raises UsageError if the files cannot be written, or a line of metrics.jsonl is not a step's record.
         """
         from torch.utils.tensorboard import SummaryWriter
 
@@ -117,7 +118,7 @@ class MetricsLog:
         return writing(self._path, "make room, and go on from the newest checkpoint with --resume")
 
     def validation_before(self, val_loss: float, val_losses: Mapping[str, float]) -> None:
-        """The validation before the first step, as of step 0."""
+        """Write the validation loss before the first step, as step 0."""
         self._write({"step": 0, "tokens": 0, "val_loss": val_loss, "val_losses": dict(val_losses)})
 
     def write(self, record: StepRecord) -> None:
@@ -133,8 +134,10 @@ class MetricsLog:
                     self._board.add_scalar(name, value, line["step"])
 
     def _write_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Write them into the run's own events, for TensorBoard's HPARAMS page; `add_hparams` would begin a second
-        run."""
+        """Write `values` into the run's own events for TensorBoard's HPARAMS page.
+
+        `add_hparams` would create a second run beside it.
+        """
         from torch.utils.tensorboard.summary import hparams
 
         plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in values.items()}
@@ -151,20 +154,22 @@ class MetricsLog:
 
 
 def _finite(value: object) -> object:
-    """JSON has no NaN: it is written as null."""
+    """Replace NaN and infinities, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _members(tag: str, value: Any) -> list[tuple[str, float]]:
-    """(tag, scalar) of a record's value: one, one per member of a group, or none for null."""
+    """List (tag, scalar) for a record's value: one pair, one per member of a dict, or none for null."""
     if isinstance(value, dict):
         return [(f"{tag}/{name}", float(one)) for name, one in value.items()]
     return [] if value is None else [(tag, float(value))]
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Drop the lines after `step`: steps that a killed run took after its last checkpoint are taken again, and so is
-    the validation before the first step where there is none. A last line that was cut short goes too."""
+    """Drop the lines after `step`, which the resumed run takes again, and a last line that was cut short.
+
+    Without a checkpoint (step 0) the validation before the first step is taken again, too.
+    """
     if not path.exists():
         return
     way_out = f"Correct or remove that line, or move {path.name} away to go on without the earlier steps' records"

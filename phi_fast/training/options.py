@@ -1,4 +1,4 @@
-"""The command line of `python -m phi_fast.train`: a recipe, any of its fields, and what concerns the machine."""
+"""The command line of `python -m phi_fast.train`: a recipe, its fields, and the options of the run and the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MUST_AGREE = (
     *("model", "implementation", "decay"),
     *("mixture", "mixture_stages", "document_isolation", "sequence_length", "global_batch_size", "seed", "tokenizer"),
 )
-"""Options that a resumed run cannot change: the checkpoint would be of another model, or the data order another."""
+"""Options that a resumed run cannot change, because the model or the order of the data would be different."""
 
 
 @dataclass(frozen=True)
@@ -33,66 +33,66 @@ class Options(Recipe):
     """Run directory: configuration, metrics, checkpoints. Default: runs/RECIPE, or the next free runs/RECIPE-N."""
     resume: bool = False
     """Go on from the newest complete checkpoint of --run-dir (default: of the newest run of this recipe), with the
-    options that the checkpoint was made with; those that are given change them."""
+    options of that checkpoint except those given here."""
     allow_change: bool = False
-    """Let a run that goes on have other --tokens, or another schedule or optimizer, than it was begun with."""
+    """Allow a resumed run to change --tokens, the schedule or the optimizer."""
     elastic: bool = False
-    """Go on from the newest complete checkpoint of --run-dir where there is one, else start: for launchers and
+    """Go on from the newest complete checkpoint of --run-dir if there is one, else start: for launchers and
     schedulers that start the same command again (torchrun --max-restarts, Slurm's requeue)."""
     rank_timeout: float = 600.0
     """Seconds that a rank waits for the others before the run ends with an error."""
     micro_batch_size: int | None = None
-    """Rows a rank handles at once. Default: what --gradient-accumulation-steps leaves, or at most 8."""
+    """Rows per rank in one forward pass. Default: global batch ÷ (ranks × accumulation steps), or at most 8."""
     gradient_accumulation_steps: int | None = None
-    """Micro-batches a rank adds up a step. Default: global batch ÷ (ranks × micro-batch)."""
+    """Micro-batches per rank and step. Default: global batch ÷ (ranks × micro-batch)."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """auto: fp16 on CUDA (as the paper), bf16 on a CPU with bf16 instructions, else fp32."""
+    """auto: fp16 on CUDA (as in the paper), bf16 on a CPU with bf16 instructions, else fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: CUDA where torch sees a GPU."""
+    """auto: CUDA if torch sees a GPU, else the CPU."""
     implementation: Literal["phi", "reference"] = "phi"
     """phi: the packed parallel block on this project's kernels. reference: plain PyTorch."""
     kernels: str = "auto"
-    """Back end of every op (auto, triton, cpp, reference), or a list by op: "auto,attention=sdpa,adam=reference"."""
+    """Back end for all ops (auto, triton, cpp, reference), then exceptions: "auto,attention=sdpa,adam=reference"."""
     recompute: Literal["none", "norm_gelu", "all"] = "norm_gelu"
-    """What backward recomputes instead of keeping: nothing; LayerNorm's and GELU's outputs; whole blocks (activation
-    checkpointing)."""
+    """Activations that the backward pass recomputes instead of keeping: none; the outputs of LayerNorm and GELU; all
+    inside a block (activation checkpointing)."""
     zero_step: Literal["fused", "deepspeed"] = "fused"
-    """Who updates the weights after DeepSpeed reduced the gradients: this project's fused pass, or DeepSpeed."""
+    """Optimizer step after DeepSpeed has reduced the gradients: this project's fused pass, or DeepSpeed's own."""
     reduce_gradients: Literal["auto", "step", "micro-batch"] = "auto"
     """How often several ranks reduce gradients: once per step, which takes 4 bytes per parameter on each, or after each
     micro-batch. auto: once per step where that is at most a tenth of the GPU's memory."""
     val_every: int = 100
-    """Steps between validation losses, which are also taken before the first and after the last; 0: never."""
+    """Steps between validation losses, also measured before the first and after the last step; 0: never."""
     val_rows: int = 32
     """Validation rows per corpus, from the start of its validation split."""
     eval_every: int = 0
-    """Steps between scores on --eval-tasks, also taken after the last; 0: never. Other ranks wait for rank 0, no longer
-    than --rank-timeout."""
+    """Steps between scores on --eval-tasks, also measured after the last step; 0: never. The other ranks wait for rank
+    0, at most --rank-timeout."""
     eval_tasks: Names = ("arc_easy", "piqa", "winogrande")
     """Multiple-choice tasks of the report (docs/evaluation.md)."""
     eval_data: Path | None = None
-    """Folder with TASK.jsonl files of questions. Default: the hub's data sets."""
+    """Folder with the questions in files TASK.jsonl. Default: the data sets of the Hugging Face hub."""
     eval_limit: int = 100
-    """First questions of each task."""
+    """Number of questions per task, taken from the start of each."""
     save_every: int = 0
-    """Steps between checkpoints; one is always saved at the end and at a stop."""
+    """Steps between checkpoints; one is always saved at the end and at a stop. 0: none by steps."""
     save_minutes: float = 30.0
-    """Minutes between checkpoints, beside those of --save-every; 0: none by time."""
+    """Minutes between checkpoints, in addition to --save-every; 0: none by time."""
     keep_last: int = 2
-    """Newest checkpoints kept; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0: all."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides are kept for good; 0: none."""
+    """Keep the checkpoints of all steps divisible by this number; 0: none."""
     log_every: int = 10
-    """Steps between printed lines where the output is not a terminal; metrics.jsonl has every step."""
+    """Steps between printed lines if the output is not a terminal; metrics.jsonl has every step."""
     sample_tokens: int = 120
     """Length of the text sampled at the end, in tokens; 0: none."""
     sample_prompt: str = "The"
-    """What the sample goes on from."""
+    """Prompt of the sampled text."""
     stop_after: int | None = None
-    """Stop (save, and say how to resume) after this many steps of this start; for schedulers with time slots."""
+    """Save and stop after this many steps of this start; for schedulers with time slots."""
 
     def check(self) -> None:
-        """Check the recipe, and what concerns the machine."""
+        """Check the recipe's fields and the trainer's own."""
         super().check()
         if not 0 < self.rank_timeout <= 1e9:
             raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")
@@ -111,15 +111,15 @@ class Options(Recipe):
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
 
     def recipe_fields(self) -> dict[str, Any]:
-        """JSON-able: the fields that decide the losses."""
+        """Return the recipe's fields, which determine the losses, JSON-able."""
         names = {field.name for field in fields(Recipe)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k in names}
 
 
 def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
-    """Options from the command line; exits with status 2 and a message for one that is not understood.
+    """Parse the command line; exits with status 2 and a message if it is not valid.
 
-    default: what options that are not given are; otherwise the recipe's.
+    default: values of the options that are not given; None: the recipe's.
     """
     arguments = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
     if default is None:
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
 
 
 def _recipe_name(arguments: Sequence[str]) -> RecipeName:
-    """The value of --recipe, read first because it sets the rest's defaults; tyro refuses bad values itself."""
+    """Find --recipe, which sets the other options' defaults and so is read first; tyro itself refuses bad values."""
     for i, argument in enumerate(arguments):
         name = argument.removeprefix("--recipe=") if argument.startswith("--recipe=") else None
         if argument == "--recipe" and i + 1 < len(arguments):
@@ -143,7 +143,7 @@ def _recipe_name(arguments: Sequence[str]) -> RecipeName:
 
 
 def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
-    """(micro-batch size, accumulation steps) that give the global batch on `ranks`; UsageError where none do."""
+    """Choose (micro-batch size, accumulation steps) for the global batch on `ranks`; UsageError if none fit."""
     batch, micro, steps = options.global_batch_size, options.micro_batch_size, options.gradient_accumulation_steps
     for name, value in (("micro_batch_size", micro), ("gradient_accumulation_steps", steps)):
         if value is not None and value < 1:
@@ -166,7 +166,7 @@ def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
 
 
 def plain(value: Any) -> Any:
-    """JSON-able: paths as text, tuples as lists."""
+    """Make a value JSON-able: paths become text, tuples become lists."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Which run directory a start of the trainer gets, and its ownership: one process group per directory."""
+"""Choice and ownership of the run directory: one running trainer per directory."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..json_files import flatten, read_object
 from .options import MUST_AGREE, Options, plain
 
 LEFT_BY_A_RUN = ("metrics.jsonl", "config.json", "tensorboard")
-"""What tells a directory in which a run began from one that a person made."""
+"""Files by which a directory is recognised as one that a run began in."""
+WAY_OUT = "make room or grant write permission, or name another --run-dir"
+"""What to do where the run directory cannot be written."""
 RESTART_SECONDS = 15.0
-"""How long --elastic waits for the start before it to end: a launcher starts anew while the old ranks still die."""
+"""How long --elastic waits for the previous start to end: a launcher restarts while the old ranks are still dying."""
 
 
 class Owned:
-    """A run directory that this process owns, by a lock inside it, until it is closed or killed."""
+    """A run directory that this process owns, through a lock file in it, until it closes it or dies."""
 
     def __init__(self, directory: Path, claim: Claim, made: bool) -> None:
         self.directory = directory
         self._claim, self._made = claim, made
 
     @staticmethod
-    @staticmethod
     def choose(options: Options, tell: Callable[[str], None] = print) -> Owned:
-        """Choose the directory by the options and take its ownership, before anything is written there.
+        """Choose the directory from the options and lock it, before anything else is written there.
 
-        tell: called with a line that says for whom --elastic waits.
-
-        Raises UsageError where another process owns it, it holds another run, or there is none to resume.
+        tell: called with a line that names the process for which --elastic waits.
+        Raises UsageError if another process owns it, it holds another run, or there is no run to resume.
         """
         base = options.run_dir or Path("runs") / options.recipe
         if options.elastic and options.run_dir is None:
@@ -44,14 +44,13 @@ class Owned:
             return Owned._take(base, options, tell)
         for n in range(1, 10_000):
             directory = base if n == 1 else base.with_name(f"{base.name}-{n}")
-            if not directory.exists() and _make(directory):  # of two starts, one makes it
+            if not directory.exists() and _make(directory):  # if two starts race, only one makes it
                 return Owned(directory, _claim(directory, 0, tell), made=True)
         raise UsageError(f"{base} … {base}-9999 are all taken: name a directory with --run-dir")
 
     @staticmethod
-    @staticmethod
     def _take(directory: Path, options: Options, tell: Callable[[str], None]) -> Owned:
-        """Own a directory that was named. A start that resumes needs it to be there."""
+        """Lock a given directory, which must exist if the run is resumed."""
         if options.resume and not directory.exists():
             raise UsageError(
                 f"--resume: {directory / 'checkpoints'} has no complete checkpoint; start without --resume, in another "
@@ -68,11 +67,11 @@ class Owned:
         return owned
 
     def keep(self) -> None:
-        """The directory holds a run from now on: `close` leaves it."""
+        """Record that a run has begun in the directory, so that `close` does not remove it."""
         self._made = False
 
     def close(self) -> None:
-        """Give up the ownership; a directory that was made for a run that did not begin goes."""
+        """Release the lock, and remove a directory that was made for a run that did not begin."""
         self._claim.release()
         if self._made and not any(self.directory.iterdir()):
             self.directory.rmdir()
@@ -87,7 +86,7 @@ class Owned:
 
 
 def newest_run(options: Options) -> Path:
-    """The directory that --resume goes on in. Raises UsageError where none is named and there is no run."""
+    """Find the directory to resume: --run-dir, or the newest run of the recipe. Raises UsageError if there is none."""
     if options.run_dir is not None:
         return options.run_dir
     base = Path("runs") / options.recipe
@@ -101,8 +100,8 @@ def newest_run(options: Options) -> Path:
 
 
 def _make(directory: Path) -> bool:
-    """Make a directory unless it is there; whether it was made."""
-    with writing(directory, "make room or give the right to, or name another --run-dir"):
+    """Make a directory unless it exists; returns whether it was made."""
+    with writing(directory, WAY_OUT):
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             directory.mkdir()
@@ -115,13 +114,13 @@ def _make(directory: Path) -> bool:
 
 def _claim(directory: Path, wait: float, tell: Callable[[str], None]) -> Claim:
     way_out = "wait for it to end, or name another --run-dir"
-    with writing(directory, "give the right to write there, or name another --run-dir"):
+    with writing(directory, WAY_OUT):
         what = f"the run directory {directory}"
         return Claim.take(directory / ".lock", what, wait=wait, tell=tell, way_out=way_out)
 
 
 def _refuse_another_run(directory: Path, options: Options) -> None:
-    """Nothing that another run left is overwritten or mixed with this one's. --elastic starts its own run anew."""
+    """Raise UsageError if the directory holds files of another run. --elastic may start its own run anew."""
     if any((directory / "checkpoints").glob("step-*")):
         if not options.elastic:
             raise UsageError(
@@ -147,7 +146,8 @@ def _refuse_another_run(directory: Path, options: Options) -> None:
             if not name.endswith("_token_id") and name in then and then[name] != now[name]
         ]
         if differ:
-            raise UsageError(f"--run-dir {directory} is of another run: {'; '.join(differ)}. Name another directory")
-    shutil.rmtree(
-        directory / "tensorboard", ignore_errors=True
-    )  # the steps are taken anew, and metrics.jsonl begins so
+            raise UsageError(
+                f"--run-dir {directory} belongs to another run: {'; '.join(differ)}. Name another directory"
+            )
+    # All steps are taken again; MetricsLog drops their old lines in metrics.jsonl.
+    shutil.rmtree(directory / "tensorboard", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Going on with a run by its own options: what --resume takes over, and what may be changed on the way."""
+"""Resuming a run with its own options: which options --resume takes over, and which may be changed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .options import MUST_AGREE, Options, parse, plain
 from .ownership import newest_run
 
 OF_ONE_START = ("run_dir", "resume", "elastic", "allow_change", "stop_after")
-"""Options of a single start, which the next one does not take over."""
+"""Options that apply to a single start, and that --resume does not take over."""
 AS_IT_GOES = (
     *("skip_spikes", "gradient_clipping", "initial_loss_scale"),
     *("loss_scale_window", "loss_scale_hysteresis", "min_loss_scale"),
 )
-"""What may be changed while a run goes on: the run is still the one it was. A constant learning rate may, too."""
+"""Options of the recipe that a resume may change without --allow-change. So may a constant learning rate."""
 
 
 def parse_command(arguments: Sequence[str]) -> Options:
-    """Options of a start: with --resume, those that the run's newest checkpoint was made with, and what is given.
+    """Parse the command line; with --resume, options that are not given are those of the run's newest checkpoint.
 
-    Raises UsageError where there is no run to go on with.
+    Raises UsageError if there is no run to resume.
     """
     options = parse(arguments)
     if not options.resume:
@@ -39,17 +39,17 @@ def parse_command(arguments: Sequence[str]) -> Options:
 
 
 def saved_options(directory: Path) -> Options | None:
-    """The options of a run's newest checkpoint, or of its config.json; None where neither is there.
+    """Read the options of a run's newest checkpoint, or else of its config.json; None if neither exists.
 
-    The checkpoint's come first: config.json may be of a later start, which failed.
+    The checkpoint comes first, because config.json may come from a later start that failed.
     Raises JsonFileError for files that hold no options.
     """
-    way_out = "Give all options of the run, or go on from a copy of it that is whole"
+    way_out = "Give all options of the run, or resume an undamaged copy of it"
     pointer = directory / "checkpoints" / "latest"
     try:
         name = pointer.read_text(encoding="utf-8")[:100] if pointer.is_file() else "none"
         found = read_object(pointer.with_name(name) / "state.json", way_out=way_out).inner("options")
-    except (OSError, ValueError):  # the search for a complete checkpoint, later, says what is wrong with this one
+    except (OSError, ValueError):  # `checkpoint.newest` will say what is wrong with this checkpoint
         try:
             found = read_object(directory / "config.json", way_out=way_out)
         except OSError:
@@ -75,9 +75,9 @@ def _options(found: Fields) -> Options:
 
 
 def changes(then: dict[str, Any], options: Options, step: int) -> list[str]:
-    """A line about each option that decides losses and is another than in the checkpoint that `then` is of.
+    """Describe, in one line each, the recipe's fields that differ from `then`, the options of the checkpoint.
 
-    Raises UsageError for one that changes what the run as a whole is, unless --allow-change is given.
+    Raises UsageError for a field that needs --allow-change, unless that is given.
     """
     before, now = then, plain(asdict(options))
     names = [field.name for field in fields(Recipe) if field.name not in (*MUST_AGREE, "data")]
@@ -93,7 +93,7 @@ def changes(then: dict[str, Any], options: Options, step: int) -> list[str]:
     other = [line for name, line in lines.items() if name not in free]
     if other and not options.allow_change:
         raise UsageError(
-            f"the run would be another from step {step} on: {'; '.join(other)}. Leave the option out to go on as "
+            f"this would change the run from step {step} on: {'; '.join(other)}. Leave the option out to go on as "
             "before, or add --allow-change"
         )
     return list(lines.values())

@@ -1,11 +1,11 @@
-"""A run directory: which one, what is saved in it, and going on from it.
+"""A run directory: its files, saving into it, and resuming from it.
 
-config.json       the options it was started with
-metrics.jsonl     a line per step
+config.json       the options of the latest start
+metrics.jsonl     one line per step
 checkpoints/      see phi_fast.training.checkpoint
 tensorboard/
-tokenizer.json    so that the directory alone is enough to generate text; tokenizer_config.json names the tokens that
-                  begin and end one
+tokenizer.json    the tokenizer, so that the directory alone is enough to generate text; tokenizer_config.json names the
+                  tokens that begin and end a text
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
 from .distributed import World
 from .options import MUST_AGREE, Options, plain
-from .ownership import Owned
+from .ownership import WAY_OUT, Owned
 from .resuming import changes
 from .zero import Zero2
 
@@ -43,7 +43,7 @@ class Run:
         self.directory, self.options, self.world = directory, options, world
         self._owned = owned
         self.source: Path | None = None
-        """The checkpoint to go on from, or None."""
+        """The checkpoint to resume from, or None."""
         self._saver: Saver | None = None
         self._saved_at = time.monotonic()
 
@@ -53,10 +53,10 @@ class Run:
 
     @staticmethod
     def open(options: Options, world: World, console: Console) -> Run:
-        """Choose the directory, the same on every rank, and own it; nothing of a run is written yet.
+        """Choose the directory, the same on every rank, and lock it; no file of the run is written yet.
 
-        Raises UsageError where there is nothing to resume, or a named directory holds another run or is in use;
-        CheckpointError where the newest complete checkpoint is of another model or data order.
+        Raises UsageError if there is nothing to resume, or the directory holds another run or is in use;
+        CheckpointError if the newest complete checkpoint belongs to another model or data order.
         """
         owned, choice = _own(options, console) if world.is_main else (None, None)
         choice = world.broadcast(choice)
@@ -71,7 +71,7 @@ class Run:
         return run
 
     def _find_source(self, console: Console) -> None:
-        """Set `source`: the newest complete checkpoint, where the options want one."""
+        """Set `source` to the newest complete checkpoint, if the options ask to resume."""
         options = self.options
         if not (options.resume or options.elastic):
             return
@@ -88,21 +88,21 @@ class Run:
             )
 
     def refuse(self, reason: str, fits: Callable[[dict[str, Any]], bool]) -> None:
-        """Where there is a `reason` why `source` is not of this run: CheckpointError, naming the newest that `fits`."""
+        """Raise CheckpointError if there is a `reason` to refuse `source`; the message names the newest that `fits`."""
         if not reason:
             return
         other, _ = checkpoint.newest(self.checkpoints, self.world, fits=fits)
         way_out = (
-            f"{other} is complete and of this run: to go on from it, move {self.source} away"
+            f"{other} is complete and belongs to this run: to go on from it, move {self.source} away"
             if other
             else "Give the options and corpora it was started with, or start a new run in another --run-dir"
         )
-        raise CheckpointError(f"{self.source} is of another run: {reason}. {way_out}")
+        raise CheckpointError(f"{self.source} belongs to another run: {reason}. {way_out}")
 
     def create(self, tokenizer: Tokenizer, checkpoint_bytes: int) -> None:
-        """Make the directory, with the options and the tokenizer in it: once nothing but training can go wrong.
+        """Write the options and the tokenizer, after everything that training needs has been created and checked.
 
-        Raises UsageError, on every rank, where it cannot be written, or has no room for one checkpoint.
+        Raises UsageError if they cannot be written, and on every rank if there is no room for one checkpoint.
         """
         problem = self._refuse_a_full_disk(checkpoint_bytes) if self.world.is_main else None
         if problem := self.world.broadcast(problem):
@@ -117,15 +117,15 @@ class Run:
             "tokenizer.json": tokenizer.to_str(True),
             "tokenizer_config.json": json.dumps(tokenizer_config, indent=2),
         }
-        with writing(self.directory, "make room or give the right to, or name another --run-dir"):
+        with writing(self.directory, WAY_OUT):
             self.directory.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():  # a resume cannot leave half of what was whole
+            for name, text in files.items():  # atomically: a failing resume must not damage the existing files
                 write_atomically(self.directory / name, text.encode())
         if self._owned is not None:
             self._owned.keep()
 
     def _refuse_a_full_disk(self, checkpoint_bytes: int) -> str | None:
-        """Why the first checkpoint could not be written: an older one goes only after a newer one is whole."""
+        """Return why there is no room for one more checkpoint, or None. Old ones are removed only after a new one."""
         free = shutil.disk_usage(self.directory).free
         if free >= checkpoint_bytes:
             return None
@@ -135,9 +135,9 @@ class Run:
         )
 
     def save(self, zero: Zero2, loader: TokenLoader, step: int) -> Path:
-        """Begin a checkpoint of every rank and return where it will be; see `checkpoint.Saver`.
+        """Begin to save a checkpoint, on every rank, and return its path; see `checkpoint.Saver`.
 
-        The loader may have handed out rows of later steps already.
+        The data position is computed from `step`, because the loader may already have given out rows of later steps.
         """
         self._saved_at = time.monotonic()
         if self._saver is None:
@@ -155,28 +155,28 @@ class Run:
 
     @property
     def save_failed(self) -> bool:
-        """A save in the background failed on this rank: `wait` says how."""
+        """True if a save in the background failed on this rank; `wait` raises its error."""
         return self._saver is not None and self._saver.failed
 
     def wait(self) -> None:
-        """Until the checkpoint in flight is written; raises CheckpointError where it could not be."""
+        """Wait until the checkpoint in flight is written; raises CheckpointError if it could not be."""
         if self._saver is not None:
             self._saver.wait()
 
     def last_checkpoint(self) -> Path | None:
-        """The newest that is written, once the one in flight is."""
+        """Wait for the checkpoint in flight, and return the newest; None if there is none."""
         self.wait()
         pointer = self.checkpoints / "latest"
         return self.checkpoints / pointer.read_text(encoding="utf-8") if pointer.exists() else None
 
     @property
     def save_due(self) -> bool:
-        """It is --save-minutes since the last save began, by this rank's clock."""
+        """True on rank 0 if the last save began more than --save-minutes ago."""
         minutes = self.options.save_minutes
         return self.world.is_main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
 
     def close(self) -> None:
-        """Give up the directory; one that was made for a run that did not begin goes."""
+        """Unlock the directory, and remove it if it was made for a run that did not begin."""
         if self._owned is not None:
             self._owned.close()
             self._owned = None
@@ -187,7 +187,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the checkpoint in flight, whose own failure does not hide the error that ends the run; `close`."""
+        """Wait for the checkpoint in flight, and close. A failed save does not hide the error that ended the run."""
         try:
             self.wait()
         except CheckpointError:
@@ -197,7 +197,7 @@ class Run:
             self.close()
 
     def restore(self, zero: Zero2, loader: TokenLoader, console: Console) -> int:
-        """Take up `source`, if there is one; returns the steps already done."""
+        """Restore the state from `source`, if there is one; returns the number of steps already done."""
         if self.source is None:
             return 0
         state = checkpoint.load_state(self.source)
@@ -223,7 +223,7 @@ class Run:
 
 
 def _own(options: Options, console: Console) -> tuple[Owned | None, Path | str]:
-    """The directory, owned, or the error that says why there is none: every rank raises it."""
+    """Lock the directory; returns it, or the message of the UsageError that every rank is to raise."""
     try:
         owned = Owned.choose(options, console.print)
     except UsageError as error:
@@ -232,14 +232,14 @@ def _own(options: Options, console: Console) -> tuple[Owned | None, Path | str]:
 
 
 def _differences(state: dict[str, Any], options: Options) -> list[str]:
-    """What makes a checkpoint's state.json one of another model or data order: each field with both values."""
-    # An option that the checkpoint does not know had its default.
+    """Describe each option of `MUST_AGREE` that differs from a checkpoint's state.json, with both values."""
+    # An option that is missing in the checkpoint had its default value.
     state_options = {**plain({name: getattr(Options, name, None) for name in MUST_AGREE}), **state["options"]}
     now, then = (_less_token_ids(fields) for fields in (plain(asdict(options)), state_options))
     return [f"{name} is {then[name]}, now {now[name]}" for name in MUST_AGREE if then[name] != now[name]]
 
 
 def _less_token_ids(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without the ids that come from the tokenizer, which must agree by itself."""
+    """Remove the token ids from the options: they come from the tokenizer, which is compared itself."""
     model = {name: value for name, value in options["model"].items() if not name.endswith("_token_id")}
     return {**options, "model": model}

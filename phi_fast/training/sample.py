@@ -1,4 +1,4 @@
-"""The text that a run samples from its model at the end."""
+"""Sampling of a text from the model at the end of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import Options
 
 
 def plan_sample(options: Options, tokenizer: Tokenizer) -> Sampling:
-    """How the sample is drawn. Raises UsageError for a --sample-prompt that fills the model's context."""
+    """Choose the sampling parameters. Raises UsageError for a --sample-prompt that fills the model's context."""
     prompt = len(tokenizer.encode(options.sample_prompt, add_special_tokens=False).ids)
     context = options.model.max_position_embeddings
     if prompt >= context:
@@ -25,13 +25,13 @@ def plan_sample(options: Options, tokenizer: Tokenizer) -> Sampling:
 
 
 def sample(model: nn.Module, tokenizer: Tokenizer, options: Options, sampling: Sampling) -> str:
-    """Text that goes on from --sample-prompt, the same for the same seed."""
+    """Sample a continuation of --sample-prompt; the same seed gives the same text. Returns prompt and continuation."""
     [completion] = complete(as_phi(model, options), tokenizer, [options.sample_prompt], sampling)
     return options.sample_prompt + completion.text
 
 
 def as_phi(model: nn.Module, options: Options) -> Phi:
-    """The model itself, or a copy of the reference's weights."""
+    """Return the model itself if it is a Phi, else a Phi with a copy of the reference's weights."""
     if isinstance(model, Phi):
         return model
     phi = Phi(options.model).to(next(model.parameters()))

@@ -1,11 +1,11 @@
-"""What a person or a scheduler asks of a running run by signals, agreed on by all ranks.
+"""Signals with which a person or a scheduler stops a run or saves it; all ranks agree on what to do.
 
-SIGINT, SIGTERM, SIGHUP    save and stop after this step; a validation is broken off
+SIGINT, SIGTERM, SIGHUP    save and stop after this step; a validation is aborted
 SIGUSR1                    save after this step and go on
 
-Before the first step there is nothing to save: the first three end the process at once. During the imports
-`phi_fast.terminal.end_on_signals` sees to that, afterwards `Signals`, also while this process waits for others in C++
-code, where Python's own handlers do not run.
+Before the first step there is nothing to save, and the first three end the process at once. During the imports
+`phi_fast.startup.end_on_signals` does this, and afterwards `Signals`, even while the process waits for other ranks in
+C++ code, where Python's own handlers do not run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .distributed import World
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0
-"""Seconds that a start has to unwind after a signal before it is ended where it waits."""
+"""Seconds after a signal before the first step in which Python must unwind; then the process is ended."""
 
 
 class StoppedEarly(KeyboardInterrupt):
-    """A signal ends the process before its first step: there is nothing to save."""
+    """A signal arrived before the first step, when there is nothing to save."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -44,27 +44,28 @@ class StoppedEarly(KeyboardInterrupt):
 
 
 class Signals:
-    """Catches the signals while it is entered. `stop` and `save` change only where every rank sees them change.
+    """Catches the signals inside a `with` block.
 
-    Until `ready` is called a stop raises StoppedEarly.
+    `stop`, `save`, `failed`, `broken` and `ended` are the same on every rank: they change only where the ranks
+    communicate. Until `ready` is called, a stop signal raises StoppedEarly.
     """
 
     def __init__(self) -> None:
         self.abandon: Callable[[], None] = lambda: None
-        """Called from another thread where the main one does not come to unwind: gives up what is owned."""
+        """Releases what the process owns; called from another thread if the main thread does not unwind in time."""
         self.world: World
         self._starting, self._unwound = True, threading.Event()
         self._previous_fd = -1
         self.stop = False
-        """Agreed: this step is the run's last."""
+        """A rank was asked to stop: this step is the run's last."""
         self.save = False
-        """Agreed: a checkpoint is wanted after this step."""
+        """A rank wants a checkpoint after this step."""
         self.failed = False
-        """Agreed: a rank's save in the background failed."""
+        """A rank's save in the background failed."""
         self.broken = False
-        """Agreed: a rank's update left a weight or a moment that is not finite."""
+        """A rank's update left a weight or a moment that is not finite."""
         self.ended = False
-        """Agreed: a rank cannot go on after this step, for a reason outside it."""
+        """A rank cannot go on after this step, because of an error outside the step (`trouble`)."""
         self.stop_received = False
         """This rank was asked to stop; the others may not know yet."""
         self._save_received = False
@@ -72,11 +73,11 @@ class Signals:
 
     @property
     def go_on(self) -> bool:
-        """No rank wants the run to end after this step."""
+        """True if no rank wants the run to end after this step."""
         return not self.stop and not self.ended
 
     def ready(self) -> None:
-        """There is something to save from now on: a stop is agreed on, and taken after a step."""
+        """Declare that the first step begins: from now on a stop is agreed on by all ranks and done after a step."""
         self._starting = False
 
     def __enter__(self) -> Signals:
@@ -100,7 +101,7 @@ class Signals:
         os.close(self._pipe[1])
 
     def _watch(self) -> None:
-        """End the process where it does not react to a signal: Python's handlers wait for C++ code to return."""
+        """End the process if it does not react to a signal: Python's handlers wait for C++ code to return."""
         while received := os.read(self._pipe[0], 1):
             stopped = StoppedEarly(received[0])
             if stopped.number not in STOPS or not self._starting:
@@ -119,13 +120,13 @@ class Signals:
         if self._starting:
             raise StoppedEarly(number)
         if self.stop_received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         self.stop_received = True
 
     def agree(self, *, save: bool, failed: bool, broken: bool, ended: bool) -> None:
-        """End of a step: sets `stop`, `save`, `failed`, `broken` and `ended` on every rank where one of them has it.
+        """Set `stop`, `save`, `failed`, `broken` and `ended` on every rank if any rank has them.
 
-        The one all-reduce of a step outside the optimizer.
+        Called once per step: the step's only all-reduce outside the optimizer.
         """
         flags = [self.stop_received, self._save_received or save, failed, broken, ended]
         self._save_received = False

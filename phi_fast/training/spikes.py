@@ -1,4 +1,4 @@
-"""Loss spikes: which steps to leave out, decided on the device from the losses so far."""
+"""Loss spikes: the steps to skip, chosen on the device from the losses so far."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 WINDOW = 64
-"""Steps that the running mean and variance look back over (exponential average)."""
+"""Window of the exponential averages of mean and variance, in steps."""
 WARMUP = 16
-"""Steps before any loss can be a spike."""
+"""Number of first steps whose losses cannot be spikes."""
 
 
 class SpikeFilter:
-    """Says of each step's loss whether it lies more than `z` standard deviations above the running mean.
+    """Decides whether a step's loss lies more than `z` standard deviations above the running mean.
 
-    The averages take a spike in at the threshold, not at its height: one spike does not hide the next, and a loss that
-    stays high is let through after some steps. Falling losses never count. Nothing here waits for the device.
+    A spike enters the averages with the threshold's value instead of its own: one spike does not hide the next, and a
+    loss that stays high is accepted after some steps. A falling loss is never a spike. Nothing waits for the device.
     """
 
     def __init__(self, z: float, device: torch.device) -> None:
@@ -26,9 +26,9 @@ class SpikeFilter:
         """[losses seen, mean, variance]."""
 
     def judge(self, loss: Tensor) -> Tensor:
-        """1.0 where `loss` (a scalar tensor, the mean over all ranks) is a spike, else 0.0; then takes it in.
+        """Return 1.0 if `loss` (a scalar, the mean over all ranks) is a spike, else 0.0, and update the averages.
 
-        A loss that is not finite is neither a spike nor taken in: it is an overflow, which has its own flag.
+        A loss that is not finite is an overflow, which has its own flag: it is not a spike and not averaged.
         """
         count, mean, variance = self.state
         loss = loss.double()
@@ -43,7 +43,7 @@ class SpikeFilter:
         return spike.float()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the averages, JSON-able."""
         return {"state": self.state.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What is chosen before the first step: batch, precision, kernels, the model; and the header that says so."""
+"""Preparation of a run: batch, precision, kernels and model, and the header that shows them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .run_directory import Run
 
 
 class Setup(NamedTuple):
-    """How the options are carried out on these ranks."""
+    """The options, and what they mean on these ranks and this device."""
 
     options: Options
     world: World
     precision: Precision
     micro_batch_size: int
-    """Rows a rank handles at once."""
+    """Rows per rank in one forward pass."""
     accumulation: int
     """Micro-batches per step."""
 
     @staticmethod
     def of(options: Options, world: World) -> Setup:
-        """Raises UsageError where the options do not fit the number of ranks, or a back end cannot run here."""
+        """Raises UsageError if the options do not fit the ranks, MachineError if a back end cannot run here."""
         micro_batch_size, accumulation = plan_batch(options, world.size)
         choose_kernels(options.kernels, world)
         precision = auto_precision(world.device) if options.precision == "auto" else options.precision
@@ -43,7 +43,10 @@ class Setup(NamedTuple):
 
 
 def choose_kernels(choice: str, world: World) -> None:
-    """Carry out --kernels: "auto", or "BACKEND,op=BACKEND,…". Raises UsageError, or MachineError here."""
+    """Select the kernels by --kernels: "auto", or "BACKEND,op=BACKEND,…".
+
+    Raises UsageError for an unknown name, MachineError for a back end that cannot run on this machine.
+    """
     for part in choice.split(","):
         left, equals, right = part.strip().partition("=")
         try:
@@ -60,7 +63,7 @@ def choose_kernels(choice: str, world: World) -> None:
 
 
 def build_model(setup: Setup) -> nn.Module:
-    """The model from its seed, the same on every rank, in the dtype it is trained in."""
+    """Build the model from the seed, the same on every rank, in the training dtype."""
     options = setup.options
     torch.manual_seed(options.seed)
     if options.implementation == "reference":
@@ -71,7 +74,7 @@ def build_model(setup: Setup) -> nn.Module:
 
 
 def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int) -> None:
-    """What is about to run, before the first step."""
+    """Print what is about to run, before the first step."""
     options, world = setup.options, setup.world
     config, left = options.model, options.steps - done
     used = in_use(world.device)

@@ -1,4 +1,4 @@
-"""One optimizer step, from a global batch to updated weights."""
+"""A training step, from a global batch to updated weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .zero import StepOutcome, Zero2
 
 
 def train_step(zero: Zero2, batches: Sequence[Batch], lr: float) -> StepOutcome:
-    """Forward and backward of this rank's micro-batches, then the update of all ranks at learning rate `lr`."""
+    """Run forward and backward on this rank's micro-batches, then update the weights at learning rate `lr`."""
     for batch in batches:
         on_device = batch.to(zero.world.device)
         zero.backward(zero.loss(on_device.input_ids, on_device.labels, on_device.cu_seqlens))

@@ -1,4 +1,4 @@
-"""A few of the report's tasks every so many steps of a run: `--eval-every`."""
+"""Scores on some of the report's tasks during a run (`--eval-every`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .options import Options
 
 
 class TasksDuringTraining:
-    """Scores the model that is being trained on --eval-tasks; rank 0 works, the others wait for its scores.
+    """Scores the model on --eval-tasks during training; rank 0 computes the scores, and the others wait for them.
 
-    Nothing of the run changes: no random state is drawn from, and the weights are read as they are.
+    Scoring does not change the run: it draws no random numbers and does not write to the weights.
     """
 
     def __init__(self, options: Options, tokenizer: Tokenizer, world: World) -> None:
-        """Raises UsageError where a task is unknown or has no questions, or lm-eval is absent: before any step."""
+        """Raises UsageError, before any step, if a task is unknown or has no questions, or lm-eval is missing."""
         unknown = [task for task in options.eval_tasks if task not in multiple_choice.TASKS]
         if unknown:
             raise UsageError(f"--eval-tasks {' '.join(unknown)}: expected some of {', '.join(multiple_choice.TASKS)}")
@@ -44,25 +44,25 @@ class TasksDuringTraining:
                 raise UsageError(problem)
 
     def _fetch(self) -> str | None:
-        """Have the hub's data sets here, as every later score will find them; why that cannot be done."""
+        """Download the hub's data sets into its cache, for all later scores; returns an error message or None."""
         for task in self.options.eval_tasks:
             try:
                 multiple_choice.fetch(task)
-            except Exception as error:  # of the hub, the network, the cache, of any kind
+            except Exception as error:  # the hub, the network and the cache raise many kinds
                 reason = " ".join(str(error).split())[:300]
                 return (
-                    f"--eval-tasks {task}: its questions cannot be had from the hub ({type(error).__name__}: {reason})."
-                    f" Give a folder with {task}.jsonl by --eval-data, or --eval-every 0"
+                    f"--eval-tasks {task}: its questions cannot be fetched from the hub ({type(error).__name__}: "
+                    f"{reason}). Name a folder with {task}.jsonl with --eval-data, or --eval-every 0"
                 )
         return None
 
     def __call__(self, model: Phi) -> dict[str, float]:
-        """Accuracy by task, on the first --eval-limit questions of each; the same on every rank."""
+        """Return the accuracy by task on the first --eval-limit questions of each; the same on every rank."""
         scores: dict[str, float] | str = {}
         if self.world.is_main:
             try:
                 scores = self._score(model)
-            except Exception as error:  # lm-eval's own are of any kind: every rank learns of it, and saves
+            except Exception as error:  # lm-eval raises many kinds: every rank is informed, and saves
                 scores = f"the model could not be scored on --eval-tasks: {type(error).__name__}: {error}"
         scores = self.world.broadcast(scores)
         if isinstance(scores, str):

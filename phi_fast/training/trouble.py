@@ -1,4 +1,4 @@
-"""What goes wrong outside a step, on one rank or on all: kept until every rank knows, so that all save and then end."""
+"""Errors outside a step, on one rank or all: kept until every rank knows of them, so that all save and then end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .distributed import World
 
 
 class Trouble:
-    """The first error on this rank that ends the run after a step."""
+    """Keeps the first error on this rank that is to end the run after the present step."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -21,14 +21,14 @@ class Trouble:
 
     @property
     def here(self) -> bool:
-        """This rank has an error: it takes no step after this one."""
+        """True if this rank has an error and takes no further step."""
         return self.error is not None
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep what is raised inside, for `end`; a later error does not replace an earlier one.
+        """Keep an error raised inside, for `end`; a later error does not replace an earlier one.
 
-        A collective that fails is no such error: the other ranks are lost, and no save can follow.
+        A failed collective is raised at once: the other ranks are lost, and nothing can be saved.
         """
         try:
             yield
@@ -41,21 +41,20 @@ class Trouble:
 
     @contextmanager
     def while_saving(self) -> Iterator[None]:
-        """The last save: where it fails after another error, both are told."""
+        """Guard the last save: if it fails after an earlier error, raise CheckpointError with both messages."""
         try:
             yield
         except CheckpointError as error:
             if self.error is None or str(self.error) == str(error):
                 raise
-            raise CheckpointError(f"{self.error}. Nor could the run be saved at its end: {error}") from self.error
+            raise CheckpointError(
+                f"{self.error}. The run could not be saved at its end, either: {error}"
+            ) from self.error
 
     def end(self) -> None:
-        """Raise the error, on every rank: this rank's own, or UsageError with that of another one."""
-        everyones: list[str | None] = [None if self.error is None else str(self.error)]
-        if self.world.size > 1:
-            everyones *= self.world.size
-            dist.all_gather_object(everyones, None if self.error is None else str(self.error))
+        """Raise, on every rank, this rank's own error, or else UsageError with those of the other ranks."""
+        messages = self.world.gather(None if self.error is None else str(self.error))
         if self.error is not None:
             raise self.error
-        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(everyones) if text is not None)
-        raise UsageError(f"another rank cannot go on ({told})")
+        others = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None)
+        raise UsageError(f"another rank cannot go on ({others})")

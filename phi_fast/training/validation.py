@@ -1,4 +1,4 @@
-"""The validation loss of each corpus, shared out over the ranks."""
+"""The validation loss of each corpus, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .trouble import Trouble
 def validate(
     model: nn.Module, corpora: Corpora, rows: int, batch: int, signals: Signals, trouble: Trouble
 ) -> dict[str, float]:
-    """Mean loss over the first `rows` validation rows of each corpus, in nats per token; the ranks share the rows.
+    """Compute the mean loss over the first `rows` validation rows of each corpus, in nats per token.
 
-    Empty where a rank was asked to stop meanwhile, or could not read its rows; `signals.stop` or `ended` is then set on
-    all.
+    The ranks divide the rows. The result is empty if a rank was asked to stop meanwhile or could not read its rows;
+    `signals.stop` or `signals.ended` is then set on every rank.
     """
     world = signals.world
     model.eval()

@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO-2, and the optimizer step that replaces its own.
+"""DeepSpeed ZeRO-2, and the optimizer step that replaces DeepSpeed's.
 
-DeepSpeed partitions and communicates: every rank ends a backward pass with the averaged gradient of its flat partition
-(one rank alone, with the gradients as autograd made them: `local_gradients`). `FusedStep` owns what happens next. One
-pass finds the norm and any overflow; one pass unscales, clips, applies Adam and writes the 16-bit weights, and skips
-all of it by a flag on the device. DeepSpeed's own step makes a pass of each and waits for the host before the first.
+DeepSpeed partitions and communicates: after a backward pass, every rank has the averaged gradient of its flat partition
+(a single rank has the gradients as autograd made them, see `local_gradients`). `FusedStep` does the rest. One pass
+finds the norm and any overflow; another unscales, clips, applies Adam and writes the 16-bit weights, unless a flag on
+the device says to skip the step. DeepSpeed's own step makes a pass for each of these and waits for the host first.
 Gradients are divided by the loss scale they were computed with: DeepSpeed 0.19.8 updates the scale first, so that its
 step halves the update whenever the scale grows.
 """
@@ -36,33 +36,33 @@ INTERNALS = (
     *("nccl_start_alignment_factor", "allgather_bucket_size", "real_dp_process_group"),
     *("process_gradients", "overlapping_partition_gradients_reduce_epilogue", "round_robin_bit16_groups"),
 )
-"""What `FusedStep` reads and writes of DeepSpeed's ZeRO-2 optimizer: a version without one of them is refused."""
+"""Attributes of DeepSpeed's ZeRO-2 optimizer that this module uses; a version without one of them is refused."""
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did, the same on every rank but for `broken`."""
+    """The outcome of an optimizer step, the same on every rank except for `broken`."""
 
     loss: float
     """Mean loss of the global batch, in nats per token."""
     grad_norm: float | None
-    """Global gradient norm, unscaled, before clipping; None where the step was skipped."""
+    """Global gradient norm, unscaled, before clipping; None if a gradient overflowed."""
     loss_scale: float
-    """The scale that this step's gradients carried."""
+    """The loss scale of this step's gradients."""
     skipped: bool
     """Nothing was updated: a gradient overflowed, or the loss was a spike."""
     spike: bool
     """The loss was a spike (`spikes.SpikeFilter`)."""
     hopeless: bool
-    """A gradient overflowed and the loss scale can go no lower (it is always so without one): the same will happen on
-    the next steps."""
+    """A gradient overflowed and the loss scale cannot be lowered (without fp16 it never can): the next steps would
+    overflow, too."""
     broken: bool
-    """A weight or a moment in this rank's partition is not finite after the update: nothing of it may be saved. Always
-    False with DeepSpeed's own step, which does not look: `checkpoint.save` does then."""
+    """A weight or a moment in this rank's partition is not finite after the update, so the state must not be saved.
+    Always False with DeepSpeed's own step, which does not check: then `checkpoint.save` does."""
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups with and without weight decay (`recipe.decay`); parameters in the model's order within each."""
+    """Split the parameters into groups with and without weight decay (`recipe.decay`), each in the model's order."""
     decayed = [p for p in model.parameters() if decays(recipe.decay, p.dim())]
     others = [p for p in model.parameters() if not decays(recipe.decay, p.dim())]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -70,7 +70,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 class Zero2:
-    """A model under DeepSpeed ZeRO-2: `loss` and `backward` for each of `accumulation` micro-batches, then `step`."""
+    """A model under DeepSpeed ZeRO-2: `loss` and `backward` run once per micro-batch, then `step` updates weights."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class Zero2:
         self.dynamic = precision == "fp16"
         if self.dynamic:
             scaler = self.zero.loss_scaler
-            scaler.raise_error_at_min_scale = False  # `StepOutcome.hopeless` says it, with the weights whole
-            scaler.min_scale = recipe.min_loss_scale  # which DeepSpeed's own configuration takes whole numbers for
+            scaler.raise_error_at_min_scale = False  # `StepOutcome.hopeless` reports it, and the weights stay usable
+            scaler.min_scale = recipe.min_loss_scale  # DeepSpeed's own configuration takes only integers
         self.fused: FusedStep | None = None
         if fused:
             _require_internals(self.zero, world)
@@ -114,27 +114,29 @@ class Zero2:
 
     @property
     def loss_scale(self) -> float:
-        """The scale that the next gradients will carry; 1 unless fp16."""
+        """The loss scale of the next gradients; 1 unless fp16."""
         return float(self.zero.loss_scale) if self.dynamic else 1.0
 
     def loss(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Mean loss of one micro-batch; input_ids, labels: (batch, sequence) int64 on the model's device; cu_seqlens:
-        see `Phi.forward`."""
+        """Compute the mean loss of one micro-batch.
+
+        input_ids, labels: (batch, sequence) int64 on the model's device; cu_seqlens: see `Phi.forward`.
+        """
         documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
         return self.engine(input_ids, labels, **documents).loss
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch; the last of `accumulation` leaves the averaged gradients for `step`."""
+        """Run backward for one micro-batch; after the last of `accumulation`, the averaged gradients are ready."""
         self._loss += loss.detach() / (self.accumulation * self.world.size)
         self.engine.backward(loss)
         self._micro_batches += 1
         if self._micro_batches < self.accumulation:
-            self.engine.step()  # DeepSpeed counts micro-batches by its steps; nothing is updated
+            self.engine.step()  # updates nothing: DeepSpeed counts micro-batches by calls of `step`
 
     def step(self, lr: float) -> StepOutcome:
-        """Update the weights at learning rate `lr`, once after `accumulation` backward passes.
+        """Update the weights at learning rate `lr`, after `accumulation` backward passes.
 
-        Raises RuntimeError after another number of them.
+        Raises RuntimeError after a different number of backward passes.
         """
         if self._micro_batches != self.accumulation:
             raise RuntimeError(f"step after {self._micro_batches} backward passes; expected {self.accumulation}")
@@ -156,7 +158,7 @@ class Zero2:
         )
 
     def _mean_loss(self) -> float:
-        """The step's mean loss over the ranks, where DeepSpeed's own step does not see it; begins the next one's."""
+        """Average the step's loss over the ranks, which DeepSpeed's own step does not do, and reset the sum."""
         if self.world.size > 1:
             dist.all_reduce(self._loss)
         mean = float(self._loss)
@@ -164,12 +166,12 @@ class Zero2:
         return mean
 
     def _scale_is_at_minimum(self) -> bool:
-        """The next overflow would lower the scale, and cannot."""
+        """Return whether an overflow now would have to lower a scale that is at its minimum already."""
         scaler = self.zero.loss_scaler
         return not self.dynamic or (scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
 
     def partitions(self) -> dict[str, Tensor]:
-        """This rank's flat optimizer tensors, by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …"""
+        """Return this rank's flat optimizer tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …"""
         tensors = {}
         for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
             state = self.zero.optimizer.state[master]
@@ -179,7 +181,7 @@ class Zero2:
         return tensors
 
     def partition_sizes(self) -> dict[str, tuple[int, int]]:
-        """Name as in `partitions` -> (elements of this rank's part, elements of the whole less the tail's padding)."""
+        """Map each name of `partitions` to (elements of this rank's part, elements of all parts without padding)."""
         sizes = {}
         for name, tensor in self.partitions().items():
             group = int(name.rsplit(".", 1)[1])
@@ -188,12 +190,12 @@ class Zero2:
         return sizes
 
     def checkpoint_bytes(self) -> int:
-        """Size of the tensors that all ranks together save."""
+        """Compute the total size of the tensors that all ranks together save."""
         weights = sum(parameter.nbytes for parameter in self.model.parameters())
         return weights + 4 * sum(whole for _, whole in self.partition_sizes().values())
 
     def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take weights, optimizer tensors and `state_dict()` of a checkpoint."""
+        """Load a checkpoint's weights, optimizer tensors and `state_dict()`."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(model[name])
@@ -210,8 +212,8 @@ class Zero2:
             self.fused.spikes.load_state_dict(state["spikes"])
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the number of updates, in fp16 the loss scaler's state (scale, hysteresis, window position), and
-        the averages that spikes are told by."""
+        """Return, JSON-able, the number of updates, in fp16 the loss scaler's state (scale, hysteresis, position in the
+        window), and the averages of the spike filter."""
         master = self.zero.single_partition_of_fp32_groups[0]
         state = self.zero.optimizer.state[master]
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if self.dynamic else ()
@@ -223,8 +225,8 @@ class Zero2:
 class FusedStep:
     """Replaces `DeepSpeedZeroOptimizer.step`: from averaged gradients to updated weights on every rank.
 
-    loss: scalar, this rank's part of the step's mean loss; set to 0 for the next step.
-    local: where the gradients are on one rank; None: DeepSpeed has reduced them.
+    loss: scalar, this rank's part of the step's mean loss; reset to 0 for the next step.
+    local: the gradients of a single rank; None: DeepSpeed has reduced them.
     """
 
     def __init__(
@@ -241,11 +243,11 @@ class FusedStep:
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
         self.spike = False
-        """The last step was left out because its loss was a spike."""
+        """The last step was skipped because its loss was a spike."""
         self.nonfinite = torch.zeros((), device=world.device)
-        """1 from the first update on that left a weight or a moment of this rank's partition not finite."""
+        """1 after the first update that left a non-finite weight or moment in this rank's partition."""
         self.broken = False
-        """`nonfinite`, as the host knows it after the last step."""
+        """Value of `nonfinite` on the host, after the last step."""
 
     def __call__(self, closure: None = None) -> None:
         zero = self.zero
@@ -265,7 +267,7 @@ class FusedStep:
         self._gather_weights()
         # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
         increment_version([p for group in zero.bit16_groups for p in group])
-        # The first wait for the device: the update above is already queued.
+        # This is the first wait for the device: the update above is already queued.
         known = torch.stack([found_inf, spike, norm, self.nonfinite, loss]).tolist()
         overflow, spiked, unscaled, nonfinite, self.mean_loss = known
         self.spike, zero.overflow, self.broken = spiked > 0, overflow > 0, nonfinite > 0
@@ -273,8 +275,10 @@ class FusedStep:
         zero._update_scale(zero.overflow)
 
     def _gradients(self, group: int) -> list[tuple[int, Tensor]]:
-        """(first element of this rank's flat partition, gradient from there on), all of them: of every parameter where
-        they are local, in one piece where DeepSpeed accumulated them, in fp32 for 16-bit models."""
+        """List (offset in this rank's flat partition, gradient) for all of the group's gradients.
+
+        Local gradients come one per parameter, DeepSpeed's in one piece, in fp32 for 16-bit models.
+        """
         if self.local:
             return list(self.local.of(group))
         flat = self.zero._get_preflattened_grad_partition(group)
@@ -322,7 +326,7 @@ class FusedStep:
                 parameter.grad_accum = None
 
     def _gather_weights(self) -> None:
-        """Every rank's updated part to every rank. Alone, the weights are already in place."""
+        """Send every rank's updated part to all ranks. With one rank, the weights are already in place."""
         if self.world.size == 1:
             return
         from deepspeed.runtime.utils import all_gather_dp_groups
@@ -338,7 +342,7 @@ class FusedStep:
 
 
 def _require_internals(zero: Any, world: World) -> None:
-    """Raises RuntimeError where this DeepSpeed lacks one of `INTERNALS`."""
+    """Raise RuntimeError if this DeepSpeed lacks one of `INTERNALS`."""
     missing = [name for name in INTERNALS if not hasattr(zero, name)]
     if missing:
         raise RuntimeError(
@@ -350,8 +354,8 @@ def _require_internals(zero: Any, world: World) -> None:
 def _config(
     recipe: Recipe, world: World, precision: Precision, micro_batch_size: int, accumulation: int, parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, with nothing left to defaults that surprise (clipping, accumulation dtype)."""
-    # A bucket of 500 M elements is DeepSpeed's default; a small model's buffer need not be larger than the model.
+    """Make DeepSpeed's configuration; surprising defaults (clipping, accumulation dtype) are set explicitly."""
+    # DeepSpeed's default bucket has 500 M elements; a small model's buffer need not be larger than the model.
     bucket = min(500_000_000, max(1_000_000, parameters))
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,

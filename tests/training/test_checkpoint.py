@@ -216,7 +216,7 @@ def test_swapped_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path, ALONE) == (
         None,
         [
-            "step-9 is passed over: state.json is of step 3",
+            "step-9 is passed over: state.json belongs to step 3",
             "step-2 is passed over: model.safetensors does not have the manifest's SHA-256",
             "step-1 is passed over: model.safetensors does not have the manifest's SHA-256",
         ],
@@ -289,7 +289,7 @@ def test_every_flipped_bit_of_a_manifest_is_found_or_changes_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"world_size": 2}, "files is {.*expected model.safetensors, state.json, and two files of each of 2 ranks"),
+        ({"world_size": 2}, "files is {.*expected model.safetensors, state.json, and two files for each of 2 ranks"),
         ({"world_size": True}, "world_size is True, expected an integer"),
         ({"world_size": 0}, "world_size is 0, expected an integer from 1"),
         ({"world_size": 10**12}, "world_size is 1000000000000, expected an integer from 1"),

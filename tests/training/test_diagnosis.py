@@ -137,6 +137,6 @@ def test_a_scale_at_its_minimum_ends_the_run_with_a_diagnosis(data: Path, tmp_pa
     output = finish(words, tmp_path / "output", expect=2, fault="overflow_at_steps", given=[2, 3, 4, 5])
     assert "step  2/20 | " in output
     assert "error: step 3 cannot be taken: the loss is " in output
-    assert "the loss scale 1. Run again, every micro-batch was finite" in output
+    assert "the loss scale 1. When run again, every micro-batch was finite" in output
     assert "there is no checkpoint yet" in output
     assert "Traceback" not in output

@@ -325,7 +325,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_one_before_offered(data:
     (other / "checkpoints" / "step-6").rename(run / "checkpoints" / "step-6")
     error = finish([*words, "--resume"], tmp_path / "output", expect=2)
     step_4, step_6 = (run / "checkpoints" / name for name in ("step-4", "step-6"))
-    assert f"error: {step_6} is of another run: seed is 5, now 1337. {step_4} is complete and of this run: " in error
+    assert (
+        f"error: {step_6} belongs to another run: seed is 5, now 1337. {step_4} is complete and belongs to this run: "
+        in error
+    )
     assert f"to go on from it, move {step_6} away" in error
     step_6.rename(tmp_path / "away")
     assert f"resumed from {step_4}" in finish([*words, "--resume"], tmp_path / "output")
@@ -348,7 +351,7 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused_by_name(data: Pa
         for name, value in changes.items():
             words += [f"--{name.replace('_', '-')}", str(value)]  # of two, the last counts
         error = finish(words, tmp_path / "output", expect=2)
-        assert f"error: {run / 'checkpoints' / 'step-4'} is of another run: {reason}" in error
+        assert f"error: {run / 'checkpoints' / 'step-4'} belongs to another run: {reason}" in error
         assert "Traceback" not in error
     assert complete_steps(run) == [4]
 

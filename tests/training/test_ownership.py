@@ -127,7 +127,7 @@ def test_a_resume_goes_on_with_the_runs_own_options(data: Path, tmp_path: Path) 
 
 def test_a_corpus_that_is_not_there_is_not_built_elsewhere(tmp_path: Path) -> None:
     words = ["--data", str(tmp_path / "typo"), "--run-dir", str(tmp_path / "run")]
-    assert f"--data {tmp_path / 'typo'} is not there" in finish(words, tmp_path / "output", expect=2)
+    assert f"--data {tmp_path / 'typo'} does not exist" in finish(words, tmp_path / "output", expect=2)
     assert not (tmp_path / "typo").exists()
 
 

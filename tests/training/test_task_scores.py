@@ -70,8 +70,8 @@ def test_questions_of_the_hub_are_fetched_before_the_first_step(data: Path, ques
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
     words = arguments(data, tmp_path / "run", 3, eval_every=3, eval_tasks="arc_easy", eval_limit=2)
     output = finish(words, tmp_path / "output", expect=2, fault="environment", given=offline)
-    assert "error: --eval-tasks arc_easy: its questions cannot be had from the hub (" in output
-    assert "Give a folder with arc_easy.jsonl by --eval-data, or --eval-every 0" in output
+    assert "error: --eval-tasks arc_easy: its questions cannot be fetched from the hub (" in output
+    assert "Name a folder with arc_easy.jsonl with --eval-data, or --eval-every 0" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
     finish([*words, "--eval-data", str(questions)], tmp_path / "output", fault="environment", given=offline)

@@ -316,7 +316,7 @@ def test_a_run_is_not_overwritten_nor_mixed_up(
     assert "already holds checkpoints; add --resume to go on, or name another directory" in capsys.readouterr().err
     assert main(arguments(stdlib, run, 4, resume=True, **{"model.num_hidden_layers": 1, "seed": 5})) == 2
     error = capsys.readouterr().err
-    assert "is of another run: model is" in error
+    assert "belongs to another run: model is" in error
     assert "seed is 1337, now 5" in error
     assert len(losses(run)) == 2
 

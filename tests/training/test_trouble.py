@@ -153,7 +153,7 @@ def test_a_port_that_is_taken_is_no_reason_to_start_again(data: Path, tmp_path: 
 
 def test_an_address_that_is_none_is_no_reason_to_start_again(data: Path, tmp_path: Path) -> None:
     output = refused(data, tmp_path, {"MASTER_ADDR": "no-such-machine.invalid", "MASTER_PORT": "29500"})
-    assert "error: MASTER_ADDR=no-such-machine.invalid is not the name of a machine that this one knows" in output
+    assert "error: MASTER_ADDR=no-such-machine.invalid cannot be resolved on this machine" in output
 
 
 def refused(data: Path, folder: Path, environment: dict[str, str]) -> str:
