@@ -1,7 +1,8 @@
-"""Folders with small models in every layout, and a run of one."""
+"""Small models in memory, their folders in every layout, and a run directory."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from phi_fast.config import PhiConfig
 from phi_fast.conversion import published_layouts
 from phi_fast.conversion.hf_config import old_config, phi_config
+from phi_fast.model import Phi
 from phi_fast.model.merged import to_merged
 
 CONFIG = PhiConfig(
@@ -30,6 +32,20 @@ def random_weights(dtype=torch.float32, config=CONFIG, seed=0) -> dict[str, torc
     return {
         n: (torch.randn(s, generator=generator) * 0.02).to(dtype) for n, s in published_layouts.shapes(config).items()
     }
+
+
+def speaking_phi() -> Phi:
+    """A small random model whose greedy texts differ from each other: its weights are larger than usual."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "max_position_embeddings": 96, "initializer_range": 0.2}
+    return Phi(dataclasses.replace(CONFIG, **shape)).eval()
+
+
+def random_prompts(count: int = 20) -> list[list[int]]:
+    """Prompts of 1 to 59 byte tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
+    return [torch.randint(1, 257, (length,), generator=generator).tolist() for length in lengths]
 
 
 def old_weights(hf: dict[str, torch.Tensor], *, mixformer: bool) -> dict[str, torch.Tensor]:

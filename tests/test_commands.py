@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import tyro
+from model_folders import tiny_tokenizer
 from printed_markup import findings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from phi_fast import plan, prepare
 from phi_fast.errors import UsageError
@@ -103,11 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tokenizer(folder: Path) -> Path:
     """A tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({"<|endoftext|>": 0} | {byte: i for i, byte in enumerate(alphabet, 1)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>"])
-    made.save(str(folder / "tokenizer.json"))
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 

@@ -1,4 +1,4 @@
-"""Greedy text is transformers', token for token; batches, streams, stops and seeds change nothing they should not."""
+"""The command `generate`: prompts from options, files, pipes and chats; refused options; terminals and encodings."""
 
 from __future__ import annotations
 
@@ -8,256 +8,33 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from model_folders import speaking_phi, tiny_tokenizer
+from samples import make_folder
+from tokenizers import Tokenizer
 
-from phi_fast.config import PhiConfig
-from phi_fast.conversion.hf_config import phi_config
-from phi_fast.conversion.load import load
-from phi_fast.convert import ConvertOptions, convert
 from phi_fast.generate import GenerateOptions, chat, from_prompts, main, read_prompts, unescape
-from phi_fast.generation import Decoding, Sampling, TextStream, complete, generate
-from phi_fast.generation.sampling import filtered_probabilities, penalised
+from phi_fast.generation import Sampling, complete
 from phi_fast.model import Phi
 
 GREEDY = ["--max-new-tokens", "6", "--temperature", "0"]
-CONFIG = PhiConfig(
-    vocab_size=300,
-    hidden_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=96,
-    initializer_range=0.2,
-    bos_token_id=0,
-    eos_token_id=0,
-)
 
 
 @pytest.fixture(scope="module")
 def model() -> Phi:
-    torch.manual_seed(0)
-    return Phi(CONFIG).eval()
+    return speaking_phi()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
-    result = Tokenizer(models.BPE(vocabulary, []))
-    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.decoder = decoders.ByteLevel()
-    result.add_special_tokens(["<|endoftext|>"])
-    return result
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory):
-    from safetensors.torch import save_file
-
-    merged = tmp_path_factory.mktemp("model") / "merged"
-    merged.mkdir()
-    save_file({name: p.detach() for name, p in model.named_parameters()}, merged / "model.safetensors")
-    (merged / "config.json").write_text(json.dumps(phi_config(CONFIG, torch.float32)))
-    tokenizer.save(str(merged / "tokenizer.json"))
-    return convert(ConvertOptions(str(merged), merged.parent / "hf"))
-
-
-def prompts(count: int = 20) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 60, (count,), generator=generator).tolist()
-    return [torch.randint(1, 257, (length,), generator=generator).tolist() for length in lengths]
-
-
-def test_greedy_is_transformers_token_for_token(model, folder):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    sampling = Sampling(max_new_tokens=30)
-    expected = []
-    for prompt in prompts():
-        ids = torch.tensor([prompt])
-        out = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, pad_token_id=0
-        )
-        expected.append(out[0, len(prompt) :].tolist())
-    assert len({tuple(tokens) for tokens in expected}) > 15  # a model that repeats itself would prove little
-    assert [generate(model, [prompt], sampling)[0] for prompt in prompts()] == expected
-    assert generate(model, prompts(), sampling) == expected
-
-
-def test_the_cache_gives_what_a_full_forward_gives(model):
-    prompt = prompts()[3]
-    (new,) = generate(model, [prompt], Sampling(max_new_tokens=20), end=-1)
-    ids = list(prompt)
-    for token in new:
-        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        ids.append(token)
-
-
-def test_a_loaded_model_is_the_saved_one(model, folder, tokenizer):
-    loaded, found = load(folder)
-    assert found.get_vocab() == tokenizer.get_vocab()
-    for (name, parameter), mine in zip(loaded.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(parameter, mine), name
-    ids = torch.tensor([prompts()[0]])
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert load(folder, dtype="bf16")[0].lm_head.weight.dtype == torch.bfloat16
-
-
-def test_filters_are_transformers(model):
-    warpers = pytest.importorskip("transformers").generation.logits_process
-    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2)) * 3
-    for temperature, k, p in ((0.7, 0, 1.0), (1.0, 10, 1.0), (1.3, 0, 0.8), (0.9, 50, 0.5), (1.0, 3, 0.01)):
-        scores = warpers.TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
-        scores = warpers.TopKLogitsWarper(k)(None, scores) if k else scores
-        scores = warpers.TopPLogitsWarper(p)(None, scores) if p < 1 else scores
-        torch.testing.assert_close(filtered_probabilities(logits, temperature, k, p), scores.softmax(-1))
-        for min_p in (0.05, 0.3, 1.0):
-            kept = warpers.MinPLogitsWarper(min_p)(None, scores)
-            torch.testing.assert_close(filtered_probabilities(logits, temperature, k, p, min_p), kept.softmax(-1))
-
-
-def test_the_repetition_penalty_is_transformers(model, folder):
-    """The processor on logits of both signs, and greedy text token for token, of prompts of several lengths at once."""
-    transformers = pytest.importorskip("transformers")
-    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))
-    texts = [[5, 7, 5, 299], [0, 1, 2, 3]]
-    for penalty in (0.8, 1.2, 3.0):
-        processor = transformers.generation.logits_process.RepetitionPenaltyLogitsProcessor(penalty)
-        assert torch.equal(penalised(logits, texts, penalty), processor(torch.tensor(texts), logits.clone()))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    free, expected = generate(model, prompts(8), Sampling(max_new_tokens=30)), []
-    for prompt in prompts(8):
-        ids = torch.tensor([prompt])
-        out = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=30,
-            do_sample=False,
-            pad_token_id=0,
-            repetition_penalty=1.3,
-        )
-        expected.append(out[0, len(prompt) :].tolist())
-    assert generate(model, prompts(8), Sampling(max_new_tokens=30, repetition_penalty=1.3)) == expected
-    assert expected != free
-
-
-def test_draws_follow_the_probabilities():
-    sampling = Sampling(temperature=1.0, top_k=3, seed=5)
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    generator = sampling.generator(0)
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[sampling.next_tokens(logits, [generator])[0]] += 1
-    expected = logits[0, :3].softmax(-1)
-    assert counts[3] == 0
-    assert ((counts[:3] / 4000 - expected).abs() < 4 * (expected * (1 - expected) / 4000).sqrt()).all()
-
-
-def test_the_same_prompt_twice_is_continued_in_two_ways(model, tokenizer):
-    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=3)
-    first, second = complete(model, tokenizer, ["once", "once"], sampling)
-    assert first.tokens != second.tokens
-
-
-def test_seeds_repeat_and_batching_changes_nothing(model, tokenizer):
-    texts = ["once", "def f(x):", "a b c d e f g", "x", "the end of"]
-    sampling = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=3)
-    alone = complete(model, tokenizer, texts, sampling, batch_size=1)
-    assert alone == complete(model, tokenizer, texts, sampling, batch_size=4)
-    assert alone == complete(model, tokenizer, texts, sampling, batch_size=8)
-    other = complete(model, tokenizer, texts, Sampling(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=4))
-    assert [a.tokens for a in alone] != [b.tokens for b in other]
-
-
-def test_it_stops_at_the_end_the_limit_and_the_context(model, tokenizer):
-    prompt = prompts()[5]
-    (tokens,) = generate(model, [prompt], Sampling(max_new_tokens=20), end=-1)
-    end = tokens[7]
-    (ended,) = generate(model, [prompt], Sampling(max_new_tokens=20), end=end)
-    assert ended == tokens[: tokens.index(end) + 1]
-    text = tokenizer.decode([20] * 90)
-    (full,) = complete(model, tokenizer, [text], Sampling(max_new_tokens=5), end=-1)
-    assert (len(full.tokens), full.reason) == (5, "length")
-    decoding = Decoding(model, [[5] * 90], Sampling(max_new_tokens=50), end=-1)
-    assert len(list(decoding)) == 6
-    assert decoding.reasons == ["context"]
-
-
-def test_prompts_that_do_not_fit_are_refused(model):
-    with pytest.raises(ValueError, match="prompt 1 has 96 tokens; expected 1 to 95"):
-        generate(model, [[1], [1] * 96], Sampling())
-    with pytest.raises(ValueError, match="prompt 0 has 0 tokens"):
-        generate(model, [[]], Sampling())
-
-
-def test_bad_settings_are_refused():
-    nan, infinite = float("nan"), float("inf")
-    settings: list[dict] = [
-        {"top_p": 0.0},
-        {"temperature": -1.0},
-        {"top_k": -2},
-        {"max_new_tokens": 0},
-        {"stop": ("",)},
-    ]
-    settings += [{"temperature": nan}, {"temperature": infinite}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": nan}]
-    settings += [
-        {"repetition_penalty": 0.0},
-        {"repetition_penalty": nan},
-        {"repetition_penalty": infinite},
-        {"stop": ("",)},
-    ]
-    for setting in settings:
-        with pytest.raises(ValueError, match=next(iter(setting))):
-            Sampling(**setting)
-
-
-def stream_of(tokenizer, text: str, stop=()) -> tuple[list[str], TextStream]:
-    stream = TextStream(tokenizer, stop)
-    pieces = []
-    ids = tokenizer.encode(text).ids
-    for i, token in enumerate(ids):
-        pieces.append(stream.push(token, last=i + 1 == len(ids)))
-        if stream.stopped:
-            break
-    return pieces, stream
-
-
-def test_streams_give_whole_characters(tokenizer):
-    text = "naïve — 你好 🙂 end"
-    pieces, stream = stream_of(tokenizer, text)
-    assert "".join(pieces) == stream.text == text
-    assert not any("�" in piece for piece in pieces)
-    broken = TextStream(tokenizer)
-    first = tokenizer.encode("é").ids[0]
-    assert broken.push(first) == ""
-    assert broken.push(tokenizer.encode("x").ids[0], last=True) == "�x"
-
-
-def test_stop_strings_are_cut_and_never_shown(tokenizer):
-    pieces, stream = stream_of(tokenizer, "answer\nAl said\nAlice: next", stop=("\nAlice:", "zzz"))
-    assert "".join(pieces) == stream.text == "answer\nAl said"
-    assert stream.stopped
-    pieces, stream = stream_of(tokenizer, "ends with \nAli", stop=("\nAlice:",))
-    assert "".join(pieces) == "ends with \nAli"  # only the beginning of a stop string
-
-
-def test_a_stop_string_ends_a_completion(model, tokenizer):
-    (free,) = complete(model, tokenizer, ["hello"], Sampling(max_new_tokens=25), end=-1)
-    stop = next(c for c in free.text[2:] if c != "�")
-    shown: list[str] = []
-    (cut,) = complete(
-        model,
-        tokenizer,
-        ["hello"],
-        Sampling(max_new_tokens=25, stop=(stop,)),
-        end=-1,
-        on_text=lambda _, t: shown.append(t),
-    )
-    assert (cut.text, cut.reason) == (free.text[: free.text.index(stop)], "stop")
-    assert "".join(shown) == cut.text
-    assert len(cut.tokens) < len(free.tokens)
+def folder(model, tokenizer, tmp_path_factory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("model"), model, tokenizer)
 
 
 def test_chat_keeps_the_dialogue(model, tokenizer):
@@ -397,7 +174,7 @@ def test_escapes_in_stop_strings(typed, meant):
 
 def test_a_newline_stops(folder, model, tokenizer, monkeypatch, capsys):
     """A model that says nothing but newlines."""
-    talker = Phi(CONFIG).eval()
+    talker = speaking_phi()
     talker.lm_head.weight.data.zero_()
     talker.lm_head.bias.data[tokenizer.encode("\n").ids[0]] = 50.0
     monkeypatch.setattr("phi_fast.generate.load", lambda *_, **__: (talker, tokenizer))
@@ -463,7 +240,7 @@ class Terminal(io.StringIO):
 
 def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
     """A model that sets the terminal's title, streamed, in a batch and in a chat."""
-    talker = Phi(CONFIG).eval()
+    talker = speaking_phi()
     talker.lm_head.weight.data.zero_()
     talker.lm_head.bias.data[tokenizer.encode("\x1b").ids[0]] = 50.0
     for options in (

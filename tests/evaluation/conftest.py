@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_folders import tiny_tokenizer
 from samples import compact_questions, make_folder, write_jsonl
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from phi_fast.config import PhiConfig
 from phi_fast.model import Phi
@@ -26,13 +27,7 @@ CONFIG = PhiConfig(
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {character: i for i, character in enumerate(alphabet, 1)}
-    result = Tokenizer(models.BPE(vocabulary, []))
-    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.decoder = decoders.ByteLevel()
-    result.add_special_tokens(["<|endoftext|>"])
-    return result
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
