@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..recipes import Recipe
+from ..training.deferred_gradients import sums_fit
 from .communication import Communication, communication
 from .devices import LAUNCH, Device
 from .memory import Memory, memory
@@ -56,6 +57,8 @@ class Plan:
     fits: bool
     largest_micro_batch: int
     """Largest divisor of a rank's rows that fits; 0: none does."""
+    reductions: int
+    """How often gradients are reduced in a step: once, or for each micro-batch."""
     communication: Communication
     phases: dict[Phase, float]
     """Seconds of computing a step: forward, backward, gradients, update."""
@@ -98,7 +101,8 @@ def plan(job: Job) -> Plan:
     accumulation = rows // size
     used = _memory(job, size)
     phases = phase_seconds(job, size)
-    sent = communication(config, job.device, job.ranks, job.itemsize, accumulation, phases["backward"] / accumulation)
+    reductions = 1 if _deferred(job, size) else accumulation
+    sent = communication(config, job.device, job.ranks, job.itemsize, reductions, phases["backward"] / accumulation)
     seconds = sum(phases.values()) + sent.exposed_seconds + sent.gather_seconds
     tokens = recipe.tokens_per_step
     peak = job.ranks * job.device.flops.value * seconds
@@ -113,6 +117,7 @@ def plan(job: Job) -> Plan:
         memory=used,
         fits=_fits(job, used),
         largest_micro_batch=largest,
+        reductions=reductions,
         communication=sent,
         phases=phases,
         step_seconds=seconds,
@@ -149,7 +154,8 @@ def kernels(job: Job, rows: int) -> list[Kernel]:
     """Kernels of one micro-batch of `rows` rows, and of the update."""
     config = job.recipe.model
     arguments, accumulating = (config, job.itemsize, job.ranks), _rows(job) > rows
-    reduced = gradients(*arguments, accumulating=accumulating)
+    deferred = _rows(job) // rows if _deferred(job, rows) else 1
+    reduced = gradients(*arguments, accumulating=accumulating, deferred=deferred)
     return [*micro_batch(job.shape(rows)), *reduced, *update(*arguments, accumulating=accumulating)]
 
 
@@ -170,7 +176,15 @@ def _rows(job: Job) -> int:
 
 
 def _memory(job: Job, rows: int) -> Memory:
-    return memory(job.shape(rows), job.ranks, gpu=job.on_gpu, accumulating=_rows(job) > rows)
+    accumulating, deferred = _rows(job) > rows, _deferred(job, rows)
+    return memory(job.shape(rows), job.ranks, gpu=job.on_gpu, accumulating=accumulating, deferred=deferred)
+
+
+def _deferred(job: Job, rows: int) -> bool:
+    """Whether the trainer would reduce gradients once per step, as `--reduce-gradients auto` decides."""
+    if job.ranks == 1 or _rows(job) == rows:
+        return False
+    return job.device.memory is None or sums_fit(job.recipe.model.num_parameters(), job.device.memory.value)
 
 
 def _fits(job: Job, used: Memory) -> bool:

@@ -60,6 +60,9 @@ class Memory:
     gradients: float
     """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch per step in the storage
     dtype, as autograd makes them (`local_gradients`)."""
+    sums: float
+    """fp32 sums of the micro-batches' gradients, where they are reduced once per step; handed over as the last
+    backward goes."""
     optimizer: float
     """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
     buckets: float
@@ -80,10 +83,11 @@ class Memory:
     """When."""
 
 
-def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory:
+def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred: bool = False) -> Memory:
     """Memory by component, and `peak`, the largest of four moments of a micro-batch.
 
-    accumulating: there are several micro-batches per step, so that gradients are held from the one before.
+    accumulating: there are several micro-batches per step, so that gradients are held from the one before; deferred:
+    as fp32 sums on each rank, reduced once per step.
     """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
     d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
@@ -98,7 +102,8 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory
     working = (5 + 7 + 1 + again) * d * tokens * e + 12 * d * d * e
     bucket = bucket_elements(config) * e if ranks > 1 else 0
     buffers = 2 * bucket if gpu else bucket  # overlap_comm has two
-    before = gradients * accumulating
+    sums = 4 * parameters * deferred
+    before = sums or gradients * accumulating
     head = 0 if accumulating or ranks > 1 else vocabulary * d * e  # its gradient waits for the update
     moments: dict[str, float] = {
         "end of the forward": kept.total + chunk + before,
@@ -108,7 +113,7 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory
     if ranks > 1:
         filled = min(1.0, bucket / weights)  # share of the backward when the first is full and its copy is made
         # fp32 gradients stay where they are in the bucket; those of 16 bits are added up in a tensor of their own.
-        apart = gradients * (accumulating or e == 2)
+        apart = gradients * (accumulating or e == 2) + sums * (1 - filled)
         moments["first reduction"] = kept.blocks * (1 - filled) + working + buffers + bucket + apart
     else:
         moments["end of the backward"] = kept.blocks / config.num_hidden_layers + working + gradients
@@ -118,6 +123,7 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool) -> Memory
     return Memory(
         weights=weights,
         gradients=gradients,
+        sums=sums,
         optimizer=optimizer,
         buckets=buffers + bucket,
         activations=kept.total,

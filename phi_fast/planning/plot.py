@@ -9,7 +9,7 @@ from .scaling import Scaling
 from .work import Recompute
 
 _PARTS = (
-    *("weights", "gradients", "optimizer", "buckets", "activations", "loss_chunk", "working", "context"),
+    *("weights", "gradients", "sums", "optimizer", "buckets", "activations", "loss_chunk", "working", "context"),
     *("fragmentation", "peak"),
 )
 

@@ -38,7 +38,7 @@ def scaling(job: Job) -> Scaling:
 def _costs(p: Plan) -> dict[str, float]:
     """Seconds a step that are not forward or backward."""
     return {
-        "gradients' all-reduce": p.communication.exposed_seconds,
+        "reducing gradients": p.communication.exposed_seconds,
         "weights' all-gather": p.communication.gather_seconds,
         "gradient copies": p.phases["gradients"],
         "update": p.phases["update"],

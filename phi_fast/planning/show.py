@@ -77,12 +77,12 @@ def communication(p: Plan, console: Console) -> None:
         table.add_row("one device", "–", "–", "sends nothing")
     else:
         table.add_row(
-            "gradients, all-reduce",
+            "gradients, reduced",
             _bytes(sent.gradient_bytes),
             _time(sent.gradient_seconds),
-            f"DeepSpeed 0.19.8, once a micro-batch; {_time(sent.exposed_seconds)} not hidden by the backward",
+            f"once per {'step' if p.reductions == 1 else 'micro-batch'}; the backward leaves "
+            f"{_time(sent.exposed_seconds)} unhidden",
         )
-        table.add_row("the same, reduce-scatter", _bytes(sent.reduce_scatter_bytes), "–", "what ZeRO-2 needs at least")
         table.add_row("weights, all-gather", _bytes(sent.gather_bytes), _time(sent.gather_seconds), "after the update")
     console.print(table)
 

@@ -74,14 +74,21 @@ def micro_batch(shape: Shape) -> list[Kernel]:
     return [*kernels, *_with("backward", layers, list(_block_backward(shape)))]
 
 
-def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool) -> list[Kernel]:
-    """What DeepSpeed 0.19.8 does to the gradients of a micro-batch on the device: into the bucket, divided, flattened,
-    back from the reduction, and this rank's part added up in fp32 (`stage_1_and_2.py`: average_tensor and below). One
-    rank alone only adds micro-batches up (`local_gradients`)."""
+def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool, deferred: int = 1) -> list[Kernel]:
+    """What is done to the gradients of a micro-batch on the device.
+
+    DeepSpeed 0.19.8 copies them into the bucket, divides, flattens, copies back from the reduction, and adds this
+    rank's part up in fp32 (`stage_1_and_2.py`: average_tensor and below). deferred: micro-batches whose sum is reduced
+    at once; with more than 1 each is added to fp32 sums (`training.deferred_gradients`). A single rank only adds
+    micro-batches up (`training.local_gradients`).
+    """
     parameters = config.num_parameters()
-    copies = Kernel("buckets", "gradients", "memory", 0, 8 * itemsize * parameters)
-    added = Kernel("fp32 accumulation", "gradients", "memory", 0, (itemsize + 8) * parameters / ranks)
-    return [*([copies] if ranks > 1 else []), *([added] if ranks > 1 or accumulating else [])]
+    copies = Kernel("buckets", "gradients", "memory", 0, 8 * itemsize * parameters / deferred)
+    added = Kernel("fp32 accumulation", "gradients", "memory", 0, (itemsize + 8) * parameters / ranks / deferred)
+    sums = Kernel("fp32 sums", "gradients", "memory", 0, (itemsize + 8) * parameters)
+    if ranks == 1:
+        return [added] if accumulating else []
+    return [copies, added, *([sums] if deferred > 1 else [])]
 
 
 def gradient_itemsize(itemsize: int, ranks: int, *, accumulating: bool) -> int:

@@ -69,5 +69,9 @@ def reduces_once(options: Options, world: World, accumulation: int) -> bool:
         return False
     if choice == "step" or world.device.type != "cuda":
         return True
-    memory = torch.cuda.get_device_properties(world.device).total_memory
-    return 4 * options.model.num_parameters() <= memory / 10
+    return sums_fit(options.model.num_parameters(), torch.cuda.get_device_properties(world.device).total_memory)
+
+
+def sums_fit(parameters: int, memory: float) -> bool:
+    """Whether fp32 sums of all gradients take at most a tenth of a GPU's `memory` in bytes."""
+    return 4 * parameters <= memory / 10
