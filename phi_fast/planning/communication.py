@@ -1,8 +1,8 @@
-"""What ZeRO-2 sends in a step, and how long it takes.
+"""Communication of ZeRO-2 in a step: bytes and time.
 
-The ZeRO paper (arXiv 1910.02054) reduce-scatters gradients and all-gathers weights. DeepSpeed 0.19.8 reduces each
-bucket by an all-reduce instead (`use_multi_rank_bucket_allreduce`, its default), which sends twice as much, and does so
-for every micro-batch, because a rank keeps only its own part. Both are counted; the time is DeepSpeed's.
+The ZeRO paper (arXiv 1910.02054) reduce-scatters gradients and all-gathers weights. DeepSpeed 0.19.8 all-reduces each
+bucket instead (`use_multi_rank_bucket_allreduce`, its default), which sends twice as much, and does so for every
+micro-batch, because a rank keeps only its own part. The bytes of both are counted; the time is DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ from .memory import bucket_elements
 
 @dataclass(frozen=True)
 class Communication:
-    """What one rank sends in one step."""
+    """Bytes that one rank sends in one step, and the time that this takes."""
 
     reduce_scatter_bytes: float
-    """Sent, if gradients were reduce-scattered once a micro-batch."""
+    """Bytes that a reduce-scatter of the gradients per micro-batch would send."""
     gradient_bytes: float
-    """Sent by DeepSpeed's all-reduces."""
+    """Bytes sent by DeepSpeed's all-reduces."""
     gather_bytes: float
-    """Sent by the all-gather of the updated weights."""
+    """Bytes sent by the all-gather of the updated weights."""
     bus: float
     """Bytes/s that a rank sends in a large collective; 0 for one rank."""
     gradient_seconds: float
-    """All all-reduces of a step, hidden or not."""
+    """Time of all all-reduces in a step, overlapped or not."""
     exposed_seconds: float
-    """What of them the backward does not hide."""
+    """The part of `gradient_seconds` that does not overlap with the backward pass."""
     gather_seconds: float
-    """After the update: nothing hides it."""
+    """Time of the all-gather, after the update, which overlaps with nothing."""
 
 
 def communication(
     config: PhiConfig, device: Device, ranks: int, itemsize: int, micro_batches: int, backward_seconds: float
 ) -> Communication:
-    """backward_seconds: of one micro-batch, for what it hides: a bucket is reduced while the next fills, so the time
-    before the first is full hides nothing and the last is sent when the backward is over."""
+    """Count the bytes and estimate the time of one step's communication.
+
+    backward_seconds: time of one micro-batch's backward pass, which overlaps with the all-reduces. Each bucket is
+    reduced while the next one fills; so nothing overlaps before the first is full, and the last is sent at the end.
+    """
     if ranks == 1:
         return Communication(0, 0, 0, 0, 0, 0, 0)
     parameters, bucket = config.num_parameters(), bucket_elements(config)
@@ -65,9 +68,9 @@ def communication(
 
 
 def _links(device: Device, ranks: int) -> tuple[float, float, float]:
-    """(bus bytes/s, seconds of latency of an all-reduce by trees, and of an all-gather by rings).
+    """Return (bus bytes/s, latency in seconds of a tree all-reduce, latency of a ring all-gather).
 
-    Rings over several nodes cross each node's edge once, with all its network cards side by side.
+    A ring over several nodes leaves each node once, over all of the node's network cards in parallel.
     """
     assert device.link is not None and device.network is not None
     nodes = math.ceil(ranks / device.node)
