@@ -120,7 +120,7 @@ def _claim(directory: Path, wait: float, tell: Callable[[str], None]) -> Claim:
 
 
 def _refuse_another_run(directory: Path, options: Options) -> None:
-    """Raise UsageError if the directory holds files of another run. --elastic may start its own run anew."""
+    """Raise UsageError if the directory holds files of another run. --elastic may restart its own run."""
     if any((directory / "checkpoints").glob("step-*")):
         if not options.elastic:
             raise UsageError(
@@ -133,7 +133,7 @@ def _refuse_another_run(directory: Path, options: Options) -> None:
     if not options.elastic:
         raise UsageError(
             f"--run-dir {directory} holds {', '.join(left)} of a run that saved no checkpoint: name another directory, "
-            "or remove those (--elastic starts such a run anew by itself)"
+            "or remove those (--elastic restarts such a run by itself)"
         )
     if (directory / "config.json").exists():
         then, now = (

@@ -24,7 +24,7 @@ from .distributed import World
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0
-"""Seconds after a signal before the first step in which Python must unwind; then the process is ended."""
+"""Seconds that Python has to unwind after a signal before the first step; then the process is ended."""
 
 
 class StoppedEarly(KeyboardInterrupt):
