@@ -124,11 +124,6 @@ REASONING = Table(
 TABLES = (COMMON_SENSE, LANGUAGE, REASONING)
 TASKS = tuple(task for table in TABLES for task in table.tasks)
 
-SAFETY_PROMPTS = {"phi-1.5": {"pass": 47, "fail": 34, "did not understand": 4}}
-"""Results on the report's 86 hand-written prompts; its printed counts add up to 85."""
-TOXIGEN = {"sentences": 6541, "demographics": 13}
-"""Size of the report's ToxiGen subset. Its safety scores are a bar chart without numbers, so none are given here."""
-
 
 def models() -> list[str]:
     """List every model in the tables, in the report's order."""

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import UsageError
 from ..files import Claim, writing
@@ -75,14 +74,6 @@ class Owned:
         self._claim.release()
         if self._made and not any(self.directory.iterdir()):
             self.directory.rmdir()
-
-    def __enter__(self) -> Owned:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def newest_run(options: Options) -> Path:

@@ -1,4 +1,4 @@
-"""Two ranks whose micro-batches are reduced one by one, or once per step: the same updates, and fewer bytes."""
+"""Two ranks reduce gradients per micro-batch or once per step: the updates are the same, and the latter sends less."""
 
 from __future__ import annotations
 
