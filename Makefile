@@ -1,4 +1,4 @@
-# Two commands: `make train` trains phi on real text, `make test` runs the tests. Each sets up what it needs in .venv.
+# The two main targets are `make train`, which trains phi on real text, and `make test`. Each sets up .venv as needed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -11,22 +11,22 @@ ARGS ?=
 .PHONY: help train test test-slow test-kernels lint format docs wheel bench sanitize attack clean
 
 help:
-	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
+	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --tokens ...")'
 	@echo 'make test       run the tests'
 	@echo 'make test-slow  run the tests marked slow'
-	@echo 'make test-kernels  the kernels with another torch and Triton (TORCH="2.8.*" TRITON="3.4.*" PYTHON=python3.12)'
-	@echo 'make lint       ruff, mypy, clang-format'
-	@echo 'make format     ruff and clang-format, in place'
-	@echo 'make docs       the documentation as a site, in build/site; warnings are errors'
-	@echo 'make wheel      wheel and sdist, in build/dist'
-	@echo 'make bench      the benchmarks, each beside its peers'
-	@echo 'make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo 'make attack     kills, flipped bits, damaged headers, hostile programs and op calls, for an hour (ARGS="--minutes ... --seed ...")'
+	@echo 'make test-kernels  test the kernels with another torch and Triton (TORCH="2.8.*" TRITON="3.4.*" PYTHON=python3.12)'
+	@echo 'make lint       check with ruff, mypy and clang-format'
+	@echo 'make format     format with ruff and clang-format'
+	@echo 'make docs       build the documentation site in build/site; warnings are errors'
+	@echo 'make wheel      build wheel and sdist in build/dist'
+	@echo 'make bench      run the benchmarks, each with its peers'
+	@echo 'make sanitize   run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make attack     test with random kills, damaged files, hostile programs and op calls for an hour (ARGS="--minutes ... --seed ...")'
 
 train: $(VENV)/.run
 	$(BIN)/python -m phi_fast.train $(ARGS)
 
-# One thread per process: the tests run two at a time, and threads that wait for each other would slow both down.
+# One thread per process: two tests run at a time, and more threads than cores would slow both down.
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.dev
@@ -35,8 +35,8 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
-# The kernels' tests with another Python, torch and Triton, in an environment of its own; all else is in .venv's versions.
-# Triton before 3.9 interprets loops wrongly with numpy 2.4 and later, which those versions exclude.
+# Runs the kernels' tests in a separate environment with another Python, torch and Triton; other packages have the
+# versions of constraints.txt. Triton before 3.9 interprets loops wrongly with numpy 2.4 and later, which those exclude.
 TORCH ?= 2.8.*
 TRITON ?= 3.4.*
 OTHER = build/kernels-python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')-torch-$(subst *,x,$(TORCH))-triton-$(subst *,x,$(TRITON))
@@ -91,7 +91,7 @@ $(VENV)/.dev: $(BIN)/python $(SETUP) $(SOURCES)
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.run
 
-# litgpt's own pins exclude this project's versions of what both use.
+# litgpt is installed without its dependencies, because its pins exclude this project's versions of shared packages.
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) --editable '.[bench]'
 	$(PIP) --no-deps litgpt

@@ -15,7 +15,7 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 
 def instruction_sets() -> dict[str, str]:
-    """Name -> the compiler's names for what its kernels use, from csrc/cpu/kernels_NAME.cpp itself."""
+    """Map each name to its target attribute for the compiler, read from csrc/cpu/kernels_NAME.cpp."""
     found = {}
     for path in sorted(Path("csrc/cpu").glob("kernels_*.cpp")):
         if match := re.search(r'#pragma GCC target\("([^"]+)"\)', path.read_text(encoding="utf-8")):
@@ -24,15 +24,17 @@ def instruction_sets() -> dict[str, str]:
 
 
 def omitted(knows: Callable[[str], bool], machine: str) -> list[str]:
-    """Instruction sets of this kind of processor whose kernels the compiler cannot make (AMX needs GCC 11)."""
+    """List the instruction sets whose kernels this compiler cannot build (AMX needs GCC 11)."""
     if machine not in ("x86_64", "AMD64"):
-        return []  # the kernels' files are empty there
+        return []  # other processors compile these files to nothing
     return [name for name, target in instruction_sets().items() if not knows(target)]
 
 
 class BuildExtension(build_ext):
-    """Leaves out instruction sets that the compiler does not know, and says so: here, and in phi_fast.verify, since pip
-    shows what a build says with --verbose only."""
+    """Leaves out instruction sets that the compiler does not know, and prints which.
+
+    phi_fast.verify prints them, too, because pip shows a build's output only with --verbose.
+    """
 
     def build_extensions(self) -> None:
         for name in omitted(self.knows, platform.machine()):
@@ -41,7 +43,7 @@ class BuildExtension(build_ext):
         super().build_extensions()
 
     def knows(self, target: str) -> bool:
-        """Whether a function for these instructions compiles. Clang only warns of names that it does not know."""
+        """Return whether a function for these instructions compiles; Clang's warning for unknown names is an error."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cpp"
             source.write_text(f'__attribute__((target("{target}"))) int probe() {{ return 0; }}\n', encoding="utf-8")
@@ -58,7 +60,7 @@ extension = Pybind11Extension(
     depends=HEADERS,
     include_dirs=["csrc"],
     cxx_std=17,
-    # A multiply and an add are fused where the source says so, not where a compiler or a processor happens to.
+    # Multiply-adds are fused only where the source says so, so that the results do not depend on the compiler.
     extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra"],
     extra_link_args=["-pthread"] if platform.system() == "Linux" else [],
 )

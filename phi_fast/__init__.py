@@ -14,7 +14,7 @@ __all__ = ["Phi", "PhiConfig", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Phi` is imported when it is asked for: commands that need no torch start without it."""
+    """Import `Phi` on first use, so that commands that do not need torch start without it."""
     if name == "Phi":
         from .model.phi import Phi
 

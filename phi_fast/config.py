@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MAX_CONTEXT = 2**20
-"""The longest context, in tokens. No weight has its length, but tables and caches are sized by it."""
+"""Limit of max_position_embeddings, in tokens: no weight has this length, but tables and caches do."""
 
 
 @dataclass(frozen=True)
@@ -15,26 +15,27 @@ class PhiConfig:
     """Shape of a phi model. The defaults are phi-1.5 (arXiv 2309.05463, and `microsoft/phi-1_5`'s config.json)."""
 
     vocab_size: int = 51200
-    """Rows of the embedding and of lm_head. 51200 is padded: phi's tokenizer has 50295 ids."""
+    """Rows of the embedding and of lm_head. 51200 includes padding: phi's tokenizer has 50295 ids."""
     hidden_size: int = 2048
     """Width d of the residual stream; num_attention_heads × 64."""
     num_hidden_layers: int = 24
-    """Parallel blocks."""
+    """Number of parallel blocks."""
     num_attention_heads: int = 32
-    """Attention heads of 64 dims each; phi-1.5 has no grouped heads."""
+    """Attention heads of dimension 64; phi-1.5 has no grouped-query attention."""
     max_position_embeddings: int = 2048
-    """Context: the longest sequence, in tokens."""
+    """Context length: the longest sequence, in tokens."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     layer_norm_eps: float = 1e-5
-    """Epsilon under the root in every LayerNorm."""
+    """Epsilon under the square root in every LayerNorm."""
     initializer_range: float = 0.02
-    """Standard deviation of every Linear and Embedding at initialisation; biases start at 0."""
+    """Standard deviation of every Linear and Embedding weight at initialisation; biases start at 0."""
     bos_token_id: int | None = 50256
-    """Id before the first token of a text: `<|endoftext|>` (transformers' own PhiConfig defaults to 1). None: the
-    tokenizer's, once it is known; it may have none."""
+    """Token id that begins a text: `<|endoftext|>` (transformers' own PhiConfig defaults to 1). None: the tokenizer's
+    id, if it has one."""
     eos_token_id: int | None = 50256
-    """Id that ends a text: `<|endoftext|>` (transformers' own PhiConfig defaults to 2). None: as above."""
+    """Token id that ends a text: `<|endoftext|>` (transformers' own PhiConfig defaults to 2). None: the tokenizer's id,
+    if it has one."""
 
     def __post_init__(self) -> None:
         if self.hidden_size != 64 * self.num_attention_heads:
@@ -53,12 +54,12 @@ class PhiConfig:
 
     @property
     def head_dim(self) -> int:
-        """Dims a head: 64 in every phi of this family."""
+        """Dimension of a head: 64 in every phi of this family."""
         return 64
 
     @property
     def rotary_dim(self) -> int:
-        """The first dims of each head that rotate: half. The others pass through."""
+        """Number of leading dims of each head that are rotated: half of them. The others pass through."""
         return 32
 
     @property
@@ -68,29 +69,32 @@ class PhiConfig:
 
     @staticmethod
     def preset(name: str) -> PhiConfig:
-        """`"phi-1.5"`, `"phi-small"` or `"phi-tiny"`. Raises ValueError for another name."""
+        """Return the shape of `"phi-1.5"`, `"phi-small"` or `"phi-tiny"`. Raises ValueError for another name."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not one of {', '.join(map(repr, PRESETS))}")
         return PRESETS[name]
 
     def replace(self, **changes: Any) -> PhiConfig:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def num_parameters(self) -> int:
-        """Every parameter: embedding, blocks, final LayerNorm, lm_head with its bias."""
+        """Count all parameters: embedding, blocks, final LayerNorm, lm_head with its bias."""
         d, block = self.hidden_size, 12 * self.hidden_size**2 + (3 + 1 + 4 + 1 + 2) * self.hidden_size
         return self.num_hidden_layers * block + 2 * d + 2 * self.vocab_size * d + self.vocab_size
 
     def matmul_parameters(self) -> int:
-        """N of the 6N rule: weights that take part in a matrix product (no embedding, bias or LayerNorm)."""
+        """Count N of the 6N rule: weights used in a matrix product (no embedding, bias or LayerNorm)."""
         return self.num_hidden_layers * 12 * self.hidden_size**2 + self.vocab_size * self.hidden_size
 
     def flops_per_token(self, sequence_length: int, *, causal: bool) -> int:
-        """Forward and backward FLOPs per token: 6N, and attention's two products counted full or causal (half)."""
+        """Count forward and backward FLOPs per token: 6N, plus attention's two products.
+
+        causal: count half of attention's products, those on or below the diagonal; otherwise all of them.
+        """
         attention = 12 * self.num_hidden_layers * self.hidden_size * sequence_length
         return 6 * self.matmul_parameters() + (attention // 2 if causal else attention)
 

@@ -1,4 +1,4 @@
-"""`python -m phi_fast.convert SOURCE OUT`: a phi model from any of its layouts into another, a tensor at a time.
+"""`python -m phi_fast.convert SOURCE OUT`: convert a phi model from one layout to another, one tensor at a time.
 
 SOURCE is a run directory, one of its checkpoints, a folder in Hugging Face's, phi-msft's, MixFormer's or the merged
 layout (safetensors, sharded or not; .bin for the older ones), or a name on the Hugging Face hub.
@@ -37,7 +37,7 @@ GIGABYTE = 10**9
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Convert a phi model; the result of --to hf loads with AutoModelForCausalLM and AutoTokenizer as it is."""
+    """Convert a phi model; AutoModelForCausalLM and AutoTokenizer can load the result of --to hf directly."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A run directory, a checkpoint, a model folder, or OWNER/NAME on the Hugging Face hub."""
@@ -46,14 +46,14 @@ class ConvertOptions:
     to: Literal["hf", "phi-msft", "mixformer", "merged"] = "hf"
     """Layout to write. hf: transformers' `phi`. merged: this project's own."""
     dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep"
-    """Storage of the weights; keep: bit for bit as they are. fp32 of a run that trained in 16 bits: the fp32 weights
-    that its checkpoint has."""
+    """dtype of the written weights; keep: unchanged, bit for bit. fp32 from a run that trained in 16 bits: the fp32
+    master weights of its checkpoint."""
     tokenizer: str | None = None
     """Tokenizer to write beside the weights (as in `prepare`). Default: the source's own."""
     max_shard_gb: float = 5.0
     """Largest weights file, in 10⁹ bytes; a larger model is sharded, with an index."""
     overwrite: bool = False
-    """Replace OUT where it exists and holds nothing but what an earlier `convert` wrote."""
+    """Replace OUT if it exists and holds only what an earlier `convert` wrote."""
 
 
 def convert(
@@ -61,15 +61,15 @@ def convert(
     progress: Callable[[int, int], None] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Write `options.out`; it appears only when it is complete.
+    """Write `options.out`, which appears only when it is complete; returns it.
 
-    progress(tensors done, of) is called along the way; tell(line) with what was copied from the source, and what was
-    changed or left out. Memory: the largest tensor and its copy, whatever the model's size. Raises ConversionError;
-    OUT is then untouched.
+    progress(done, total) is called for each tensor; tell(line) is called for what was copied from the source, changed
+    or left out. Memory: the largest tensor and its copy, whatever the model's size. Raises ConversionError, and
+    UsageError if OUT cannot be written; OUT is then untouched.
     """
     if not 0 < options.max_shard_gb < math.inf:
         raise ConversionError(f"--max-shard-gb {options.max_shard_gb}: expected a size above 0")
-    if options.out.exists() and not options.overwrite:  # before a source is downloaded
+    if options.out.exists() and not options.overwrite:  # checked before a source is downloaded
         target.check(options.out, (), overwrite=False)
     source = Source.open(options.source)
     read = [source.folder, *source.paths, *([source.run] if source.run else [])]
@@ -77,7 +77,7 @@ def convert(
     if options.dtype == "fp32" and any(source.dtype(part).itemsize == 2 for part in source.parts):
         kept = use_masters(source)
         tell("fp32 weights: " + ("the run's own, not its 16-bit weights" if kept else "the 16-bit weights, widened"))
-    with writing(options.out, "make room or give the right to, or name another folder"):
+    with writing(options.out, "make room or grant write permission, or name another folder"):
         target.write(options.out, lambda folder: _fill(folder, source, options, progress, tell))
     return options.out
 

@@ -1,4 +1,4 @@
-"""Errors whose message is meant for the person at the terminal."""
+"""Errors whose message is meant for the user."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ INTERRUPTED = 75
 
 
 class PhiFastError(Exception):
-    """The base of all errors that explain themselves: a command prints the message, without a traceback."""
+    """Base class of the errors for users: a command prints the message, without a traceback."""
 
     status = 2
-    """Exit status of a command that the error ends."""
+    """Exit status of a command that this error ends."""
     one_rank = False
-    """False: every rank raises it alike, and rank 0 reports it. True: the rank that raises it reports it."""
+    """False: every rank raises the error, and rank 0 reports it. True: the rank that raises it reports it."""
 
 
 class UsageError(PhiFastError, ValueError):
-    """What was asked for cannot be carried out; the message says what to change."""
+    """The user's request cannot be carried out; the message says what to change."""
 
 
 class MachineError(UsageError):

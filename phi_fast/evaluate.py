@@ -1,4 +1,4 @@
-"""`python -m phi_fast.evaluate --model M --tasks paper`: the report's evaluations, beside its own figures."""
+"""`python -m phi_fast.evaluate --model M --tasks paper`: run the report's evaluations and compare with its figures."""
 
 from __future__ import annotations
 
@@ -43,34 +43,36 @@ SUITES = {
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a model as the report does; a stopped evaluation goes on where it was."""
+    """Evaluate a model as the report does; a stopped evaluation is resumed by the same command."""
 
     model: str
     """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
     tasks: Names = ("paper",)
-    """Tasks, with commas or spaces between them, or the suites "paper" (the report's fourteen) and "cheap"."""
+    """Tasks, separated by commas or spaces, or the suites "paper" (the report's fourteen) and "cheap"."""
     data: Path | None = None
-    """Folder with TASK.jsonl files of questions (docs/evaluation.md). Default: the hub's data sets."""
+    """Folder with the questions in files TASK.jsonl (docs/evaluation.md). Default: the data sets of the Hugging Face
+    hub."""
     out: Path | None = None
-    """Where results go. Default: `evaluation/` in the model's directory, or in the current one for a hub's model."""
+    """Folder for the results. Default: `evaluation/` in the model's directory, or in the current one for a model from
+    the hub."""
     limit: int | None = None
-    """First questions of each task only; for a quick look, not for a figure to quote."""
+    """Number of questions per task, taken from the start; for a quick look, not for a figure to quote."""
     allow_code_execution: bool = False
-    """Run the programs that the model writes (gsm8k, humaneval, mbpp), in a sandbox. Off: those tasks are not run."""
+    """Run the programs that the model writes (gsm8k, humaneval, mbpp) in a sandbox. Off: those tasks are not run."""
     mmlu_shots: int = multiple_choice.MMLU_SHOTS
     """Examples before each MMLU question; the report has 2."""
     batch_tokens: int = 4096
-    """Tokens a scoring batch; the results do not depend on it."""
+    """Tokens per batch when scoring; the results do not depend on it."""
     generate_batch: int = 8
-    """Prompts a generating batch; the results do not depend on it."""
+    """Prompts per batch when generating; the results do not depend on it."""
     device: str = "auto"
-    """auto: CUDA where torch sees a GPU, else cpu."""
+    """auto: CUDA if torch sees a GPU, else cpu."""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """auto: fp16 on CUDA, fp32 on a CPU."""
     tokenizer: str | None = None
-    """Another tokenizer than the model's own (as in `prepare`)."""
+    """Tokenizer to use (as in `prepare`). Default: the model's own."""
     plot: bool = True
-    """Draw benchmarks.png and .svg, and safety.png and .svg where toxigen was run."""
+    """Draw benchmarks.png and .svg, and safety.png and .svg if toxigen was run."""
 
 
 def main() -> int:
@@ -85,15 +87,15 @@ def main() -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; the same command resumes here")
         return 130
     return 0
 
 
 def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult]:
-    """Run the tasks, write results as each is done, print the table and draw the figures.
+    """Run the tasks, write the results after each of them, print the table and draw the figures.
 
-    Raises UsageError before any work for a task that is unknown or cannot be run.
+    Raises UsageError, before any work, for a task that is unknown or cannot be run.
     """
     tasks, left_out = plan(options)
     for task, reason in left_out.items():
@@ -139,41 +141,49 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
 
 
 def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
-    """The tasks to run, and those of a suite that cannot be, with the reason. A task that is named must be possible."""
+    """Return the tasks to run, and the tasks of a suite that cannot be run, with the reason.
+
+    Raises UsageError for invalid options, and for a task named by itself that cannot be run.
+    """
+    _check(options)
+    wanted = list(dict.fromkeys(task for item in options.tasks for task in SUITES.get(item, (item,))))
+    left_out = {task: reason for task in wanted if (reason := _obstacle(task, options))}
+    for task, reason in left_out.items():
+        if task in options.tasks:
+            raise UsageError(f"{task}: {reason}")
+    return [task for task in wanted if task not in left_out], left_out
+
+
+def _check(options: EvaluateOptions) -> None:
+    """Raise UsageError for invalid options."""
     check_names(options)
     for name, least in (("limit", 1), ("mmlu_shots", 0), ("batch_tokens", 1), ("generate_batch", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
-    named = [task for task in options.tasks if task not in SUITES]
-    unknown = [task for task in named if task not in SUITES["paper"]]
+    unknown = [task for task in options.tasks if task not in SUITES and task not in SUITES["paper"]]
     if unknown:
         raise UsageError(
-            f"unknown tasks: {', '.join(unknown)}; known are {', '.join(SUITES['paper'])} and the suites "
+            f"unknown tasks: {', '.join(unknown)}; expected {', '.join(SUITES['paper'])} or the suites "
             f"{', '.join(SUITES)}"
         )
-    wanted = list(dict.fromkeys(task for item in options.tasks for task in SUITES.get(item, (item,))))
     if options.data is not None and not options.data.is_dir():
-        raise UsageError(f"--data {options.data} is no folder")
+        raise UsageError(f"--data {options.data} is not a folder")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out} is no folder: name another")
-    left_out = {}
-    for task in wanted:
-        reason = None
-        if task in generative.CODE_TASKS and not options.allow_code_execution:
-            reason = "it runs programs that the model writes; add --allow-code-execution to run them in a sandbox"
-        elif options.data is not None:
-            path = find_file(options.data, task)
-            if path is None:
-                reason = f"{options.data} has no {task}.jsonl"
-            else:  # read once before the first question is asked: a wrong line ends it here
-                rows = read_rows(path, task)
-                reason = multiple_choice.missing_examples(rows, options.mmlu_shots) if task == "mmlu" else None
-        if reason and task in named:
-            raise UsageError(f"{task}: {reason}")
-        if reason:
-            left_out[task] = reason
-    return [task for task in wanted if task not in left_out], left_out
+        raise UsageError(f"--out {options.out} is not a folder: name another")
+
+
+def _obstacle(task: str, options: EvaluateOptions) -> str | None:
+    """Return why a task cannot be run, or None. A local file of questions is read, so that a bad line is found now."""
+    if task in generative.CODE_TASKS and not options.allow_code_execution:
+        return "it runs programs that the model writes; add --allow-code-execution to run them in a sandbox"
+    if options.data is None:
+        return None
+    path = find_file(options.data, task)
+    if path is None:
+        return f"{options.data} has no {task}.jsonl"
+    rows = read_rows(path, task)
+    return multiple_choice.missing_examples(rows, options.mmlu_shots) if task == "mmlu" else None
 
 
 def run_task(task: str, lm: Any, options: EvaluateOptions) -> TaskResult:
@@ -185,7 +195,7 @@ def run_task(task: str, lm: Any, options: EvaluateOptions) -> TaskResult:
 
 
 def fingerprint(source: Source, options: EvaluateOptions) -> str:
-    """Which weights, tokenizer and precision an answer is of."""
+    """Identify the weights, tokenizer and precision that responses come from."""
     weights = sorted(source.folder.glob("*.safetensors")) + sorted(source.folder.glob("*.bin"))
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     tokenizer = vocabulary.digest(find_tokenizer(source, options.tokenizer))
@@ -194,7 +204,7 @@ def fingerprint(source: Source, options: EvaluateOptions) -> str:
 
 
 def show(done: dict[str, TaskResult], name: str, console: Console) -> None:
-    """The model beside the report's, as a table; "?" marks what was not checked against a primary source."""
+    """Print the model's scores beside the report's; "?" marks figures not checked against a primary source."""
     models = [model for model in paper.models() if any(paper.score(model, task) for task in done)]
     table = Table(title=f"{name} beside the report ({paper.SOURCE})")
     table.add_column("task", no_wrap=True)
@@ -212,7 +222,7 @@ def show(done: dict[str, TaskResult], name: str, console: Console) -> None:
 
 
 def draw(done: dict[str, TaskResult], name: str, out: Path, console: Console) -> None:
-    """The figures that the results allow. Says so where matplotlib is missing: the numbers are written already."""
+    """Draw the figures that the results allow, or print that matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""Writing files so that neither a crash, nor a full disk, nor a second process can spoil them."""
+"""Writing of files so that neither a crash, nor a full disk, nor a second process can corrupt them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -23,14 +22,13 @@ from .errors import UsageError
 from .json_files import JsonFileError, read_object
 
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-"""What file systems without flock answer: NFS without a lock daemon, some FUSE and parallel ones."""
+"""Errors of file systems without flock: NFS without a lock daemon, some FUSE and parallel file systems."""
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
-"""What file systems without an fsync for directories answer (CIFS, some FUSE and shared folders): their renames are
-as durable as they can be."""
+"""Errors of file systems without fsync for directories (CIFS, some FUSE and shared folders)."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it holds all of `data` or what it held before, also after a crash."""
+    """Write a file so that it holds either all of `data` or its previous content, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -45,19 +43,19 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make what was written to a file last through a power loss."""
+    """Make a file's content survive a power loss."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Compute the hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the renames done in `directory` last through a power loss, where its file system can."""
+    """Make the renames in `directory` survive a power loss, if its file system can."""
     if os.name != "posix":  # Windows cannot open a directory, and its renames are journalled
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -71,17 +69,17 @@ def sync_directory(directory: Path) -> None:
 
 
 def check_names(options: Any) -> None:
-    """Raises UsageError where a path of a dataclass of options holds a NUL, which no system's call takes."""
+    """Raise UsageError if a path in a dataclass of options contains NUL, which no system call accepts."""
     for field in fields(options):
         value = getattr(options, field.name)
         for path in value if isinstance(value, tuple) else (value,):
             if isinstance(path, Path) and "\0" in str(path):
-                raise UsageError(f"{field.name} {str(path)!r}: no file's name holds a NUL character; name another")
+                raise UsageError(f"{field.name} {str(path)!r}: no file's name can contain NUL; name another")
 
 
 @contextmanager
 def writing(path: Path, way_out: str) -> Iterator[None]:
-    """Turn an OSError inside into a UsageError that names `path` and what to do: a full disk's own names no file."""
+    """Turn an OSError inside into a UsageError that names `path` and what to do (a full disk's error names no file)."""
     try:
         yield
     except OSError as error:
@@ -89,10 +87,11 @@ def writing(path: Path, way_out: str) -> Iterator[None]:
 
 
 class Claim:
-    """Exclusive ownership of a path by this process, through a lock file that outlives neither the process nor a kill.
+    """Exclusive ownership of a path by this process, through a lock file. A kill of the process releases it, too.
 
-    The kernel holds the lock where the file system has `flock`; elsewhere filelock's marker file does, which is broken
-    when its process is gone. A file beside the lock says who holds it, for the message of whoever comes second.
+    The kernel holds the lock if the file system supports `flock`; elsewhere filelock's marker file is used, which
+    counts only while its process lives. A file beside the lock names the owner, for the error message of another
+    process.
     """
 
     def __init__(self, lock: BaseFileLock, holder: Path) -> None:
@@ -102,15 +101,15 @@ class Claim:
     def take(
         lock_file: Path, what: str, *, wait: float = 0.0, tell: Callable[[str], None] | None = None, way_out: str = ""
     ) -> Claim:
-        """Own `what` (for messages) from now on; waits up to `wait` seconds for another owner to end.
+        """Take the lock, waiting up to `wait` seconds for another owner to end.
 
-        tell: called once with a line that says for whom it waits, before it does.
-        Raises UsageError, which names the owner and what to do, where it is taken still; OSError where the lock file
-        cannot be made.
+        what: name of the locked thing in messages. tell: called once with a line that names the owner, before waiting.
+        Raises UsageError, which names the owner and says what to do (`way_out`), if another process still holds the
+        lock; OSError if the lock file cannot be made.
         """
         lock, holder = _lock(lock_file), lock_file.with_name(f"{lock_file.name}.holder")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # filelock's, where it falls back to a marker file
+            warnings.simplefilter("ignore")  # filelock warns when it falls back to a marker file
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -127,29 +126,27 @@ class Claim:
                         f"{what} is in use by {owner}: {advice}; if no such process runs, remove {lock_file}"
                     ) from None
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # the lock counts; this is for a message
+        with suppress(OSError):  # only the lock matters; this file is for a message
             holder.write_text(json.dumps(me), encoding="utf-8")
         return Claim(lock, holder)
 
     def release(self) -> None:
-        """Give the path up, and leave nothing of the claim beside or in it."""
+        """Release the lock and remove its files."""
         self._holder.unlink(missing_ok=True)
-        if not isinstance(self._lock, SoftFileLock):  # a marker is removed by its own release
-            # While it is held: who waits for this file looks whether it still has its name, and takes the new one.
+        if not isinstance(self._lock, SoftFileLock):  # SoftFileLock removes its file itself
+            # Removed while locked: a process that waits for this file sees that its name is gone and makes a new one.
             Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
     def __enter__(self) -> Claim:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 def _lock(file: Path) -> BaseFileLock:
-    """The kernel's lock, or a marker file where the file system has none: filelock alone knows one of its answers."""
+    """Make a kernel lock, or a marker file if the file system has no flock (filelock knows only one of the errors)."""
     probe = file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(probe, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""`python -m phi_fast.generate --model RUN_OR_FOLDER`: continue prompts, files of prompts, or talk."""
+"""`python -m phi_fast.generate --model RUN_OR_FOLDER`: continue prompts or files of prompts, or chat."""
 
 from __future__ import annotations
 
@@ -38,38 +38,38 @@ from .terminal import printable
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue text with a trained phi: --prompt, a --file of them, standard input, or a --chat."""
+    """Continue text with a trained phi: from --prompt, from --file, from standard input, or in a --chat."""
 
     model: str
     """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
     prompt: tuple[str, ...] = ()
-    """Text to continue; several are a batch. Default: standard input, or a chat where that is a terminal. Of a prompt
-    that leaves no room in the model's context its end is read."""
+    """Text to continue; several prompts are batched. Default: standard input, or a chat if that is a terminal. If a
+    prompt leaves no room in the model's context, only its end is read."""
     file: Path | None = None
-    """Prompts to continue, in UTF-8: one per line, or with .jsonl one object with a "prompt" per line."""
+    """File of prompts in UTF-8: one per line, or in a .jsonl file one object with a "prompt" per line."""
     out: Path | None = None
-    """Where the results of --file go, as JSON lines in the file's order, written when all are there. Default:
+    """File for the results of --file: JSON lines in the order of the prompts, written when all are complete. Default:
     standard output."""
     chat: bool = False
-    """Talk: each line is put into a dialogue and the answer is streamed; an empty line or end of input leaves."""
+    """Chat: each line is added to a dialogue and the answer is streamed; an empty line or the end of input ends it."""
     user: str = "Alice"
-    """Name that a chat gives to you. phi is no assistant: it continues a dialogue between two people."""
+    """Your name in a chat. phi is not an assistant: it continues a dialogue between two people."""
     assistant: str = "Bob"
-    """Name that a chat gives to the model."""
+    """The model's name in a chat."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.8))
-    """How tokens are drawn. In --stop, "\\n" is a newline, "\\t" a tab and "\\\\" a backslash."""
+    """How tokens are sampled. In --stop, "\\n" is a newline, "\\t" a tab and "\\\\" a backslash."""
     n: int = 1
-    """Samples of each prompt; they differ, so that the temperature must be above 0."""
+    """Samples per prompt; more than 1 needs a temperature above 0."""
     batch_size: int = 8
-    """Prompts at once, sorted by length; the results do not depend on it."""
+    """Prompts per batch, sorted by length; the results do not depend on it."""
     device: str = "auto"
-    """auto: CUDA where torch sees a GPU, else cpu."""
+    """auto: CUDA if torch sees a GPU, else cpu."""
     dtype: str = "auto"
     """auto: fp16 on CUDA, fp32 on a CPU. Or fp32, fp16, bf16."""
     tokenizer: str | None = None
-    """Another tokenizer than the model's own (as in `prepare`)."""
+    """Tokenizer to use (as in `prepare`). Default: the model's own."""
     quiet: bool = False
-    """No speed line on standard error."""
+    """Print no speed on standard error."""
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def unescape(text: str) -> str:
-    """What a shell's user means by "\\n": the escapes of a Python string. Raises UsageError for half of one."""
+    """Replace the escapes of a Python string, such as "\\n", by their characters; UsageError for a bad escape."""
     try:
         return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError as error:
@@ -100,7 +100,7 @@ def unescape(text: str) -> str:
 
 
 def check(options: GenerateOptions) -> None:
-    """Raises UsageError for options that do not go together, or results that could not be written."""
+    """Raise UsageError for options that exclude each other, or results that could not be written."""
     if (options.file is not None) + bool(options.prompt) + options.chat > 1:
         raise UsageError("--prompt, --file and --chat exclude each other: name one")
     if options.n < 1:
@@ -113,14 +113,14 @@ def check(options: GenerateOptions) -> None:
         _require_text(prompt, "--prompt")
     if options.out is not None:
         if options.file is None:
-            raise UsageError("--out is where the results of --file go: name that, or leave --out")
+            raise UsageError("--out is for the results of --file: give --file, or leave --out out")
         _check_out(options.out, options.file)
     if options.file is not None and options.file.is_file():  # a pipe can be read only once
         read_prompts(options.file)
 
 
 def _check_out(out: Path, file: Path) -> None:
-    """Before a model is loaded: what would fail at the end. Nothing is written."""
+    """Raise UsageError if `out` could not be written at the end, without writing anything now."""
     if out.exists():
         if file.exists() and out.samefile(file):
             raise UsageError(f"--out {out} is the file of prompts, {file}, itself: name another")
@@ -132,15 +132,15 @@ def _check_out(out: Path, file: Path) -> None:
 
 
 def _require_text(text: str, where: str) -> None:
-    """Raises UsageError for bytes that Python could not read as characters, or half of a pair of surrogates."""
+    """Raise UsageError for bytes that Python could not decode, or an unpaired surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{where} has {text[error.start]!r} in place {error.start}, which is no UTF-8 text") from None
+        raise UsageError(f"{where} has {text[error.start]!r} at position {error.start}, which is not UTF-8") from None
 
 
 def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console) -> int:
-    """The command, with the model loaded."""
+    """Run the command with the loaded model; returns its exit status."""
     start = time.perf_counter()
     talk = options.chat or (sys.stdin.isatty() and not options.file and not options.prompt)
     if options.file:
@@ -152,14 +152,13 @@ def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Con
     else:
         results = from_prompts(replace(options, prompt=(_standard_input(),)), model, tokenizer, sys.stdout)
     tokens, seconds = sum(len(result.tokens) for result in results), time.perf_counter() - start
-    if not options.quiet and not talk:  # the time of a chat is the user's
+    if not options.quiet and not talk:  # a chat's time is mostly the user's typing
         console.print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
     return 0
 
 
 def from_prompts(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, out: TextIO) -> list[Completion]:
-    """One prompt is echoed and its text streamed; several, or several samples, are printed whole, each under its
-    number."""
+    """Print a single prompt and stream its text; print several prompts or samples when complete, with numbers."""
     prompts = _repeated(options.prompt, options.n)
     if len(prompts) == 1:
         _show(out, prompts[0])
@@ -173,7 +172,7 @@ def from_prompts(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, out
 
 
 def from_file(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console) -> list[Completion]:
-    """JSON lines {"prompt", "completion", "tokens", "reason"}, --n of them for each line of the file."""
+    """Write JSON lines {"prompt", "completion", "tokens", "reason"}: --n lines per prompt in the file."""
     assert options.file is not None
     prompts = _repeated(read_prompts(options.file), options.n)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -204,7 +203,7 @@ def _repeated(prompts: Sequence[str], n: int) -> list[str]:
 
 
 def _write(out: Path, text: str) -> None:
-    with writing(out, "make room or give the right to, or name another --out"):
+    with writing(out, "make room or grant write permission, or name another --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and not out.is_file():  # a pipe, a device
             out.write_text(text, encoding="utf-8")
@@ -213,10 +212,10 @@ def _write(out: Path, text: str) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file. Raises UsageError naming the line that has none, or is not UTF-8 or JSON."""
+    """Read a file of prompts. Raises UsageError naming a line that has no prompt, or is not UTF-8 or JSON."""
     text = decode(path.read_bytes(), str(path))
     if path.suffix != ".jsonl":
-        prompts = [line for line in text.split("\n") if line]  # one may hold the other breaks that splitlines knows
+        prompts = [line for line in text.split("\n") if line]  # splitlines would also split at other characters
         return prompts or _no_prompts(path)
     prompts = []
     for where, value in parse_lines(text.encode(), str(path), whole=True):
@@ -231,13 +230,15 @@ def _no_prompts(path: Path) -> NoReturn:
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text, with or without a mark at its beginning, and with "\\n" for each line's end. Raises UsageError that
-    names the line and byte that is not UTF-8."""
+    """Decode UTF-8 text, with or without a byte order mark, with "\\n" for every line end.
+
+    Raises UsageError naming the line and the byte that is not UTF-8.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UsageError(f"{where}:1 begins as UTF-16 does, expected UTF-8: save it as UTF-8") from None
+            raise UsageError(f"{where}:1 looks like UTF-16, expected UTF-8: save it as UTF-8") from None
         line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
         raise UsageError(
             f"{where}:{line} has byte 0x{byte:02x}, which is not UTF-8 (it is {bytes([byte]).decode('latin-1')!r} in "
@@ -252,7 +253,7 @@ def _standard_input() -> str:
 
 
 def chat(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, lines: TextIO, out: TextIO) -> list[Completion]:
-    """A dialogue, of which the model's context holds the end."""
+    """Hold a dialogue; when it outgrows the model's context, the model sees only its end."""
     stop = (f"\n{options.user}:", f"\n{options.assistant}:", *options.sampling.stop)
     sampling = replace(options.sampling, stop=stop)
     dialogue = ""
@@ -271,7 +272,7 @@ def chat(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, lines: Text
 
 
 def _show(out: TextIO, text: str) -> None:
-    """Write what a model or a user said: as it is to a file or a pipe, its control characters visible to a terminal."""
+    """Write text from a model or a user: as it is to a file or pipe, with control characters escaped to a terminal."""
     out.write(printable(text) if out.isatty() else text)
     out.flush()
 

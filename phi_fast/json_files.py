@@ -1,7 +1,7 @@
-"""Read JSON that somebody else may have written: every assumption is checked, and named where it fails.
+"""Reading of JSON from outside: every assumption is checked, and the error names what is wrong.
 
-A file is read only if it is a regular one of a bounded size: a FIFO or a device never blocks a run or fills its memory.
-Its text is UTF-8, its JSON strict (no NaN) and not nested without end, and `Fields` reads each value with its type and
+Only regular files of a bounded size are read, so that a FIFO or a device cannot block a run or fill its memory. The
+text must be UTF-8, the JSON strict (no NaN) and nested to a bounded depth, and `Fields` checks each value's type and
 range.
 """
 
@@ -19,19 +19,19 @@ from typing import Any, NoReturn
 from .errors import UsageError
 
 MAX_BYTES = 64 * 2**20
-"""A file's largest size unless a caller allows more: far above any manifest, configuration or tokenizer."""
+"""Default limit of a file's size: far above any manifest, configuration or tokenizer."""
 MAX_LINE_BYTES = 16 * 2**20
 """The longest line of a JSON-lines file."""
 MAX_DEPTH = 100
-"""Objects and arrays inside each other."""
+"""The deepest nesting of objects and arrays."""
 
 
 class JsonFileError(UsageError):
-    """A file is not the JSON it should be; the message names the file, the field and what was expected."""
+    """A file does not hold the expected JSON; the message names the file, the field and what was expected."""
 
 
 def read_regular(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most `max_bytes`, never waiting.
+    """Read a regular file of at most `max_bytes`, without ever blocking.
 
     Raises FileNotFoundError and other OSErrors as `open` does, and JsonFileError for a FIFO, a device, a folder, or a
     larger file.
@@ -43,31 +43,31 @@ def read_regular(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
             raise JsonFileError(f"{path} is {_kind(status.st_mode)}, expected a regular file")
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise JsonFileError(f"{path} has more than {max_bytes:,} bytes: it is not the file that its name says")
+        raise JsonFileError(f"{path} has more than {max_bytes:,} bytes, too many for such a file")
     return data
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The value in a JSON file. Raises OSError as `open` does, and JsonFileError for anything else than plain JSON."""
+    """Read a JSON file's value. Raises OSError as `open` does, and JsonFileError for anything but strict JSON."""
     return parse_json(read_regular(path, max_bytes), str(path))
 
 
 def read_object(path: Path, *, way_out: str = "", max_bytes: int = MAX_BYTES) -> Fields:
-    """The object in a JSON file, for typed reads. Raises as `read_json` does, and where the value is no object."""
+    """Read a JSON file's object, for typed reads. Raises as `read_json` does, and JsonFileError if it is no object."""
     return Fields.of(read_json(path, max_bytes=max_bytes), str(path), way_out)
 
 
 def read_lines(path: Path, *, whole: bool = False, max_bytes: int = MAX_BYTES * 64) -> Iterator[tuple[str, Any]]:
-    """("FILE:LINE", value) of each line of a JSON-lines file. Raises as `read_json` and `parse_lines` do."""
+    """Yield ("FILE:LINE", value) for each line of a JSON-lines file. Raises as `read_json` and `parse_lines` do."""
     yield from parse_lines(read_regular(path, max_bytes), str(path), whole=whole)
 
 
 def parse_lines(data: bytes, where: str, *, whole: bool = False) -> Iterator[tuple[str, Any]]:
-    """("WHERE:LINE", value) of each line of JSON lines; lines of white space alone are passed over.
+    """Yield ("WHERE:LINE", value) for each line of JSON lines; blank lines are skipped.
 
-    A last line without its line feed is one whose writing was cut short, by a kill for one: it is left out where it is
-    not JSON. whole: nobody was writing these, and such a line is an error as any other is.
-    Raises JsonFileError, naming the line.
+    A last line without a line feed may have been cut short, for example by a kill: it is skipped if it is not JSON,
+    unless `whole` is true, which says that the lines are known to be complete.
+    Raises JsonFileError naming the line.
     """
     lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -86,7 +86,7 @@ def parse_lines(data: bytes, where: str, *, whole: bool = False) -> Iterator[tup
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The value of JSON text. where: what it is called in errors. Raises JsonFileError."""
+    """Parse JSON text. where: its name in errors. Raises JsonFileError."""
     try:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
         _check_depth(value)
@@ -98,7 +98,7 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"hidden_size": 64}} -> {"model.hidden_size": 64}."""
+    """Flatten nested dicts: {"model": {"hidden_size": 64}} becomes {"model.hidden_size": 64}."""
     flat: dict[str, Any] = {}
     for key, value in fields.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -107,27 +107,27 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Fields:
-    """Typed reads from one JSON object; errors name the file and the field by its path, and say `way_out`."""
+    """Typed reads from one JSON object; errors name the file and the field's path, and end with `way_out`."""
 
     values: dict[str, Any]
     where: str
     """File, or file and line, that the object comes from."""
     way_out: str = ""
-    """What to do, the end of each message."""
+    """What the user should do, appended to each message."""
     prefix: str = ""
-    """Path of this object inside the file, with a dot at its end."""
+    """Path of this object inside the file, ending in a dot."""
     error: type[JsonFileError] = field(default=JsonFileError)
-    """What is raised: a caller may have its own kind."""
+    """Class of the errors raised."""
 
     @staticmethod
     def of(value: Any, where: str, way_out: str = "", error: type[JsonFileError] = JsonFileError) -> Fields:
-        """Raises `error` where `value` is no object."""
+        """Wrap a JSON value. Raises `error` if it is not an object."""
         if not isinstance(value, dict):
             raise error(_sentence(f"{where} holds a JSON {type(value).__name__}, expected an object", way_out))
         return Fields(value, where, way_out, error=error)
 
     def __contains__(self, name: str) -> bool:
-        """True where the field is there and not null."""
+        """Return whether the field exists and is not null."""
         return self.values.get(name) is not None
 
     def text(self, name: str) -> str:
@@ -144,14 +144,14 @@ class Fields:
         return value if isinstance(value, bool) else self.refuse(name, "true or false")
 
     def whole(self, name: str, least: int = 0, most: int = 2**63 - 1) -> int:
-        """An integer in [least, most]."""
+        """Read an integer in [least, most]."""
         value = self.values.get(name)
         good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
         reach = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
         return value if good and value is not None else self.refuse(name, f"an integer {reach}")
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """Read a finite number."""
         value = self.values.get(name)
         good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
         return float(value) if good and value is not None else self.refuse(name, "a finite number")
@@ -161,13 +161,13 @@ class Fields:
         return value if isinstance(value, list) else self.refuse(name, "a list")
 
     def inner(self, name: str) -> Fields:
-        """The object in a field."""
+        """Read an object."""
         value = self.values.get(name)
         inner = value if isinstance(value, dict) else self.refuse(name, "an object")
         return Fields(inner, self.where, self.way_out, f"{self.prefix}{name}.", self.error)
 
     def refuse(self, name: str, expected: str) -> NoReturn:
-        """Raise what is wrong with a field: for checks that this class does not have."""
+        """Raise the error for a bad field; also for checks that this class does not have."""
         found = repr(self.values[name])[:80] if name in self.values else "missing"
         message = f"{self.where}: {self.prefix}{name} is {found}, expected {expected}"
         raise self.error(_sentence(message, self.way_out))

@@ -1,7 +1,7 @@
 """The report's tables as data: arXiv 2309.05463 ("Textbooks Are All You Need II: phi-1.5 technical report").
 
-A cell is (model, task) -> Score. `certain=False` marks a figure that could not be checked against a primary source: it
-is printed with a "?" wherever it is shown.
+Each table maps (model, task) to a Score. `certain=False` marks a figure that could not be checked against a primary
+source; it is always printed with a "?".
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Score:
     certain: bool = True
     """False: could not be checked against a primary source."""
     bound: str = ""
-    """ "<" where the report prints only a bound."""
+    """ "<" if the report prints only a bound."""
     digits: int = 3
-    """Decimals of the fraction that the report gives."""
+    """Number of decimals of the fraction in the report."""
 
     def __str__(self) -> str:
         return f"{self.bound}{self.value:.{self.digits}f}{'' if self.certain else ' ?'}"
@@ -38,12 +38,12 @@ class Table:
     tasks: dict[str, str]
     """Our task name -> the report's column."""
     rows: dict[str, dict[str, Score]]
-    """Model -> task -> score; a task that is not reported is absent."""
+    """Model -> task -> score, without the tasks that are not reported."""
     source: str = SOURCE
 
 
 def _rows(tasks: dict[str, str], text: str, percent: bool = False) -> dict[str, dict[str, Score]]:
-    """Rows written as in the report: `model: .734 .756? - <3?`; "?" marks doubt, "-" nothing reported."""
+    """Parse rows written as in the report: `model: .734 .756? - <3?`; "?": not certain, "-": not reported."""
     rows = {}
     for line in text.strip().splitlines():
         model, _, cells = line.strip().rpartition(": ")
@@ -124,19 +124,14 @@ REASONING = Table(
 TABLES = (COMMON_SENSE, LANGUAGE, REASONING)
 TASKS = tuple(task for table in TABLES for task in table.tasks)
 
-SAFETY_PROMPTS = {"phi-1.5": {"pass": 47, "fail": 34, "did not understand": 4}}
-"""The report's 86 hand-written prompts. The printed counts add up to 85."""
-TOXIGEN = {"sentences": 6541, "demographics": 13}
-"""The size of its ToxiGen subset. The safety scores themselves are a bar chart without numbers: none can be quoted."""
-
 
 def models() -> list[str]:
-    """Every model of the tables, in the report's order."""
+    """List every model in the tables, in the report's order."""
     return list(dict.fromkeys(model for table in TABLES for model in table.rows))
 
 
 def score(model: str, task: str) -> Score | None:
-    """The report's figure, or None where it gives none."""
+    """Look up the report's figure; None if it gives none."""
     for table in TABLES:
         if task in table.tasks:
             return table.rows.get(model, {}).get(task)

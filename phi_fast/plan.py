@@ -1,7 +1,7 @@
-"""`python -m phi_fast.plan --recipe phi-1.5 --gpu H100 --gpus 64`: memory, time and cost before anyone pays.
+"""`python -m phi_fast.plan --recipe phi-1.5 --gpu H100 --gpus 64`: estimate a run's memory, time and cost.
 
-FLOPs and bytes of every kernel are counted from this project's code; a device does them at its data sheet's figures
-times a stated efficiency. Every figure is printed with its source. Nothing is measured on a GPU. On a CPU
+FLOPs and bytes of every kernel are counted from this project's code, and divided by the rates in the device's data
+sheet times a stated efficiency. Every figure is printed with its source. Nothing is measured on a GPU. On a CPU
 (`--device cpu`) the machine's own rates are measured first, in a second or two.
 """
 
@@ -47,45 +47,45 @@ class Options:
     """Plan a run: memory, time and cost of a recipe on a number of devices."""
 
     recipe: RecipeName | None = None
-    """What is to be trained. Default: "phi-1.5"; on a CPU "tiny"."""
+    """Recipe to plan for. Default: "phi-1.5"; on a CPU "tiny"."""
     device: Literal["gpu", "cpu"] = "gpu"
-    """gpu: the one that --gpu names. cpu: this machine, whose rates are measured first."""
+    """gpu: the GPU named by --gpu. cpu: this machine, whose rates are measured first."""
     gpu: str = "H100"
-    """Which GPU, in any case: A100-40, A100-80, H100, H200, B200, L40S, RTX-3090, RTX-4090, RTX-5090, MI300X; SXM
-    modules where there are several kinds. Any other name with --memory, --flops and --bandwidth."""
+    """GPU, in upper or lower case: A100-40, A100-80, H100, H200, B200, L40S, RTX-3090, RTX-4090, RTX-5090, MI300X; the
+    SXM module if there are several variants. Any other name needs --memory, --flops and --bandwidth."""
     memory: float | None = None
-    """Memory of one GPU, GB. Default: the data sheet's."""
+    """Memory of one GPU, GB. Default: from the data sheet."""
     flops: float | None = None
-    """Rate of one GPU, dense 16-bit TFLOP/s with fp32 sums. Default: the data sheet's."""
+    """Rate of one GPU, dense 16-bit TFLOP/s with fp32 accumulation. Default: from the data sheet."""
     bandwidth: float | None = None
-    """Bandwidth of one GPU's memory, GB/s. Default: the data sheet's."""
+    """Memory bandwidth of one GPU, GB/s. Default: from the data sheet."""
     gpus: int = 8
-    """How many, in nodes of 8."""
+    """Number of GPUs, in nodes of 8."""
     model: Literal["phi-1.5", "phi-small", "phi-tiny"] | None = None
-    """Another model than the recipe's, at its whole context."""
+    """Model to plan for instead of the recipe's, at its full context length."""
     micro_batch_size: int | None = None
-    """Rows a device handles at once. Default: the largest that fits; on a CPU at most 8."""
+    """Rows per device in one forward pass. Default: the largest that fits; on a CPU at most 8."""
     global_batch_size: int | None = None
-    """Rows a step. Default: the recipe's."""
+    """Rows per step. Default: the recipe's."""
     tokens: Count | None = None
-    """Tokens to see. Default: the recipe's."""
+    """Tokens to train on. Default: the recipe's."""
     recompute: Recompute = "norm_gelu"
     """The same option as in `phi_fast.train`."""
     precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     """auto: fp16 on a GPU, bf16 on a CPU with bf16 instructions, else fp32. GPUs are planned for 16 bits only."""
     price: float | None = None
-    """Price of a device hour, in dollars. Default: a round figure by GPU that is printed as the assumption it is."""
+    """Price of a device hour, in dollars. Default: a round figure per GPU, printed as an assumption."""
     matmul_efficiency: float | None = None
-    """Share of the data sheet's FLOP/s that large matrix products reach. Default: by GPU, printed."""
+    """Share of the data sheet's FLOP/s that large matrix products reach. Default: a figure per GPU, printed."""
     measure: bool = False
-    """Also take real steps of the trainer, on a CPU, and count what it keeps for its backward."""
+    """On a CPU, also take real training steps and measure the memory kept for the backward pass."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every figure to this file."""
     plot: Path | None = None
     """Draw scaling, memory and time into this PNG (needs matplotlib)."""
 
     def check(self) -> None:
-        """Raises UsageError, naming the option, its value and the way out."""
+        """Raise UsageError for an invalid option."""
         for name in ("gpus", "micro_batch_size", "global_batch_size", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -102,17 +102,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """All that one call of the command finds."""
+    """Everything that one call of the command computes."""
 
     job: Job
     plans: dict[Recompute, Plan]
-    """At the micro-batch of `job.recompute`."""
+    """One plan per recompute level, all with the micro-batch size chosen for `job.recompute`."""
     scaling: Scaling | None
     published: list[Comparison]
     judged: Judged | None
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, with units in the names, and the sources."""
+        """Return every figure, with units in the names, and the sources."""
         recipe, config = self.job.recipe, self.job.recipe.model
         figures = show.sources(self.job.device, self.job.price)
         return {
@@ -130,7 +130,7 @@ class Report:
 
 
 def run(options: Options) -> Report:
-    """Everything but the printing. Raises UsageError for options that do not fit together."""
+    """Compute the report without printing it. Raises UsageError for options that contradict each other."""
     options.check()
     check_names(options)
     recipe = _recipe(options)
@@ -175,18 +175,18 @@ def _recipe(options: Options) -> Recipe:
 
 
 def _levels(job: Job) -> dict[Recompute, Plan]:
-    """A plan a recompute level, all with the micro-batch of the job's own."""
+    """Make one plan per recompute level, all with the micro-batch size of the job's own plan."""
     size = plan(job).micro_batch_size
     return {level: plan(replace(job, recompute=level, micro_batch_size=size)) for level in LEVELS}
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """Options from the command line."""
+    """Parse the command line."""
     return tyro.cli(Options, args=arguments, prog="python -m phi_fast.plan", description=__doc__)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit status."""
+    """Run the command; returns its exit status."""
     tolerate_encodings()
     options = parse(arguments)
     console = table_console(soft_wrap=False)

@@ -1,6 +1,7 @@
-"""`python -m phi_fast.prepare INPUTS --tokenizer T --out DIR`: text, code and datasets into a token corpus.
+"""`python -m phi_fast.prepare INPUTS --tokenizer T --out DIR`: turn text, code and datasets into a token corpus.
 
-Also `--inspect DIR` (what a corpus holds, checksums verified) and `--adopt FILE` (wrap another program's token file).
+Also `--inspect DIR` (describe a corpus and verify its checksums) and `--adopt FILE` (wrap another program's token
+file).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .terminal import console, printable
 
 @dataclass(frozen=True)
 class Options:
-    """Make a token corpus from text, or look into one."""
+    """Make a token corpus from text, or inspect one."""
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Files and folders: text, source code, JSONL (also .gz, .bz2, .xz, .zst), Parquet, saved Hugging Face datasets."""
@@ -39,31 +40,31 @@ class Options:
     out: Path | None = None
     """Directory of the corpus to write; it must not exist yet."""
     dtype: Literal["uint16", "uint32"] | None = None
-    """dtype of the token file. None: uint16 where the tokenizer's ids fit."""
+    """dtype of the token file. None: uint16 if the tokenizer's ids fit."""
     delimiter: str | None = END_OF_TEXT
-    """Token written after each document; None for none."""
+    """Token written after each document. None: no token."""
     text_field: str = "text"
     """Field that holds the text in JSONL, Parquet and datasets."""
     suffixes: tuple[str, ...] = Settings.suffixes
-    """Ends of the names of files that a folder gives as one document each."""
+    """Name suffixes of the files in a folder that become one document each."""
     validation: float = Settings.validation
     """Share of documents held out for validation, by a hash of their text: 0 to below 1."""
     seed: int = 0
     """Seed of the document shuffle and of the validation split."""
     skip_malformed: bool = False
-    """Leave out records that are not UTF-8, not JSON or without a text, and count them, instead of stopping."""
+    """Skip and count records that are not UTF-8, not JSON or have no text, instead of stopping."""
     workers: int | None = None
-    """Processes. None: one per core. The corpus is the same for any number."""
+    """Number of processes. None: one per core. The corpus does not depend on it."""
     inspect: Path | None = None
-    """Look into this corpus instead: counts, lengths, samples; every checksum is verified."""
+    """Describe this corpus instead: counts, lengths, samples; every checksum is verified."""
     samples: int = 3
-    """Documents that --inspect shows."""
+    """Number of documents that --inspect shows."""
     adopt: tuple[Path, ...] = ()
     """Wrap another program's token file, and a second one for validation, as a corpus in --out; no token is copied."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, or 1 after a message on stderr."""
+    """Run the command; returns its exit status: 0, 1 after an error, 130 after Ctrl-C."""
     tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.prepare", description=__doc__)
     try:
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Options, output: Console) -> None:
-    """Do what the options say. Raises PrepareError for options that do not go together."""
+    """Carry out the options. Raises PrepareError for options that exclude each other."""
     if options.samples < 0:
         raise PrepareError(f"--samples {options.samples}: expected 0 or more")
     if options.inspect is not None:
@@ -86,9 +87,8 @@ def run(options: Options, output: Console) -> None:
             print(line)
         return
     if options.tokenizer is None or options.out is None:
-        raise PrepareError("name a --tokenizer and where to write, --out; or a corpus to look into, --inspect")
-    chosen = {field.name: getattr(options, field.name) for field in fields(Settings)}
-    settings = Settings(**chosen)
+        raise PrepareError("name a --tokenizer and where to write, --out; or a corpus to describe, --inspect")
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     if bool(options.inputs) == bool(options.adopt):
         raise PrepareError("name the files or folders to prepare, or a token file to wrap with --adopt, and not both")
     if options.adopt:

@@ -1,7 +1,7 @@
-"""Every hyperparameter of a run: the paper's three recipes, whole, and `tiny`, which trains anywhere in minutes.
+"""The hyperparameters of a run: the paper's three recipes, and `tiny`, which trains on any machine in minutes.
 
 Source of the paper's figures: "Textbooks Are All You Need II: phi-1.5 technical report" (arXiv 2309.05463), section 2.
-What the report does not state is a field too, and its docstring says so.
+Hyperparameters that the report does not state are fields too, and their docstrings say so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .errors import UsageError
 
 
 def parse_mixture(text: str) -> dict[str, int]:
-    """{"docs": 80, "code": 20} from "docs=80,code=20". Raises ValueError for anything else."""
+    """Parse "docs=80,code=20" into {"docs": 80, "code": 20}. Raises ValueError for anything else."""
     mixture = {}
     for entry in text.split(","):
         name, equals, weight = entry.strip().partition("=")
@@ -45,7 +45,7 @@ Mixture = Annotated[
 
 
 def parse_stage(text: str) -> tuple[int, dict[str, int]]:
-    """(1000, {"docs": 1}) from "1000:docs=1". Raises ValueError for anything else."""
+    """Parse "1000:docs=1" into (1000, {"docs": 1}). Raises ValueError for anything else."""
     step, colon, mixture = text.partition(":")
     if not (colon and step.isdecimal()):
         raise ValueError(f"mixture stage {text!r} is not STEP:CORPUS=INTEGER,…, as in 1000:docs=50,code=50")
@@ -64,11 +64,11 @@ Stages = Annotated[
         ],
     ),
 ]
-"""(first step, weights) in order; on the command line `1000:docs=50,code=50 2000:code=1`."""
+"""(first step, weights) in order of steps; on the command line `1000:docs=50,code=50 2000:code=1`."""
 
 
 def parse_count(text: str) -> int:
-    """1000000000 from "1e9", "1_000_000_000" or "1000000000". Raises ValueError for anything but a whole number."""
+    """Parse an integer such as "1e9", "1_000_000_000" or "1000000000". Raises ValueError for anything else."""
     try:
         value = Decimal(text)
     except InvalidOperation:
@@ -88,8 +88,7 @@ Count = Annotated[
         str_from_instance=lambda value: [str(value)],
     ),
 ]
-"""A whole number, on the command line also as 1e9."""
-
+"""An integer, on the command line also as 1e9."""
 
 Names = Annotated[
     tuple[str, ...],
@@ -101,50 +100,50 @@ Names = Annotated[
         str_from_instance=lambda value: list(value),
     ),
 ]
-"""Names with commas or spaces between them."""
+"""Names separated by commas or spaces."""
 
 
 def _shape(preset: str) -> PhiConfig:
-    """A preset whose special tokens are yet to come from a tokenizer."""
+    """Return a preset without special tokens, which the tokenizer provides later."""
     return PhiConfig.preset(preset).replace(bos_token_id=None, eos_token_id=None)
 
 
 def decays(decay: str, dims: int) -> bool:
-    """Whether a parameter of so many dims has weight decay. Those that do are the optimizer's first group."""
+    """Return whether a parameter with `dims` dimensions has weight decay, under `Recipe.decay`."""
     return decay == "all" or dims >= 2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, on what, and how: everything that decides the losses, and nothing about the machine."""
+    """Model, data and hyperparameters of a run: everything that determines the losses, nothing about the machine."""
 
     model: PhiConfig = field(default_factory=lambda: _shape("phi-1.5"))
-    """Shape of the model. Its special tokens are the tokenizer's; one that is given must agree with it."""
+    """Shape of the model. Its special tokens come from the tokenizer; a given one must agree with it."""
     data: Path = Path("data")
-    """Directory that holds one prepared corpus (`phi_fast.prepare`) a mixture entry, under the entry's name."""
+    """Directory with one prepared corpus (`phi_fast.prepare`) per mixture entry, under the entry's name."""
     mixture: Mixture = field(default_factory=dict)
     """Corpus -> integer weight, in rows; the shares are weight ÷ sum of weights."""
     mixture_stages: Stages = ()
-    """Weights that replace those of the mixture from a step on, such as 1000:docs=50,code=50. A corpus that a stage
-    does not name is not read in it, and goes on later where it was. One that is read in a later stage only has weight 0
-    in --mixture."""
+    """Weights that replace those of --mixture from a step on, such as 1000:docs=50,code=50. A corpus that a stage does
+    not name is not read in that stage, and continues later where it stopped. A corpus that is only read in a later
+    stage has weight 0 in --mixture."""
     document_isolation: bool = False
-    """Let no token see another document of its row. The report does not state it; rows are documents joined end to
-    end, as in GPT-3 (arXiv 2005.14165), where the delimiter alone parts them."""
+    """Let no token attend to another document of its row. The report does not state it; rows are documents joined end
+    to end, as in GPT-3 (arXiv 2005.14165), separated only by the delimiter."""
     tokenizer: str = "phi-1.5"
     """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), or a path to a tokenizer."""
     tokens: Count | None = None
-    """Tokens to see. Rounded up to whole steps."""
+    """Tokens to train on, rounded up to whole steps."""
     sequence_length: int = 2048
-    """Tokens a row: section 2.1, "context length 2048"."""
+    """Tokens per row: section 2.1, "context length 2048"."""
     global_batch_size: int = 2048
-    """Rows a step over all ranks and accumulation: section 2.3, "batch size 2048" (of 2048 tokens: 4.19 M tokens)."""
+    """Rows per step over all ranks and micro-batches: section 2.3, "batch size 2048" (× 2048 tokens: 4.19 M tokens)."""
     learning_rate: float = 2e-4
-    """Peak rate: section 2.3, "constant learning rate 2e-4"."""
+    """Peak learning rate: section 2.3, "constant learning rate 2e-4"."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the rate after the warmup: section 2.3, "constant"; the others fall to `final_learning_rate`."""
+    """Learning rate after the warmup: section 2.3, "constant"; the others fall to `final_learning_rate`."""
     final_learning_rate: float = 0.0
-    """Where "linear" and "cosine" end; unused by "constant"."""
+    """Final learning rate of "linear" and "cosine"; not used by "constant"."""
     warmup_steps: int = 0
     """Steps of linear warmup: section 2.3, "no warm up"."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -154,9 +153,9 @@ class Recipe:
     weight_decay: float = 0.1
     """Decoupled weight decay (AdamW): section 2.3, "weight decay 0.1"."""
     decay: Literal["matrices", "all"] = "matrices"
-    """Which parameters decay. NOT STATED by the report; "matrices" spares biases and LayerNorms, as nanoGPT does."""
+    """Parameters that decay. NOT STATED by the report; "matrices" excludes biases and LayerNorms, as nanoGPT does."""
     gradient_clipping: float = 1.0
-    """Largest global gradient norm; 0 does not clip. NOT STATED by the report; 1.0 as in GPT-3 (arXiv 2005.14165)."""
+    """Largest global gradient norm; 0: no clipping. NOT STATED by the report; 1.0 as in GPT-3 (arXiv 2005.14165)."""
     initial_loss_scale: float = 65536.0
     """First dynamic loss scale in fp16. NOT STATED by the report; DeepSpeed's own 2^16."""
     loss_scale_window: int = 1000
@@ -164,10 +163,10 @@ class Recipe:
     loss_scale_hysteresis: int = 2
     """Overflows tolerated before the fp16 loss scale halves. NOT STATED by the report; DeepSpeed's default."""
     min_loss_scale: float = 1.0
-    """The fp16 loss scale does not fall below this. NOT STATED by the report; DeepSpeed's default."""
+    """Smallest fp16 loss scale. NOT STATED by the report; DeepSpeed's default."""
     skip_spikes: float | None = None
-    """Leave out the update of a step whose loss lies more than this many standard deviations above the running mean (of
-    the last 64 steps or so). None leaves out none, as the report."""
+    """Skip the update of a step whose loss lies more than this many standard deviations above the running mean (of
+    about the last 64 steps). None: skip no step, as in the report."""
     seed: int = 1337
     """Seed of the initialisation and of the data order. NOT STATED by the report."""
 
@@ -177,13 +176,13 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps for `tokens`. Raises UsageError where no number of tokens was given."""
+        """Number of optimizer steps for `tokens`. Raises UsageError if `tokens` is None."""
         if self.tokens is None:
             raise UsageError("tokens is not set, and the report does not state it for this recipe: give --tokens N")
         return math.ceil(self.tokens / self.tokens_per_step)
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of the update that ends step `step` (counted from 0)."""
+        """Compute the learning rate of step `step` (counted from 0)."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -194,20 +193,20 @@ class Recipe:
 
     @property
     def mixture_schedule(self) -> list[tuple[int, dict[str, int]]]:
-        """(first step, weights) of the mixture and of its stages."""
+        """(first step, weights) of the mixture and each stage."""
         return [(0, self.mixture), *self.mixture_stages]
 
     def mixture_at(self, step: int) -> dict[str, int]:
-        """The positive weights of the rows of step `step` (counted from 0)."""
+        """Return the corpora with positive weights, and these weights, in step `step` (counted from 0)."""
         weights = [weights for start, weights in self.mixture_schedule if start <= step][-1]
         return {name: weight for name, weight in weights.items() if weight}
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def check(self) -> None:
-        """Raises UsageError, naming the field, its value and the way out, for a recipe that cannot be trained."""
+        """Raise UsageError, naming the field, its value and the way out, for a recipe that cannot be trained."""
         if self.sequence_length > self.model.max_position_embeddings:
             raise UsageError(
                 f"sequence_length={self.sequence_length} is longer than the model's context of "
@@ -280,11 +279,11 @@ RECIPES: dict[str, Recipe] = {
         loss_scale_window=100,
     ),
     "phi-1.5": _PHI_1_5,
-    # Section 2.4: phi-1.5-web is 40% filtered web, 20% code, 40% synthetic, 300 B tokens (table 1).
+    # Section 2.4: 40% filtered web, 20% code, 40% synthetic, 300 B tokens (table 1).
     "phi-1.5-web": _PHI_1_5.replace(
         data=Path("data/phi-1.5-web"), mixture={"web": 40, "code": 20, "synthetic": 40}, tokens=300_000_000_000
     ),
-    # Section 2.4: web data only, about 80% of it text and 20% code. The tokens seen are not reported.
+    # Section 2.4: web data only, about 80% text and 20% code. The number of tokens is not reported.
     "phi-1.5-web-only": _PHI_1_5.replace(
         data=Path("data/phi-1.5-web-only"), mixture={"web": 80, "code": 20}, tokens=None
     ),

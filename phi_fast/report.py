@@ -1,4 +1,4 @@
-"""`python -m phi_fast.report RUN [RUN…]`: one self-contained HTML page of a run, or of several side by side."""
+"""`python -m phi_fast.report RUN [RUN…]`: one self-contained HTML page about a run, or about several side by side."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories that phi_fast.train wrote; several are drawn side by side."""
     out: Path | None = None
-    """The page. Default: report.html in the run's directory; report-NAME-NAME.html beside the first of several."""
+    """File for the page. Default: report.html in the run's directory; for several, report-NAME-NAME.html beside the
+    first."""
     png: Path | None = None
     """Draw the curves into this PNG too (needs matplotlib)."""
 
 
 def run(options: Options) -> Path:
-    """Writes the page, and the picture where it is asked for. Returns the page's path; raises UsageError."""
+    """Write the page, and the picture if --png is given. Returns the page's path; raises UsageError."""
     if not options.runs:
         raise UsageError("give at least one run directory, as in: python -m phi_fast.report runs/tiny")
     check_names(options)
@@ -50,7 +51,7 @@ def run(options: Options) -> Path:
 
 
 def _default_page(runs: tuple[Path, ...]) -> Path:
-    """A run's own page is its own: several runs have one of their own, beside the first."""
+    """Choose the page's path: inside a single run, or beside the first of several runs."""
     if len(runs) == 1:
         return runs[0] / "report.html"
     names = "-".join(run.resolve().name for run in runs)
@@ -58,12 +59,12 @@ def _default_page(runs: tuple[Path, ...]) -> Path:
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """Options from the command line."""
+    """Parse the command line."""
     return tyro.cli(Options, args=arguments, prog="python -m phi_fast.report", description=__doc__)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit status."""
+    """Run the command; returns its exit status."""
     tolerate_encodings()
     options = parse(arguments)
     try:

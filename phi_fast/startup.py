@@ -1,4 +1,4 @@
-"""What a command does first, before the imports that take seconds: nothing here needs more than Python."""
+"""The start of a command, before imports that take seconds: this module imports only the standard library."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import sys
 from typing import Any
 
 TRAIN_EXTRA = ("deepspeed", "filelock", "rich", "safetensors", "tensorboard", "tokenizers", "tyro")
-"""What `pip install 'phi-fast[train]'` adds to the kernels and the model: every command needs it."""
+"""Packages that `pip install 'phi-fast[train]'` adds; every command needs them."""
 
 
 def begin(command: str, loading: str = "", lm_eval: bool = False) -> None:
-    """Check that the command can be imported, and say on stderr what it is loading, if that takes seconds: a user who
-    sees nothing for so long takes it for hung. Of several ranks the first says it.
+    """Check that the packages a command needs are installed; exit with status 2 and a message if they are not.
 
-    lm_eval: the command is lm-eval's, which the extra `eval` brings, with all of `train`.
-
-    Ends the process with status 2 where the extra is not installed.
+    loading: libraries whose import takes seconds; rank 0 names them on stderr, so that the command does not seem hung.
+    lm_eval: the command also needs lm-eval, from the extra `eval`, which includes `train`.
     """
     tolerate_encodings()
     names = [*TRAIN_EXTRA, "lm_eval"] if lm_eval else TRAIN_EXTRA
@@ -31,8 +29,10 @@ def begin(command: str, loading: str = "", lm_eval: bool = False) -> None:
 
 
 def end_on_signals(command: str) -> None:
-    """End the process at once and with a word by SIGINT (status 130), SIGTERM and SIGHUP (75): for the imports, during
-    which there is nothing to save. What `nohup` ignores stays ignored."""
+    """Let SIGINT (status 130), SIGTERM and SIGHUP (75) end the process at once, with a message.
+
+    For the time of the imports, when there is nothing to save. Signals that `nohup` ignores stay ignored.
+    """
 
     def end(number: int, frame: object) -> None:
         print(f"{command}: ended by {signal.Signals(number).name}, before it began", file=sys.stderr, flush=True)
@@ -44,12 +44,12 @@ def end_on_signals(command: str) -> None:
 
 
 def tolerate_encodings() -> None:
-    """Let stdout and stderr write what their encoding lacks as escapes: for the start of a command, before --help."""
+    """Make stdout and stderr escape characters that their encoding lacks; called before --help may be printed."""
     for stream in (sys.stdout, sys.stderr):
         tolerate(stream)
 
 
 def tolerate(stream: Any) -> None:
-    """Let one stream write what its encoding lacks as escapes."""
+    """Make one stream escape characters that its encoding lacks."""
     if hasattr(stream, "reconfigure") and getattr(stream, "errors", None) == "strict":
         stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""metrics.jsonl read back: a record per step, each field with its type."""
+"""Reading of metrics.jsonl: one record per step, with the type of each field checked."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .json_files import Fields, read_lines
 COUNTS = ("step", "tokens")
 FLAGS = ("skipped",)
 GROUPS = ("val_losses", "tasks")
-"""Numbers by name: of a corpus, of a task."""
+"""Fields that map the name of a corpus or a task to a number."""
 
 
 def read_records(path: Path, way_out: str = "") -> list[dict[str, Any]]:
-    """The lines that `metrics.MetricsLog` wrote; a last one that was cut short, as by a kill, is left out.
+    """Read the lines that `metrics.MetricsLog` wrote; a last line that was cut short, as by a kill, is left out.
 
-    Every field is null or has its type: `COUNTS` are integers, and "step" is always there, `FLAGS` are true or false,
-    `GROUPS` are objects of numbers, and all others are numbers. way_out: the end of each message, what to do.
+    Every field is null or has its type: `COUNTS` are integers, `FLAGS` booleans, `GROUPS` objects of numbers, and all
+    others numbers; "step" is never missing. way_out: what the user should do, appended to each message.
     Raises OSError as `open` does, and JsonFileError naming the file, the line and the field.
     """
     return [_record(Fields.of(value, where, way_out)) for where, value in read_lines(path)]

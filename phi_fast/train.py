@@ -1,4 +1,4 @@
-"""`python -m phi_fast.train`: the command; `phi_fast.training.loop` is what it runs.
+"""`python -m phi_fast.train`: the command line of the trainer in `phi_fast.training.loop`.
 
 python -m phi_fast.train                                        one process, no launcher
 torchrun --nproc_per_node 8 -m phi_fast.train --recipe phi-1.5   one node
@@ -29,8 +29,11 @@ __all__ = ["INTERRUPTED", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train by the command line; returns the exit status: 0 done, INTERRUPTED saved, 2 an error that was explained,
-    130 Ctrl-C before the first step, or a second one."""
+    """Train as the command line says; returns the exit status.
+
+    0: done. INTERRUPTED: stopped and saved. 2: an error, whose message was printed. 130: Ctrl-C before the first step,
+    or a second Ctrl-C.
+    """
     tolerate_encodings()
     rank = os.environ.get("RANK", "0")
     is_main = rank == "0"
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tell(text: str) -> None:
-    """Why a run ends early, where errors belong."""
+    """Print on stderr why a run ends early."""
     console(stderr=True, soft_wrap=True).print(text, style="red")
 
 

@@ -1,8 +1,8 @@
-"""`python -m phi_fast.verify`: are the kernels right on this machine?
+"""`python -m phi_fast.verify`: check that the kernels are correct on this machine. Run it first on a new GPU.
 
-Every op and the whole model, forward and backward, on each back end that runs here, against float64: errors beside
-plain PyTorch's at the same dtype, and two runs compared bit for bit. The exit status is 0 where all is within bounds, 1
-where something is not, 2 where a question could not be asked. It is what to run first on a new GPU.
+Every op and the whole model run forward and backward on each available back end. Their errors against float64 are
+compared with plain PyTorch's at the same dtype, and two runs must agree bit for bit. The exit status is 0 if all errors
+are within bounds, 1 if one is not, 2 if a check could not run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import terminal
+from .conversion.load import choose_device
 from .errors import PhiFastError, UsageError
 from .kernels import in_use
 from .kernels.backend import BACKENDS, VENDORS, cpp_instructions, interpreting, isa_problem
@@ -47,23 +48,23 @@ class Options:
     """Check the kernels on this machine against float64."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run; "auto" is the GPU where torch sees one. For Triton on a CPU, set TRITON_INTERPRET=1 (slow)."""
+    """Device to check; "auto" is the GPU if torch sees one. For Triton on a CPU, set TRITON_INTERPRET=1 (slow)."""
     ops: tuple[Op, ...] = OPS_AND_MODEL
-    """What to check."""
+    """Ops to check, and the model."""
     backends: tuple[Backend, ...] = BACKENDS_AND_VENDORS
-    """Back ends to check, of those that run here."""
+    """Back ends to check; those that cannot run here are skipped."""
     dtypes: tuple[Literal["fp32", "fp16", "bf16"], ...] = ("fp32", "fp16", "bf16")
     """dtypes of the inputs."""
     factor: float = 2.0
-    """Bound: root mean square errors up to this many times plain PyTorch's, largest errors up to twice that."""
+    """Bound on root mean square errors, as a multiple of plain PyTorch's; largest errors may reach twice that."""
     checkpoint: str | None = None
-    """Also compare logits with the published ones of phi-1.5: "microsoft/phi-1_5", or a folder that holds it (6 GB)."""
+    """Also compare logits with the published ones of phi-1.5: "microsoft/phi-1_5", or a folder with it (6 GB)."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
     """Write every error to this file."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns its exit status."""
+    """Run the command; returns its exit status."""
     tolerate_encodings()
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.verify", description=__doc__)
     console = terminal.table_console()
@@ -78,10 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Check, print the table, write the JSON; returns what the JSON holds. Raises UsageError for a device or a
-    checkpoint that cannot be had."""
+    """Run the checks, print the table and write the JSON file; returns its content.
+
+    Raises UsageError for a device that is not available, ConversionError for a checkpoint that cannot be loaded.
+    """
     device = _device(options.device)
-    logits = golden.check(options.checkpoint, device) if options.checkpoint else None  # what may fail comes first
+    logits = golden.check(options.checkpoint, device) if options.checkpoint else None  # first, because it may fail
     machine = _machine(device)
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     console.print("auto: " + ", ".join(f"{op} {name}" for op, name in in_use(device).items()))
@@ -119,7 +122,7 @@ def _device(name: str) -> torch.device:
         raise UsageError(
             "--device cuda, and torch sees no GPU here: install a CUDA build of torch, or use --device cpu"
         )
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    return choose_device(name)
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -135,7 +138,10 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 
 def _backends(case: Case, options: Options, device: torch.device) -> list[str]:
-    """The asked-for back ends that may have the case's op. The model runs on each, and on others' in one op."""
+    """List the requested back ends for a case's op.
+
+    The model runs on each of this project's back ends, and with each vendor's back end for one op ("NAME:OP").
+    """
     vendors = [name for name in VENDORS if name in options.backends and (device.type == "cuda" or name == "sdpa")]
     ours = [name for name in BACKENDS if name in options.backends]
     if case.op != "model":

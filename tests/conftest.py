@@ -1,4 +1,4 @@
-"""Shared by every test: the default corpus, built once for all of them; Triton's interpreter where there is no GPU."""
+"""Fixtures for all tests: the default corpus, built once, and Triton's interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from phi_fast.data import stdlib_corpus
 
-# Triton reads this when it is first imported: by the first test that asks for a Triton kernel, or by transformers.
+# Triton reads this at its first import, by transformers or by the first test that uses a Triton kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -19,8 +19,6 @@ if not torch.cuda.is_available():
 def stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of the standard-library corpus (docs, code, tokenizer.json). Read only."""
     base = tmp_path_factory.getbasetemp()
-    shared = (
-        base.parent if base.name.startswith("popen-") else base
-    )  # pytest-xdist gives each worker a folder of its own
+    shared = base.parent if base.name.startswith("popen-") else base  # pytest-xdist gives each worker its own folder
     stdlib_corpus.prepare(shared / "stdlib")
     return shared / "stdlib"

@@ -1,4 +1,4 @@
-"""Where source code would have rich read a text as markup: imports resolved, under whatever name a thing is used."""
+"""Finds places in source code where rich would interpret text as markup, under whatever names things are imported."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ ALWAYS_READ = (
     *("rich.progress.track", "rich.progress.open", "rich.progress.wrap_file", "rich.progress.SpinnerColumn"),
     *("rich.progress.Progress.get_default_columns", "rich.logging.RichHandler"),
 )
-"""What reads its texts as markup whatever the console's settings are, or prints on a console that does."""
+"""Objects that interpret markup whatever the console's settings are, or print on a console that does."""
 
 
 _LAST = {last for name in (CONSOLE, COLUMN, *ALWAYS_READ) if (last := name.rpartition(".")[2])[0].isupper()}
-"""Names that nobody imports from elsewhere, but a module that hands rich's on."""
+"""Names that are assumed to be rich's from whatever module they are imported, because modules re-export them."""
 
 
 def findings(source: str, *, consoles: bool = True) -> list[str]:
-    """ "LINE: what" for each place of a module's source that makes rich read markup, or may.
+    """List "LINE: what" for each place in a module's source at which rich interprets markup, or may.
 
-    A Console or a TextColumn is safe where markup=False is written in its call, a Console with emoji=False as well, a
-    status where its text is a `Text`. What is handed on uncalled, or gets its settings by `**`, is not seen to be safe.
-    consoles: the module may make its own.
+    A Console is safe if its call has markup=False and emoji=False, a TextColumn if its call has markup=False, and a
+    status if its text is a `Text`. Objects passed on uncalled, or with settings by `**`, are not known to be safe.
+    consoles: the module may make its own consoles.
     """
     tree = ast.parse(source)
     names = _names(tree)
@@ -69,7 +69,7 @@ def _of_call(node: ast.Call, names: dict[str, str]) -> Iterator[str]:
 
 
 def _names(tree: ast.AST) -> dict[str, str]:
-    """Name in the module -> what it stands for, from its imports and from assignments of one name to another."""
+    """Map each name in the module to what it refers to, through imports and assignments of one name to another."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -79,7 +79,7 @@ def _names(tree: ast.AST) -> dict[str, str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    for _ in assigned:  # as long as a chain of them may be
+    for _ in assigned:  # the longest possible chain of assignments
         for node in assigned:
             value = _resolve(node.value, names)
             if value.startswith("rich."):
@@ -88,7 +88,7 @@ def _names(tree: ast.AST) -> dict[str, str]:
 
 
 def _resolve(node: ast.AST, names: dict[str, str]) -> str:
-    """ "rich.console.Console" of what stands for it; "" of what is no dotted name."""
+    """Resolve an expression to a full name such as "rich.console.Console"; "" if it is not a dotted name."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     if isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""A step's record for tests that log or show one."""
+"""A StepRecord for tests."""
 
 from __future__ import annotations
 

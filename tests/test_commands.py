@@ -1,4 +1,4 @@
-"""What every command has in common: any encoding of the terminal, names as people type them."""
+"""Common behaviour of all commands: they work with any terminal encoding and print users' names unchanged."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from phi_fast.training import options
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"phi_fast": "phi_fast", "kernels": "phi_fast.kernels", "benchmarks": "benchmarks"}
-"""Folder -> the name that its modules are imported by."""
+"""Folder -> the package name of its modules."""
 NOT_FOR_PEOPLE = {"phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"}
-"""The two processes of the sandbox: started by it alone, in a root of their own, they print JSON."""
+"""The sandbox's two processes. Only the sandbox starts them, in a separate root, and they print JSON."""
 RESULTS = "before → after.json"
 MISSING_MODEL = ["--model", "phi_fast", "--model_args", "pretrained=no → model", "--tasks", "arc_easy"]
 PRINTING: dict[str, list[list[str]]] = {
@@ -61,7 +61,7 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.one_process": [["phi-tiny", "fp32", "no → contender"]],
     "benchmarks.zero2": [["no → preset", "fp32", "1"]],
 }
-"""Entry point -> words of each way to call it that prints and then ends: messages, tables, what --inspect shows."""
+"""Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect."""
 CALLS = [
     pytest.param(module, words, marks=pytest.mark.slow if words is MISSING_MODEL else ())  # lm-eval reads all its tasks
     for module, ways in PRINTING.items()
@@ -70,7 +70,7 @@ CALLS = [
 
 
 def entry_points() -> set[str]:
-    """Modules that do something under `python -m`."""
+    """List the modules that can be run by `python -m`."""
     found = set()
     for folder, name in ROOMS.items():
         for path in (ROOT / folder).rglob("*.py"):
@@ -88,7 +88,7 @@ def test_every_entry_point_is_tried() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the calls name: a corpus, a file of prompts with a fault, results of benchmarks."""
+    """Make a folder with the files that the calls name: a corpus, a bad file of prompts, results of benchmarks."""
     folder = tmp_path_factory.mktemp("place → é")
     (folder / "text.txt").write_text("naïve → café ━ 猫, [bold]not markup[/bold] \x1b[31m\n" * 40, encoding="utf-8")
     words = ["--tokenizer", str(tokenizer(folder)), "--out", str(folder / "corpus → é"), "--workers", "1"]
@@ -102,13 +102,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokenizer(folder: Path) -> Path:
-    """A tokenizer of bytes."""
+    """Make a byte-level tokenizer."""
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 
 def call(module: str, words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[object, str, str]:
-    """Exit status, stdout and stderr of a command whose streams have `encoding`, as PYTHONIOENCODING sets them up."""
+    """Run a command with streams in `encoding` (PYTHONIOENCODING); returns exit status, stdout and stderr."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
     with monkeypatch.context() as patch:
         for name, stream in streams.items():
@@ -126,8 +126,10 @@ def call(module: str, words: list[str], encoding: str, monkeypatch: pytest.Monke
 
 
 def told(text: str, encoding: str) -> str:
-    """The text without what `encoding` lacks, escaped or not, and without what depends on it or on the time: the rules
-    and spaces of tables, which rich draws in ASCII for an encoding without its box characters, and seconds."""
+    """Remove characters that `encoding` lacks, escaped or not, and everything that depends on encoding or time.
+
+    That is seconds, and the lines and spaces of tables, which rich draws in ASCII without box characters.
+    """
     text = re.sub(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})", "", text)
     text = re.sub(r"; \d+ s\b", "", text).encode(encoding, "ignore").decode(encoding)
     return re.sub(r"[\s|+=-]", "", text)
@@ -165,8 +167,10 @@ def test_the_environment_variable_does_the_same(place: Path) -> None:
 
 
 def test_no_module_has_text_read_as_markup() -> None:
-    """In phi_fast and benchmarks `phi_fast.terminal` makes the consoles, which write any encoding, too; the kernels,
-    which cannot import it, make theirs safe."""
+    """phi_fast and the benchmarks make consoles only by `phi_fast.terminal`, which supports any encoding.
+
+    The kernels cannot import it and make their own consoles safe.
+    """
     found = []
     for folder in ROOMS:
         for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""PhiConfig: the presets' sizes are the paper's and the design's."""
+"""PhiConfig: the presets have the sizes of the paper and the design."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All four layouts into each other bit for bit, and what transformers makes of the result."""
+"""Conversion between all four layouts is bit for bit, and transformers can use the result."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_the_command_and_its_error(tmp_path):
 
 @pytest.mark.slow
 def test_phi_1_5_converts_in_little_memory(tmp_path):
-    """2.8 GB of fp16 weights; the peak is the process's own, torch's import included."""
+    """Converts 2.8 GB of fp16 weights; the peak memory is the whole process's, including the import of torch."""
     config = PhiConfig()
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(phi_config(config, torch.float16)))

@@ -30,7 +30,7 @@ fcntl.flock = flock
 
 
 def owner(lock: Path, before: str = "") -> subprocess.Popen[str]:
-    """A process that holds `lock` until it is killed."""
+    """Start a process that holds `lock` until it is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", OWN_AND_SLEEP.format(before=before), str(lock)], stdout=subprocess.PIPE, text=True
     )

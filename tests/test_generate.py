@@ -82,7 +82,7 @@ def test_the_command_on_a_file(folder, tmp_path, model, tokenizer, monkeypatch, 
 
 
 def test_a_chat_on_a_terminal(folder):
-    """Nothing is named and standard input is a terminal: it talks, and does not count the user's time as its own."""
+    """Without a prompt on a terminal the command chats, and prints no speed, which would include the user's time."""
     command = [sys.executable, "-m", "phi_fast.generate", "--model", str(folder), "--max-new-tokens", "3"]
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -100,7 +100,7 @@ def test_a_chat_on_a_terminal(folder):
     [
         (["--prompt", "a", "--file", "p.txt"], "--prompt, --file and --chat exclude each other"),
         (["--prompt", "a", "--chat"], "--prompt, --file and --chat exclude each other"),
-        (["--prompt", "a", "--out", "o.jsonl"], "--out is where the results of --file go"),
+        (["--prompt", "a", "--out", "o.jsonl"], "--out is for the results of --file"),
         (["--file", "p.txt", "--out", "."], "Is a directory"),
         (["--file", "p.txt", "--out", "p.txt"], "--out p.txt is the file of prompts, p.txt, itself"),
         (["--file", "p.txt", "--out", "p.txt/o"], "p.txt cannot be written to; name another place"),
@@ -109,7 +109,7 @@ def test_a_chat_on_a_terminal(folder):
         (["--prompt", "a", "--n", "2", "--temperature", "0"], "is the same text 2 times: raise --temperature"),
         (["--chat", "--n", "2"], "a chat has one answer"),
         (["--prompt", "a", "--stop", "x\\"], "a backslash itself is written twice"),
-        (["--prompt", os.fsdecode(b"caf\xe9")], r"--prompt has '\udce9' in place 3, which is no UTF-8 text"),
+        (["--prompt", os.fsdecode(b"caf\xe9")], r"--prompt has '\udce9' at position 3, which is not UTF-8"),
         (["--prompt", "a", "b", "--batch-size", "0"], "batch_size=0: expected at least 1"),
         (["--prompt", "a", "--device", "quantum"], "device 'quantum' cannot be used"),
         (["--prompt", "a", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
@@ -147,7 +147,7 @@ def test_samples_of_a_prompt_differ_and_a_file_has_them_side_by_side(folder, tmp
 
 
 def test_the_command_draws_unless_it_is_told_not_to(folder, model, tokenizer, monkeypatch, capsys):
-    """Greedy text of a small model goes round in circles."""
+    """Greedy text of a small model repeats itself."""
     (greedy,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6))
     (drawn,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6, temperature=0.8))
     assert greedy.text != drawn.text
@@ -186,7 +186,7 @@ def test_a_newline_stops(folder, model, tokenizer, monkeypatch, capsys):
     ("data", "message"),
     [
         ("ok\ncafé\n".encode("latin-1"), r"p.txt:2 has byte 0xe9, which is not UTF-8 \(it is 'é' in Latin-1\)"),
-        ("ok\n".encode("utf-16"), r"p.txt:1 begins as UTF-16 does"),
+        ("ok\n".encode("utf-16"), r"p.txt:1 looks like UTF-16"),
     ],
 )
 def test_prompts_in_another_encoding_name_the_line(tmp_path, folder, monkeypatch, capsys, data, message):
@@ -197,7 +197,7 @@ def test_prompts_in_another_encoding_name_the_line(tmp_path, folder, monkeypatch
     monkeypatch.setattr("phi_fast.generate.load", lambda *_, **__: loaded.append(1))
     assert command(monkeypatch, folder, "--file", str(tmp_path / "p.txt")) == 2
     assert "save it as UTF-8" in capsys.readouterr().err
-    assert not loaded  # a large model is not read for that
+    assert not loaded  # the error comes before a large model is read
 
 
 def test_a_mark_at_a_files_beginning_and_other_line_ends_are_no_prompts(tmp_path):
@@ -206,7 +206,7 @@ def test_a_mark_at_a_files_beginning_and_other_line_ends_are_no_prompts(tmp_path
     (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "a"}\r\n'.encode())
     assert read_prompts(tmp_path / "p.jsonl") == ["a"]
     (tmp_path / "p.jsonl").write_text('{"prompt": "\\ud800"}')
-    with pytest.raises(ValueError, match=r"p.jsonl:1 has .* which is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"p.jsonl:1 has .* which is not UTF-8"):
         read_prompts(tmp_path / "p.jsonl")
 
 
@@ -260,7 +260,7 @@ def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
 @pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "latin-1"])
 @pytest.mark.parametrize("module", ["generate", "convert"])
 def test_any_encoding_of_the_terminal(folder, tmp_path, module, encoding):
-    """Help and names outside of the encoding, and names that look like markup."""
+    """Help and names can have characters outside the encoding, and names can look like markup."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     out = tmp_path / "[red]x[/nothing]—é"
     run = {"generate": ["--model", folder, *GREEDY, "--prompt", "—[/nothing]"], "convert": [folder, out]}[module]

@@ -1,4 +1,4 @@
-"""Whatever lies where a command expects a file of a user's, it ends with a message and status 1 or 2: no traceback."""
+"""Whatever a user's path leads to, a command ends with a message and status 1 or 2, and without a traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPOIL: dict[str, Callable[[Path], object]] = {
     "fifo": lambda path: os.mkfifo(path),
 }
 COMMONEST = ("empty", "folder", "utf-16", "fifo")
-"""Tried by every `make test`; `make test-slow` tries all."""
+"""These run in every `make test`; `make test-slow` runs all."""
 QUESTION = '{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n'
 STEP = '{"step": 1, "tokens": 8, "loss": 3.0}\n'
 GENERATE = ["phi_fast.generate", "--model", "model", "--max-new-tokens", "2"]
@@ -72,7 +72,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("plan.png", ["phi_fast.plan", "--plot", "plan.png"]),
 ]
 TAKES_A_PIPE = {"prompts.txt", "prompts.jsonl", "run/report.html", "page.png", "plan.json", "plan.png"}
-"""Read or written as a pipe is: until the other end closes it, which nobody does here."""
+"""These are read or written until the other end closes them, as pipes are; nobody closes them here."""
 NAMES = {
     "NUL": "a\0b",
     "too long": "a" * 300,
@@ -102,7 +102,7 @@ PLACES = [
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place where every command of the table works."""
+    """Make a folder in which every command of the table works."""
     place = tmp_path_factory.mktemp("good")
     convert(ConvertOptions(str(make_source(place / "merged", "merged", random_weights())), place / "model"))
     for name, text in (("prompts.txt", "x\n"), ("prompts.jsonl", '{"prompt": "x"}\n')):
@@ -168,7 +168,7 @@ def test_no_name_of_a_path_gives_a_traceback(
     words: list[str], name: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A name of control characters, or that is not UTF-8, may be made; the others cannot exist."""
+    """Names with control characters, or not in UTF-8, can be created; the others cannot exist."""
     shutil.copytree(good, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -186,7 +186,7 @@ def test_what_is_in_the_way_of_results_and_an_empty_file_of_prompts_are_named(
     monkeypatch.chdir(tmp_path / "place")
     Path("results").write_text("")
     assert status_of(EVALUATE, monkeypatch) == 2
-    assert "--out results is no folder: name another" in capsys.readouterr().err
+    assert "--out results is not a folder: name another" in capsys.readouterr().err
     for file in ("prompts.txt", "prompts.jsonl"):
         Path(file).write_text("\n\n")
         assert status_of([*GENERATE, "--file", file], monkeypatch) == 2

@@ -24,7 +24,7 @@ KERNELS = tuple(re.split("[<>=]", need)[0] for need in PROJECT["dependencies"])
 TRAIN = (*KERNELS, *(re.split("[<>=]", need)[0] for need in PROJECT["optional-dependencies"]["train"]))
 BUILD = ("setuptools", "pybind11", "pip")
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-# As GCC 10: what names AMX after preprocessing is refused.
+# Behaves like GCC 10: refuses code that names AMX after preprocessing.
 WITHOUT_AMX = """#!/bin/sh
 for word; do
   if [ "$previous" = -o ]; then output=$word; fi
@@ -64,7 +64,7 @@ assert losses[2] < losses[0]
 
 
 def needed(names: Iterable[str]) -> set[str]:
-    """Names of distributions, and of all that they need in turn, as far as they are installed here."""
+    """Return the names of distributions and all their dependencies, as far as they are installed here."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -74,14 +74,14 @@ def needed(names: Iterable[str]) -> set[str]:
         try:
             requirements = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
-            continue  # of another platform
+            continue  # for another platform
         found.add(name)
         waiting += [re.split(r"[^\w.-]", need)[0] for need in requirements if "extra ==" not in need]
     return found
 
 
 def environment(folder: Path, names: Iterable[str]) -> Path:
-    """A fresh venv that has these distributions of this one, by links, and nothing else; its Python."""
+    """Make a fresh venv with links to only these installed distributions; returns its Python."""
     venv.create(folder, symlinks=True)
     site = next((folder / "lib").glob("python*/site-packages"))
     for name in sorted(needed(names)):
@@ -109,7 +109,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".whl", ".gz"])
 def test_the_kernels_alone(suffix: str, distributions: dict[str, Path], tmp_path: Path) -> None:
-    """torch and numpy are all there is: every op runs, and the trainer says what it lacks."""
+    """With only torch and numpy installed, every op runs, and the trainer says which packages are missing."""
     python = environment(tmp_path / "venv", (*KERNELS, *BUILD))
     flags = ("--no-deps", "--no-build-isolation", "--no-index")
     run(python, "-m", "pip", "install", *flags, distributions[suffix], cwd=tmp_path)
@@ -122,7 +122,7 @@ def test_the_kernels_alone(suffix: str, distributions: dict[str, Path], tmp_path
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git for the repository's files")
 def test_the_source_distribution_is_the_repository(distributions: dict[str, Path]) -> None:
-    """But for what serves the place where the repository lies."""
+    """The sdist has every tracked file except those for the repository's host."""
     tracked = {Path(name) for name in run("git", "ls-files", cwd=ROOT).splitlines()}
     expected = {
         path for path in tracked if path.parts[0] not in (".github", ".ci", ".gitignore") and (ROOT / path).exists()
@@ -155,7 +155,7 @@ def test_there_is_one_version() -> None:
 
 
 def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.chdir(ROOT)  # it is run in its folder, and names files from there
+    monkeypatch.chdir(ROOT)  # setup.py runs in its folder and uses relative paths
     return runpy.run_path("setup.py")
 
 
@@ -177,7 +177,7 @@ def test_the_compiler_decides_which_instruction_sets_are_built(
 
 
 def test_the_compiler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also under flags that earn a warning."""
+    """The probe also works with flags that cause a warning."""
     from setuptools import Distribution
     from setuptools._distutils.sysconfig import customize_compiler
     from setuptools.command.build_ext import new_compiler  # type: ignore[attr-defined]
@@ -242,7 +242,7 @@ def test_the_workflows_call_targets_that_exist(workflow: Path) -> None:
 
 
 def test_a_releases_text_is_the_changelogs_section(tmp_path: Path) -> None:
-    """By the workflow's own lines, on a changelog with neighbours of the version."""
+    """The workflow's own commands run on a changelog that also has neighbouring versions."""
     steps = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]["release"]["steps"]
     (script,) = (step["run"] for step in steps if "notes.md" in step.get("run", "") and "awk" in step["run"])
     (tmp_path / "phi_fast").mkdir()

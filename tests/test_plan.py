@@ -1,4 +1,4 @@
-"""The plan: its counted work against formulas, its memory against autograd, its command, its step against a clock."""
+"""The plan: counted work against formulas, memory against autograd, the step's time against a clock, the command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shape(recompute: Recompute = "norm_gelu", rows: int = 2, **changes: int) -> 
 
 @pytest.mark.parametrize("recompute", ["none", "norm_gelu"])
 def test_products_are_the_six_n_of_the_model(recompute: Recompute) -> None:
-    """Every weight is multiplied three times, each chunk of the head included; nothing is multiplied again."""
+    """Every weight, and each chunk of the head, is in three products per step; no product is recomputed."""
     large = Shape(PhiConfig(), 2048, 5, 2, recompute, True)
     for case in (shape(recompute), large):
         flops = sum(k.count * k.flops for k in micro_batch(case) if k.kind == "product")
@@ -78,7 +78,7 @@ def test_the_peak_is_what_a_step_of_the_trainer_allocates(
     model = Phi(config, recompute=recompute).to(DTYPES[precision])
     zero = Zero2(model, recipe, join("cpu"), precision=precision, micro_batch_size=rows, accumulation=4 // rows)
     step = Step(zero, 1e-3, case, 4 // rows)
-    step()  # the optimizer's state is made in the first
+    step()  # the first step creates the optimizer's state
     planned = memory(case, 1, gpu=False, accumulating=rows < 4)
     assert planned.peak == pytest.approx(peak_bytes(step), rel=0.1)
 
@@ -94,7 +94,7 @@ def test_memory_adds_up_and_falls_with_ranks_and_recomputation() -> None:
     assert one.weights == many.weights == 2 * parameters
     assert one.optimizer == 12 * parameters
     assert many.optimizer == pytest.approx(12 * parameters / 64, rel=1e-6)
-    assert one.buckets == 0  # DeepSpeed's reduction is left out
+    assert one.buckets == 0  # one rank does not use DeepSpeed's reduction
     assert many.buckets == 3 * 500_000_000 * 2
     assert one.peak > one.weights + one.gradients + one.optimizer + one.activations
 
@@ -193,14 +193,14 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path, capsys: pytest.Capt
     assert document["plans"]["norm_gelu"]["ranks"] == 64
     assert len(document["scaling"]["plans"]) == 11
     for found in document["scaling"]["plans"]:
-        assert f" {found['tokens_per_second']:,.0f} " in text  # not broken where no terminal says how wide it is
+        assert f" {found['tokens_per_second']:,.0f} " in text  # not wrapped when there is no terminal
     assert all(figure["source"] for figure in document["assumptions"].values())
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
 
 
 def test_on_a_cpu_it_measures_the_machine_and_plans_for_it() -> None:
     report = run(Options(device="cpu", global_batch_size=1, micro_batch_size=1, precision="fp32"))
-    shape = PhiConfig.preset("phi-tiny").replace(bos_token_id=None, eos_token_id=None)  # a tokenizer gives them
+    shape = PhiConfig.preset("phi-tiny").replace(bos_token_id=None, eos_token_id=None)  # the tokenizer provides them
     assert report.job.recipe.model == shape
     assert "measured now" in report.job.device.flops.source
     found = report.plans["norm_gelu"]
@@ -240,7 +240,7 @@ def test_options_have_the_trainers_names() -> None:
 def test_tables_split_no_name_and_no_figure(
     columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a terminal of any width: a narrow one wraps whole lines."""
+    """Tables are readable on a terminal of any width; a narrow one wraps whole lines."""
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
     assert main(["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "64"]) == 0

@@ -34,7 +34,7 @@ DOCUMENTS = [f"Document {i}, naïve 東京 🙂:\n{'lorem ipsum dolor ' * (i % 7
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of a few hundred ids, `<|endoftext|>` = 0."""
+    """Make a byte-level BPE with a few hundred ids, and `<|endoftext|>` = 0."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     stdlib_corpus.train_tokenizer(DOCUMENTS).save(str(path))
     return path
@@ -42,13 +42,13 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of a few documents, and several ranges to merge, from small inputs."""
+    """Make small inputs give units of a few documents and several ranges to merge."""
     monkeypatch.setattr(pipeline, "MIN_UNIT_BYTES", 600)
     monkeypatch.setattr(merge, "RANGE_BYTES", 500)
 
 
 def read(corpus: Path, split: str) -> list[list[int]]:
-    """Token ids of each document, delimiters included."""
+    """Return the token ids of each document, with delimiters."""
     manifest = Manifest.read(corpus)
     part = manifest.splits[split]
     tokens = np.fromfile(corpus / part.file, manifest.numpy_dtype)
@@ -57,7 +57,7 @@ def read(corpus: Path, split: str) -> list[list[int]]:
 
 
 def documents(corpus: Path) -> list[str]:
-    """All documents, decoded."""
+    """Decode all documents."""
     decoder = Tokenizer.from_file(str(corpus / "tokenizer.json"))
     parts = [part for split in Manifest.read(corpus).splits for part in read(corpus, split)]
     assert all(part[-1] == 0 and 0 not in part[:-1] for part in parts)
@@ -223,7 +223,7 @@ def test_the_validation_split_is_by_content_and_the_order_by_seed(
     place = {(*tokenizer.encode(text).ids, 0): i for i, text in enumerate(texts)}
     places = [place[tuple(document)] for document in splits[0]["train"]]
     correlation = np.corrcoef(places, np.arange(len(places)))[0, 1]
-    assert abs(correlation) < 0.15  # of some 600 documents: 3.7 standard deviations
+    assert abs(correlation) < 0.15  # 3.7 standard deviations for about 600 documents
     neighbours = np.mean(np.abs(np.diff(places)) == 1)
     assert neighbours < 0.05
 
@@ -306,7 +306,7 @@ def test_a_killed_run_is_taken_up(tmp_path: Path, tokenizer_path: Path, monkeypa
 
 
 def _lives(session: int) -> bool:
-    """Whether any process of the session is left."""
+    """Return whether any process of the session is left."""
     try:
         os.killpg(session, 0)
     except ProcessLookupError:
@@ -323,7 +323,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, tokenizer_path: Path) ->
     while len(list((tmp_path / "out.partial").glob("*.index"))) < 3:
         assert process.poll() is None
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to workers too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal, which signals workers, too
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "The same command takes up where this one was" in errors
@@ -352,7 +352,7 @@ def damage_zstandard(folder: Path) -> Path:
 
 
 def damage_parquet(folder: Path) -> Path:
-    """The footer stays whole: only reading the rows finds it."""
+    """The footer stays intact, so only reading the rows finds the damage."""
     path = write_parquet(folder) / "data.parquet"
     data = bytearray(path.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)

@@ -1,4 +1,4 @@
-"""The report: what it reads, what it draws, and the page as a browser has it."""
+"""The report: reading of runs, curves and pictures, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METRICS = ["loss", "val_loss", "grad_norm", "loss_scale", "tokens_per_s", "lr", 
 
 
 def write_run(path: Path, steps: int = 12, sample: str = "The module", **options: Any) -> Path:
-    """A run directory by the trainer's own writers: step 3 skipped, validation at every fourth step."""
+    """Write a run directory with the trainer's own code; step 3 is skipped, every fourth step has a validation."""
     path.mkdir(parents=True)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     (path / "config.json").write_text(json.dumps(plain(asdict(parse(words)))))
@@ -58,7 +58,7 @@ def write_run(path: Path, steps: int = 12, sample: str = "The module", **options
 
 
 class Page(HTMLParser):
-    """Curves, text and everything that could reach out, from the page's source or a browser's DOM."""
+    """Collects curves, text and everything that could load something from the page's source or a browser's DOM."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The page of two runs that differ, one of which sampled hostile text."""
+    """Make the page of two different runs, one of which sampled hostile text."""
     base = tmp_path_factory.mktemp("report")
     first, second = write_run(base / "a<b>"), write_run(base / "b", sample=HOSTILE, learning_rate=3e-4, seed=7)
     assert main([str(first), str(second), "--out", str(base / "page.html"), "--png", str(base / "page.png")]) == 0
@@ -132,7 +132,7 @@ def test_text_is_escaped_and_shown(report: Path) -> None:
 
 
 def test_a_curve_lies_where_its_values_are(report: Path) -> None:
-    """The line's highest point is the greatest loss, and it falls from left to right."""
+    """The line's highest point is the largest loss, and the line falls from left to right."""
     source = report.read_text(encoding="utf-8")
     svg = source[source.index('id="chart-loss"') :]
     points = svg.split('points="')[1].split('"')[0].split()
@@ -217,7 +217,7 @@ def test_the_loss_is_smoothed_over_the_raw_one(tmp_path: Path) -> None:
     loss = source[source.index('id="chart-loss"') : source.index('id="chart-val_loss"')]
     assert loss.index('<g class="raw">') < loss.index('<g class="smooth">')
     steps = list(range(400))
-    average = smoothed((steps, [1.0, None] * 200))  # of ones, whatever is missing
+    average = smoothed((steps, [1.0, None] * 200))  # the average of ones is 1, although values are missing
     assert average is not None
     assert average[1][::2] == pytest.approx([1.0] * 200)
     assert average[1][1::2] == [None] * 200
@@ -279,7 +279,7 @@ def test_draws_follow_other_weights() -> None:
     ],
 )
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> None:
-    """Also as the last one, where its line feed says that it is whole; lines of white space are none."""
+    """A bad last line with a line feed is an error, too, because it is complete; blank lines are skipped."""
     run = write_run(tmp_path / "run", steps=1)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(f"\n  \n{line}\n")
@@ -315,7 +315,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         return capsys.readouterr().err
 
     run = write_run(tmp_path / "run", steps=2)
-    assert "is no run directory" in refused(str(tmp_path / "nothing"))
+    assert "is not a run directory" in refused(str(tmp_path / "nothing"))
     assert "given twice" in refused(str(run), str(run))
     assert "give at least one run directory" in refused()
     metrics = run / "metrics.jsonl"
@@ -336,7 +336,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         ({"mixture": {"a": "x"}, "global_batch_size": 8}, "mixture.a is 'x', expected an integer"),
         ({"mixture": {"a": 1}}, "global_batch_size is missing, expected an integer of at least 1"),
         ({"mixture": {"a": 2**20, "b": 1}, "global_batch_size": 8}, "add up to more than 2^20"),
-        ({"mixture": {"a": 1}, "global_batch_size": 2**62}, "is no number of rows"),
+        ({"mixture": {"a": 1}, "global_batch_size": 2**62}, "is 2^63 rows or more"),
     ):
         (run / "config.json").write_text(json.dumps(fields))
         assert message in refused(str(run))

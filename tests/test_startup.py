@@ -1,4 +1,4 @@
-"""What can be imported without the trainer's packages, and what a command says where they are absent."""
+"""Imports without the trainer's packages, and the commands' messages when these are missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "phi_fast").rglob("*.py")
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
-    and "sandbox" not in path.parts  # started by the sandbox, by file
+    and "sandbox" not in path.parts  # the sandbox starts these as files
 )
 WITHOUT = f"""
 import importlib.util, sys
@@ -67,7 +67,7 @@ def test_a_command_without_the_extra_says_what_to_install(command: str) -> None:
     names, extra = ", ".join(startup.TRAIN_EXTRA), "train"
     if command == "phi_fast.evaluation.lm":
         names, extra = f"{names}, lm_eval", "eval"
-    if command == "phi_fast.kernels.codegen":  # a module of the kernels, which know nothing of phi_fast.startup
+    if command == "phi_fast.kernels.codegen":  # the kernels cannot import phi_fast.startup
         names = "tyro and rich"
     assert done.returncode == 2
     assert done.stdout == ""
@@ -80,7 +80,7 @@ def test_every_public_command_is_tried() -> None:
 
 
 def test_a_command_speaks_before_torch_is_imported() -> None:
-    """The word comes from a process in which no torch can be imported."""
+    """The message comes even if torch cannot be imported."""
     for command in ("train", "generate", "evaluate", "convert", "plan", "verify"):
         code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module(sys.argv[1], run_name='__main__')"
         done = subprocess.run([sys.executable, "-c", code, f"phi_fast.{command}"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl read back: whoever reads it, a line that is no record is named, and only a torn last one left out."""
+"""Every reader of metrics.jsonl names a bad line and leaves out only a last line that was cut short."""
 
 from __future__ import annotations
 

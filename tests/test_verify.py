@@ -1,4 +1,4 @@
-"""phi_fast.verify: passes on kernels that are right, and says so where one is wrong, unstable, broken or missing."""
+"""phi_fast.verify passes on correct kernels, and reports wrong, nondeterministic, failing and missing ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert main([*QUICK, "--ops", "bias_gelu"]) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out and "dx: error" in out and "dbias" not in out.split("FAIL bias_gelu")[1]
-    assert "…" not in out  # no name is cut off where no terminal says how wide it is
+    assert "…" not in out  # no name is cut off when there is no terminal
 
 
 def draw(generator: torch.Generator) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_golden_logits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A random model is not phi-1.5; against its own logits it passes."""
+    """A random model is not phi-1.5, but passes against its own logits."""
     model = Phi(PhiConfig(51200, 64, 1, 1, 64))
     monkeypatch.setattr(golden, "load", lambda name, device, dtype: (model, None))
     assert main([*QUICK, "--ops", "rotary", "--checkpoint", "microsoft/phi-1_5"]) == 1
@@ -136,6 +136,6 @@ def test_golden_logits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 @pytest.mark.slow
 def test_triton_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    """On a GPU, or in the interpreter (TRITON_INTERPRET=1, which the kernels' tests set)."""
+    """Runs on a GPU, or in the interpreter (TRITON_INTERPRET=1, which the kernels' tests set)."""
     pytest.importorskip("triton")
     assert main(["--backends", "triton"]) == 0, capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Faults that a trainer process of `trainer_processes` is started with: each is called with (rank, given) before it."""
+"""Faults to inject into a process of `trainer_processes`: functions called with (rank, given) before the trainer."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil
 
 
 def die_at_file_operation(rank: int, given: list[int]) -> None:
-    """kill -9 before this rank's given[rank]-th operation on a file or folder below checkpoints/; 0: never."""
+    """Kill this rank before its given[rank]-th operation on a file or folder in checkpoints/; 0: never."""
     left = given[rank]
 
     def count(event: str, details: tuple[Any, ...]) -> None:
         nonlocal left
-        # Inside rmtree, paths are relative to an open folder; nothing but checkpoints is removed.
+        # Inside rmtree, paths are relative to an open folder, and only checkpoints are removed.
         if event in FILE_EVENTS and ("checkpoints" in str(details[0]) or event in ("os.remove", "os.rmdir")):
             left -= 1
             if left == 0:
@@ -42,17 +42,17 @@ def die_at_file_operation(rank: int, given: list[int]) -> None:
 
 
 def die_at_step(rank: int, given: list[int]) -> None:
-    """kill -9 when this rank is about to take step given[rank] (from 1); 0: never."""
+    """Kill this rank before step given[rank] (from 1); 0: never."""
     _at_step(given[rank], lambda zero: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def freeze_at_step(rank: int, given: list[int]) -> None:
-    """SIGSTOP when this rank is about to take step given[rank] (from 1); 0: never."""
+    """Stop this rank by SIGSTOP before step given[rank] (from 1); 0: never."""
     _at_step(given[rank], lambda zero: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def signal_in_validation(rank: int, given: list[int]) -> None:
-    """SIGTERM to this rank, where given[rank], as it comes to its second batch of validation rows."""
+    """Send SIGTERM to this rank, if given[rank], before its second batch of validation rows."""
     validation = Corpora.validation
 
     def validate(*arguments: Any) -> Iterator[Any]:
@@ -67,20 +67,20 @@ def signal_in_validation(rank: int, given: list[int]) -> None:
 
 
 def no_corpora(rank: int, given: list[int]) -> None:
-    """Where given[rank], the corpora are not on this rank's machine."""
+    """Hide the corpora from this rank, if given[rank]."""
     exists = Path.exists
     if given[rank]:
         Path.exists = lambda path: path.name != "manifest.json" and exists(path)  # type: ignore[method-assign]
 
 
 def full_disk(rank: int, given: list[int]) -> None:
-    """No file of this rank can grow beyond given[rank] bytes; 0: no limit."""
+    """Limit this rank's files to given[rank] bytes; 0: no limit."""
     if given[rank]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (given[rank], given[rank]))
 
 
 def slow_disk(rank: int, given: list[float]) -> None:
-    """Each fsync of this rank takes given[rank] seconds."""
+    """Delay each fsync of this rank by given[rank] seconds."""
     fsync = os.fsync
 
     def slow(descriptor: int) -> None:
@@ -91,7 +91,7 @@ def slow_disk(rank: int, given: list[float]) -> None:
 
 
 def nan_weights_at_step(rank: int, given: list[int]) -> None:
-    """One weight of this rank becomes infinite before step given[rank] (from 1); 0: never."""
+    """Make one weight of this rank infinite before step given[rank] (from 1); 0: never."""
 
     def poison(zero: Zero2) -> None:
         with torch.no_grad():
@@ -101,7 +101,7 @@ def nan_weights_at_step(rank: int, given: list[int]) -> None:
 
 
 def overflow_at_steps(rank: int, given: list[int]) -> None:
-    """The gradients of the steps in given (from 1) overflow, on rank 0."""
+    """Let the gradients of the steps in `given` (from 1) overflow on rank 0."""
     backward = Zero2.backward
     taken = 0
 
@@ -130,7 +130,7 @@ def _at_step(step: int, action: Callable[[Zero2], None]) -> None:
 
 
 def multiply_loss_at_steps(rank: int, given: list[int]) -> None:
-    """The losses of the steps in given (from 1) are 5 times what they are, on rank 0."""
+    """Multiply the losses of the steps in `given` (from 1) by 5 on rank 0."""
     loss = Zero2.loss
     taken = 0
 
@@ -143,17 +143,17 @@ def multiply_loss_at_steps(rank: int, given: list[int]) -> None:
 
 
 def sleep_on(rank: int, given: list[float]) -> None:
-    """This rank sleeps given[rank] seconds before it begins."""
+    """Let this rank sleep given[rank] seconds before it begins."""
     time.sleep(given[rank])
 
 
 def environment(rank: int, given: dict[str, str]) -> None:
-    """Variables of the environment that the trainer finds."""
+    """Set environment variables for the trainer."""
     os.environ.update(given)
 
 
 def broken_validation(rank: int, given: list[int]) -> None:
-    """Reading validation rows fails on this rank in its given[rank]-th validation (from 1); 0: never."""
+    """Make this rank fail to read rows in its given[rank]-th validation (from 1); 0: never."""
     validation, done = Corpora.validation, 0
 
     def fail(*arguments: Any) -> Iterator[Any]:
@@ -167,7 +167,7 @@ def broken_validation(rank: int, given: list[int]) -> None:
 
 
 def broken_task(rank: int, given: list[int]) -> None:
-    """Scoring the tasks fails for the given[rank]-th time on this rank (from 1); 0: never."""
+    """Make this rank fail in its given[rank]-th scoring of the tasks (from 1); 0: never."""
     score, done = TasksDuringTraining._score, 0
 
     def fail(tasks: TasksDuringTraining, model: Any) -> dict[str, float]:
@@ -181,7 +181,7 @@ def broken_task(rank: int, given: list[int]) -> None:
 
 
 def no_room_for_metrics(rank: int, given: list[int]) -> None:
-    """From rank 0's given[0]-th record on, the device that takes its lines is full: the kernel says so."""
+    """Write rank 0's records to a full device, /dev/full, from the given[0]-th on."""
     write, done = MetricsLog.write, 0
 
     def fill(log: MetricsLog, record: Any) -> None:
@@ -195,7 +195,7 @@ def no_room_for_metrics(rank: int, given: list[int]) -> None:
 
 
 def slow_read(rank: int, given: list[float]) -> None:
-    """Reading a checkpoint's weights takes given[rank] seconds more."""
+    """Delay the reading of a checkpoint's weights by given[rank] seconds."""
     load = checkpoint.load_model
 
     def wait(source: Path) -> Any:
@@ -207,5 +207,5 @@ def slow_read(rank: int, given: list[float]) -> None:
 
 
 def full_file_system(rank: int, given: list[int]) -> None:
-    """The run directory's file system has given[rank] bytes left."""
+    """Report given[rank] free bytes on the run directory's file system."""
     shutil.disk_usage = lambda path: SimpleNamespace(total=2**40, used=2**40 - given[rank], free=given[rank])

@@ -1,7 +1,7 @@
-"""Trainer processes that start in a fraction of a second: forks of a server that has imported everything once.
+"""Trainer processes that start in a fraction of a second, as forks of a server that has imported everything once.
 
-The server has no thread, no process group and no open file of a run, so that a fork of it is as good as a fresh start.
-It is this file run as a program; the functions for tests talk to it.
+The server has no threads, no process group and no open files of a run, so that a fork behaves like a fresh process.
+This file run as a program is the server; the functions for tests talk to it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TINY = {
 
 
 def make_corpora(folder: Path) -> Path:
-    """Two corpora of made-up sentences, "docs" and "code", in bytes: a few thousand rows of 16 tokens."""
+    """Make two corpora of random sentences, "docs" and "code", in bytes: a few thousand rows of 16 tokens."""
     bytes_only = vocabulary.byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=257,
@@ -60,7 +60,7 @@ def make_corpora(folder: Path) -> Path:
 
 
 def arguments(data: Path, run: Path, steps: int, **changes: Any) -> list[str]:
-    """Command line of a tiny run of `steps` steps; keywords are options with _ for -."""
+    """Make the command line of a tiny run of `steps` steps; keywords are options with _ for -."""
     options: dict[str, Any] = {**TINY, "data": data, "tokenizer": data / "tokenizer.json", "run-dir": run}
     options["tokens"] = steps * 4 * 16
     options |= {name.replace("_", "-"): value for name, value in changes.items()}
@@ -71,7 +71,7 @@ def arguments(data: Path, run: Path, steps: int, **changes: Any) -> list[str]:
 
 
 class Trainer:
-    """One rank, running; its output is in a file."""
+    """A running rank, whose output goes to a file."""
 
     def __init__(self, pid: int, output: Path) -> None:
         self.pid, self._output = pid, output
@@ -83,13 +83,13 @@ class Trainer:
 
     @property
     def status(self) -> int | None:
-        """None while it runs, then its exit status; minus the signal's number where one ended it."""
+        """None while it runs, then its exit status, or minus the number of the signal that ended it."""
         if self._status is None:
             self._status = _ask({"poll": self.pid})
         return self._status
 
     def wait(self, timeout: float = 120) -> int:
-        """Exit status. Kills the process after `timeout` seconds and raises TimeoutError."""
+        """Return the exit status; after `timeout` seconds, kill the process and raise TimeoutError."""
         deadline = time.monotonic() + timeout
         while self.status is None:
             if time.monotonic() > deadline:
@@ -105,8 +105,10 @@ class Trainer:
 
 
 def start(words: list[str], folder: Path, *, ranks: int = 1, fault: str = "", given: Any = None) -> list[Trainer]:
-    """`ranks` processes of the trainer, their output in `folder`. fault: function of `trainer_faults`, called first in
-    each with (rank, given)."""
+    """Start `ranks` processes of the trainer, with their output in `folder`.
+
+    fault: a function of `trainer_faults`, called first in each process with (rank, given).
+    """
     port = _free_port()
     folder.mkdir(parents=True, exist_ok=True)
     running = []
@@ -122,8 +124,10 @@ def start(words: list[str], folder: Path, *, ranks: int = 1, fault: str = "", gi
 def finish(
     words: list[str], folder: Path, *, ranks: int = 1, expect: int = 0, timeout: float = 120, **options: Any
 ) -> str:
-    """Run to the end, each rank within `timeout` seconds, and return rank 0's output; every rank's exit status must be
-    `expect`."""
+    """Run to the end, each rank within `timeout` seconds, and return rank 0's output.
+
+    Asserts that every rank's exit status is `expect`.
+    """
     started = start(words, folder, ranks=ranks, **options)
     statuses = [trainer.wait(timeout) for trainer in started]
     assert statuses == [expect] * ranks, "\n".join(trainer.output for trainer in started)
@@ -144,7 +148,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(run: Path) -> dict[str, torch.Tensor]:
-    """Rank 0's of a run of one rank."""
+    """Load the optimizer's tensors of a run with one rank."""
     return load_file(latest(run) / "rank-0-of-1.safetensors")
 
 
@@ -155,8 +159,8 @@ def until(condition: Callable[[], bool], timeout: float = 60) -> None:
         time.sleep(0.01)
 
 
-def of_no_launcher() -> dict[str, str]:
-    """This process's environment without what a launcher sets, or a trainer that ran in this process."""
+def without_launcher() -> dict[str, str]:
+    """Copy the environment without a launcher's variables, which a trainer in this process sets, too."""
     return {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
@@ -166,7 +170,7 @@ _server: subprocess.Popen[str] | None = None
 def _ask(request: dict[str, Any]) -> Any:
     global _server
     if _server is None:
-        environment = of_no_launcher()
+        environment = without_launcher()
         pipe = subprocess.PIPE
         _server = subprocess.Popen(
             [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment | {"OMP_NUM_THREADS": "1"}
@@ -181,7 +185,7 @@ def _ask(request: dict[str, Any]) -> Any:
 def _serve() -> None:
     """Answer requests until the tests' end of the pipe is closed; then end what still runs."""
     deepspeed("cpu")
-    # What a first run imports late: torch._dynamo and Inductor (through DeepSpeed's Muon), TensorBoard.
+    # Modules that a first run would import late: torch._dynamo and Inductor (through DeepSpeed's Muon), TensorBoard.
     for name in ("deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch.utils.tensorboard"):
         importlib.import_module(name)
     importlib.import_module("trainer_faults")

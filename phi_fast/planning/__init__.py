@@ -1,1 +1,1 @@
-"""What `python -m phi_fast.plan` is made of: devices, kernels' work, memory, communication, and the plan itself."""
+"""The parts of `python -m phi_fast.plan`: devices, the kernels' work, memory, communication, and the plan itself."""

@@ -1,4 +1,4 @@
-"""What ZeRO-2 sends in a step, and how long it takes.
+"""Communication of ZeRO-2 in a step: bytes and time.
 
 The ZeRO paper (arXiv 1910.02054) reduce-scatters gradients and all-gathers weights. DeepSpeed reduces each part of a
 bucket to the rank that owns it (`zero._config`), which sends as much as a reduce-scatter, for every micro-batch or once
@@ -17,30 +17,30 @@ from .memory import bucket_elements
 
 @dataclass(frozen=True)
 class Communication:
-    """What one rank sends in one step."""
+    """Bytes that one rank sends in one step, and the time that this takes."""
 
     gradient_bytes: float
-    """Sent to reduce the gradients."""
+    """Bytes sent to reduce the gradients."""
     gather_bytes: float
-    """Sent by the all-gather of the updated weights."""
+    """Bytes sent by the all-gather of the updated weights."""
     bus: float
     """Bytes/s that a rank sends in a large collective; 0 for one rank."""
     gradient_seconds: float
-    """All reductions of a step, hidden or not."""
+    """Time of all reductions in a step, overlapped or not."""
     exposed_seconds: float
-    """What of them the backward does not hide."""
+    """The part of `gradient_seconds` that does not overlap with the backward pass."""
     gather_seconds: float
-    """After the update: nothing hides it."""
+    """Time of the all-gather, after the update, which overlaps with nothing."""
 
 
 def communication(
     config: PhiConfig, device: Device, ranks: int, itemsize: int, reductions: int, backward_seconds: float
 ) -> Communication:
-    """Estimate the communication of a step.
+    """Count the bytes and estimate the time of one step's communication.
 
-    reductions: how often gradients are reduced in it. backward_seconds: of one micro-batch, for what it hides: a bucket
-    is reduced while the next fills, so the time before the first is full hides nothing and the last is sent when the
-    backward is over.
+    reductions: how often gradients are reduced in the step. backward_seconds: time of one micro-batch's backward pass,
+    which overlaps with the reductions. Each bucket is reduced while the next one fills; so nothing overlaps before the
+    first is full, and the last is sent at the end.
     """
     if ranks == 1:
         return Communication(0, 0, 0, 0, 0, 0)
@@ -64,9 +64,9 @@ def communication(
 
 
 def _links(device: Device, ranks: int) -> tuple[float, float]:
-    """(bus bytes/s, seconds of latency of a collective by rings).
+    """Return (bus bytes/s, latency in seconds of a ring collective).
 
-    Rings over several nodes cross each node's edge once, with all its network cards side by side.
+    A ring over several nodes leaves each node once, over all of the node's network cards in parallel.
     """
     assert device.link is not None and device.network is not None
     nodes = math.ceil(ranks / device.node)

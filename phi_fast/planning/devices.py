@@ -1,4 +1,4 @@
-"""Accelerators by their data sheets, and what a kernel is assumed to reach of a data sheet's figure."""
+"""Accelerators with their data sheets' figures, and the share of these figures that kernels are assumed to reach."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ASSUMPTION = "assumption"
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, its unit, and where it is from."""
+    """A number with its unit and source."""
 
     value: float
     unit: str
     source: str
-    """A document, or `ASSUMPTION` and what speaks for it."""
+    """A document, or `ASSUMPTION` and the reason for it."""
 
 
 @dataclass(frozen=True)
@@ -30,34 +30,34 @@ class Device:
 
     name: str
     memory: Figure | None
-    """Bytes; None: not planned for (a CPU swaps before it fails)."""
+    """Bytes; None: no limit is planned for (a CPU swaps before it fails)."""
     flops: Figure
     """Dense FLOP/s of matrix products in the storage dtype."""
     bandwidth: Figure
-    """Bytes/s through memory, reads and writes together."""
+    """Memory bandwidth in bytes/s, reads and writes together."""
     link: Figure | None
-    """Bytes/s a device sends to the others of its node."""
+    """Bytes/s that a device sends to the others in its node."""
     network: Figure | None
-    """Bytes/s a node sends to others, over the number of its devices: a device's share of the network."""
+    """A device's share of the network: bytes/s that a node sends to other nodes ÷ devices per node."""
     node: int
-    """Devices a node."""
+    """Devices per node."""
     efficiency: dict[Kind, Figure]
     """Share of `flops` (products, attention) or of `bandwidth` (memory) that kernels reach."""
     price: Figure | None
     """Currency units per device hour."""
 
     def seconds(self, kind: Kind, flops: float, bytes_moved: float) -> float:
-        """Roofline: the slower of computing and moving, each at its efficiency."""
+        """Estimate a kernel's time by the roofline: the larger of compute and memory time, each at its efficiency."""
         computing = 0.0 if kind == "memory" else flops / (self.flops.value * self.efficiency[kind].value)
         return max(computing, bytes_moved / (self.bandwidth.value * self.efficiency["memory"].value))
 
 
-LAUNCH = Figure(1e-5, "s", f"{ASSUMPTION}: the least a kernel takes from eager PyTorch; DeepSpeed's Python not counted")
-LINK_EFFICIENCY = Figure(0.8, "", f"{ASSUMPTION}: NCCL's bus bandwidth over the link's, large messages")
-HOP = Figure(2e-6, "s", f"{ASSUMPTION}: a step of a collective inside a node")
-NETWORK_HOP = Figure(10e-6, "s", f"{ASSUMPTION}: a step of a collective between nodes")
+LAUNCH = Figure(1e-5, "s", f"{ASSUMPTION}: least time per kernel in eager PyTorch, without DeepSpeed's Python code")
+LINK_EFFICIENCY = Figure(0.8, "", f"{ASSUMPTION}: NCCL's bus bandwidth ÷ the link's, for large messages")
+HOP = Figure(2e-6, "s", f"{ASSUMPTION}: latency per step of a collective inside a node")
+NETWORK_HOP = Figure(10e-6, "s", f"{ASSUMPTION}: latency per step of a collective between nodes")
 CONTEXT = Figure(1.5e9, "B", f"{ASSUMPTION}: CUDA context, cuBLAS workspaces, NCCL's buffers")
-FRAGMENTATION = Figure(0.05, "", f"{ASSUMPTION}: the caching allocator's loss, of all other memory")
+FRAGMENTATION = Figure(0.05, "", f"{ASSUMPTION}: memory lost by the caching allocator, as a share of all other memory")
 
 _FLASH = "FlashAttention-2 (arXiv 2307.08691, section 4.1) reaches {} at head dim 128; less is assumed for 64"
 
@@ -85,7 +85,7 @@ def _gpu(
     efficiency: dict[Kind, Figure],
     price: float,
 ) -> Device:
-    """A GPU from figures in GB, TFLOP/s, GB/s."""
+    """Make a GPU from figures in GB, TFLOP/s and GB/s."""
     return Device(
         name,
         Figure(memory * 1e9, "B", sheet),
@@ -126,7 +126,7 @@ _H100 = _gpu(
 
 
 def _variant(base: Device, name: str, sheet: str, *, memory: float, bandwidth: float, price: float) -> Device:
-    """The same chip with another memory."""
+    """Make a variant of a GPU: the same chip with different memory."""
     assert base.price is not None
     return replace(
         base,
@@ -138,7 +138,7 @@ def _variant(base: Device, name: str, sheet: str, *, memory: float, bandwidth: f
 
 
 def _consumer(name: str, sheet: str, *, memory: float, bandwidth: float, link: float) -> Device:
-    """A card in a PCIe slot."""
+    """Make a GPU in a PCIe slot."""
     return _gpu(
         name,
         sheet,
@@ -168,7 +168,7 @@ DEVICES: dict[str, Device] = {
         bandwidth=8000,
         link=900,
         network=50,
-        network_source="NVIDIA DGX B200 data sheet: 400 Gb/s a GPU",
+        network_source="NVIDIA DGX B200 data sheet: 400 Gb/s per GPU",
         efficiency=_efficiencies(0.65, 0.22, 0.16, "no published figure for this project's kind of Triton kernel"),
         price=5.0,
     ),
@@ -202,7 +202,7 @@ DEVICES: dict[str, Device] = {
         bandwidth=5300,
         link=448,
         network=50,
-        network_source=f"{ASSUMPTION}: 8 × 400 Gb/s a node",
+        network_source=f"{ASSUMPTION}: 8 × 400 Gb/s per node",
         efficiency=_efficiencies(0.45, 0.20, 0.15, "no published figure for this project's kind of Triton kernel"),
         price=2.5,
     ),
@@ -213,9 +213,9 @@ _SHORT = {"a100": "A100-80", "3090": "RTX-3090", "4090": "RTX-4090", "5090": "RT
 
 
 def find_device(name: str, memory: float | None, flops: float | None, bandwidth: float | None) -> Device:
-    """The device of a name in any case, with what is given (GB, TFLOP/s, GB/s) in place of its data sheet's figures.
+    """Find a device by its name, in upper or lower case; given figures (GB, TFLOP/s, GB/s) replace its data sheet's.
 
-    A name that is not known needs all three. Raises UsageError, with the nearest names, where they are not given.
+    An unknown name needs all three figures. Otherwise UsageError is raised, with the nearest names.
     """
     given = {"memory": memory, "flops": flops, "bandwidth": bandwidth}
     for option, value in given.items():

@@ -1,4 +1,4 @@
-"""The plan: a recipe on a number of devices, from the counted work and the devices' figures."""
+"""The plan of a recipe on a number of devices, from the counted work and the devices' figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .work import Kernel, Phase, Recompute, Shape, gradients, micro_batch, model
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned."""
+    """A recipe, the devices to train it on, and how."""
 
     recipe: Recipe
     device: Device
@@ -26,7 +26,7 @@ class Job:
     micro_batch_size: int | None = None
     """None: the largest that fits."""
     price: float | None = None
-    """A device hour; None: the device's own."""
+    """Price of a device hour; None: the device's default."""
     rotary_inside: bool = True
 
     @property
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of one job. Seconds are of one optimizer step; None: there is no number of tokens, or no price."""
+    """The planned figures of a job, per optimizer step. A field is None without a number of tokens or a price."""
 
     ranks: int
     micro_batch_size: int
@@ -56,32 +56,32 @@ class Plan:
     memory: Memory
     fits: bool
     largest_micro_batch: int
-    """Largest divisor of a rank's rows that fits; 0: none does."""
+    """Largest divisor of a rank's rows that fits into memory; 0: none does."""
     reductions: int
     """How often gradients are reduced in a step: once, or for each micro-batch."""
     communication: Communication
     phases: dict[Phase, float]
-    """Seconds of computing a step: forward, backward, gradients, update."""
+    """Compute seconds per step: forward, backward, gradients, update."""
     step_seconds: float
     tokens_per_second: float
     """Tokens per second of all devices."""
     mfu_full: float
-    """Attention counted in full (PaLM, arXiv 2204.02311)."""
+    """MFU with attention counted in full (PaLM, arXiv 2204.02311)."""
     mfu_causal: float
-    """Attention counted as what a causal mask leaves: half."""
+    """MFU with half of attention counted, as a causal mask leaves."""
     steps: int | None
     hours: float | None
     device_hours: float | None
     cost: float | None
     checkpoint_bytes: int
     loader_rows_per_second: float
-    """That the loaders of all ranks must give together."""
+    """Rows/s that the loaders of all ranks together must deliver."""
     loader_bytes_per_second: float
-    """The same, of uint16 token ids."""
+    """The same in bytes/s of uint16 token ids."""
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of a step: the phases, and the sending that none of them hides."""
+        """Seconds per step: the phases, and the communication that does not overlap with them."""
         times: dict[str, float] = dict(self.phases.items())
         return times | {"sending": self.communication.exposed_seconds + self.communication.gather_seconds}
 
@@ -91,7 +91,7 @@ class Plan:
 
 
 def plan(job: Job) -> Plan:
-    """Raises UsageError where the global batch cannot be shared out as asked."""
+    """Plan a job. Raises UsageError if the global batch cannot be divided over ranks and micro-batches."""
     recipe, config = job.recipe, job.recipe.model
     rows = _rows(job)
     largest = largest_micro_batch(job)
@@ -135,14 +135,14 @@ def plan(job: Job) -> Plan:
 
 
 def largest_micro_batch(job: Job) -> int:
-    """Largest divisor of a rank's rows that fits into the device's memory; 0: none does."""
+    """Find the largest divisor of a rank's rows that fits into the device's memory; 0: none does."""
     rows = _rows(job)
     sizes = (size for size in range(rows, 0, -1) if rows % size == 0)
     return next((size for size in sizes if _fits(job, _memory(job, size))), 0)
 
 
 def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
-    """Seconds of computing a step, with micro-batches of `rows` rows."""
+    """Estimate the compute seconds per step by phase, with micro-batches of `rows` rows."""
     seconds: dict[Phase, float] = dict.fromkeys(("forward", "backward", "gradients", "update"), 0.0)
     for kernel in kernels(job, rows):
         seconds[kernel.phase] += kernel_seconds(job.device, kernel, gpu=job.on_gpu)
@@ -151,7 +151,7 @@ def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
 
 
 def kernels(job: Job, rows: int) -> list[Kernel]:
-    """Kernels of one micro-batch of `rows` rows, and of the update."""
+    """List the kernels of one micro-batch of `rows` rows, and of the update."""
     config = job.recipe.model
     arguments, accumulating = (config, job.itemsize, job.ranks), _rows(job) > rows
     deferred = _rows(job) // rows if _deferred(job, rows) else 1
@@ -160,7 +160,7 @@ def kernels(job: Job, rows: int) -> list[Kernel]:
 
 
 def kernel_seconds(device: Device, kernel: Kernel, *, gpu: bool) -> float:
-    """All `count` of a kernel."""
+    """Estimate the time of all `count` launches of a kernel."""
     once = device.seconds(kernel.kind, kernel.flops, kernel.bytes_moved)
     return kernel.count * max(once, LAUNCH.value if gpu else 0.0)
 
@@ -170,7 +170,7 @@ def _rows(job: Job) -> int:
     if job.ranks < 1 or rows < 1 or left:
         raise UsageError(
             f"gpus={job.ranks}: the global batch of {job.recipe.global_batch_size} rows cannot be shared out; use a "
-            f"divisor of it, or another --global-batch-size"
+            "divisor of it, or another --global-batch-size"
         )
     return rows
 

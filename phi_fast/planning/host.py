@@ -1,4 +1,4 @@
-"""This machine's CPU as a `Device`: its rates are measured in a second or two, on the planned model's own shapes."""
+"""This machine's CPU as a `Device`, whose rates are measured in a second or two on the planned model's shapes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .devices import Device, Figure, Kind
 from .work import Shape
 
 SECONDS = 0.25
-"""Each rate is measured for about this long."""
+"""Approximate time for measuring each rate."""
 
 
 def probe(shape: Shape, precision: Precision) -> Device:
-    """Measures matrix products, copying, the attention op and GELU (bound by its exponential) with torch's threads."""
+    """Measure matrix products, copies, the attention op and GELU (limited by its exponential) with torch's threads."""
     dtype, d = DTYPES[precision], shape.config.hidden_size
     tokens = min(shape.tokens, 2048)
     x, packed = torch.randn(tokens, d, dtype=dtype), torch.randn(tokens, 7 * d, dtype=dtype)
@@ -33,12 +33,10 @@ def probe(shape: Shape, precision: Precision) -> Device:
     streaming = 2 * wide.nbytes / _seconds(lambda: bias_gelu(wide)) / bandwidth
     here = f"measured now, {torch.get_num_threads()} threads"
     efficiency: dict[Kind, Figure] = {
-        "product": Figure(1.0, "", f"{here}: the rate above is of this model's own products"),
-        "attention forward": Figure(forward / flops, "", f"{here}: the attention op, forward, over the products' rate"),
+        "product": Figure(1.0, "", f"{here}: the FLOP/s above were measured on this model's own products"),
+        "attention forward": Figure(forward / flops, "", f"{here}: the attention op, forward, ÷ the products' rate"),
         "attention backward": Figure(backward / flops, "", f"{here}: the attention op, backward"),
-        "memory": Figure(
-            min(1.0, streaming), "", f"{here}: GELU's bytes/s over the copy's; taken for all such kernels"
-        ),
+        "memory": Figure(min(1.0, streaming), "", f"{here}: GELU's bytes/s ÷ the copy's; used for all such kernels"),
     }
     return Device(
         "cpu",
@@ -54,7 +52,7 @@ def probe(shape: Shape, precision: Precision) -> Device:
 
 
 def _attention(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of the attention op forward and backward, counted as `work.py` counts them."""
+    """Measure FLOP/s of the attention op, forward and backward, with the FLOPs that `work.py` counts."""
     rows, heads = min(shape.rows, 2), shape.config.num_attention_heads
     q, k, v = (torch.randn(rows, shape.sequence, heads, 64, dtype=dtype, requires_grad=True) for _ in range(3))
     grad = torch.randn_like(q)
@@ -66,7 +64,7 @@ def _attention(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Median time of one call, over about SECONDS."""
+    """Measure the median time of a call, over about SECONDS."""
     run()
     times: list[float] = []
     end = time.perf_counter() + SECONDS

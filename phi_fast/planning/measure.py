@@ -1,4 +1,4 @@
-"""The trainer's own step on this machine, and what it really keeps for its backward: what the plan is judged by."""
+"""Comparison of the plan with real training steps on this machine: time, and memory kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ from .work import Shape
 
 @dataclass(frozen=True)
 class Judged:
-    """A plan for this machine beside what was measured on it."""
+    """Predicted and measured figures of this machine."""
 
     predicted_seconds: float
     measured_seconds: float
-    """Both medians over the rounds."""
+    """Both times are medians over the rounds."""
     ratio: float
-    """Predicted ÷ measured, the median of the rounds': a drift of the machine meets both."""
+    """Median over the rounds of predicted ÷ measured, so that a drift of the machine's speed cancels."""
     predicted_activation_bytes: int
     measured_activation_bytes: int
-    """Held by autograd after a forward, parameters and rotary table left out."""
+    """Bytes that autograd holds after a forward pass, without parameters and rotary table."""
     predicted_peak_bytes: float
     measured_peak_bytes: int
-    """Most that tensors take at one time of a step, by torch's own record of every allocation."""
+    """Peak memory of tensors in a step, from torch's record of allocations."""
 
 
 def judge(job: Job, rows: int, precision: Precision, *, rounds: int = 3) -> Judged:
-    """In turn, `rounds` times: probe the machine and plan, then take a step of `zero.Zero2`, the trainer's engine, on
-    random tokens in micro-batches of `rows` rows. A step before them is not counted."""
+    """Compare plans with measured steps of `zero.Zero2`, the trainer's engine, on random tokens.
+
+    After a warm-up step, each of `rounds` rounds probes the machine, plans, and takes a step in micro-batches of `rows`
+    rows.
+    """
     recipe, shape = job.recipe, job.shape(rows)
     torch.manual_seed(recipe.seed)
     model = Phi(recipe.model, recompute=shape.recompute).to(DTYPES[precision])
@@ -84,7 +87,7 @@ class Step:
 
 
 def peak_bytes(step: Step) -> int:
-    """Weights and optimizer state, and the most that a step allocates beside them."""
+    """Measure weights and optimizer state, plus the peak of what a step allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     found = profiler.profiler.kineto_results.events()
@@ -95,8 +98,10 @@ def peak_bytes(step: Step) -> int:
 
 
 def kept_for_backward(model: Phi, shape: Shape) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward: a view counts as the whole buffer that it
-    keeps alive. Parameters and buffers of the model live anyway and are left out."""
+    """Measure the bytes of the distinct storages that autograd saves in one forward pass.
+
+    A view counts as the whole buffer that it keeps alive. The model's parameters and buffers are not counted.
+    """
     resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
 
@@ -107,7 +112,7 @@ def kept_for_backward(model: Phi, shape: Shape) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(*_tokens(shape)).loss  # its graph keeps the storages apart until they are counted
+        loss = model(*_tokens(shape)).loss  # keeps the graph, so that no address is reused
     total = sum(storages.values())
     del loss
     return total

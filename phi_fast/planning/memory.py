@@ -10,26 +10,26 @@ from .devices import CONTEXT, FRAGMENTATION
 from .work import Shape, gradient_itemsize
 
 BUCKET = 500_000_000
-"""Elements of a DeepSpeed bucket, unless the model has fewer (`zero._config`)."""
+"""Elements of a DeepSpeed bucket, unless the model is smaller (`zero._config`)."""
 
 
 def bucket_elements(config: PhiConfig) -> int:
-    """Elements of `reduce_bucket_size`, as `zero._config` sets it."""
+    """Compute `reduce_bucket_size` as `zero._config` does."""
     return min(BUCKET, max(1_000_000, config.num_parameters()))
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one micro-batch keeps from its forward for its backward."""
+    """Bytes that one micro-batch keeps from the forward for the backward pass."""
 
     inputs: int
     """Token ids, int64."""
     blocks: int
-    """All layers: x, and what `recompute` keeps beside it."""
+    """All layers: x, and what else `recompute` keeps."""
     final_norm: int
-    """The last block's output and its statistics."""
+    """The last block's output and the LayerNorm's statistics."""
     loss_gradients: int
-    """fp32 gradients of the hidden states, of lm_head's weight and bias: formed with the loss."""
+    """fp32 gradients of the hidden states and of lm_head's weight and bias, which are computed with the loss."""
 
     @property
     def total(self) -> int:
@@ -37,7 +37,7 @@ class Activations:
 
 
 def activations(shape: Shape) -> Activations:
-    """What autograd holds after the forward of a micro-batch, parameters and rotary table left out."""
+    """Count what autograd holds after the forward pass of a micro-batch, without parameters and rotary table."""
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
     d = config.hidden_size
     statistics = 4 * tokens * (2 + config.num_attention_heads)  # mean, rstd, log-sum-exp of each head, fp32
@@ -56,38 +56,38 @@ class Memory:
     """Bytes of one rank."""
 
     weights: float
-    """Weights in the storage dtype, whole on every rank."""
+    """All weights in the storage dtype; every rank has a full copy."""
     gradients: float
-    """This rank's part, fp32 (`grad_accum_dtype`); of one rank alone with one micro-batch per step in the storage
-    dtype, as autograd makes them (`local_gradients`)."""
+    """This rank's part in fp32 (`grad_accum_dtype`). A single rank with one micro-batch per step keeps autograd's
+    gradients in the storage dtype (`local_gradients`)."""
     sums: float
-    """fp32 sums of the micro-batches' gradients, where they are reduced once per step; handed over as the last
-    backward goes."""
+    """fp32 sums of the micro-batches' gradients, if they are reduced once per step; freed during the last backward
+    pass."""
     optimizer: float
     """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
     buckets: float
-    """DeepSpeed's bucket buffers (two with overlap_comm), and the flattened copy of one while it is reduced; gone
-    outside the backward. None on one rank."""
+    """DeepSpeed's bucket buffers (two with overlap_comm), and the flattened copy of one while it is reduced; held only
+    in the backward pass. 0 on one rank."""
     activations: float
-    """Kept from the forward (`activations`)."""
+    """Kept from the forward pass (`activations`)."""
     loss_chunk: float
-    """One chunk of logits and the fp32 temporaries of its products; gone outside the forward."""
+    """One chunk of logits and the fp32 temporaries of its products; held only in the forward pass."""
     working: float
-    """Temporaries of a block's backward, its weights' gradients among them."""
+    """Temporaries of a block's backward pass, including its weights' gradients."""
     context: float
-    """Outside torch's allocator."""
+    """Memory outside torch's allocator."""
     fragmentation: float
     peak: float
-    """Largest sum of what is held at one time."""
+    """Largest sum held at one time."""
     moment: str
-    """When."""
+    """The moment of the peak."""
 
 
 def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred: bool = False) -> Memory:
-    """Memory by component, and `peak`, the largest of four moments of a micro-batch.
+    """Count memory by component, and `peak`, the largest of four moments of a micro-batch.
 
-    accumulating: there are several micro-batches per step, so that gradients are held from the one before; deferred:
-    as fp32 sums on each rank, reduced once per step.
+    accumulating: there are several micro-batches per step, so that earlier ones' gradients are held. deferred: they are
+    held as fp32 sums on each rank, and reduced once per step.
     """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
     d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
@@ -98,7 +98,7 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred:
     chunk = shape.chunk * math.ceil(vocabulary / 64) * 64 * e
     chunk += 4 * d * max(shape.chunk, min(8192, vocabulary)) if e == 2 else 0
     again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]
-    # [dO | dG], [dQ | dK | dV | dU], dh, what is computed again, and the weights' gradients.
+    # [dO | dG], [dQ | dK | dV | dU], dh, what is recomputed, and the weights' gradients.
     working = (5 + 7 + 1 + again) * d * tokens * e + 12 * d * d * e
     bucket = bucket_elements(config) * e if ranks > 1 else 0
     buffers = 2 * bucket if gpu else bucket  # overlap_comm has two
@@ -111,8 +111,8 @@ def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred:
         "backward of the last block": kept.blocks + kept.final_norm + working + head + buffers + before,
     }
     if ranks > 1:
-        filled = min(1.0, bucket / weights)  # share of the backward when the first is full and its copy is made
-        # fp32 gradients stay where they are in the bucket; those of 16 bits are added up in a tensor of their own.
+        filled = min(1.0, bucket / weights)  # share of the backward when the first bucket is full and is copied
+        # fp32 gradients stay in the bucket; 16-bit gradients are accumulated in a separate tensor.
         apart = gradients * (accumulating or e == 2) + sums * (1 - filled)
         moments["first reduction"] = kept.blocks * (1 - filled) + working + buffers + bucket + apart
     else:

@@ -1,4 +1,4 @@
-"""The plan as a picture: scaling, each part of the memory by recompute level, where a step's time goes."""
+"""The plan as a picture: scaling, the parts of the memory by recompute level, and the parts of a step's time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PARTS = (
 
 
 def draw(job: Job, plans: dict[Recompute, Plan], result: Scaling | None, path: Path) -> None:
-    """Writes a PNG. result: None where there is one device only, and nothing scales."""
+    """Write a PNG. result: None for a CPU, which is not scaled."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,7 +43,7 @@ def draw(job: Job, plans: dict[Recompute, Plan], result: Scaling | None, path: P
 
 
 def _memory(axis, job: Job, plans: dict[Recompute, Plan]) -> None:
-    """A bar with its figure for each part and recompute level, so that small parts can be read beside large ones."""
+    """Draw a bar for each part and recompute level, labelled with its figure because some bars are very short."""
     height = 0.8 / len(plans)
     for i, (level, plan) in enumerate(plans.items()):
         values = [getattr(plan.memory, part) / 1e9 for part in _PARTS]

@@ -1,4 +1,4 @@
-"""Published speeds beside what the plan gives for the same devices."""
+"""Published speeds, and the plan's for the same devices."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _CARD = "model card of microsoft/phi-1_5: 32 A100-40G for 8 days, for 150 B toke
 
 @dataclass(frozen=True)
 class Published:
-    """A speed that somebody else reported."""
+    """A speed reported by others."""
 
     what: str
     device: str
     devices: int
     tokens_per_second: float
-    """A device."""
+    """Per device."""
     mfu: float | None
-    """MFU as reported, attention in full; None: not reported, and computed from the tokens."""
+    """MFU as reported, with attention in full; None: not reported, and computed from the tokens."""
     source: str
     micro_batch: int | None = None
-    """Rows a device and micro-batch, where they were reported."""
+    """Rows per device and micro-batch, if reported."""
 
 
-# MPT-1B: phi-1.5's width, depth and context, 16 heads of 128, tied embedding, bf16, FSDP without recomputation.
+# MPT-1B has phi-1.5's width, depth and context; 16 heads of 128, tied embedding, bf16, FSDP without recomputation.
 PUBLISHED = (
     Published("MPT-1B", "A100-40", 8, 19_271, 0.5623, _FOUNDRY, 8),
     Published("MPT-1B", "A100-40", 128, 18_647, 0.5441, _FOUNDRY, 10),
@@ -39,7 +39,7 @@ PUBLISHED = (
     Published("phi-1.5", "A100-80", 32, 150e9 / (1500 * 3600), None, _REPORT),
     Published("phi-1.5", "A100-40", 32, 150e9 / (32 * 8 * 86400), None, _CARD),
 )
-"""The report does not say on how many devices its hours were spent; 32 is the model card's number."""
+"""The report does not say how many devices it used; 32 is the model card's number."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Comparison:
     published: Published
     plan: Plan
     mfu: float
-    """The published one, or computed with phi-1.5's FLOPs, attention in full."""
+    """The published MFU, or computed from phi-1.5's FLOPs with attention in full."""
 
     @property
     def ratio(self) -> float:
-        """Planned over published tokens/s per device."""
+        """Planned ÷ published tokens/s per device."""
         return self.plan.tokens_per_second_per_device / self.published.tokens_per_second
 
 
 def compare() -> list[Comparison]:
-    """phi-1.5's recipe planned on every device of `PUBLISHED`."""
+    """Plan phi-1.5's recipe for each entry of `PUBLISHED`."""
     recipe = RECIPES["phi-1.5"]
     flops = recipe.model.flops_per_token(recipe.sequence_length, causal=False)
     rows = []

@@ -1,4 +1,4 @@
-"""The plan as tables."""
+"""The plan printed as tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .work import Recompute
 
 
 def overview(job: Job, p: Plan, console: Console) -> None:
-    """What the run is, what it takes and costs."""
+    """Print the run's size, time and cost."""
     recipe, config = job.recipe, job.recipe.model
     table = _table(f"{p.ranks} × {job.device.name}", "", "", "")
     per_token = [config.flops_per_token(recipe.sequence_length, causal=causal) / 1e9 for causal in (False, True)]
@@ -29,16 +29,16 @@ def overview(job: Job, p: Plan, console: Console) -> None:
     )
     fit = f"{p.largest_micro_batch} rows" if p.largest_micro_batch else "none"
     if job.on_gpu:
-        table.add_row("largest micro-batch", fit, "of those that divide a rank's rows")
+        table.add_row("largest micro-batch", fit, "that divides a rank's rows and fits into memory")
     table.add_row("step", _time(p.step_seconds), _phases(p))
     rate = p.tokens_per_second_per_device
-    table.add_row("tokens/s", f"{p.tokens_per_second:,.0f}", f"{rate:,.0f} a device")
+    table.add_row("tokens/s", f"{p.tokens_per_second:,.0f}", f"{rate:,.0f} per device")
     table.add_row("MFU", f"{100 * p.mfu_full:.1f}%", f"attention in full; {100 * p.mfu_causal:.1f}% causal")
     if p.hours is None or p.steps is None or p.device_hours is None:
         table.add_row("run", "not known", "the recipe states no number of tokens: give --tokens")
     else:
         table.add_row("run", f"{p.hours:,.1f} h", f"{p.steps:,} steps, {p.device_hours:,.1f} device hours")
-        cost = "no price given: --price" if p.cost is None else "computing alone: no checkpoint, fault or idle device"
+        cost = "no price given: --price" if p.cost is None else "steps only: no checkpoints, faults or idle devices"
         table.add_row("cost", "–" if p.cost is None else f"${p.cost:,.0f}", cost)
     table.add_row("checkpoint", _bytes(p.checkpoint_bytes), "weights; fp32 master, exp_avg, exp_avg_sq")
     table.add_row(
@@ -50,7 +50,7 @@ def overview(job: Job, p: Plan, console: Console) -> None:
 
 
 def memory(job: Job, plans: dict[Recompute, Plan], console: Console) -> None:
-    """Memory by component, with a column per recompute level at the same micro-batch."""
+    """Print memory by component, one column per recompute level, at the same micro-batch."""
     size = next(iter(plans.values())).micro_batch_size
     levels = [f"{name}{' (used)' if name == job.recompute else ''}" for name in plans]
     table = _table(f"memory of one device, {size} rows per micro-batch, by --recompute", "", *levels)
@@ -70,9 +70,9 @@ def memory(job: Job, plans: dict[Recompute, Plan], console: Console) -> None:
 
 
 def communication(p: Plan, console: Console) -> None:
-    """Bytes and seconds of a step."""
+    """Print the bytes and seconds of communication per step."""
     sent = p.communication
-    table = _table("communication of one device a step", "", "sent", "time", "")
+    table = _table("communication of one device per step", "", "sent", "time", "")
     if p.ranks == 1:
         table.add_row("one device", "–", "–", "sends nothing")
     else:
@@ -80,15 +80,14 @@ def communication(p: Plan, console: Console) -> None:
             "gradients, reduced",
             _bytes(sent.gradient_bytes),
             _time(sent.gradient_seconds),
-            f"once per {'step' if p.reductions == 1 else 'micro-batch'}; the backward leaves "
-            f"{_time(sent.exposed_seconds)} unhidden",
+            f"once per {'step' if p.reductions == 1 else 'micro-batch'}; {_time(sent.exposed_seconds)} not overlapped",
         )
         table.add_row("weights, all-gather", _bytes(sent.gather_bytes), _time(sent.gather_seconds), "after the update")
     console.print(table)
 
 
 def scale(result: Scaling, console: Console) -> None:
-    """A row a number of devices, and the words about the end."""
+    """Print one row per number of devices, and where scaling stops."""
     table = _table(
         "scaling",
         "devices",
@@ -99,7 +98,7 @@ def scale(result: Scaling, console: Console) -> None:
         "MFU full",
         "hours",
         "cost",
-        "costs most beside computing",
+        "largest cost besides forward and backward",
     )
     for p, efficiency, limit in zip(result.plans, result.efficiency, result.limits, strict=True):
         if not p.fits:
@@ -121,9 +120,9 @@ def scale(result: Scaling, console: Console) -> None:
 
 
 def published(rows: list[Comparison], console: Console) -> None:
-    """Other people's speeds, and the plan's for phi-1.5 on the same devices."""
+    """Print published speeds, and the plan's for phi-1.5 on the same devices."""
     table = _table(
-        "beside published speeds",
+        "comparison with published speeds",
         "what",
         "on",
         "tokens/s per device",
@@ -147,12 +146,13 @@ def published(rows: list[Comparison], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "phi_fast on a GPU: not measured. The efficiencies were assumed, and not fitted to this table.", style="dim"
+        "phi_fast on a GPU: not measured. The efficiencies are assumptions and were not fitted to this table.",
+        style="dim",
     )
 
 
 def judged(result: Judged, console: Console) -> None:
-    """Prediction and measurement on this machine."""
+    """Print predictions and measurements on this machine."""
     table = _table("measured here", "", "predicted", "measured", "ratio")
     table.add_row("step", _time(result.predicted_seconds), _time(result.measured_seconds), f"{result.ratio:.2f}")
     for name, planned, found in (
@@ -164,15 +164,15 @@ def judged(result: Judged, console: Console) -> None:
 
 
 def assumptions(device: Device, price: float | None, console: Console) -> None:
-    """Every figure that the plan rests on, with its source."""
-    table = _table("what this rests on", "", "value", "source")
+    """Print every figure that the plan is based on, with its source."""
+    table = _table("figures that this plan is based on", "", "value", "source")
     for name, figure in sources(device, price).items():
         table.add_row(name, quantity(figure), figure.source)
     console.print(table)
 
 
 def sources(device: Device, price: float | None) -> dict[str, Figure]:
-    """Every figure by name: the device's, and what is assumed of software and links."""
+    """Return every figure by name: the device's, and the assumptions about software and links."""
     found = {name: getattr(device, name) for name in ("memory", "flops", "bandwidth", "link", "network", "price")}
     if price is not None:
         found["price"] = Figure(price, "$/h", "--price")
@@ -184,7 +184,7 @@ def sources(device: Device, price: float | None) -> dict[str, Figure]:
 
 
 def quantity(figure: Figure) -> str:
-    """Value and unit, short."""
+    """Format value and unit briefly."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if figure.unit in ("B", "B/s", "FLOP/s") and figure.value >= factor:
             return f"{figure.value / factor:,.5g} {prefix}{figure.unit}"

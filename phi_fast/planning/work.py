@@ -1,6 +1,6 @@
-"""Every kernel of a training step with its FLOPs and bytes: what `kernels/` and DeepSpeed do, counted, not measured.
+"""The kernels of a training step; their FLOPs and bytes are counted from the code of `kernels/` and DeepSpeed.
 
-The block's kernels are those of `kernels/parallel_block.py`, the head's those of
+The block's kernels are those of `kernels/parallel_block.py`, and the head's are those of
 `kernels/linear_cross_entropy_chunks.py`.
 """
 
@@ -21,20 +21,20 @@ Phase = Literal["forward", "backward", "gradients", "update"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What one rank computes at a time."""
+    """The shape of one rank's micro-batch, and how it is computed."""
 
     config: PhiConfig
     sequence: int
-    """Tokens a row."""
+    """Tokens per row."""
     rows: int
-    """Rows of a micro-batch."""
+    """Rows per micro-batch."""
     itemsize: int
-    """Bytes of a weight or activation: 2 or 4."""
+    """Bytes per weight or activation: 2 or 4."""
     recompute: Recompute
     rotary_inside: bool
-    """Attention rotates q and k while it reads them (Triton's does)."""
+    """True if the attention kernel rotates q and k while it reads them (Triton's does)."""
     on_cpu: bool = False
-    """The loss then holds more rows of logits at least (`rows_of_a_chunk`)."""
+    """On a CPU the loss has a larger minimum chunk of logits (`rows_of_a_chunk`)."""
 
     @property
     def tokens(self) -> int:
@@ -52,35 +52,35 @@ class Shape:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, `count` times per micro-batch (phases forward, backward, gradients) or a step (update)."""
+    """A kernel, launched `count` times per micro-batch (phases forward, backward, gradients) or per step (update)."""
 
     name: str
     phase: Phase
     kind: Kind
     flops: float
-    """Executed, each time."""
+    """Executed per launch."""
     bytes_moved: float
-    """Through memory, each time."""
+    """Read from and written to memory per launch."""
     count: int = 1
 
 
 def micro_batch(shape: Shape) -> list[Kernel]:
-    """Forward and backward of one micro-batch, without what DeepSpeed does to the gradients."""
+    """List the kernels of forward and backward of one micro-batch, without DeepSpeed's work on the gradients."""
     layers = shape.config.num_hidden_layers
     forward = list(_block_forward(shape))
     kernels = [*_with("forward", layers, forward), *_head(shape), *_embedding(shape)]
-    if shape.recompute == "all":  # the block's forward again, but for its last product
+    if shape.recompute == "all":  # the block's forward again, except its last product
         kernels += _with("backward", layers, [k for k in forward if k.name != "out_proj"])
     return [*kernels, *_with("backward", layers, list(_block_backward(shape)))]
 
 
 def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool, deferred: int = 1) -> list[Kernel]:
-    """What is done to the gradients of a micro-batch on the device.
+    """List what is done to a micro-batch's gradients on the device.
 
-    DeepSpeed 0.19.8 copies them into the bucket, divides, flattens, copies back from the reduction, and adds this
-    rank's part up in fp32 (`stage_1_and_2.py`: average_tensor and below). deferred: micro-batches whose sum is reduced
-    at once; with more than 1 each is added to fp32 sums (`training.deferred_gradients`). A single rank only adds
-    micro-batches up (`training.local_gradients`).
+    DeepSpeed 0.19.8 copies them into the bucket, divides, flattens, copies back from the reduction, and accumulates
+    this rank's part in fp32 (`stage_1_and_2.py`: average_tensor and below). deferred: number of micro-batches whose sum
+    is reduced at once; with more than 1, each is added to fp32 sums (`training.deferred_gradients`). A single rank only
+    accumulates micro-batches (`training.local_gradients`).
     """
     parameters = config.num_parameters()
     copies = Kernel("buckets", "gradients", "memory", 0, 8 * itemsize * parameters / deferred)
@@ -92,19 +92,19 @@ def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: boo
 
 
 def gradient_itemsize(itemsize: int, ranks: int, *, accumulating: bool) -> int:
-    """Bytes of an element of the gradient that the update reads: as autograd made it, or added up in fp32."""
+    """Return the bytes per element of the gradients that the update reads: autograd's own, or accumulated in fp32."""
     return 4 if ranks > 1 or accumulating else itemsize
 
 
 def update(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool) -> list[Kernel]:
-    """The fused step on this rank's part (`zero.FusedStep`): a norm pass over the gradient, then Adam."""
+    """List the kernels of the fused step on this rank's part (`zero.FusedStep`): a norm of the gradients, then Adam."""
     part, gradient = config.num_parameters() / ranks, gradient_itemsize(itemsize, ranks, accumulating=accumulating)
     adam = (gradient + 3 * 8 + itemsize) * part  # gradient read; master, m, v read and written; weight written
     return [Kernel("norm", "update", "memory", 0, gradient * part), Kernel("adam", "update", "memory", 0, adam)]
 
 
 def model_flops(config: PhiConfig, sequence: int, tokens: int, *, causal: bool) -> float:
-    """What an MFU counts: 6N and attention, without anything that is computed again."""
+    """Count the FLOPs for an MFU: 6N and attention, without recomputation."""
     return float(config.flops_per_token(sequence, causal=causal) * tokens)
 
 
@@ -115,7 +115,7 @@ def _with(phase: Phase, count: int, kernels: list[Kernel]) -> list[Kernel]:
 def _product(
     name: str, m: float, n: float, k: float, itemsize: int, phase: Phase = "forward", count: int = 1
 ) -> Kernel:
-    """(m, k) · (k, n)."""
+    """Make the kernel of a matrix product (m, k) · (k, n)."""
     return Kernel(name, phase, "product", 2.0 * m * n * k, float(itemsize * (m * k + k * n + m * n)), count)
 
 
@@ -137,7 +137,7 @@ def _block_backward(shape: Shape) -> Iterator[Kernel]:
     row = float(tokens * d * e)
     again = shape.recompute == "norm_gelu"
     yield _product("out_proj data gradient", tokens, 5 * d, d, e)
-    # FlashAttention's backward has five products where the forward has two: q·k is formed again.
+    # FlashAttention's backward has five products, and its forward two: q·k is computed again.
     yield Kernel("attention", "backward", "attention backward", 5.0 * tokens * shape.sequence * d, 8 * row)
     if not shape.rotary_inside:
         yield Kernel("rotary", "backward", "memory", 0, 2 * row)
@@ -152,7 +152,7 @@ def _block_backward(shape: Shape) -> Iterator[Kernel]:
 
 
 def _head(shape: Shape) -> Iterator[Kernel]:
-    """Final LayerNorm, lm_head and the loss; the gradients' products are part of the forward."""
+    """List the kernels of final LayerNorm, lm_head and loss; the gradients' products are part of the forward."""
     tokens, d, e, vocabulary = shape.tokens, shape.config.hidden_size, shape.itemsize, shape.config.vocab_size
     row, weight, chunk = float(tokens * d * e), vocabulary * d, tokens / shape.chunks
     yield Kernel("final_norm", "forward", "memory", 0, 2 * row)

@@ -1,1 +1,1 @@
-"""What `python -m phi_fast.report` is made of: reading run directories, curves, the page, the picture."""
+"""The parts of `python -m phi_fast.report`: reading run directories, curves, the page, the picture."""

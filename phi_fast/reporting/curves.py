@@ -1,4 +1,4 @@
-"""Curves as inline SVG, readable in the DOM: each is a group that carries its steps and values as data attributes."""
+"""Curves as inline SVG: each curve is a group with its steps and values as data attributes, readable in the DOM."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .read import Curve
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 88, 32, 12, 62
 MOST = 1200
-"""Points of a curve that are drawn; a longer one is thinned to the least and the greatest of each stretch."""
+"""Most points drawn per curve; of a longer curve only the minimum and maximum of each interval are drawn."""
 X_LABEL = "optimizer step"
 SMOOTHING = 40
-"""A smoothed curve averages over about the steps ÷ SMOOTHING before each step; a shorter curve is not smoothed."""
+"""A smoothed curve averages over about (number of steps) ÷ SMOOTHING steps; a short curve is not smoothed."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Series:
 
     label: str
     color: int
-    """Index of the run: one color per run."""
+    """Index of the run; each run has its own color."""
     curve: Curve
     style: int = 0
     """Index of the dash pattern."""
     smooth: bool = False
-    """Drawn faintly, with its moving average over it."""
+    """Draw the curve faintly, and its moving average over it."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A map from values to pixels; logarithmic where `log`."""
+    """A linear or logarithmic (`log`) map from values to pixels."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ class Scale:
 
 
 def chart(metric: str, series: list[Series], *, log: bool = False) -> str:
-    """An <svg> with a <g class="series"> a curve, that has data-metric, -label, -steps and -values (empty: none)."""
+    """Draw an <svg> with a <g class="series"> per curve: data-metric, -label, -steps and -values (empty: no value)."""
     thinned = [(one, thin(one.curve)) for one in series]
     steps = [step for _, (at, _) in thinned for step in at]
     values = [value for _, (_, found) in thinned for value in found if value is not None and (value > 0 or not log)]
@@ -77,7 +77,7 @@ def chart(metric: str, series: list[Series], *, log: bool = False) -> str:
 
 
 def thin(curve: Curve) -> Curve:
-    """At most about MOST points, with every extreme kept."""
+    """Thin a curve to about MOST points at most, and keep every extreme."""
     steps, values = curve
     if len(steps) <= MOST:
         return curve
@@ -92,7 +92,7 @@ def thin(curve: Curve) -> Curve:
 
 
 def smoothed(curve: Curve) -> Curve | None:
-    """The exponential moving average, corrected for its beginning; None where the curve is too short for one."""
+    """Compute the exponential moving average with bias correction; None if the curve is too short."""
     steps, values = curve
     if len(steps) < 2 * SMOOTHING:
         return None
@@ -107,7 +107,7 @@ def smoothed(curve: Curve) -> Curve | None:
 
 
 def number(value: float) -> str:
-    """Short, for people."""
+    """Format a number briefly."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:.3g}"
@@ -140,7 +140,7 @@ def _line(points: list[tuple[int, float]], x: Scale, y: Scale) -> str:
 
 
 def _stretches(steps: list[int], values: list[float | None], *, positive: bool) -> list[list[tuple[int, float]]]:
-    """Points without a gap; a step without a value ends one."""
+    """Split a curve into stretches without gaps; a step without a value is a gap."""
     found: list[list[tuple[int, float]]] = [[]]
     for step, value in zip(steps, values, strict=True):
         if value is None or (positive and value <= 0):
@@ -164,7 +164,7 @@ def _axes(x: Scale, y: Scale) -> str:
 
 
 def _room(low: float, high: float, share: float) -> tuple[float, float]:
-    """The range with a margin, never empty."""
+    """Add a margin to a range, which is then never empty."""
     if low == high:
         return low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     return low - share * (high - low), high + share * (high - low)

@@ -1,7 +1,7 @@
-"""How many rows of each corpus a run has drawn, beside what its weights intend.
+"""The rows that a run has drawn from each corpus, compared with the mixture's weights.
 
-A run records no draws, because it need not: row g of the stream is a pure function of the mixture (docs/data.md). The
-rows are counted with the loader's own assignment.
+A run does not record its draws: row g of the stream is a pure function of the mixture (docs/data.md). The rows are
+therefore counted with the loader's own assignment.
 """
 
 from __future__ import annotations
@@ -19,32 +19,35 @@ from .read import RunData
 
 @dataclass(frozen=True)
 class Draw:
-    """One corpus of a run."""
+    """The rows that a run has drawn from one corpus."""
 
     corpus: str
     intended: float
-    """Share by the weights, and by the rows of each stage where they change."""
+    """Share by the weights; if there are stages, averaged over their rows."""
     drawn: int
-    """Rows of it that the run has read."""
+    """Rows read from this corpus."""
     rows: int
-    """Rows of all corpora."""
+    """Rows read from all corpora."""
     worst: float
-    """Largest distance between drawn and intended rows after any step."""
+    """Largest difference between drawn and intended rows after any step."""
 
     @property
     def share(self) -> float:
-        """Drawn."""
+        """The drawn share."""
         return self.drawn / self.rows
 
 
 def draws(run: RunData) -> list[Draw]:
-    """Counts for each corpus with a weight, up to the run's last step; empty without a mixture or before a step."""
+    """Count the rows of each corpus with a weight up to the run's last step.
+
+    The list is empty without a mixture or before the first step. Raises UsageError for impossible steps or weights.
+    """
     last = run.records[-1]["step"]
     if not run.mixture or not last:
         return []
     batch = run.config["global_batch_size"]
     if max(record["step"] for record in run.records) * batch >= 2**63:
-        raise UsageError(f"{run.path}: a step of metrics.jsonl times global_batch_size {batch} is no number of rows")
+        raise UsageError(f"{run.path}: a step of metrics.jsonl × global_batch_size {batch} is 2^63 rows or more")
     ends = np.array([record["step"] for record in run.records], dtype=np.int64) * batch  # rows read after each step
     schedule = run.mixture_schedule
     starts = np.array([step for step, _ in schedule]) * batch

@@ -1,4 +1,4 @@
-"""The report as one HTML file: styles, curves and a few lines of script inside, nothing fetched."""
+"""The report as one HTML file with inline styles, curves and a short script; the page fetches nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .mixture import Draw, draws
 from .read import RunData
 from .summary import Chart, charts, differences, figures
 
-# The policy forbids every request: the page is what the file holds.
+# The policy forbids every request, so that the page depends on this file alone.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 _STYLE = """
@@ -54,7 +54,7 @@ _STYLE += "".join(
     for i in range(6)
 )
 
-# Reads the values under the pointer into the legends. The curves themselves need no script.
+# Shows the values under the pointer in the legends. The curves themselves need no script.
 _SCRIPT = """
 const list = (text) => text.split(",").map((word) => (word === "" ? NaN : Number(word)));
 let curves = 0;
@@ -85,7 +85,7 @@ document.documentElement.dataset.curves = curves;
 
 
 def page(runs: list[RunData]) -> str:
-    """The whole document."""
+    """Write the HTML document."""
     title = escape(", ".join(run.name for run in runs))
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -128,10 +128,10 @@ def _mixture(runs: list[RunData]) -> str:
     rows = [_draw(i, run, draw) for i, run in enumerate(runs) for draw in draws(run)]
     if not rows:
         return ""
-    head = ["run", "corpus", "intended", "drawn", "", "rows drawn", "farthest from intended after any step"]
+    head = ["run", "corpus", "intended", "drawn", "", "rows drawn", "largest deviation after any step"]
     note = (
-        "Rows are counted with the loader's own assignment: the order of rows is a function of the mixture alone, and "
-        "a run records no draws. The bar is what was drawn, the mark what is intended."
+        "A run does not record its draws: rows are counted with the loader's own assignment, which depends on the "
+        "mixture alone. The bar shows the drawn share, and the mark the intended share."
     )
     return f'<section id="mixture"><h2>Mixture, drawn against intended</h2>{_table(head, rows)}<p>{note}</p></section>'
 
@@ -152,7 +152,7 @@ def _differences(runs: list[RunData]) -> str:
     if len(runs) == 1:
         return ""
     rows = [[escape(key), *map(escape, values)] for key, values in differences(runs).items()]
-    body = _table(["option", *(escape(run.name) for run in runs)], rows) if rows else "<p>none but the directory</p>"
+    body = _table(["option", *(escape(run.name) for run in runs)], rows) if rows else "<p>none except the directory</p>"
     return f'<section id="differences"><h2>Configuration, where it differs</h2>{body}</section>'
 
 
@@ -176,13 +176,13 @@ def _configs(runs: list[RunData]) -> str:
 
 
 def _key(color: int, style: int) -> str:
-    """A stroke in a run's color."""
+    """Draw a short stroke in a run's color."""
     stroke = f'<path class="series c{color % 6} s{style % 4}" d="M0 4h20"/>'
     return f'<svg class="key" viewBox="0 0 22 8" width="22" height="8">{stroke}</svg> '
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML already; each carries its column's title for where the head is not shown."""
+    """Make a table from cells of HTML; each cell carries its column's title for narrow pages, which hide the head."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(map(_cell, head, row)) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,4 +1,4 @@
-"""The report as a PNG: the same curves, and the mixture."""
+"""The report as a PNG, with the page's curves and mixture."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def draw(runs: list[RunData], path: Path) -> None:
-    """Writes a PNG of every chart of the page that has a value, and of the mixture."""
+    """Write a PNG with every chart of the page that has a value, and the mixture."""
     figure(runs).savefig(path)
 
 
 def figure(runs: list[RunData]) -> Figure:
-    """Panels in rows of at most `COLUMNS`, each row filled: no cell is left empty."""
+    """Lay out the panels in rows of at most `COLUMNS`, without empty cells."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

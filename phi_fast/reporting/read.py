@@ -1,4 +1,4 @@
-"""A run directory read back: config.json, metrics.jsonl, and the samples in its TensorBoard events."""
+"""Reading of a run directory: config.json, metrics.jsonl, and the samples in its TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ..json_files import flatten, read_object
 from ..step_records import read_records
 
 MOST_WEIGHT = 2**20
-"""Largest weight of a corpus: `chairman`'s period has no more slots."""
+"""Largest weight of a corpus, which is the longest period of `chairman`."""
 Curve = tuple[list[int], list[float | None]]
-"""Steps and values; None where a step has no such value (a skipped step has no gradient norm)."""
+"""Steps and values; None at a step without a value (a skipped step has no gradient norm)."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, as it was written."""
+    """The files of one run."""
 
     name: str
     """Unique among the runs of one report."""
     path: Path
     config: dict[str, Any]
-    """config.json; nested fields by dotted names."""
+    """config.json, with dotted names for nested fields."""
     records: list[dict[str, Any]]
-    """metrics.jsonl, a line per step."""
+    """The lines of metrics.jsonl."""
     samples: list[tuple[int, str]]
-    """(step, text) of the texts sampled, in order."""
+    """(step, text) of the sampled texts, in order."""
 
     def curve(self, field: str) -> Curve:
-        """A field of metrics.jsonl over the steps that have it at all; "val_losses.docs" is a corpus's."""
+        """Return a field's values over the steps that have the field; "val_losses.docs" is one corpus's."""
         steps, values = [], []
         outer, _, inner = field.partition(".")
         for record in self.records:
@@ -43,7 +43,7 @@ class RunData:
         return steps, values
 
     def members(self, field: str) -> list[str]:
-        """Names in a field that is an object: the corpora of "val_losses", the tasks of "tasks"."""
+        """List the names in a field that is an object: the corpora of "val_losses", the tasks of "tasks"."""
         return list(dict.fromkeys(name for record in self.records for name in record.get(field) or {}))
 
     @property
@@ -54,13 +54,13 @@ class RunData:
 
     @property
     def mixture_schedule(self) -> list[tuple[int, dict[str, int]]]:
-        """(first step, weights) of the mixture and of its stages, without the weights that are 0."""
+        """(first step, weights) of the mixture and each stage, without weights of 0."""
         stages = [(0, self.mixture), *self.config.get("mixture_stages", [])]
         return [(int(step), {name: int(w) for name, w in weights.items() if int(w)}) for step, weights in stages]
 
 
 def read_runs(paths: list[Path]) -> list[RunData]:
-    """Raises UsageError for a directory that is no run, a run without a step, or a line that cannot be read."""
+    """Read runs. Raises UsageError for a directory that is not a run, a run without a step, or a bad line."""
     names = [path.resolve().name for path in paths]
     unique = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
     if len(set(unique)) < len(unique):
@@ -73,7 +73,7 @@ def _read(path: Path, name: str) -> RunData:
     metrics, config = path / "metrics.jsonl", path / "config.json"
     for file in (metrics, config):
         if not file.is_file():
-            raise UsageError(f"{file} does not exist: {path} is no run directory; give one that phi_fast.train wrote")
+            raise UsageError(f"{file} does not exist: {path} is not a run directory; give one of phi_fast.train's")
     options = read_object(config, way_out="Give a run directory that phi_fast.train wrote")
     if "mixture" in options:
         mixture = options.inner("mixture")
@@ -87,12 +87,12 @@ def _read(path: Path, name: str) -> RunData:
 
 
 def _samples(events: Path) -> list[tuple[int, str]]:
-    """Texts that `metrics.MetricsLog.text` wrote."""
+    """Read the texts that `metrics.MetricsLog.text` wrote."""
     if not events.is_dir():
         return []
     for path in events.rglob("*"):
-        if path.exists() and not (path.is_file() or path.is_dir()):  # TensorBoard would wait for a pipe's other end
-            raise UsageError(f"{path} is no regular file: remove it, or give a run directory that train wrote")
+        if path.exists() and not (path.is_file() or path.is_dir()):  # TensorBoard would block on a pipe
+            raise UsageError(f"{path} is not a regular file: remove it, or give a run directory that train wrote")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(events), size_guidance={"tensors": 0})

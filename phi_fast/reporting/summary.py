@@ -1,4 +1,4 @@
-"""The charts of a report, and each run in a few figures."""
+"""The charts of a report, and the key figures of each run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ class Chart:
 
 
 def charts(runs: list[RunData]) -> list[Chart]:
-    """Loss, validation (also by corpus), gradient norm, throughput, learning rate: a curve per run. The loss scale
-    where it was at work in a run, and accuracies by task where a run measured them."""
+    """Choose the charts, with one curve per run.
+
+    The loss scale is drawn only if it changed or a step was skipped in some run, the accuracies by task only if some
+    run measured them.
+    """
     validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
     validation += _members(runs, "val_losses")
     tasks = _members(runs, "tasks")
@@ -37,7 +40,7 @@ def charts(runs: list[RunData]) -> list[Chart]:
 
 
 def figures(run: RunData) -> dict[str, str]:
-    """What a reader asks first."""
+    """Compute a run's key figures."""
     last = run.records[-1]
     skipped = sum(bool(record.get("skipped")) for record in run.records)
     validation = [value for value in run.curve("val_loss")[1] if value is not None]
@@ -57,14 +60,14 @@ def figures(run: RunData) -> dict[str, str]:
 
 
 def differences(runs: list[RunData]) -> dict[str, list[str]]:
-    """Fields of config.json in which the runs differ: field -> value of each; "–" where a run has none."""
+    """Map each field of config.json in which the runs differ to each run's value; "–" if a run does not have it."""
     fields = dict.fromkeys(key for run in runs for key in run.config)
     rows = {key: [str(run.config.get(key, "–")) for run in runs] for key in fields}
     return {key: values for key, values in rows.items() if len(set(values)) > 1 and key != "run_dir"}
 
 
 def _scaled(runs: list[RunData]) -> bool:
-    """True where a loss scale changed, or a step was skipped: a constant one tells nothing."""
+    """Return whether any run's loss scale changed, or a step was skipped."""
     return any(
         len(set(run.curve("loss_scale")[1])) > 1 or any(record.get("skipped") for record in run.records) for run in runs
     )

@@ -53,7 +53,7 @@ class CheckpointError(PhiFastError, RuntimeError):
 
 @dataclass
 class Snapshot:
-    """What one rank writes into a checkpoint."""
+    """The part of a checkpoint that one rank writes."""
 
     state: dict[str, Any]
     """Content of state.json; the same on every rank."""

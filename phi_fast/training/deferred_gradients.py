@@ -12,17 +12,17 @@ from .options import Options
 
 
 class DeferredGradients:
-    """Adds up each rank's micro-batches in fp32, and hands the sum to DeepSpeed's reduction in the last one.
+    """Sums each rank's micro-batches in fp32, and passes the sum to DeepSpeed's reduction in the last one.
 
-    DeepSpeed's ZeRO-2 reduces the gradients of every micro-batch. Reducing their sum sends as many bytes as one
-    micro-batch, still in buckets beside the backward pass, and costs 4 bytes per parameter on each rank. The sum is
-    rounded to the model's dtype before it is sent, where DeepSpeed rounds each micro-batch's part.
+    DeepSpeed's ZeRO-2 reduces the gradients of every micro-batch. Reducing their sum sends as many bytes as a single
+    micro-batch, still in buckets during the backward pass, and costs 4 bytes per parameter on each rank. The sum is
+    rounded to the model's dtype before it is sent, whereas DeepSpeed rounds each micro-batch's gradients.
     """
 
     def __init__(self, zero: Any, accumulation: int) -> None:
         self._zero, self._accumulation = zero, accumulation
         self._left = accumulation
-        """Backward passes to come in this step."""
+        """Backward passes left in this step."""
         self._sums: dict[nn.Parameter, tuple[int, Tensor]] = {}
         """Parameter -> (its group, sum of its gradients so far)."""
         self._reduce, self._finish = zero.process_gradients, zero.overlapping_partition_gradients_reduce_epilogue
@@ -46,15 +46,15 @@ class DeferredGradients:
             self._sums[parameter] = group, gradient.to(torch.float32, copy=True)
 
     def _hand_over(self, parameter: nn.Parameter, group: int) -> None:
-        self._zero.micro_step_id = 0  # DeepSpeed adds later micro-batches to what it has reduced of the first
+        self._zero.micro_step_id = 0  # DeepSpeed would add a later micro-batch to the first one's reduced gradients
         self._reduce(parameter, group)
 
     def _end(self) -> None:
-        """After each backward pass."""
+        """Finish a backward pass; the last one of a step also reduces the parameters that took no part in it."""
         self._left -= 1
         if self._left:
             return
-        for parameter, (group, earlier) in self._sums.items():  # that took no part in the last micro-batch
+        for parameter, (group, earlier) in self._sums.items():
             parameter.grad = earlier.to(parameter.dtype)
             self._hand_over(parameter, group)
         self._sums.clear()
@@ -63,7 +63,7 @@ class DeferredGradients:
 
 
 def reduces_once(options: Options, world: World, accumulation: int) -> bool:
-    """Whether `--reduce-gradients` asks these ranks for one reduction per step."""
+    """Return whether `--reduce-gradients` means one reduction per step on these ranks."""
     choice = options.reduce_gradients
     if world.size == 1 or accumulation == 1 or choice == "micro-batch" or options.zero_step == "deepspeed":
         return False

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import UsageError
 from ..files import Claim, writing
@@ -76,14 +75,6 @@ class Owned:
         if self._made and not any(self.directory.iterdir()):
             self.directory.rmdir()
 
-    def __enter__(self) -> Owned:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def newest_run(options: Options) -> Path:
     """Find the directory to resume: --run-dir, or the newest run of the recipe. Raises UsageError if there is none."""
@@ -120,7 +111,7 @@ def _claim(directory: Path, wait: float, tell: Callable[[str], None]) -> Claim:
 
 
 def _refuse_another_run(directory: Path, options: Options) -> None:
-    """Raise UsageError if the directory holds files of another run. --elastic may start its own run anew."""
+    """Raise UsageError if the directory holds files of another run. --elastic may restart its own run."""
     if any((directory / "checkpoints").glob("step-*")):
         if not options.elastic:
             raise UsageError(
@@ -133,7 +124,7 @@ def _refuse_another_run(directory: Path, options: Options) -> None:
     if not options.elastic:
         raise UsageError(
             f"--run-dir {directory} holds {', '.join(left)} of a run that saved no checkpoint: name another directory, "
-            "or remove those (--elastic starts such a run anew by itself)"
+            "or remove those (--elastic restarts such a run by itself)"
         )
     if (directory / "config.json").exists():
         then, now = (

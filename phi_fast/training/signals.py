@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from .distributed import World
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0
-"""Seconds after a signal before the first step in which Python must unwind; then the process is ended."""
+"""Seconds that Python has to unwind after a signal before the first step; then the process is ended."""
 
 
 class StoppedEarly(KeyboardInterrupt):
@@ -90,9 +90,7 @@ class Signals:
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._starting = False
         self._unwound.set()
         signal.set_wakeup_fd(self._previous_fd)

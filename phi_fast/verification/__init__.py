@@ -1,1 +1,1 @@
-"""The parts of `phi_fast.verify`: what is computed, how it is judged, and the published checkpoint's logits."""
+"""The parts of `phi_fast.verify`: the cases, their comparison with float64, and the published checkpoint's logits."""

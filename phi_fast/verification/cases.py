@@ -1,4 +1,4 @@
-"""What `phi_fast.verify` computes: every op and the whole model, forward and backward, beside plain PyTorch."""
+"""The cases of `phi_fast.verify`: every op and the whole model, forward and backward, with plain PyTorch's version."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from ..model.reference import ReferencePhi, rotary_cos_sin, rotate
 from .judge import Case, Tensors, differentiate
 
 RECIPE: dict[str, Any] = {"lr": 2e-4, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1}  # phi-1.5's Adam
-LOSS_SCALE = 1024.0  # keeps the small model's fp16 gradients out of fp16's subnormal range, on both sides
+LOSS_SCALE = 1024.0  # keeps the small model's fp16 gradients out of fp16's subnormal range, in both computations
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Ragged shapes: on a GPU a model's; small on a CPU, where 16-bit products and Triton's interpreter are slow."""
+    """List the cases, with ragged shapes: a real model's on a GPU, and small ones on a CPU, where 16-bit products and
+    Triton's interpreter are slow."""
     large = device.type == "cuda"
     batch, length, heads, rows = (2, 1000, 16, 2001) if large else (2, 70, 2, 37)
     d = heads * 64
@@ -94,7 +95,7 @@ def _bias_gelu(rows: int, n: int) -> Case:
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(batch, length, heads, 64), causal; torch's own kernel where it has one, its plain one in float64."""
+    """Compute causal attention on (batch, length, heads, 64) with torch, which uses its plain version in float64."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
@@ -148,19 +149,19 @@ def _linear_cross_entropy(rows: int, d: int, vocab: int, smoothing: float, z: fl
 
 
 def _adam(elements: int) -> Case:
-    """The seventh step of two tensors. Weights and gradients have the case's dtype, masters and state are fp32."""
+    """Test Adam's seventh step on two tensors. Weights and gradients have the case's dtype, masters and state fp32."""
 
     def inputs(generator: Generator) -> Tensors:
         sizes = {"a": elements, "b": 5}
         drawn = {f"{kind} {name}": _draw(generator, n) for name, n in sizes.items() for kind in ("p", "g", "m", "r")}
         for name in sizes:
             drawn[f"g {name}"] *= 10.0 ** torch.randint(-6, 2, (sizes[name],), generator=generator)
-            drawn[f"r {name}"] = drawn[f"r {name}"].abs() + 0.1  # the root of v: steps of thousands of lr are no use
+            drawn[f"r {name}"] = drawn[f"r {name}"].abs() + 0.1  # the root of v, not tiny: updates stay near lr
         return drawn
 
     def split(inputs: Tensors, wide: torch.dtype) -> tuple[list[Tensor], ...]:
         p, g, m, r = ([inputs[f"{kind} {name}"] for name in "ab"] for kind in ("p", "g", "m", "r"))
-        # All is first rounded to the case's dtype, and v to fp32: float64 starts from the same numbers.
+        # Inputs are already rounded to the case's dtype, and v to fp32: float64 starts from the same numbers.
         return [x.to(wide) for x in p], g, [x.to(wide) for x in m], [x.float().square().to(wide) for x in r]
 
     def named(p: list[Tensor], m: list[Tensor], v: list[Tensor]) -> Tensors:
@@ -190,12 +191,12 @@ def _adam(elements: int) -> Case:
 
 
 def _model(config: PhiConfig, batch: int, length: int) -> Case:
-    """Loss and every gradient, under Hugging Face's names."""
+    """Test the whole model: the loss and every gradient, under Hugging Face's names."""
 
     def inputs(generator: Generator) -> Tensors:
         ids = torch.randint(config.vocab_size, (batch, length + 1), generator=generator)
         state = ReferencePhi(config).state_dict()
-        for name, x in state.items():  # biases away from 0 and norms from 1, so that their use shows
+        for name, x in state.items():  # biases differ from 0 and norms from 1, so that they matter
             state[name] = _draw(generator, *x.shape, scale=0.1) + ("norm.weight" in name)
         return {**state, "input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
 

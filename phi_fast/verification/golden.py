@@ -1,4 +1,4 @@
-"""The logits of `microsoft/phi-1_5` that transformers' own integration test expects."""
+"""The logits of `microsoft/phi-1_5` from transformers' own integration test."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LOGITS = [
     [12.2922, 13.3507, 8.6963, 9.1355, 9.3502, 9.2667, 14.2027, 13.1363, 13.5446, 11.1337],
     [12.3323, 14.6050, 8.9986, 8.1580, 9.5654, 6.6728, 12.5966, 12.6662, 12.2784, 11.7522],
 ]
-"""Logits of the first two tokens, for the first ten ids, in fp32."""
+"""fp32 logits at the first two tokens, for the first ten ids."""
 TOLERANCE = 1e-4
 
 
 @dataclass
 class Golden:
-    """How far a checkpoint's logits are from phi-1.5's."""
+    """The difference between a checkpoint's logits and phi-1.5's."""
 
     checkpoint: str
     largest_error: float
@@ -30,7 +30,7 @@ class Golden:
 def check(checkpoint: str, device: torch.device) -> Golden:
     """Load a checkpoint (a name on the hub, or a folder in any of phi's layouts) in fp32 and compare its logits.
 
-    Raises ConversionError where it cannot be had or is no phi.
+    Raises ConversionError if it cannot be loaded or is not a phi model.
     """
     model, _ = load(checkpoint, device=str(device), dtype="fp32")
     with torch.no_grad():

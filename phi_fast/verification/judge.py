@@ -1,4 +1,4 @@
-"""Runs a case on one back end and holds its errors, against float64, to those of plain PyTorch."""
+"""Runs a case on each back end and compares its errors against float64 with those of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One computation, in the kernels and in plain PyTorch: each maps inputs to named results."""
+    """A computation with the kernels and with plain PyTorch; each maps inputs to named results."""
 
     op: str
-    """A name of `kernels.backend.OPS`, or "model"."""
+    """A name in `kernels.backend.OPS`, or "model"."""
     name: str
-    """What a reader must know of the shape."""
+    """The shape and the options, for the table."""
     inputs: Callable[[torch.Generator], Tensors]
     """fp32 (and integer) tensors on the CPU."""
     ours: Callable[[Tensors], Tensors]
@@ -38,13 +38,14 @@ class Errors:
     plain_rms: float
     plain_largest: float
     ratio: float
-    """rms over what plain PyTorch (or rounding alone, if that is more) has."""
+    """rms ÷ plain PyTorch's rms error, or the error of rounding alone if that is larger."""
     largest_ratio: float
+    """The same for the largest errors."""
 
 
 @dataclass
 class Verdict:
-    """A case on one back end."""
+    """The result of a case on one back end."""
 
     op: str
     case: str
@@ -59,17 +60,17 @@ class Verdict:
 
     @property
     def worst(self) -> str | None:
-        """The result whose error is largest beside plain PyTorch's."""
+        """The result with the largest ratio to plain PyTorch's error."""
         return max(self.errors, key=lambda name: self.errors[name].ratio, default=None)
 
 
 def cast(inputs: Tensors, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """Copies on `device`, the floating ones in `dtype`."""
+    """Copy tensors to `device`, floating-point ones to `dtype`."""
     return {name: x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True) for name, x in inputs.items()}
 
 
 def differentiate(function: Callable[..., Tensor]) -> Callable[[Tensors], Tensors]:
-    """inputs -> {"out": function(**inputs), "d<input>": its gradient under a fixed random output gradient}."""
+    """Wrap `function`: inputs -> {"out": its result, "d<input>": gradient for a fixed random output gradient}."""
 
     def evaluate(inputs: Tensors) -> Tensors:
         leaves = {name: x.clone().requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
@@ -83,8 +84,11 @@ def differentiate(function: Callable[..., Tensor]) -> Callable[[Tensors], Tensor
 
 
 def judge(case: Case, dtype: torch.dtype, device: torch.device, backends: list[str], factor: float) -> list[Verdict]:
-    """`case` on each of `backends`: root mean square errors at most `factor` times plain PyTorch's, largest errors at
-    most twice that, nothing infinite that should not be, and two runs the same bit for bit."""
+    """Run `case` on each of `backends`.
+
+    A case passes if its root mean square errors are at most `factor` times plain PyTorch's, its largest errors at most
+    twice that, infinities are only where float64 has them, and two runs agree bit for bit.
+    """
     inputs = case.inputs(torch.Generator().manual_seed(0))
     exact = case.plain(cast(cast(inputs, dtype, device), torch.float64, device))
     plain = case.plain(cast(inputs, dtype, device))
@@ -95,7 +99,7 @@ def judge(case: Case, dtype: torch.dtype, device: torch.device, backends: list[s
         try:
             with _chosen(backend, case.op):
                 actual, again = (case.ours(cast(inputs, dtype, device)) for _ in range(2))
-        except Exception as error:  # a kernel that does not compile or launch is what this command looks for
+        except Exception as error:  # any failure to compile or launch is a result
             unavailable = isinstance(error, BackendUnavailable) or backend.partition(":")[0] in VENDORS
             verdict.status = "not run" if unavailable else "fail"  # other libraries' kernels have their own limits
             verdict.detail = str(error) if unavailable else f"{type(error).__name__}: {error}"
@@ -111,20 +115,20 @@ def judge(case: Case, dtype: torch.dtype, device: torch.device, backends: list[s
 def _chosen(backend: str, op: str) -> AbstractContextManager:
     if op != "model":
         return use(backend, op=op)
-    name, _, of = backend.partition(":")  # the whole model with another library's attention: "sdpa:attention"
-    return use(name, op=of or None)
+    name, _, one_op = backend.partition(":")  # the whole model with another library's attention: "sdpa:attention"
+    return use(name, op=one_op or None)
 
 
 def _errors(actual: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> Errors:
-    def of(x: Tensor) -> tuple[float, float]:
+    def rms_and_largest(x: Tensor) -> tuple[float, float]:
         difference = (x.double() - exact).abs()
         difference = difference.where(torch.isfinite(exact) | torch.isfinite(x), 0.0)
         return difference.square().mean().sqrt().item(), difference.max().item()
 
-    rms, largest = of(actual)
-    plain_rms, plain_largest = of(plain)
-    rounding_rms, rounding_largest = of(exact.to(plain.dtype))
-    if exact.ndim == 0:  # one number's error is a single draw: half its last bit, in the inputs' dtype, stands in
+    rms, largest = rms_and_largest(actual)
+    plain_rms, plain_largest = rms_and_largest(plain)
+    rounding_rms, rounding_largest = rms_and_largest(exact.to(plain.dtype))
+    if exact.ndim == 0:  # a scalar's error may be small by chance: allow half a unit in its last place, in `dtype`
         rounding_rms = rounding_largest = max(rounding_rms, torch.finfo(dtype).eps / 2 * abs(exact.item()))
     tiny = torch.finfo(torch.float64).tiny
     ratio = rms / max(plain_rms, rounding_rms, tiny)

@@ -134,7 +134,7 @@ def test_mistakes_are_refused_before_any_work(data):
         plan(EvaluateOptions("m", ("arc", "piqa")))
     with pytest.raises(UsageError, match=r"mbpp: .* has no mbpp.jsonl"):
         plan(EvaluateOptions("m", ("mbpp",), data=data, allow_code_execution=True))
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         plan(EvaluateOptions("m", data=data / "nothing"))
     for option, value in {"limit": 0, "mmlu_shots": -1, "batch_tokens": 0, "generate_batch": 0}.items():
         with pytest.raises(UsageError, match=rf"--{option.replace('_', '-')} {value}: expected at least {value + 1}"):

@@ -1,21 +1,19 @@
-"""The way out that an error names, taken literally: the words it prints are given, and the run goes on."""
+"""The advice in error messages works: the options that a message names are given, and the run goes on."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_processes import arguments, finish, latest, losses, make_corpora
+from trainer_processes import arguments, finish, latest, losses
 
+from phi_fast.data.manifest import Manifest
+from phi_fast.prepare import main as prepare
 from phi_fast.train import INTERRUPTED
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.mark.parametrize(
@@ -43,19 +41,15 @@ def test_options_that_an_error_names(data: Path, tmp_path: Path, wrong: list[str
         advice = advice.replace("RUN", str(tmp_path / "run"))
     output = finish([*words, *wrong], tmp_path / "output", expect=2)
     option, _ = advice.split()
-    # An option is named as it is typed, or as the field it sets where the message says what it must be.
+    # A message names the option as it is typed, or the field that it sets.
     assert option in output or option.removeprefix("--").replace("-", "_") in output
     assert "Traceback" not in output
     finish([*words, *wrong, *advice.split()], tmp_path / "output")
 
 
 def test_a_corpus_without_validation(data: Path, tmp_path: Path) -> None:
-    import json
-
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    from phi_fast.data.manifest import Manifest
-
     manifest = Manifest.read(copy / "docs")
     fields = json.loads((copy / "docs" / "manifest.json").read_text())
     assert "validation" in manifest.splits and "splits" in fields
@@ -80,7 +74,7 @@ def test_a_directory_with_records_alone(data: Path, tmp_path: Path) -> None:
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     words = arguments(data, run, 2)
-    assert "(--elastic starts such a run anew by itself)" in finish(words, tmp_path / "output", expect=2)
+    assert "(--elastic restarts such a run by itself)" in finish(words, tmp_path / "output", expect=2)
     finish([*words, "--elastic"], tmp_path / "output")
     assert len(losses(run)) == 2
 
@@ -96,7 +90,7 @@ def test_a_changed_option_of_a_run_that_goes_on(data: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_a_run_that_diverged(data: Path, tmp_path: Path, schedule: str) -> None:
-    """What the diagnosis says to try is tried, under a schedule too."""
+    """The diagnosis's advice works, with a constant learning rate and with a schedule."""
     run = tmp_path / "run"
     options: dict[str, Any] = {"precision": "fp16", "initial_loss_scale": 256, "save_every": 1, "schedule": schedule}
     words = arguments(data, run, 8, **options)
@@ -125,9 +119,7 @@ def test_a_scale_at_its_minimum(data: Path, tmp_path: Path, advice: str) -> None
 
 
 def test_a_corpus_that_is_not_there(data: Path, tmp_path: Path) -> None:
-    """The command that the message gives makes it, once INPUTS is a file."""
-    from phi_fast.prepare import main as prepare
-
+    """The command in the message makes the corpus, with a file in place of INPUTS."""
     words = arguments(tmp_path / "data", tmp_path / "run", 2, mixture="poems=1", tokenizer=data / "tokenizer.json")
     output = " ".join(finish(words, tmp_path / "output", expect=2).split())
     command = shlex.split(output[output.index("`python -m phi_fast.prepare") :].split("`")[1])

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, on any number of ranks, and never taken when damaged."""
+"""Checkpoints are complete or absent, load on any number of ranks, and are never used when damaged."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_complete_one_of_the_same_step_stays(tmp_path: Path) -> None:
 
 
 def test_a_save_in_the_background_is_of_its_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is saved is what was there when `save` was called, although it is written while the training goes on."""
+    """The checkpoint holds the values at the call of `save`, although it is written while training goes on."""
     go = threading.Event()
     write = checkpoint._write_rank
 
@@ -231,7 +231,7 @@ def swap(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "rank-0-of-1.safetensors"])
 def test_a_pickle_is_not_loaded(tmp_path: Path, name: str) -> None:
-    """Even where someone made the manifest fit it."""
+    """A pickle is refused even if the manifest has its size and hash."""
     save(tmp_path, 1)
     file = tmp_path / "step-1" / name
     torch.save({"weight": torch.zeros(3, 5)}, file)
@@ -256,7 +256,7 @@ def test_a_manifest_of_another_format_is_passed_over(tmp_path: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """With the hash that its content then has: the file name's writer knows the format."""
+    """Write a manifest with the hash of its own content, as a program that knows the format could."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -264,22 +264,24 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def flip_is_harmless(directory: Path, whole: bytes, bit: int) -> bool:
-    """Flip a bit of the manifest of the newer of two checkpoints; whether that is still taken. Asserts that it is only
-    where what is read is what was written, and that the older one is taken else."""
+    """Flip a bit in the newer checkpoint's manifest; returns whether that checkpoint is still used.
+
+    Asserts that it is used only if the manifest's content is unchanged, and that the older one is used otherwise.
+    """
     damaged = bytearray(whole)
     damaged[bit // 8] ^= 1 << bit % 8
     (directory / "step-2" / "manifest.json").write_bytes(damaged)
     path, skipped = checkpoint.newest(directory, ALONE)
     if path == directory / "step-2":
-        assert json.loads(damaged) == json.loads(whole), "taken, and means something else"
+        assert json.loads(damaged) == json.loads(whole), "used, although its content changed"
         return True
-    assert path == directory / "step-1", f"{path} is taken"
+    assert path == directory / "step-1", f"{path} is used"
     assert skipped[0].startswith("step-2 is passed over: manifest.json")
     return False
 
 
 def test_every_flipped_bit_of_a_manifest_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """Accepted are only flips in white space: what is then read is what was written."""
+    """Only flips in white space are accepted, because they leave the content unchanged."""
     save(tmp_path, 1, 2)
     whole = (tmp_path / "step-2" / "manifest.json").read_bytes()
     accepted = sum(flip_is_harmless(tmp_path, whole, bit) for bit in range(8 * len(whole)))
@@ -400,7 +402,7 @@ def test_partitions_of_a_smaller_model_are_refused(tmp_path: Path) -> None:
 def test_a_file_system_without_a_sync_of_directories_takes_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CIFS and some shared folders answer EINVAL."""
+    """CIFS and some shared folders return EINVAL."""
     fsync = os.fsync
 
     def refusing(descriptor: int) -> None:

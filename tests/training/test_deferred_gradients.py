@@ -1,4 +1,4 @@
-"""Two ranks whose micro-batches are reduced one by one, or once per step: the same updates, and fewer bytes."""
+"""Two ranks reduce gradients per micro-batch or once per step: the updates are the same, and the latter sends less."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder, port = tmp_path_factory.mktemp("ranks"), trainer_processes._free_port()
     processes = []
     for rank in range(2):
-        here = {**trainer_processes.of_no_launcher(), **trainer_processes._environment(rank, 2, port)}
+        here = {**trainer_processes.without_launcher(), **trainer_processes._environment(rank, 2, port)}
         here["PYTHONPATH"] = str(Path(trainer_processes.__file__).parent)
         processes.append(subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=here))
     assert [process.wait(120) for process in processes] == [0, 0]

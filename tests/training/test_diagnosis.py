@@ -1,4 +1,4 @@
-"""The diagnosis of a run that diverges: the layer, the op, the data, and what is left of the run."""
+"""The diagnosis of a diverged run: the layer, the op and the rows in the message, and the checkpoints that remain."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_processes import arguments, finish, latest, losses, make_corpora
+from trainer_processes import arguments, finish, latest, losses
 
 from phi_fast import Phi, PhiConfig
 from phi_fast.model.merged import to_merged
@@ -17,13 +17,8 @@ from phi_fast.training.diagnosis import first_overflow
 CONFIG = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=3, num_attention_heads=1)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
 def models() -> tuple[ReferencePhi, Phi]:
-    """The same weights in both."""
+    """Make a model of each implementation."""
     torch.manual_seed(0)
     reference, ours = ReferencePhi(CONFIG), Phi(CONFIG)
     return reference, ours
@@ -48,7 +43,7 @@ def test_a_forward_overflow_is_named(implementation: str, weight: str, value: fl
     reference, ours = models()
     with torch.no_grad():
         reference.get_parameter(weight).fill_(value)
-        if weight == "lm_head.weight":  # its input has mean 0: give it a part that does not cancel
+        if weight == "lm_head.weight":  # its input has mean 0: add a part that does not cancel
             reference.model.final_layernorm.bias.fill_(8.0)
         reference.get_parameter("model.layers.1.input_layernorm.bias").fill_(4.0)
         reference.get_parameter("model.layers.1.self_attn.v_proj.bias").fill_(4.0)
@@ -83,7 +78,7 @@ def test_a_forward_overflow_names_its_rows(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["reference", "phi"])
 def test_a_gradient_overflow_is_named(implementation: str) -> None:
-    """Huge fc2 weights behind a tiny scale of their output: forward is small, the gradient of GELU's input is not."""
+    """With fc1 at 0 and huge fc2 weights the forward pass is small, but the gradient of GELU's input is not."""
     reference, ours = models()
     with torch.no_grad():
         reference.model.layers[1].mlp.fc2.weight.mul_(2e4)
@@ -123,7 +118,7 @@ def test_a_nan_loss_ends_the_run_with_a_diagnosis(data: Path, tmp_path: Path, ra
     error = output[output.index("error: ") :]
     assert error.startswith("error: step 6 cannot be taken: the loss is nan")
     assert "the weights of layers.0.out_proj.bias_mlp" in error
-    assert "on rank 0, rows " in error  # the weights were gathered from the rank that had it
+    assert "on rank 0, rows " in error  # the all-gather spreads one rank's bad weight to rank 0
     assert "(docs)" in error
     assert f"the last good checkpoint is {run / 'checkpoints' / 'step-4'}" in error
     assert "Traceback" not in output

@@ -47,7 +47,7 @@ def test_a_bar_on_a_terminal() -> None:
 
 
 def live_line(width: int, record: StepRecord) -> str:
-    """The terminal's line after `record`, step 3 of 20000."""
+    """Return the terminal's line after `record`, step 3 of 20000."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=width, color_system=None)
     display = Display(console, steps=20000, done=0, every=10)
@@ -79,7 +79,7 @@ def test_what_happened_to_a_step_outlives_its_figures() -> None:
 
 
 def test_the_rate_is_smoothed_and_the_records_are_not_touched() -> None:
-    """One step at a tenth of the speed: the sums of 0.9-weighted tokens and seconds give the rate that is shown."""
+    """After a step at a tenth of the speed, the rate is the 0.9-weighted tokens ÷ the 0.9-weighted seconds."""
     display = Display(Console(file=io.StringIO()), steps=100, done=0, every=10)
     for step in range(1, 51):
         display.step(at(step, tokens_per_s=1000.0, step_ms=1000.0), 0.0)

@@ -1,4 +1,4 @@
-"""--document-isolation: the trainer's losses against a plain loop over the loader's documents, one at a time."""
+"""--document-isolation: the trainer's losses equal those of a plain loop over single documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
-from trainer_processes import arguments, finish, losses, make_corpora
+from trainer_processes import arguments, finish, losses
 
 from phi_fast import Phi
 from phi_fast.data import Mixture, TokenLoader
@@ -21,13 +21,8 @@ from phi_fast.training.options import Options, parse
 from phi_fast.training.zero import parameter_groups
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
 def plain_losses(options: Options) -> tuple[list[float], int]:
-    """The reference model on each document by itself, torch's AdamW; and the documents beyond the rows' number."""
+    """Train the reference model with torch's AdamW on single documents; returns losses, and documents minus rows."""
     torch.manual_seed(options.seed)
     model = ReferencePhi(options.model)
     if options.implementation == "phi":

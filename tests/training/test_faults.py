@@ -1,4 +1,4 @@
-"""What a run survives: kills at any moment, full disks, signals, dead and frozen ranks, other numbers of ranks."""
+"""Runs survive kills at any moment, full disks, signals, dead and frozen ranks, and changed numbers of ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from trainer_processes import (
     finish,
     latest,
     losses,
-    make_corpora,
     optimizer_state,
     start,
     until,
@@ -33,11 +32,6 @@ SAVES = {"save_every": 2, "elastic": True}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(arguments(data, run, STEPS, **SAVES), run.parent / "output")
@@ -45,12 +39,12 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def complete_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that have their final name: a rename gives it when nothing is left to write."""
+    """List the steps of the checkpoints under their final names, which they get when they are complete."""
     return [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
 
 
 def expect_resume(output: str, steps: list[int]) -> None:
-    """The output says that the newest checkpoint was resumed from; none passed over; from none where there was none."""
+    """Assert that the run resumed from the newest checkpoint, if there was one, and passed over none."""
     assert "passed over" not in output
     assert ("resumed from" in output) == bool(steps), output
     if steps:
@@ -66,7 +60,7 @@ def assert_same(run: Path, expected: Path) -> None:
 
 
 def end_of(trainer: Trainer, at: float | None) -> bool:
-    """Kill it `at` seconds from now, or let it end (None); whether a kill ended it."""
+    """Kill the trainer `at` seconds from now, or let it end (None); returns whether a kill ended it."""
     deadline = time.monotonic() + (at if at is not None else 120)
     while trainer.status is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -78,8 +72,10 @@ def end_of(trainer: Trainer, at: float | None) -> bool:
 
 
 def killed_and_resumed(data: Path, run: Path, undisturbed: Path, choose: random.Random, most: int) -> int:
-    """One run, killed up to `most` times and resumed each time, at random moments and before random file operations,
-    until it ends as the undisturbed one; the number of kills."""
+    """Kill and resume a run up to `most` times, at random moments and before random file operations.
+
+    Asserts that it ends like the undisturbed run; returns the number of kills.
+    """
     words = arguments(data, run, STEPS, **SAVES)
     killed, ended = 0, False
     while not ended:
@@ -96,7 +92,7 @@ def killed_and_resumed(data: Path, run: Path, undisturbed: Path, choose: random.
 
 
 def survive_kills(data: Path, folder: Path, undisturbed: Path, kills: int, seed: int) -> None:
-    """Runs that are killed and resumed, until `kills` kills."""
+    """Kill and resume one run after another, until there were `kills` kills."""
     choose = random.Random(seed)
     killed, number = 0, 0
     while killed < kills:
@@ -114,7 +110,7 @@ def test_killed_at_200_random_moments(data: Path, undisturbed: Path, tmp_path: P
 
 
 def file_operations(data: Path, folder: Path) -> int:
-    """File operations of the first two saves of a run and the removals after: where the first run is not killed."""
+    """Count the file operations of two saves and removals: the last operation before which a run can be killed."""
     low, high = 1, 400
     while low < high:
         middle = (low + high) // 2
@@ -165,7 +161,7 @@ def test_two_one_four_ranks_follow_one(data: Path, undisturbed: Path, tmp_path: 
 
 
 def test_two_ranks_resume_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    """And one of them is killed while both save, after which both are started again."""
+    """One rank is killed while both save; then both are started again."""
     whole = arguments(data, tmp_path / "whole", 8, save_every=2)
     finish(whole, tmp_path / "output", ranks=2)
     words = arguments(data, tmp_path / "parts", 8, save_every=2, elastic=True)
@@ -193,7 +189,7 @@ def test_a_lost_rank_ends_the_run(data: Path, tmp_path: Path, fault: str) -> Non
     assert "Traceback" not in first.output
     second.signal(signal.SIGKILL)
     assert second.wait() == -signal.SIGKILL
-    # Step 6's save began when step 4's had ended on both ranks; whether both could still end it is a matter of time.
+    # Step 4's save had ended on both ranks before step 6's began; whether step 6's ended depends on timing.
     assert 4 in complete_steps(tmp_path / "run")
 
 
@@ -233,7 +229,7 @@ def test_one_rank_that_cannot_write_fails_the_save_on_both(data: Path, tmp_path:
 
 
 def test_saving_does_not_hold_up_the_steps(data: Path, tmp_path: Path) -> None:
-    """A disk that takes half a second a sync, six syncs a save: steps go on meanwhile, and the exit waits."""
+    """Steps go on while a slow disk takes 0.3 s per sync, and the exit waits for the save."""
     run = tmp_path / "run"
     (trainer,) = start(arguments(data, run, 60, save_every=20), tmp_path / "output", fault="slow_disk", given=[0.3])
     until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 25)
@@ -284,7 +280,7 @@ def test_injected_overflows_skip_exactly_those_steps(data: Path, tmp_path: Path)
 def test_weights_that_an_update_made_infinite_are_never_saved(
     data: Path, tmp_path: Path, ranks: int, step: str
 ) -> None:
-    """A rate at which fp16 weights overflow: the last good checkpoint stays, and a resume at a sane rate goes on."""
+    """At a rate that makes fp16 weights overflow, the last good checkpoint is kept; a lower rate can resume from it."""
     run = tmp_path / "run"
     options = {"precision": "fp16", "initial_loss_scale": 256, "save_every": 1, "keep_last": 1, "zero_step": step}
     words = arguments(data, run, 8, **options)
@@ -349,7 +345,7 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused_by_name(data: Pa
     ):
         words = arguments(data, run, 8, resume=True)
         for name, value in changes.items():
-            words += [f"--{name.replace('_', '-')}", str(value)]  # of two, the last counts
+            words += [f"--{name.replace('_', '-')}", str(value)]  # the last occurrence counts
         error = finish(words, tmp_path / "output", expect=2)
         assert f"error: {run / 'checkpoints' / 'step-4'} belongs to another run: {reason}" in error
         assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""fp16 under ZeRO-2 for 200 steps of real text: as near to fp32 as plain torch's own fp16 training is."""
+"""200 steps of fp16 under ZeRO-2 on real text stay as close to fp32 as plain torch's fp16 training does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOCABULARY = 512
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The standard library's documentation and code, in a vocabulary small enough for fp16 products on a CPU."""
+    """Tokenize the standard library's documentation and code with a vocabulary small enough for fp16 on a CPU."""
     folder = tmp_path_factory.mktemp("small")
     texts = {
         "docs": stdlib_corpus.language_reference()[:60],
@@ -54,8 +54,11 @@ CUT = {
 
 
 def arguments(data: Path, run: Path, **changes: object) -> list[str]:
-    """phi-tiny on rows of 32 tokens, because a CPU multiplies fp16 slowly; cut where `data` is the small corpus, whole
-    at the paper's rate: at phi-tiny's own, on so few tokens per step, noise grows to 0.1 within these steps."""
+    """Make the command line: phi-tiny on rows of 32 tokens, because a CPU multiplies fp16 slowly.
+
+    The small corpus gets the smaller model. The full corpus gets the paper's learning rate: at phi-tiny's own rate,
+    with so few tokens per step, noise grows to 0.1 within these steps.
+    """
     options: dict[str, object] = {
         **(CUT if data.name.startswith("small") else {"learning-rate": 2e-4}),
         "data": data,
@@ -74,7 +77,7 @@ def arguments(data: Path, run: Path, **changes: object) -> list[str]:
 
 
 def plain_loop(options: Options, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor], scaler_on: bool) -> Tensor:
-    """Losses of the reference model under torch's AdamW and GradScaler, from the trainer's own first weights."""
+    """Train the reference model with torch's AdamW and GradScaler from the trainer's initial weights; return losses."""
     torch.manual_seed(options.seed)
     model = ReferencePhi(options.model)
     torch.manual_seed(options.seed)
@@ -110,7 +113,7 @@ def in_fp16(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def whole_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default corpus and its 8192 ids: phi-tiny as `make train` trains it."""
+    """The default corpus with its 8192 ids, as `make train` uses it."""
     folder = tmp_path_factory.mktemp("stdlib")
     stdlib_corpus.prepare(folder / "data")
     return folder / "data"
@@ -139,7 +142,7 @@ def test_fp16_follows_fp32_as_closely_as_torchs_own_fp16(
         finish(words, tmp_path / "output", ranks=ranks, timeout=900)
         curves[name] = torch.tensor(losses(tmp_path / name))
         deviation = (curves[name] - expected).abs()
-        # One rounding noise against another: the weights and the residual stream are fp16 here, fp32 under autocast.
+        # Allow 1.5 times autocast's deviation: weights and residual stream are fp16 here, and fp32 under autocast.
         assert deviation.mean() < 1.5 * band.mean(), name
         assert deviation.max() < 1.5 * band.max(), name
         lines = (tmp_path / name / "metrics.jsonl").read_text()

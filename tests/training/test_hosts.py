@@ -1,4 +1,4 @@
-"""Several hosts: network namespaces joined by a cable of their own, a torchrun in each, as on several machines."""
+"""Training on several hosts, simulated by network namespaces with a virtual cable and a launcher in each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from trainer_processes import arguments, finish, latest, losses, make_corpora, until
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIRST, SECOND = (f"phi-{os.getpid()}-{i}" for i in range(2))  # tests run two at a time
 HOSTS = {FIRST: "10.77.0.1", SECOND: "10.77.0.2"}
 CABLE = {host: host.replace("phi", "v") for host in HOSTS}
@@ -26,7 +26,7 @@ def ip(*words: str, check: bool = True) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[None]:
-    """Two namespaces that see each other and nothing else."""
+    """Make two network namespaces that can reach only each other."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and iproute2's ip")
     names, ends = list(HOSTS), list(CABLE.values())
@@ -48,16 +48,16 @@ def hosts() -> Iterator[None]:
 
 
 def torchrun(host: str, folder: Path) -> list[str]:
-    """On each host, the command that docs/at-scale.md gives."""
+    """Return the command of docs/at-scale.md for a host."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{HOSTS[FIRST]}:29500", "--rdzv_id", "test"]
-    # The namespaces share a host name, which resolves to neither: who keeps the store and where a host is, is told.
+    # The namespaces share a host name that resolves to neither, so the store's host and the addresses are given.
     local = ["--local_addr", HOSTS[host], "--rdzv_conf", f"is_host={int(host == FIRST)}"]
     return [*launcher, *rendezvous, *local, "-m", "phi_fast.train"]
 
 
 def deepspeed(host: str, folder: Path) -> list[str]:
-    """With a hostfile and without ssh: what pdsh would start on each host."""
+    """Return the command with a hostfile and without ssh, as pdsh would start it on each host."""
     hostfile = folder / "hosts.txt"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in HOSTS))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
@@ -116,7 +116,7 @@ def test_a_cut_cable_ends_both_and_the_run_goes_on_from_its_checkpoint(hosts: No
 
 
 SRUN = """#!/bin/bash
-# srun of two tasks: options are dropped, the highest exit status is returned.
+# Stands in for srun with two tasks: ignores its options and returns the highest exit status.
 while [[ $1 == --* ]]; do shift; done
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & started+=($!); done
 status=0
@@ -129,7 +129,7 @@ SCONTROL = """#!/bin/bash
 
 
 def test_the_slurm_script_starts_each_rank_and_queues_a_stopped_run_again(tmp_path: Path) -> None:
-    """docs/slurm.sh as it stands, between a stand-in for srun and one for scontrol."""
+    """docs/slurm.sh runs unchanged, with stand-ins for srun and scontrol."""
     data, run = make_corpora(tmp_path / "tiny"), tmp_path / "run"
     commands = tmp_path / "bin"
     commands.mkdir()

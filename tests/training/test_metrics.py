@@ -91,7 +91,7 @@ def test_the_validation_before_the_first_step_is_recorded(tmp_path: Path) -> Non
     MetricsLog(tmp_path, 1).close()
     assert steps_in(tmp_path) == [0, 1]  # a resumed run keeps it
     MetricsLog(tmp_path, 0).close()
-    assert steps_in(tmp_path) == []  # one that begins again takes it again
+    assert steps_in(tmp_path) == []  # a run that starts over measures it again
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_line_that_is_no_record_is_named_on_resume(tmp_path: Path, line: str, 
     ],
 )
 def test_mfu_needs_a_known_peak(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of a second at 10 % of the peak, by the model's own count of FLOPs."""
+    """A step at 10 % of the peak, computed from the model's own count of FLOPs."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     recipe = RECIPES["phi-1.5"]
     flops = recipe.model.flops_per_token(recipe.sequence_length, causal=False) * recipe.tokens_per_step

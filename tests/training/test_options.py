@@ -1,4 +1,4 @@
-"""Recipes and the command line: the paper's numbers, overrides, and what is refused."""
+"""Recipes and the command line: the paper's numbers, overrides, and invalid options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who owns a run directory, what a start finds in it, what a resume takes over, and how a start ends early."""
+"""Ownership of run directories, files of earlier runs in them, options of a resume, and early ends of a start."""
 
 from __future__ import annotations
 
@@ -15,13 +15,8 @@ from phi_fast.report import run as report
 from phi_fast.train import INTERRUPTED
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
 def seed_of(run: Path) -> tuple[int, int]:
-    """The seed in config.json, and in the newest checkpoint."""
+    """Return the seeds in config.json and in the newest checkpoint."""
     config, state = (json.loads(path.read_text()) for path in (run / "config.json", latest(run) / "state.json"))
     return config["seed"], state["options"]["seed"]
 
@@ -59,7 +54,7 @@ def test_what_another_run_left_is_not_overwritten(data: Path, tmp_path: Path) ->
 
 
 def test_a_damaged_corpus_ends_the_run_after_a_save(tmp_path: Path) -> None:
-    """And one that was only touched does not end it."""
+    """A corpus whose modification time alone changed does not end the run."""
     data, run = make_corpora(tmp_path / "data"), tmp_path / "run"
     (trainer,) = start(arguments(data, run, 100_000), tmp_path / "output")
     until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 3)
@@ -96,7 +91,7 @@ def test_a_hangup_saves(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_stop_while_joining_ends_at_once(data: Path, tmp_path: Path) -> None:
-    """The second rank never comes: the first waits in C++ code, where Python's handlers do not run."""
+    """The second rank never joins, and the first waits in C++ code, where Python's signal handlers do not run."""
     trainers = start(
         arguments(data, tmp_path / "run", 4), tmp_path / "output", ranks=2, fault="sleep_on", given=[0, 60]
     )

@@ -1,4 +1,4 @@
-"""Loss spikes: told from the losses so far, left out of the training, and nothing else with them."""
+"""Loss spikes are detected from the losses so far, and only their steps are skipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_processes import arguments, finish, losses, make_corpora, optimizer_state, weights
+from trainer_processes import arguments, finish, losses, optimizer_state, weights
 
 from phi_fast.train import INTERRUPTED
 from phi_fast.training.spikes import WARMUP, SpikeFilter
@@ -16,13 +16,8 @@ from phi_fast.training.spikes import WARMUP, SpikeFilter
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
 def judged(filter: SpikeFilter, values: list[float]) -> list[int]:
-    """Indices of the values that are spikes."""
+    """Return the indices of the values that are spikes."""
     return [i for i, value in enumerate(values) if filter.judge(torch.tensor(value)) > 0]
 
 
@@ -83,7 +78,7 @@ def skipped(run: Path) -> list[int]:
 
 
 def test_a_spike_is_left_out_of_the_run(data: Path, tmp_path: Path) -> None:
-    """The losses of steps 40 and 41 are multiplied: the run goes on as if without them, also over a resume."""
+    """The losses of steps 40 and 41 are multiplied; the run goes on as without these steps, also after a resume."""
     words = {
         name: arguments(data, tmp_path / name, 50, skip_spikes=8, learning_rate=1e-4) for name in ("whole", "parts")
     }

@@ -1,4 +1,4 @@
-"""--eval-every: the report's tasks while a run goes on."""
+"""--eval-every: scores on the report's tasks during a run."""
 
 from __future__ import annotations
 
@@ -6,28 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from samples import compact_questions, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainer_processes import arguments, finish, latest, losses, make_corpora
+from trainer_processes import arguments, finish, latest, losses
 
 pytest.importorskip("lm_eval")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("questions")
-    for task in ("arc_easy", "piqa"):
-        write_jsonl(folder / f"{task}.jsonl", compact_questions()[task])
-    return folder
-
-
 def test_scores_are_written_and_change_nothing_of_the_run(data: Path, questions: Path, tmp_path: Path) -> None:
-    """On two ranks, of which one scores. The last score is that of the checkpoint, by `evaluate`'s own path."""
+    """One of two ranks scores. The last score equals the checkpoint's, computed as `evaluate` does."""
     from phi_fast.conversion.load import load
     from phi_fast.evaluation import multiple_choice
     from phi_fast.evaluation.lm import PhiFastLM
@@ -66,7 +52,7 @@ def test_what_cannot_be_scored_is_refused_before_the_first_step(
 
 
 def test_questions_of_the_hub_are_fetched_before_the_first_step(data: Path, questions: Path, tmp_path: Path) -> None:
-    """Without a network the start is refused, with a way out that works."""
+    """Without a network the start is refused, and the message's advice works."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}
     words = arguments(data, tmp_path / "run", 3, eval_every=3, eval_tasks="arc_easy", eval_limit=2)
     output = finish(words, tmp_path / "output", expect=2, fault="environment", given=offline)

@@ -1,4 +1,4 @@
-"""The trainer as a person starts it: losses, resume, signals, ranks, precisions, and its words when it cannot run."""
+"""The trainer's command: losses, resume, signals, ranks, precisions, output and error messages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
+from trainer_processes import losses, weights, without_launcher
 
 from phi_fast.data import Mixture, TokenLoader
 from phi_fast.model import Phi
@@ -40,7 +40,7 @@ KEYS = ["step", "tokens", "loss", "lr", "grad_norm", "loss_scale", "skipped", "t
 
 
 def arguments(data: Path, run: Path, steps: int, **changes: Any) -> list[str]:
-    """Command line of a small run of `steps` steps; keywords are options with _ for -."""
+    """Make the command line of a small run of `steps` steps; keywords are options with _ for -."""
     options = {**SMALL, "data": data, "run-dir": run, "tokens": steps * 4 * 32}
     options |= {name.replace("_", "-"): value for name, value in changes.items()}
     words = []
@@ -49,26 +49,18 @@ def arguments(data: Path, run: Path, steps: int, **changes: Any) -> list[str]:
     return words
 
 
-def losses(run: Path) -> list[float]:
-    return column(run, "loss")
-
-
 def column(run: Path, key: str) -> list[float]:
-    """Of every step; the validation before the first has a line of its own, without a loss."""
+    """Read a field of every step; the line of step 0, the validation before the first step, has no loss."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record[key] for record in records if record["step"]]
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / (run / "checkpoints" / "latest").read_text() / "model.safetensors")
-
-
 def start(words: list[str], *launcher: str, **environment: str) -> subprocess.Popen[str]:
-    """The trainer in a process of its own, its output in one pipe."""
+    """Start the trainer in a separate process, with stdout and stderr in one pipe."""
     command = [*(launcher or (sys.executable, "-m", "phi_fast.train")), *words]
     pipe = subprocess.PIPE
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=clean | environment)
+    variables = without_launcher() | environment
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=variables)
 
 
 def test_loss_falls_and_a_second_run_repeats_it_bit_for_bit(stdlib: Path, tmp_path: Path) -> None:
@@ -108,7 +100,7 @@ def test_stop_and_resume_give_what_never_stopping_gives(stdlib: Path, tmp_path: 
 
 
 def test_the_plain_loop_gives_the_same_losses(stdlib: Path, tmp_path: Path) -> None:
-    """The reference model, torch's AdamW and a for loop against the trainer with everything on: 50 steps."""
+    """The trainer's losses of 50 steps equal those of the reference model and torch's AdamW in a plain loop."""
     words = arguments(stdlib, tmp_path / "run", 50, precision="fp32")
     options = parse(words)
     expected = plain_losses(options, start_weights(options))
@@ -117,7 +109,7 @@ def test_the_plain_loop_gives_the_same_losses(stdlib: Path, tmp_path: Path) -> N
 
 
 def test_stages_of_a_mixture(stdlib: Path, tmp_path: Path) -> None:
-    """Code alone from step 2 on, both from step 4 on: the rows are those of the loader, also after a resume."""
+    """With code alone from step 2 and both corpora from step 4, losses match a plain loop, also after a resume."""
     words = arguments(stdlib, tmp_path / "run", 6, precision="fp32", val_every=3, mixture="docs=1,code=0")
     words += ["--mixture-stages", "2:code=1", "4:docs=1,code=3"]
     options = parse(words)
@@ -132,7 +124,7 @@ def test_stages_of_a_mixture(stdlib: Path, tmp_path: Path) -> None:
 
 
 def start_weights(options: Options) -> dict[str, torch.Tensor]:
-    """The trainer's initial weights, under the reference model's names."""
+    """Return the trainer's initial weights under the reference model's names."""
     torch.manual_seed(options.seed)
     return to_split(Phi(options.model).state_dict())
 
@@ -177,7 +169,7 @@ def test_low_precision_follows_fp32(stdlib: Path, tmp_path: Path, precision: str
 
 
 def test_two_ranks_give_one_ranks_losses(stdlib: Path, tmp_path: Path) -> None:
-    """torchrun with two ranks, stopped and gone on with by one."""
+    """A run of torchrun with two ranks is stopped and resumed by one process."""
     assert main(arguments(stdlib, tmp_path / "one", 8, precision="fp32")) == 0
     torchrun = (str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node", "2", "-m", "phi_fast.train")
     words = arguments(stdlib, tmp_path / "two", 8, precision="fp32", stop_after=4)
@@ -240,7 +232,7 @@ def test_the_second_ctrl_c_ends_it_now(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_what_a_person_sees(stdlib: Path, tmp_path: Path) -> None:
-    """Plain lines in a pipe: the header first, no word of the libraries underneath, then the sample and a summary."""
+    """A pipe gets the header, plain lines, the sample and a summary, and no output of the libraries underneath."""
     process = start(arguments(stdlib, tmp_path / "run", 3, val_every=3, val_rows=2, sample_tokens=8))
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output

@@ -1,4 +1,4 @@
-"""What ends a run outside its steps: the run is saved first, on every rank, and goes on where the cause is gone."""
+"""Errors outside the steps: every rank saves before the run ends, and the run can resume when the cause is gone."""
 
 from __future__ import annotations
 
@@ -11,26 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import compact_questions, write_jsonl
-from trainer_processes import Trainer, arguments, finish, latest, losses, make_corpora, of_no_launcher, start, until
+from trainer_processes import Trainer, arguments, finish, latest, losses, start, until, without_launcher
 
 from phi_fast.train import INTERRUPTED
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("tiny") / "data")
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("questions")
-    write_jsonl(folder / "arc_easy.jsonl", compact_questions()["arc_easy"])
-    return folder
-
-
 def saved_and_goes_on(words: list[str], run: Path, output: str, *, step: int, ranks: int) -> None:
-    """The end was explained after a save at `step`; started again by what the run itself says, it takes two steps."""
+    """Assert that the run was saved at `step` before its error, and that a resume takes two more steps."""
     assert "Traceback" not in output
     assert latest(run).name == f"step-{step}"
     assert f"saved {run / 'checkpoints' / f'step-{step}'}" in output
@@ -63,7 +50,7 @@ def test_no_room_for_metrics(data: Path, tmp_path: Path, ranks: int) -> None:
     output = finish(words, tmp_path / "output", ranks=ranks, expect=2, fault="no_room_for_metrics", given=[4])
     assert "metrics.jsonl cannot be written (No space left on device): make room" in output
     assert "Traceback" not in output
-    # The step whose record could not be written was taken, and so was the next: every rank learns of it at its end.
+    # Step 4's record could not be written. Every rank learns of it at the end of the next step, so step 5 may be saved.
     step = int(latest(tmp_path / "run").name.removeprefix("step-"))
     assert step in (4, 5)
     again = ["--run-dir", str(tmp_path / "run"), "--resume", "--stop-after", "2"]
@@ -72,7 +59,7 @@ def test_no_room_for_metrics(data: Path, tmp_path: Path, ranks: int) -> None:
 
 
 def test_no_room_for_a_checkpoint_is_told_before_the_first_step(data: Path, tmp_path: Path) -> None:
-    """Weights and 12 bytes per parameter, counted from the checkpoint that the same run saves where there is room."""
+    """The size that is checked is that of a checkpoint which the same run saves when there is room."""
     words = arguments(data, tmp_path / "run", 1, precision="bf16")
     finish(words, tmp_path / "output", fault="full_file_system", given=[10**9])
     files = [path.stat().st_size for path in latest(tmp_path / "run").glob("*.safetensors")]
@@ -126,10 +113,10 @@ def test_a_wait_for_the_owner_says_so_and_ends_on_a_signal(data: Path, tmp_path:
 
 
 def test_a_signal_while_the_corpus_is_built(tmp_path: Path) -> None:
-    """Nothing half-made is left where a corpus is looked for."""
+    """No incomplete corpus is left where a corpus is looked for."""
     command = [sys.executable, "-m", "phi_fast.train"]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=of_no_launcher(), **streams) as started:
+    with subprocess.Popen(command, cwd=tmp_path, env=without_launcher(), **streams) as started:
         assert started.stdout is not None
         lines = [started.stdout.readline()]
         until(lambda: (tmp_path / "data").exists(), timeout=120)
@@ -157,7 +144,7 @@ def test_an_address_that_is_none_is_no_reason_to_start_again(data: Path, tmp_pat
 
 
 def refused(data: Path, folder: Path, environment: dict[str, str]) -> str:
-    """Output of the first of two ranks, which ends with status 2: a scheduler does not start it again."""
+    """Start rank 0 of 2 and return its output; it must exit with status 2, so that no scheduler restarts it."""
     given: dict[str, Any] = environment | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     words = arguments(data, folder / "run", 4, rank_timeout=1)
     output = finish(words, folder / "output", expect=2, fault="environment", given=given)
@@ -178,7 +165,7 @@ def test_an_instruction_set_that_is_none(command: str, tmp_path: Path) -> None:
         "verify": [],
         "plan": ["--device", "cpu"],
     }
-    environment = {**of_no_launcher(), "PHI_FAST_ISA": "avx999"}
+    environment = {**without_launcher(), "PHI_FAST_ISA": "avx999"}
     done = subprocess.run(
         [sys.executable, "-m", f"phi_fast.{command}", *words[command]], env=environment, capture_output=True, text=True
     )

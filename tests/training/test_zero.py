@@ -1,4 +1,4 @@
-"""The ZeRO-2 step: torch AdamW's trajectory, the scale that scaled, skipped overflows, accumulation."""
+"""The ZeRO-2 step: torch AdamW's trajectory, the loss scale, skipped overflows, accumulation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(seed: int = 0) -> ReferencePhi:
 
 
 class Constant(nn.Module):
-    """Its gradient is `slope` whatever the weights are."""
+    """A model whose gradient is `slope` for any weights."""
 
     def __init__(self, slope: float) -> None:
         super().__init__()
@@ -83,9 +83,11 @@ def test_trajectory_is_torch_adamws(world: World, clip: float) -> None:
 
 
 @pytest.mark.parametrize(("fused", "halved"), [(True, False), (False, True)])
-def test_the_scale_that_unscales_is_the_one_that_scaled(world: World, fused: bool, halved: bool) -> None:
-    """DeepSpeed 0.19.8 halves the update of the step on which the scale doubles; where this fails for `halved`, it has
-    been mended upstream."""
+def test_gradients_are_divided_by_the_scale_they_were_computed_with(world: World, fused: bool, halved: bool) -> None:
+    """DeepSpeed 0.19.8 halves the update of a step on which the scale doubles.
+
+    If this fails with `halved`, DeepSpeed has fixed its step.
+    """
     recipe = RECIPE.replace(gradient_clipping=0.0, betas=(0.0, 0.98))  # exp_avg is the last gradient
     zero = zero2(Constant(0.25), recipe, world, precision="fp16", fused=fused)
     zero.model.half()
@@ -130,11 +132,11 @@ def test_overflow_skips_that_step_and_nothing_else(world: World) -> None:
         same_weights = all(torch.equal(weights[name], tensor) for name, tensor in zero.model.state_dict().items())
         assert unchanged == same_weights == (step in poisoned)
     assert zero.state_dict()["updates"] == 4
-    assert zero.loss_scale == 2.0**9  # the first overflow is tolerated by the hysteresis of 2
+    assert zero.loss_scale == 2.0**9  # the hysteresis of 2 tolerates the first overflow
 
 
 def test_the_scales_state_survives_a_resume(world: World) -> None:
-    """Scale, hysteresis and window, taken after one overflow that was tolerated and one step of the window."""
+    """Scale, hysteresis and window are saved after one tolerated overflow and one step of the window."""
 
     def take(zero: Zero2, steps: range) -> list[tuple[float, bool]]:
         seen = []
@@ -156,7 +158,7 @@ def test_the_scales_state_survives_a_resume(world: World) -> None:
 
 
 def test_nothing_waits_for_the_device_before_the_update(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has nothing to wait for; on a GPU, the host waits where it asks for a tensor's value."""
+    """On a GPU the host waits wherever it reads a tensor's value, so such reads are counted, here on a CPU."""
     zero = zero2(model().half(), RECIPE.replace(skip_spikes=6.0), world, precision="fp16")
     asked: list[str] = []
     before_the_update: list[str] = []
@@ -179,7 +181,7 @@ def test_nothing_waits_for_the_device_before_the_update(world: World, monkeypatc
 
 @pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("fp16", "fp32"), ("bf16", "fp16")])
 def test_a_run_that_goes_on_in_another_precision_keeps_no_scale(world: World, before: str, after: str) -> None:
-    """As the diagnosis of an overflow advises, and back."""
+    """The precision changes as the diagnosis of an overflow advises, and back."""
     saved, resumed = (zero2(model().to(DTYPES[name]), RECIPE, world, precision=name) for name in (before, after))
     saved.backward(saved.loss(*batches(1)[0]))
     saved.step(1e-3)
@@ -189,7 +191,7 @@ def test_a_run_that_goes_on_in_another_precision_keeps_no_scale(world: World, be
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_gradients_are_added_up_in_fp32(world: World, precision: str) -> None:
-    """In fp16 and bf16, 1 + 2^-11 is 1: the second micro-batch would be lost."""
+    """In fp16 and bf16, 1 + 2^-11 rounds to 1, so the second micro-batch would be lost."""
     slopes = (1.0, 2.0**-11)
     zero = zero2(
         Constant(0),
@@ -208,7 +210,7 @@ def test_gradients_are_added_up_in_fp32(world: World, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_one_rank_takes_gradients_as_autograd_made_them(world: World, precision: str) -> None:
-    """No bucket, no average, no fp32 partition; and no gradient is left for the next step."""
+    """Gradients pass through no bucket, average or fp32 partition, and none is left for the next step."""
     zero = zero2(model().to(DTYPES[precision]), RECIPE, world, precision=precision)
     input_ids, labels = batches(1)[0]
     loss = zero.loss(input_ids, labels)
