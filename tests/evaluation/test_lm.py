@@ -159,7 +159,7 @@ def test_dtypes(name: str | torch.dtype | None, dtype: torch.dtype, small_folder
         ({"trust_remote_code": True}, "trust_remote_code=True: no code that comes with a model is ever run"),
         (
             {"parallelize": True, "peft": "x"},
-            r"no model argument parallelize, peft; those that exist are pretrained, tokenizer, ",
+            r"no model argument parallelize, peft; it has pretrained, tokenizer, ",
         ),
         ({"dtype": "int8"}, "dtype 'int8': expected auto, fp32, fp16, bf16"),
         ({"max_length": 193}, "max_length=193: expected 2 to 192 tokens"),
@@ -241,7 +241,7 @@ def test_no_template_and_one_that_refuses(small_folder, small_phi, byte_tokenize
         with pytest.raises(UsageError, match=r"no chat template: .* Leave out --apply_chat_template"):
             ours.apply_chat_template(CHAT)
     strict = with_tokenizer(small_folder, tmp_path / "model", "{{ raise_exception('never') }}")
-    with pytest.raises(UsageError, match="refuses messages of the roles user, assistant, user: never"):
+    with pytest.raises(UsageError, match="rejects messages with the roles user, assistant, user: never"):
         PhiFastLM(strict, device="cpu").apply_chat_template(CHAT)
 
 
@@ -256,7 +256,7 @@ def test_no_code_of_the_folders_is_run(small_folder: Path, tmp_path: Path) -> No
     (folder / "own.py").write_text("raise SystemExit('run')\n")
     assert PhiFastLM(folder, device="cpu").apply_chat_template(CHAT).startswith("<s><user> one")
     hostile = with_tokenizer(small_folder, tmp_path / "hostile", "{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(UsageError, match="refuses messages"):
+    with pytest.raises(UsageError, match="rejects messages"):
         PhiFastLM(hostile, device="cpu").apply_chat_template(CHAT)
 
 

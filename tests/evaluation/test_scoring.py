@@ -86,7 +86,7 @@ def test_responses_survive_a_torn_line_and_refuse_another_model(tmp_path):
         Responses(path, "model B")
     for beginning in ("", '{"mod', "[]\n"):
         path.write_text(beginning)
-        with pytest.raises(ValueError, match="does not begin as a file of answers"):
+        with pytest.raises(ValueError, match="is not a file of answers"):
             Responses(path, "model A")
 
 
@@ -97,7 +97,7 @@ def test_a_kept_line_that_is_no_answer_is_named(tmp_path, line):
     """Only the last line, where a kill has cut it short, is left out."""
     path = tmp_path / "responses.jsonl"
     path.write_text(f'{{"model": "m"}}\n["x", "text"]\n{line}\n["y", [-1.5, false]]\n')
-    with pytest.raises(UsageError, match=r"responses.jsonl:3 is (no answer|not JSON)"):
+    with pytest.raises(UsageError, match=r"responses.jsonl:3 is (not an answer|not JSON)"):
         Responses(path, "m")
 
 

@@ -238,7 +238,7 @@ def test_bad_input_is_named():
         model(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels\[2\]=384"):
         model(torch.zeros(1, 3, dtype=torch.int64), labels=torch.tensor([[0, -100, 384]]))
-    with pytest.raises(ValueError, match="max_length=49 is past the model's context of 48"):
+    with pytest.raises(ValueError, match="max_length=49 exceeds the model's context of 48"):
         KeyValueCache.allocate(model, 1, 49)
     cache = KeyValueCache.allocate(model, 1, 4)
     with pytest.raises(ValueError, match=r"input_ids \(1, 5\): the cache holds a batch of 1 and has room for 4"):
@@ -250,7 +250,7 @@ def test_state_dicts_convert_both_ways_and_refuse_what_is_not_phi():
     again = to_split(to_merged({**split, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}))
     assert again.keys() == split.keys()
     assert all(torch.equal(again[name], split[name]) for name in split)
-    with pytest.raises(KeyError, match=r"keys that phi does not: model\.norm\.weight"):
+    with pytest.raises(KeyError, match=r"keys that phi does not have: model\.norm\.weight"):
         to_merged({**split, "model.norm.weight": torch.zeros(1)})
     with pytest.raises(KeyError, match=r"has no 'model.layers.1.mlp.fc2.bias'"):
         to_merged({name: tensor for name, tensor in split.items() if name != "model.layers.1.mlp.fc2.bias"})
