@@ -86,7 +86,7 @@ def test_masters_of_another_model_or_order_are_refused(run: Path, tmp_path: Path
     with pytest.raises(ConversionError, match=r"the fp32 weights of .* are not those .* --dtype keep"):
         convert(ConvertOptions(str(copy), tmp_path / "out", dtype="fp32"))
     save_file({name: tensor[:100].clone() for name, tensor in parts[0].items()}, first)
-    with pytest.raises(ConversionError, match="the fp32 weights are of another model"):
+    with pytest.raises(ConversionError, match="the fp32 weights belong to another model"):
         convert(ConvertOptions(str(copy), tmp_path / "out", dtype="fp32"))
     second.unlink()
     save_file(parts[0], first)

@@ -101,7 +101,7 @@ CASES = {
     the_source: "holds the source",
     a_link_to_the_source: "holds the source",
     the_source_converted: "holds the source",
-    a_folder_of_other_files: "what no conversion wrote, or what was changed since: photos",
+    a_folder_of_other_files: "files that no conversion wrote, or that were changed since: photos",
     a_model_of_the_users: "changed since: config.json, model.safetensors, tokenizer.json",
     an_earlier_result_and_a_note: "changed since: notes.txt. .* move these away",
     an_earlier_result_that_was_changed: "changed since: README.md. ",

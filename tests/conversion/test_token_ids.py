@@ -190,7 +190,7 @@ def test_a_tokenizer_without_names_leaves_it_to_the_configuration(tmp_path) -> N
     with pytest.raises(ConversionError, match=r"token id 319, but the tokenizer has 258 ids"):
         load(source)
     save_with(source, tokenizer_of(["<s>"]), config={}, settings={"eos_token": "</s>"})
-    with pytest.raises(ValueError, match=r"calls '</s>' the eos_token, and tokenizer.json has no such token"):
+    with pytest.raises(ValueError, match=r"names '</s>' as the eos_token, and tokenizer.json has no such token"):
         load(source)
 
 
