@@ -297,7 +297,7 @@ def test_a_killed_run_is_taken_up(tmp_path: Path, tokenizer_path: Path, monkeypa
     (partial / "0000003.tokens").write_bytes(b"cut short")
 
     monkeypatch.setattr("shutil.rmtree", lambda path, **_: None)  # keep the units
-    with pytest.raises(PrepareError, match="holds work begun with other seed: run with what it was begun with"):
+    with pytest.raises(PrepareError, match="holds work begun with other seed: run with the settings it was begun with"):
         prepare([source], out, Settings(str(tokenizer_path), seed=1), workers=1, console=QUIET)
     prepare([source], out, chosen, workers=1, console=QUIET)
     again = {path for path, inode in done.items() if path.stat().st_ino != inode}

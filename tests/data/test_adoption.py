@@ -151,7 +151,7 @@ def test_a_file_without_the_delimiter_is_one_document(
     np.array([5, 6, 7], "<u2").tofile(tmp_path / "a.bin")
     arguments = ["--adopt", str(tmp_path / "a.bin"), "--tokenizer", str(tokenizer_path), "--dtype", "uint16"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert "a.bin is one document: id 0 is not in it" in capsys.readouterr().out
+    assert "a.bin is one document: it does not contain id 0" in capsys.readouterr().out
     manifest = Manifest.read(tmp_path / "out")
     assert (manifest.delimiter, manifest.splits["train"].documents) == (None, 1)
 
@@ -190,7 +190,7 @@ def write_large_ids(path: Path, documents: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "options", "message"),
     [
-        ("a.bin", write_raw, [], "a.bin has no header that says how wide its tokens are: give dtype='uint16'"),
+        ("a.bin", write_raw, [], "a.bin has no header that records its dtype: give dtype='uint16'"),
         ("a.bin", write_large_ids, ["--dtype", "uint16"], "a.bin has id 60000, and the tokenizer has"),
         ("a.ds", spoil_datatrove, [], "a.ds.index: its documents do not ascend"),
         ("a.bin", spoil_megatron, [], "a.idx: a document begins at a sequence that is not among its 8"),

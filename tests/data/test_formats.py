@@ -208,7 +208,7 @@ def test_what_is_not_there(tmp_path):
 def test_delimiters_of_foreign_files_are_asked_for(tmp_path):
     path, said = write(tmp_path, "raw", "uint16")
     mixture = Mixture((Component("c", path, dtype=said),))
-    with pytest.raises(FormatError, match="does not say which id is between its documents"):
+    with pytest.raises(FormatError, match="does not record which id is between its documents"):
         TokenLoader(mixture, 64, 2, document_isolation=True)
     mixture = Mixture((Component("c", path, dtype=said, delimiter=DELIMITER),))
     with TokenLoader(mixture, 3000, 1, document_isolation=True) as loader:

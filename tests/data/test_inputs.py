@@ -150,10 +150,10 @@ def test_a_folder_is_walked_once_and_what_is_left_out_is_named(
     assert "read 2 inputs: 2 text" in printed
     lines = [line for line in printed.splitlines() if line.startswith("left out")]
     for count, reason, names in [
-        (3, "a link to a folder that is read already or that this one is in", ["again", "loop", "up"]),
+        (3, "a link to a folder that is read already or contains the link", ["again", "loop", "up"]),
         (1, "a link that leads nowhere", ["broken.txt"]),
-        (1, "of a kind that folders do not give (.png)", ["image.png"]),
-        (7, "of a kind that folders do not give (.xyz)", ["0.xyz", "4.xyz and 2 more"]),
+        (1, "not read from folders (.png)", ["image.png"]),
+        (7, "not read from folders (.xyz)", ["0.xyz", "4.xyz and 2 more"]),
         (1, "hidden", [".hidden"]),
         (1, "empty", ["empty.txt"]),
         (1, "without a field 'text' in its first record", ["package.json"]),

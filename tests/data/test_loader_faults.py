@@ -174,9 +174,7 @@ def test_a_file_that_is_touched_is_read_on(tmp_path, make, threads, mode):
         changed.tofile(path)
         touch(path, 1000)
         for _ in range(2):  # it is not forgotten
-            with pytest.raises(
-                CorpusError, match="was changed while in use: its content is another, with as many bytes"
-            ):
+            with pytest.raises(CorpusError, match="was changed while in use: its size is the same, its content is not"):
                 for _ in range(30):
                     next(loader)
         IDS.astype("<u2").tofile(path)  # restored
@@ -195,7 +193,7 @@ def test_of_a_large_file_that_is_touched_blocks_are_compared(tmp_path, monkeypat
             changed.tofile(component.path)
             touch(component.path, at)
             if seen:
-                with pytest.raises(CorpusError, match="its content is another"):
+                with pytest.raises(CorpusError, match="its content is not"):
                     loader.store.recheck()
             else:
                 assert loader.store.recheck()

@@ -198,10 +198,10 @@ def as_lines(source: Path) -> None:
 
 
 ADVICE: dict[str, tuple[Callable[[Path], Path], list[str], str, list[str], Callable[[Path], None] | None]] = {
-    "text field": (write_parquet, [], "but body: name the one with --text-field", ["--text-field", "body"], None),
+    "text field": (write_parquet, [], "but body: name one with --text-field", ["--text-field", "body"], None),
     "splits": (write_splits, [], "name those you want, such as", [], None),
     "suffixes": (write_folder, [], "say which with --suffixes .xyz", ["--suffixes", ".xyz"], None),
-    "csv": (write_file("a.csv", "a,b"), [], "take it as it is with --suffixes .csv", ["--suffixes", ".csv"], None),
+    "csv": (write_file("a.csv", "a,b"), [], "read it as text with --suffixes .csv", ["--suffixes", ".csv"], None),
     "json": (write_file("a.json", '[{"text": "a"}]'), [], r"`jq -c '\.\[\]' OLD.json > NEW.jsonl`", [], as_lines),
     "delimiter": (
         *(write_file("a.txt", "text"), ["--delimiter", "</s>"], "or --delimiter None for none"),
