@@ -1,4 +1,4 @@
-"""Folders that somebody else made: no name and no link leads out of them, and nothing they say is believed at once."""
+"""Untrusted folders: names and links must not lead out of them, and their contents are checked before use."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ PLACES = [("hf", lie) for lie in LIES] + [("run", lie) for lie in LIES if lie no
 
 @pytest.mark.parametrize(("place", "lie"), PLACES)
 def test_a_configuration_is_compared_with_the_weights_first(tmp_path, place, lie) -> None:
-    """In little memory and at once, for every command that reads a model."""
+    """Refused at once and in little memory, by every command that reads a model."""
     value, message = LIES[lie]
     if place == "hf":
         folder = make_source(tmp_path / "source", "hf", random_weights())

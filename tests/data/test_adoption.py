@@ -23,7 +23,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer_path: Path) -> list[list[int]]:
-    """Ids of each text, without delimiters."""
+    """Token ids of each text, without delimiters."""
     return [encoding.ids for encoding in vocabulary.tokenizer(tokenizer_path).encode_batch(TEXTS)]
 
 
@@ -58,7 +58,7 @@ def write_llmc_wide(path: Path, documents: list[list[int]]) -> None:
 
 
 def write_megatron(path: Path, documents: list[list[int]]) -> None:
-    """Each document of two sequences, the second one empty but in the third document."""
+    """Each document has two sequences; the second one is empty except in the third document."""
     np.array(closed(documents), "<i4").tofile(path)
     sizes = np.array([part for size in lengths(documents) for part in (size, 0)], "<i4")
     sizes[4:6] = 5, lengths(documents)[2] - 5
@@ -221,7 +221,7 @@ def test_three_files_are_too_many(tokenizer_path: Path, capsys: pytest.CaptureFi
 
 
 def test_onto_a_link_to_nothing(tmp_path: Path, tokenizer_path: Path, encoded: list[list[int]]) -> None:
-    """It failed at its end, when the finished corpus was to take the link's place."""
+    """It used to fail at its end, when the finished corpus replaced the link."""
     write_datatrove(tmp_path / "a.ds", encoded)
     (tmp_path / "out").symlink_to("big/corpus")
     arguments = ["--adopt", str(tmp_path / "a.ds"), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""phi_fast as a model of lm-eval: arguments of its command and chat templates, with the results of its own class."""
+"""phi_fast as a model for lm-eval: its command's arguments, chat templates, and the same results as lm-eval's class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHAT = [
 
 
 def with_tokenizer(small_folder: Path, to: Path, template: str | dict | None = None, **special: str) -> Path:
-    """A copy of the model's folder with a beginning of its own, "<s>", and a chat template."""
+    """A copy of the model's folder with its own beginning-of-text token, "<s>", and a chat template."""
     shutil.copytree(small_folder, to)
     tokenizer = Tokenizer.from_file(str(to / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>"])
@@ -67,7 +67,7 @@ def chat_folder(small_folder, tmp_path_factory) -> Path:
 
 
 def both(folder: Path, **arguments: object) -> tuple[PhiFastLM, HFLM]:
-    # A batch of several is encoded as its first text wants it, with or without a beginning.
+    # lm-eval encodes a batch as its first text requires, with or without a beginning-of-text token.
     theirs = HFLM(str(folder), device="cpu", batch_size=1, **{"dtype": "float32", **arguments})
     return PhiFastLM(str(folder), device="cpu", **arguments), theirs
 
@@ -215,7 +215,7 @@ def test_a_chat_template_by_its_name(small_folder: Path, tmp_path: Path) -> None
 
 
 def test_prompts_are_kept_by_tokenizer_and_template(chat_folder: Path, small_folder: Path, tmp_path: Path) -> None:
-    """lm-eval keeps requests under this name; it begins as its own class's."""
+    """lm-eval caches requests under this name, which begins like that of its own class."""
     ours, theirs = both(chat_folder)
     assert ours.tokenizer_name.startswith(theirs.tokenizer_name + "-") and "/" not in ours.tokenizer_name
     assert PhiFastLM(chat_folder, device="cpu").tokenizer_name == ours.tokenizer_name
@@ -276,7 +276,7 @@ def evaluated(
 
 @pytest.mark.slow
 def test_the_command_with_a_chat_template(chat_folder: Path, tmp_path: Path) -> None:
-    """Every question's prompt and log-likelihoods as by `--model hf`."""
+    """Every question has the same prompt and log-likelihoods as with `--model hf`."""
     found = []
     for model in ("phi_fast", "hf"):
         out = tmp_path / model
