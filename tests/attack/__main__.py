@@ -56,9 +56,7 @@ FLIPS = 5000
 
 def main() -> int:
     options = parse()
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that the running campaign is ended as well
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # also ends the running campaign
     names = options.only or [campaign.name for campaign in CAMPAIGNS]
     print(f"seed {options.seed} (--seed), {options.minutes:g} minutes, scale {options.scale:g}", flush=True)
     print(f"{'campaign':<10}{'done':>10}{'target':>10}{'failures':>10}{'seconds':>9}", flush=True)

@@ -43,9 +43,7 @@ def make_corpora(folder: Path, tokenizer: Tokenizer, delimiters: dict[str, int |
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, delimiter in delimiters.items():
-        plain = tokenizer_of(
-            [vocabulary.END_OF_TEXT]
-        )  # the writer needs a name for the delimiter; the other ids are bytes
+        plain = tokenizer_of([vocabulary.END_OF_TEXT])  # the writer needs a name for the delimiter
         stdlib_corpus._write_component(folder / name, ["a few words " * 20] * 60, plain)
         manifest = Manifest.read(folder / name)
         changed = {"tokenizer_sha256": vocabulary.digest(tokenizer), "vocab_size": vocabulary.vocab_size(tokenizer)}
@@ -160,11 +158,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<pad>"]
 @pytest.mark.parametrize(
     ("config", "settings", "expected"),
     [
-        (
-            {"bos_token_id": 1, "eos_token_id": 2},
-            None,
-            (3, 3, 3),
-        ),  # transformers' defaults, which the tokenizer overrides
+        ({"bos_token_id": 1, "eos_token_id": 2}, None, (3, 3, 3)),  # transformers' defaults, which are ignored
         (
             {},
             {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "pad_token": "<pad>"},

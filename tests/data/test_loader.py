@@ -176,9 +176,7 @@ def test_isolation_is_the_oracles(tmp_path):
 
 def test_a_batch_keeps_its_memory_while_anything_views_it(mixture):
     with TokenLoader(mixture, LENGTH, 4, seed=2, prefetch=2) as loader:
-        held = [
-            next(loader).labels[1:, 3:] for _ in range(30)
-        ]  # more batches than the ring has, and only views of them
+        held = [next(loader).labels[1:, 3:] for _ in range(30)]  # only views, and more batches than the ring has
         copies = [view.clone() for view in held]
         take(loader, 30)
         assert all(torch.equal(view, copy) for view, copy in zip(held, copies, strict=True))

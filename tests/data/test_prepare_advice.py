@@ -123,9 +123,7 @@ def test_a_unit_that_left_records_out_is_made_again_where_they_are_errors(
     assert main(arguments) == 1
     assert "a.jsonl, line 1: " in capsys.readouterr().err
     assert main([*arguments, "--skip-malformed"]) == 0
-    assert (
-        "left out 1 malformed records" in capsys.readouterr().out
-    )  # counted even if it was left out in an earlier run
+    assert "left out 1 malformed records" in capsys.readouterr().out  # counts records of earlier runs
 
 
 def test_a_small_corpus_is_told_the_share_that_has_a_validation_document(
