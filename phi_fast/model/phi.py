@@ -129,20 +129,16 @@ class Phi(nn.Module):
         self._make_rotary_table()
         return self
 
-    def _make_rotary_table(self) -> None:
+    def _make_rotary_table(self, length: int | None = None) -> None:
         weight, config = self.lm_head.weight, self.config
+        length = length or config.max_position_embeddings
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.cos, self.sin = rotary_table(
-            config.max_position_embeddings, config.rotary_dim, config.rope_theta, weight.device, wide
-        )
+        self.cos, self.sin = rotary_table(length, config.rotary_dim, config.rope_theta, weight.device, wide)
 
     def _rotary_table_for(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin for `length` positions, which may exceed the context: attention sees only their differences."""
         if length > self.cos.shape[0]:
-            config = self.config
-            self.cos, self.sin = rotary_table(
-                length, config.rotary_dim, config.rope_theta, self.cos.device, self.cos.dtype
-            )
+            self._make_rotary_table(length)
         return self.cos, self.sin
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -244,53 +245,47 @@ def test_a_prefetcher_that_nobody_but_a_waiting_thread_holds(tmp_path: Path) -> 
             assert not thread.is_alive()
 
 
+@contextlib.contextmanager
+def reading(loader: TokenLoader) -> Iterator[None]:
+    """Reads batches in another thread meanwhile."""
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            next(loader)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        reader.join()
+
+
 def test_threads_of_a_forked_child_share_its_stream(tmp_path: Path) -> None:
     """The fork handler makes a new lock, before threads of the child could each make one."""
-    with open_loader(tmp_path, 2) as loader:
+    with open_loader(tmp_path, 2) as loader, reading(loader):
         next(loader)
-        stop = threading.Event()
-
-        def read() -> None:
-            while not stop.is_set():
-                next(loader)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            child = os.fork()
-            if not child:
-                signal.alarm(60)
-                row, rows = loader.row, []
-                errors = together(lambda _: rows.extend(next(loader).rows.start for _ in range(20)))
-                expected = list(range(row, row + THREADS * 20 * BATCH, BATCH))
-                os._exit(0 if not errors and sorted(rows) == expected else 1)
-            assert os.waitpid(child, 0)[1] == 0
-        finally:
-            stop.set()
-            reader.join()
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            row, rows = loader.row, []
+            errors = together(lambda _: rows.extend(next(loader).rows.start for _ in range(20)))
+            expected = list(range(row, row + THREADS * 20 * BATCH, BATCH))
+            os._exit(0 if not errors and sorted(rows) == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_fork_while_a_thread_reads(tmp_path: Path) -> None:
-    with open_loader(tmp_path, 2) as loader:
-        stop = threading.Event()
-
-        def read() -> None:
-            while not stop.is_set():
-                next(loader)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            for _ in range(5):
-                child = os.fork()
-                if not child:
-                    signal.alarm(20)  # a deadlock ends it
-                    row = loader.row
-                    os._exit(0 if next(loader).rows.start == row else 1)
-                assert os.waitpid(child, 0)[1] == 0
-        finally:
-            stop.set()
-            reader.join()
+    with open_loader(tmp_path, 2) as loader, reading(loader):
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                signal.alarm(20)  # a deadlock ends it
+                row = loader.row
+                os._exit(0 if next(loader).rows.start == row else 1)
+            assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("threads", [0, 2])
