@@ -1,4 +1,4 @@
-"""All four layouts into each other bit for bit, and what transformers makes of the result."""
+"""Converts all four layouts into each other bit for bit, and loads the results with transformers."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_the_command_and_its_error(tmp_path):
 
 @pytest.mark.slow
 def test_phi_1_5_converts_in_little_memory(tmp_path):
-    """2.8 GB of fp16 weights; the peak is the process's own, torch's import included."""
+    """Converts 2.8 GB of fp16 weights; the peak is the process's memory, including torch's import."""
     config = PhiConfig()
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(phi_config(config, torch.float16)))

@@ -34,7 +34,7 @@ DOCUMENTS = [f"Document {i}, naïve 東京 🙂:\n{'lorem ipsum dolor ' * (i % 7
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of a few hundred ids, `<|endoftext|>` = 0."""
+    """A byte-level BPE with a few hundred ids; `<|endoftext|>` is 0."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     stdlib_corpus.train_tokenizer(DOCUMENTS).save(str(path))
     return path
@@ -42,13 +42,13 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of a few documents, and several ranges to merge, from small inputs."""
+    """Make units of a few documents, and several ranges to merge, even from small inputs."""
     monkeypatch.setattr(pipeline, "MIN_UNIT_BYTES", 600)
     monkeypatch.setattr(merge, "RANGE_BYTES", 500)
 
 
 def read(corpus: Path, split: str) -> list[list[int]]:
-    """Token ids of each document, delimiters included."""
+    """Token ids of each document, including delimiters."""
     manifest = Manifest.read(corpus)
     part = manifest.splits[split]
     tokens = np.fromfile(corpus / part.file, manifest.numpy_dtype)
@@ -352,7 +352,7 @@ def damage_zstandard(folder: Path) -> Path:
 
 
 def damage_parquet(folder: Path) -> Path:
-    """The footer stays whole: only reading the rows finds it."""
+    """The footer stays valid: only reading the rows detects the damage."""
     path = write_parquet(folder) / "data.parquet"
     data = bytearray(path.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)
