@@ -301,7 +301,7 @@ def _encode_all(
                 collect(2 * workers)
         collect(0)
     if began:
-        console.print(f"kept {kept:,} of {len(units):,} earlier parts; the others are new, or their inputs changed")
+        console.print(f"kept {kept:,} of {len(units):,} parts from before; the others are new, or their inputs changed")
     return units
 
 
