@@ -136,7 +136,7 @@ class TokenLoader:
 
     @property
     def row(self) -> int:
-        """First row of the next batch of all ranks: the whole state."""
+        """First row of the next batch of all ranks: the entire state of the loader."""
         return self._row
 
     def __iter__(self) -> Iterator[Batch]:
