@@ -194,6 +194,7 @@ class Phi(nn.Module):
         x = self.decode_hidden(input_ids, cache)
         return self.lm_head(self.final_norm(x if all_logits else x[:, -1]))
 
+    @torch.no_grad()
     def decode_hidden(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """`decode` without the final norm and the head: (batch, new, hidden_size)."""
         batch, new = input_ids.shape
