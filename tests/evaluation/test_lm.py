@@ -176,7 +176,7 @@ def test_what_cannot_be_is_refused_by_name(arguments: dict, message: str, small_
 def test_the_list_of_arguments_is_what_a_command_line_can_give(small_folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
         PhiFastLM(small_folder, paralelize=True)
-    named = str(caught.value).partition("exist are ")[2].split(", ")
+    named = str(caught.value).partition("; it has ")[2].split(", ")
     assert {"pretrained", "dtype", "max_length", "add_bos_token", "trust_remote_code", "batch_size"} <= set(named)
     assert not {"model", "hf_tokenizer", "unknown", "self", "console"} & set(named)
     with pytest.raises(UsageError, match="needs model_args pretrained"):
