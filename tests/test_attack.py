@@ -1,4 +1,4 @@
-"""`make attack`, very small: each campaign does what it says and its counts are printed; a failure is one."""
+"""`make attack`, very small: each campaign reaches its target, counts are printed, and failures are reported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW = re.compile(r"^(\w+) +([\d,]+) +([\d,]+) +(\d+) +\d+", re.MULTILINE)
 
 
 def attack(*options: str, path: Path = TESTS) -> tuple[int, str]:
-    """Exit status and output. path: a folder whose sitecustomize.py every process of it begins with."""
+    """Exit status and output. path: a folder with a sitecustomize.py that every process of the campaign runs first."""
     command = [sys.executable, "-m", "attack", "--seed", "3", "--no-sanitizer", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, path)))}
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=300)
@@ -25,7 +25,7 @@ def attack(*options: str, path: Path = TESTS) -> tuple[int, str]:
 
 
 def rows(output: str) -> dict[str, list[int]]:
-    """By campaign: done, target and failures."""
+    """For each campaign: done, target and failures."""
     return {name: [int(n.replace(",", "")) for n in numbers] for name, *numbers in ROW.findall(output)}
 
 

@@ -1,4 +1,4 @@
-"""Conversion between all four layouts is bit for bit, and transformers can use the result."""
+"""Converts all four layouts into each other bit for bit, and loads the results with transformers."""
 
 from __future__ import annotations
 
@@ -178,8 +178,11 @@ DAMAGES = {
     ),
     "weights empty": (cut("model.safetensors", 0), r"model\.safetensors is damaged or cut short"),
     "a pickle of more": (save_torch({"a": CONFIG}), r"pytorch_model\.bin is damaged, or holds more than tensors"),
-    "a list": (save_torch([1]), r"pytorch_model\.bin holds something else than named tensors"),
-    "a nested dictionary": (save_torch({"model": {}}), r"pytorch_model\.bin holds something else than named tensors"),
+    "a list": (save_torch([1]), r"pytorch_model\.bin does not hold a state dict of named tensors"),
+    "a nested dictionary": (
+        save_torch({"model": {}}),
+        r"pytorch_model\.bin does not hold a state dict of named tensors",
+    ),
     "no JSON": (cut("config.json", 30), r"config\.json is not JSON: .*Get it again"),
     "another JSON": (write("config.json", "[]"), r"config\.json holds a JSON list, expected an object"),
     "an index of nothing": (write("model.safetensors.index.json", "{}"), r"index\.json has no weight_map"),
@@ -240,7 +243,7 @@ def test_configurations_of_other_models_are_refused_with_all_reasons(tmp_path):
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(ConversionError, match="neither a folder"):
         Source.open("nowhere")
-    with pytest.raises(ConversionError, match="could not be had from the hub"):
+    with pytest.raises(ConversionError, match="could not be downloaded from the hub"):
         Source.open("no-such-owner/no such model")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ConversionError, match="no checkpoint of this run was completed"):
@@ -249,7 +252,7 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(ConversionError, match="holds no weights"):
         Source.open(tmp_path / "empty")
     save_file({"gpt.wte": torch.zeros(2)}, tmp_path / "empty" / "model.safetensors")
-    with pytest.raises(ConversionError, match="of no phi layout"):
+    with pytest.raises(ConversionError, match="belong to no phi layout"):
         Source.open(tmp_path / "empty")
 
 
@@ -285,7 +288,7 @@ def test_the_command_and_its_error(tmp_path):
 
 @pytest.mark.slow
 def test_phi_1_5_converts_in_little_memory(tmp_path):
-    """Converts 2.8 GB of fp16 weights; the peak memory is the whole process's, including the import of torch."""
+    """Converts 2.8 GB of fp16 weights; the peak is the process's memory, including torch's import."""
     config = PhiConfig()
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(phi_config(config, torch.float16)))

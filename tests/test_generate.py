@@ -82,7 +82,8 @@ def test_the_command_on_a_file(folder, tmp_path, model, tokenizer, monkeypatch, 
 
 
 def test_a_chat_on_a_terminal(folder):
-    """Without a prompt on a terminal the command chats, and prints no speed, which would include the user's time."""
+    """Without a prompt, and with a terminal as standard input, it starts a chat and prints no speed: the user's time
+    would count."""
     command = [sys.executable, "-m", "phi_fast.generate", "--model", str(folder), "--max-new-tokens", "3"]
     ours, theirs = pty.openpty()
     with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -147,7 +148,7 @@ def test_samples_of_a_prompt_differ_and_a_file_has_them_side_by_side(folder, tmp
 
 
 def test_the_command_draws_unless_it_is_told_not_to(folder, model, tokenizer, monkeypatch, capsys):
-    """Greedy text of a small model repeats itself."""
+    """Sampling is the default, since greedy text of a small model repeats itself."""
     (greedy,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6))
     (drawn,) = complete(model, tokenizer, ["one"], Sampling(max_new_tokens=6, temperature=0.8))
     assert greedy.text != drawn.text
@@ -173,7 +174,7 @@ def test_escapes_in_stop_strings(typed, meant):
 
 
 def test_a_newline_stops(folder, model, tokenizer, monkeypatch, capsys):
-    """A model that says nothing but newlines."""
+    """Uses a model that generates only newlines."""
     talker = speaking_phi()
     talker.lm_head.weight.data.zero_()
     talker.lm_head.bias.data[tokenizer.encode("\n").ids[0]] = 50.0
@@ -239,7 +240,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
-    """A model that sets the terminal's title, streamed, in a batch and in a chat."""
+    """Uses a model that generates escapes, streamed, in a batch and in a chat."""
     talker = speaking_phi()
     talker.lm_head.weight.data.zero_()
     talker.lm_head.bias.data[tokenizer.encode("\x1b").ids[0]] = 50.0
@@ -260,7 +261,7 @@ def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
 @pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "latin-1"])
 @pytest.mark.parametrize("module", ["generate", "convert"])
 def test_any_encoding_of_the_terminal(folder, tmp_path, module, encoding):
-    """Help and names can have characters outside the encoding, and names can look like markup."""
+    """Help and names with characters outside the encoding, and names that look like markup."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     out = tmp_path / "[red]x[/nothing]—é"
     run = {"generate": ["--model", folder, *GREEDY, "--prompt", "—[/nothing]"], "convert": [folder, out]}[module]

@@ -1,4 +1,4 @@
-"""Whatever a user's path leads to, a command ends with a message and status 1 or 2, and without a traceback."""
+"""A command that finds anything unexpected in place of a user's file ends with a message and status 1 or 2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPOIL: dict[str, Callable[[Path], object]] = {
     "fifo": lambda path: os.mkfifo(path),
 }
 COMMONEST = ("empty", "folder", "utf-16", "fifo")
-"""These run in every `make test`; `make test-slow` runs all."""
+"""`make test` tries these; `make test-slow` tries all."""
 QUESTION = '{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}\n'
 STEP = '{"step": 1, "tokens": 8, "loss": 3.0}\n'
 GENERATE = ["phi_fast.generate", "--model", "model", "--max-new-tokens", "2"]
@@ -72,7 +72,7 @@ CASES: list[tuple[str, list[str]]] = [
     ("plan.png", ["phi_fast.plan", "--plot", "plan.png"]),
 ]
 TAKES_A_PIPE = {"prompts.txt", "prompts.jsonl", "run/report.html", "page.png", "plan.json", "plan.png"}
-"""These are read or written until the other end closes them, as pipes are; nobody closes them here."""
+"""A read or write of these blocks until the other end of the pipe is closed, which nothing does here."""
 NAMES = {
     "NUL": "a\0b",
     "too long": "a" * 300,
@@ -102,7 +102,7 @@ PLACES = [
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder in which every command of the table works."""
+    """A folder in which every command of the table works."""
     place = tmp_path_factory.mktemp("good")
     convert(ConvertOptions(str(make_source(place / "merged", "merged", random_weights())), place / "model"))
     for name, text in (("prompts.txt", "x\n"), ("prompts.jsonl", '{"prompt": "x"}\n')):

@@ -34,7 +34,7 @@ DOCUMENTS = [f"Document {i}, naïve 東京 🙂:\n{'lorem ipsum dolor ' * (i % 7
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a byte-level BPE with a few hundred ids, and `<|endoftext|>` = 0."""
+    """A byte-level BPE with a few hundred ids; `<|endoftext|>` is 0."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     stdlib_corpus.train_tokenizer(DOCUMENTS).save(str(path))
     return path
@@ -42,13 +42,13 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make small inputs give units of a few documents and several ranges to merge."""
+    """Make units of a few documents, and several ranges to merge, even from small inputs."""
     monkeypatch.setattr(pipeline, "MIN_UNIT_BYTES", 600)
     monkeypatch.setattr(merge, "RANGE_BYTES", 500)
 
 
 def read(corpus: Path, split: str) -> list[list[int]]:
-    """Return the token ids of each document, with delimiters."""
+    """Token ids of each document, including delimiters."""
     manifest = Manifest.read(corpus)
     part = manifest.splits[split]
     tokens = np.fromfile(corpus / part.file, manifest.numpy_dtype)
@@ -297,7 +297,7 @@ def test_a_killed_run_is_taken_up(tmp_path: Path, tokenizer_path: Path, monkeypa
     (partial / "0000003.tokens").write_bytes(b"cut short")
 
     monkeypatch.setattr("shutil.rmtree", lambda path, **_: None)  # keep the units
-    with pytest.raises(PrepareError, match="holds work begun with other seed: run with what it was begun with"):
+    with pytest.raises(PrepareError, match="holds work begun with other seed: run with the settings it was begun with"):
         prepare([source], out, Settings(str(tokenizer_path), seed=1), workers=1, console=QUIET)
     prepare([source], out, chosen, workers=1, console=QUIET)
     again = {path for path, inode in done.items() if path.stat().st_ino != inode}
@@ -352,7 +352,7 @@ def damage_zstandard(folder: Path) -> Path:
 
 
 def damage_parquet(folder: Path) -> Path:
-    """The footer stays intact, so only reading the rows finds the damage."""
+    """The footer stays valid: only reading the rows detects the damage."""
     path = write_parquet(folder) / "data.parquet"
     data = bytearray(path.read_bytes())
     data[100 : len(data) // 2] = bytes(len(data) // 2 - 100)

@@ -1,1 +1,1 @@
-"""The parts of `phi_fast.convert`: layouts, where tensors come from, where they go, and what goes beside them."""
+"""The parts of `phi_fast.convert`: layouts, sources of tensors, the output folder, and the files beside the weights."""

@@ -1,4 +1,4 @@
-"""Errors of reading and writing models; their messages are meant for the person at the terminal."""
+"""Errors from reading and writing models; their messages are meant for the user."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from ..json_files import JsonFileError
 
 
 class ConversionError(UsageError):
-    """A model that cannot be read or written; the message lists everything that is wrong."""
+    """A model cannot be read or written; the message lists everything that is wrong."""
 
 
 class ModelFileError(ConversionError, JsonFileError):
-    """A JSON file of a model that does not hold what it should; the message names the file and the field."""
+    """A JSON file of a model has unexpected content; the message names the file and the field."""

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a Hugging Face folder: configuration, tokenizer, generation config."""
+"""Files beside the weights in a Hugging Face folder: configuration, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TOKENIZER_FILES = (
 
 
 def find_tokenizer(source: Source, name_or_path: str | Path | None = None) -> Tokenizer:
-    """The tokenizer of a model: `name_or_path` if given, else its folder's or its run's tokenizer.json, else, for
-    phi-1.5's vocabulary, phi's own. Raises ConversionError where there is none.
+    """The tokenizer of a model: `name_or_path` if given, else tokenizer.json in its folder or run, else phi's own if
+    the vocabulary has phi-1.5's size. Raises ConversionError if there is none.
     """
     if name_or_path is not None:
         return vocabulary.tokenizer(name_or_path)
@@ -47,11 +47,11 @@ def find_tokenizer(source: Source, name_or_path: str | Path | None = None) -> To
 
 
 def token_ids(source: Source, tokenizer: Tokenizer, name_or_path: str | Path | None = None) -> TokenIds:
-    """Ids of the tokens around a text: those that the files beside the tokenizer name, or else `<|endoftext|>`, or
-    else, of a tokenizer that has neither, those of the model's configuration.
+    """Ids of the special tokens at the beginning and end of a text. The files beside the tokenizer name them; otherwise
+    they are `<|endoftext|>`, or, if the tokenizer does not have it, the ids in the model's configuration.
 
-    name_or_path: where `find_tokenizer` has the tokenizer from. Raises ConversionError where tokenizer, configuration
-    and vocabulary contradict each other.
+    name_or_path: as given to `find_tokenizer`. Raises ConversionError if tokenizer, configuration and vocabulary
+    contradict each other.
     """
     config, folder = source.config, _tokenizer_folder(source)
     if name_or_path is not None:
@@ -71,7 +71,7 @@ def token_ids(source: Source, tokenizer: Tokenizer, name_or_path: str | Path | N
 
 
 def write_config(folder: Path, to: str, config: PhiConfig, dtype: torch.dtype, ids: TokenIds) -> None:
-    """config.json, and for Hugging Face's phi generation_config.json."""
+    """Write config.json, and generation_config.json for layout "hf"."""
     if to == "hf":
         _write_json(folder / "config.json", phi_config(config, dtype))
         tokens = {"bos_token_id": ids.beginning, "eos_token_id": ids.end, "pad_token_id": ids.padding}
@@ -85,9 +85,9 @@ def write_config(folder: Path, to: str, config: PhiConfig, dtype: torch.dtype, i
 def write_tokenizer(
     folder: Path, source: Source, name_or_path: str | Path | None, tokenizer: Tokenizer, ids: TokenIds
 ) -> list[str]:
-    """Files that AutoTokenizer loads: the source's own where it has them all, else made from the tokenizer.
+    """Write the files that AutoTokenizer loads: the source's own if it has them all, else made from the tokenizer.
 
-    Returns lines that say what was copied from the source, and what was left out of it.
+    Returns lines that say what was copied from the source, and what was left out.
     """
     own = source.folder
     settings = inside.read_fields(own, "tokenizer_config.json") if name_or_path is None else None
@@ -117,18 +117,18 @@ def _copy_tokenizer(folder: Path, own: Path, settings: dict[str, Any], names: di
     copied.append("tokenizer_config.json" + " (with a chat_template)" * ("chat_template" in kept))
     lines = [f"copied from {own}: {', '.join(copied)}"]
     if "auto_map" in settings:
-        lines.append("left out of tokenizer_config.json: auto_map, by which transformers loads program code")
+        lines.append("left out of tokenizer_config.json: auto_map, which makes transformers load program code")
     return lines
 
 
 def _tokenizer_folder(source: Source) -> Path | None:
-    """Where the model's own tokenizer.json lies."""
+    """The folder with the model's own tokenizer.json."""
     folders = (source.folder, source.run)
     return next((folder for folder in folders if folder and inside.find(folder, "tokenizer.json")), None)
 
 
 def _special_names(folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer.json call the tokens around a text."""
+    """Names of special tokens, from the files beside a tokenizer.json."""
     files = (inside.read_fields(folder, name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
     names: dict[str, Any] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""config.json of the Hugging Face layouts <-> PhiConfig."""
+"""Converts config.json of the Hugging Face layouts to PhiConfig, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..config import MAX_CONTEXT, PhiConfig
 from ..json_files import Fields
 from .errors import ConversionError, ModelFileError
 
-# phi-msft's and MixFormer's names for what Hugging Face's phi calls otherwise.
+# phi-msft's and MixFormer's field names -> Hugging Face phi's.
 _OLD_NAMES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -27,9 +27,9 @@ _MOST = {"max_position_embeddings": MAX_CONTEXT}
 
 
 def read_config(raw: Fields) -> PhiConfig:
-    """The model that a config.json of any of the three layouts describes.
+    """The model that a config.json in any of the three layouts describes.
 
-    Raises ConversionError listing all that this model cannot express.
+    Raises ConversionError listing everything that phi_fast's phi does not support.
     """
     where = raw.where
     values = {_OLD_NAMES.get(name, name): value for name, value in raw.values.items() if value is not None}
@@ -41,7 +41,8 @@ def read_config(raw: Fields) -> PhiConfig:
         most = ", ".join(f"{name} at most {most:,}" for name, most in _MOST.items())
         raise ConversionError(f"{where}: {', '.join(wrong)}; expected whole numbers of at least 1, {most}")
     fields = Fields(values, where, raw.way_out, raw.prefix, ModelFileError)
-    rope_name = next((name for name in ("rope_parameters", "rope_scaling") if values.get(name)), "")  # 5's, and 4's
+    # transformers 5's name, and transformers 4's
+    rope_name = next((name for name in ("rope_parameters", "rope_scaling") if values.get(name)), "")
     rope = fields.inner(rope_name) if rope_name else Fields({}, where)
     problems = _unsupported(fields, rope)
     if problems:
@@ -61,12 +62,12 @@ def read_config(raw: Fields) -> PhiConfig:
 
 
 def run_config(options: Fields) -> PhiConfig:
-    """The model in the options of a run. Raises ConversionError where this version knows no such model."""
+    """The model in a run's options. Raises ConversionError if this version does not know all of its fields."""
     model = options.inner("model")
     unknown = sorted(model.values.keys() - {field.name for field in dataclasses.fields(PhiConfig)})
     if unknown:
         raise ConversionError(
-            f"{options.where}: the options of the run hold no model that this version knows: {', '.join(unknown)}"
+            f"{options.where}: this version does not know these fields of the run's model: {', '.join(unknown)}"
         )
     return read_config(model)
 
@@ -76,7 +77,7 @@ def _is_count(value: Any, name: str) -> bool:
 
 
 def _token_id(fields: Fields, name: str) -> int | None:
-    """None where it is left out, as in older configurations, or is not one id: the tokenizer knows it."""
+    """The id; None if it is missing, as in older configurations, or is not a single id: the tokenizer decides then."""
     return fields.whole(name, most=2**31) if isinstance(fields.values.get(name), int) else None
 
 
@@ -103,7 +104,7 @@ def _unsupported(fields: Fields, rope: Fields) -> list[str]:
 
 
 def phi_config(config: PhiConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of transformers' `phi`, readable by its version 4 (rope_theta) and 5 (rope_parameters)."""
+    """config.json for transformers' `phi`, readable by versions 4 (rope_theta) and 5 (rope_parameters)."""
     return {
         "architectures": ["PhiForCausalLM"],
         "model_type": "phi",

@@ -1,4 +1,4 @@
-"""Files of a folder that somebody else made: no name and no link in it leads out of it, and reading one never waits."""
+"""Reads files from an untrusted folder: names and links must not lead out of it, and no read may block."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ WAY_OUT = "Get it again"
 
 
 def find(folder: Path, name: str) -> Path | None:
-    """The regular file `name` of `folder`; None where there is none.
+    """The regular file `name` in `folder`; None if there is none.
 
-    Raises ConversionError where the name or a link leads out of the folder, and for a FIFO, a device or a folder.
+    Raises ConversionError if the name or a link leads out of the folder, and for a FIFO, a device or a folder.
     """
     path = folder / name
     try:
@@ -25,8 +25,8 @@ def find(folder: Path, name: str) -> Path | None:
         raise ConversionError(f"{folder} names {name!r}, which cannot be opened: {error}") from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise ConversionError(
-            f"{path} leads to {target}, outside of its folder, and is not read: copy that file into {folder} if it is "
-            "the model's"
+            f"{path} leads to {target}, outside of its folder, and is not read: if that file belongs to the model, "
+            f"copy it into {folder}"
         )
     if not stat.S_ISREG(target.stat().st_mode):
         raise ConversionError(f"{path} is no regular file. {WAY_OUT}")
@@ -34,17 +34,17 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def read_text(path: Path, max_bytes: int = 4096) -> str:
-    """A short text that `find` found. Raises ConversionError where it is none."""
+    """Read a short text file that `find` found. Raises ConversionError if it is not UTF-8 or is too long."""
     try:
         return read_regular(path, max_bytes).decode()
     except (JsonFileError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is no text that it should be: {error}. {WAY_OUT}") from error
+        raise ConversionError(f"{path} is not a short text: {error}. {WAY_OUT}") from error
 
 
 def read_fields(folder: Path, name: str) -> Fields | None:
-    """The JSON object in a file of `folder`, for typed reads; None where there is no such file.
+    """Read the JSON object in a file of `folder`; None if there is no such file.
 
-    Raises ConversionError as `find` does, and where the file holds no JSON object.
+    Raises ConversionError as `find` does, and if the file is not a JSON object.
     """
     path = find(folder, name)
     if path is None:
@@ -57,7 +57,7 @@ def read_fields(folder: Path, name: str) -> Fields | None:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where files of `folder` may lie: in it, and in the hub's cache, whose snapshots are links, among its blobs."""
+    """Where files of `folder` may lie: in it, and, in the hub's cache, in `blobs`, to which its snapshots link."""
     here = folder.resolve()
     blobs = here.parent.parent / "blobs"
     return [here, blobs] if here.parent.name == "snapshots" and blobs.is_dir() else [here]

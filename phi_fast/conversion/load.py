@@ -1,4 +1,4 @@
-"""A `Phi` ready to run, from whatever `Source.open` finds."""
+"""Loads a `Phi`, ready to run, from anything that `Source.open` accepts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from .source import Source
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """ "auto": CUDA where torch sees a GPU, else the CPU; any other name is torch's. Raises UsageError for one that is
-    not there."""
+    """The device of that name. "auto": CUDA if torch sees a GPU, else the CPU. Raises UsageError if it is unusable."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} cannot be used: {reason}; expected auto, cpu, cuda or cuda:N") from error
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto": fp16 on CUDA, fp32 on a CPU (16-bit products are emulated on most). Raises UsageError."""
+    """The dtype of that name. "auto": fp16 on CUDA, fp32 on a CPU, since most CPUs emulate 16-bit products.
+
+    Raises UsageError for an unknown name."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -45,10 +46,11 @@ def load(
     dtype: str = "auto",
     tokenizer: str | Path | None = None,
 ) -> tuple[Phi, Tokenizer]:
-    """A model and its tokenizer from a run, a checkpoint, a folder in any layout, the hub, or an opened `Source`.
+    """Load a model and its tokenizer from a run, a checkpoint, a folder in any layout, the hub, or an opened `Source`.
 
-    Weights are read a tensor at a time into place, so the peak is the model and its largest tensor. The ids in the
-    model's config are the tokenizer's. Raises ConversionError as `Source.open`, `find_tokenizer` and `token_ids` do.
+    Weights are read into place one tensor at a time, so that peak memory is the model and its largest tensor. The ids
+    in the model's config are the tokenizer's. Raises ConversionError as `Source.open`, `find_tokenizer` and `token_ids`
+    do.
     """
     source = name_or_path if isinstance(name_or_path, Source) else Source.open(name_or_path)
     found = find_tokenizer(source, tokenizer)

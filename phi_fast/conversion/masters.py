@@ -1,7 +1,8 @@
-"""The fp32 weights of a checkpoint: the optimizer's own, which its 16-bit weights are roundings of.
+"""Reads the fp32 weights of a checkpoint: the optimizer's own, from which its 16-bit weights were rounded.
 
-Each rank's file holds its part of every group's parameters, flat and end to end: first those with weight decay, then
-the others (`zero.parameter_groups`), in the model's order within each. Parts are of equal length, the last one padded.
+Each rank's file holds its part of every parameter group, flattened and joined end to end: first the parameters with
+weight decay, then the others (`zero.parameter_groups`), each group in the model's order. All parts have the same
+length; the last one is padded.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ class _Place:
 
 
 class Masters:
-    """A `TensorFile` of a checkpoint's weights in fp32, under the names of its model.safetensors."""
+    """A `TensorFile` with a checkpoint's weights in fp32, under the names in its model.safetensors."""
 
     def __init__(self, places: Mapping[str, _Place], shards: list[SafetensorsFile], length: Mapping[str, int]) -> None:
-        """length: elements of each flat tensor in one shard."""
+        """length: number of elements of each flat tensor in one shard."""
         self._places, self._shards, self._length = places, shards, length
 
     @staticmethod
     def of(source: Source) -> Masters | None:
-        """The masters of a source, or None where it is no checkpoint of a run, or one without its ranks' files.
+        """The masters of a source; None if it is not a checkpoint of a run, or has no ranks' files.
 
-        Raises ConversionError where the ranks' files do not fit the model.
+        Raises ConversionError if the ranks' files do not fit the model.
         """
         state = inside.read_fields(source.folder, "state.json")
         manifest = inside.read_fields(source.folder, "manifest.json")
@@ -62,7 +63,7 @@ class Masters:
             if sizes.whole(name) != whole or length.get(name, 0) * ranks < whole:
                 raise ConversionError(
                     f"{source.folder}: {name} has {sizes.values[name]} elements, this model needs {whole:,}: the fp32 "
-                    "weights are of another model. --dtype keep takes the weights that the model uses"
+                    "weights belong to another model. --dtype keep takes the weights that the model uses"
                 )
         return Masters(places, shards, length)
 
@@ -77,7 +78,7 @@ class Masters:
         return self._flat(place.name, place.start, math.prod(place.shape)).view(place.shape).narrow(dim, start, length)
 
     def _flat(self, name: str, start: int, count: int) -> Tensor:
-        """Elements of a flat tensor, whichever ranks' files they are in."""
+        """Read elements of a flat tensor, from as many ranks' files as needed."""
         length, pieces = self._length[name], []
         while count:
             rank, at = divmod(start, length)
@@ -88,7 +89,7 @@ class Masters:
 
 
 def use_masters(source: Source) -> bool:
-    """Let `source` give the fp32 masters of its 16-bit weights; False, and nothing changed, where there are none."""
+    """Make `source` return fp32 masters instead of its 16-bit weights. False, with no change, if there are none."""
     masters = Masters.of(source)
     if masters is None:
         return False
@@ -99,7 +100,7 @@ def use_masters(source: Source) -> bool:
 
 
 class _Checked:
-    """Masters that are compared with the weights they were rounded to, so that none can be of another parameter."""
+    """Compares each master with the weights that were rounded from it, so that it cannot be another parameter's."""
 
     def __init__(self, masters: Masters, rounded: Mapping[str, TensorFile], folder: Path) -> None:
         self._masters, self._rounded, self._folder = masters, rounded, folder

@@ -1,4 +1,4 @@
-"""The model card of a converted model: its architecture, recipe and results; nothing that was not measured."""
+"""Writes the model card of a converted model: architecture, recipe and measured results."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .source import Source
 
 
 def write(folder: Path, source: Source, to: str, out: Path) -> None:
-    """README.md in `folder`, for a model that will lie at `out`. What comes from the source is text there, never
-    markup, and the name of `out` a string in the example's code."""
+    """Write README.md in `folder`, for a model that will be moved to `out`. Texts from the source are escaped, so that
+    they are never markup; the name of `out` becomes a string in the example's code."""
     config, name = source.config, json.dumps(_utf8(out.absolute().name), ensure_ascii=False)
     lines = [
         "---",
@@ -98,11 +98,11 @@ def _cell(value: Any) -> str:
 
 
 def _text(value: str) -> str:
-    """Text on one line that is neither HTML, nor code, nor the end of a table's cell, nor a link."""
+    """Escape a text so that it stays on one line and is neither HTML, nor code, nor a link, nor ends a table's cell."""
     line = printable(_utf8(value)).replace("\n", " ").replace("\t", " ")
     return re.sub(r"[\\`|<]|\](?=[(\[])", lambda match: f"\\{match[0]}", line)
 
 
 def _utf8(value: str) -> str:
-    """Text that can be written: a file's name may hold bytes that are no UTF-8."""
+    """Replace what UTF-8 cannot encode: a file's name may have bytes that are not UTF-8."""
     return value.encode("utf-8", "backslashreplace").decode()

@@ -1,12 +1,11 @@
-"""Four names for one model: Hugging Face `phi`, phi-msft, MixFormer, and this project's merged layout.
+"""Four layouts of one model: Hugging Face `phi`, phi-msft, MixFormer, and this project's merged layout.
 
-Each is described by how its tensors are joined from Hugging Face's (the finest division), so that any one can be built
-from any other, a tensor at a time and bit for bit.
+A layout is described by how its tensors are joined from Hugging Face's, which are the smallest parts. So each layout
+can be built from any other, one tensor at a time and bit for bit.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from ..model.merged import LAYER, OUTSIDE
 
 @dataclass(frozen=True)
 class Joined:
-    """A tensor of a layout: Hugging Face tensors laid end to end along `dim`."""
+    """A tensor of a layout: Hugging Face tensors joined along `dim`."""
 
     parts: tuple[str, ...]
     dim: int = 0
@@ -24,7 +23,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a Hugging Face tensor lies in a layout: elements start … start + length of `name` along `dim`."""
+    """Place of a Hugging Face tensor in a layout: elements start … start + length of `name` along `dim`."""
 
     name: str
     dim: int
@@ -37,7 +36,7 @@ NAMES = ("hf", "phi-msft", "mixformer", "merged")
 
 _PARAMETERS = ("weight", "bias")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# phi-msft and MixFormer: module of a block -> Hugging Face's modules.
+# Module of a block in phi-msft and MixFormer -> Hugging Face's modules.
 _OLD_BLOCK = {
     "ln": ("input_layernorm",),
     "mixer.Wqkv": _QKV,
@@ -45,7 +44,7 @@ _OLD_BLOCK = {
     "mlp.fc1": ("mlp.fc1",),
     "mlp.fc2": ("mlp.fc2",),
 }
-# A key that only this layout has, to tell them apart.
+# A key that only this layout has.
 _SIGNATURES = {
     "hf": "model.embed_tokens.weight",
     "phi-msft": "transformer.embd.wte.weight",
@@ -55,7 +54,7 @@ _SIGNATURES = {
 
 
 def shapes(config: PhiConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the Hugging Face layout, in its order."""
+    """Shape of every tensor in the Hugging Face layout, in the layout's order."""
     d, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     block: dict[str, tuple[int, ...]] = {
         "input_layernorm": (d,),
@@ -84,13 +83,13 @@ def layout(name: str, config: PhiConfig) -> Layout:
 
 
 def detect(keys: Iterable[str]) -> str | None:
-    """Which layout these keys are of, or None."""
+    """The layout that has these keys, or None."""
     there = set(keys)
     return next((name for name, signature in _SIGNATURES.items() if signature in there), None)
 
 
 def count_layers(name: str, keys: Iterable[str]) -> int:
-    """Layers that the keys of a layout are of."""
+    """Number of layers among the keys of a layout."""
     before = {"hf": "model.layers.", "phi-msft": "transformer.h.", "mixformer": "layers.", "merged": "layers."}[name]
     numbers = {key[len(before) :].partition(".")[0] for key in keys if key.startswith(before)}
     outside = {"0"} if name == "mixformer" else set()  # its embedding; the head is one more
@@ -98,14 +97,14 @@ def count_layers(name: str, keys: Iterable[str]) -> int:
 
 
 def joined_shape(joined: Joined, of: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Shape of a tensor of a layout; `of` are the Hugging Face shapes."""
+    """Shape of a tensor in a layout; `of`: the Hugging Face shapes."""
     first = of[joined.parts[0]]
     length = sum(of[part][joined.dim] for part in joined.parts)
     return (*first[: joined.dim], length, *first[joined.dim + 1 :])
 
 
 def pieces(table: Layout, of: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]:
-    """Hugging Face tensor -> where it lies in `table`."""
+    """The place in `table` of each Hugging Face tensor; `of`: the Hugging Face shapes."""
     found = {}
     for name, joined in table.items():
         start = 0
@@ -114,10 +113,6 @@ def pieces(table: Layout, of: Mapping[str, tuple[int, ...]]) -> dict[str, Piece]
             found[part] = Piece(name, joined.dim, start, length)
             start += length
     return found
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def _merged(config: PhiConfig) -> Layout:
@@ -129,7 +124,7 @@ def _merged(config: PhiConfig) -> Layout:
 
 
 def _old(config: PhiConfig, *, mixformer: bool) -> Layout:
-    """phi-msft's `transformer.h.{i}` and `lm_head`; MixFormer's one list: embedding 0, blocks 1…L, head L+1."""
+    """phi-msft has `transformer.h.{i}` and `lm_head`; MixFormer one list: embedding 0, blocks 1…L, head L+1."""
     last = config.num_hidden_layers + 1
     embedding, head = ("layers.0.wte", f"layers.{last}") if mixformer else ("transformer.embd.wte", "lm_head")
     table = {f"{embedding}.weight": Joined(("model.embed_tokens.weight",))}

@@ -1,4 +1,4 @@
-"""Where weights come from: a run, one of its checkpoints, a folder, a name on the Hugging Face hub."""
+"""Sources of weights: a run, one of its checkpoints, a folder, a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .tensor_files import FLOATS, Header, SafetensorsFile, TensorFile, TorchFile
 
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.txt"]
 MOST_PROBLEMS = 100
-"""Lines about wrong tensors in one message."""
+"""Maximum number of lines about wrong tensors in one message."""
 
 
 class Source:
-    """Weights of one model in one of the layouts, checked whole before the first is read.
+    """Weights of one model in one of the layouts. All headers are checked before any weight is read.
 
     Attributes: `folder` (its files), `run` (the run directory it belongs to, or None), `config`, `layout`.
     """
@@ -29,7 +29,7 @@ class Source:
         files = _weight_files(folder)
         headers = [(file, file.headers()) for file in files.values()]
         self.paths = tuple(files)
-        """The files that the weights are in."""
+        """The files with the weights."""
         self.files: dict[str, TensorFile] = {name: file for file, names in headers for name in names}
         self.headers: dict[str, Header] = {
             name: header for _, names in headers for name, header in names.items() if _is_parameter(name)
@@ -37,7 +37,7 @@ class Source:
         name = published_layouts.detect(self.headers)
         if name is None:
             raise ConversionError(
-                f"{folder}: the keys ({', '.join(sorted(self.headers)[:4])}, …) are of no phi layout; known are "
+                f"{folder}: the keys ({', '.join(sorted(self.headers)[:4])}, …) belong to no phi layout; known are "
                 f"{', '.join(published_layouts.NAMES)}"
             )
         self.layout = name
@@ -50,10 +50,10 @@ class Source:
 
     @staticmethod
     def open(name_or_path: str | Path) -> Source:
-        """A run directory (its newest checkpoint), a checkpoint, a folder, or a name on the hub ("owner/name").
+        """Open a run directory (its newest checkpoint), a checkpoint, a folder, or a name on the hub ("owner/name").
 
-        Raises ConversionError that says what was looked for where nothing is found, and that lists every missing,
-        extra and misshapen key where the weights are not this configuration's.
+        Raises ConversionError if nothing is found, saying what was looked for, and if the weights do not fit the
+        configuration, listing every missing, extra and misshapen key.
         """
         path = Path(name_or_path)
         if path.is_dir():
@@ -70,27 +70,27 @@ class Source:
     def dtype(self, part: str) -> torch.dtype:
         """Storage dtype of a Hugging Face tensor."""
         dtype = self.headers[self.pieces[part].name].dtype
-        assert isinstance(dtype, torch.dtype)  # `_check` refused the others
+        assert isinstance(dtype, torch.dtype)  # `_check` refused all others
         return dtype
 
     def read(self, part: str) -> Tensor:
-        """One Hugging Face tensor: a copy on the CPU, bit for bit."""
+        """Read one Hugging Face tensor: an exact copy on the CPU."""
         piece = self.pieces[part]
         return self.files[piece.name].read(piece.name, piece.dim, piece.start, piece.length)
 
     def read_joined(self, joined: published_layouts.Joined) -> Tensor:
-        """A tensor of any layout."""
+        """Read a tensor of any layout."""
         if len(joined.parts) == 1:
             return self.read(joined.parts[0])
         return torch.cat([self.read(part) for part in joined.parts], joined.dim)
 
     def _check_layers(self) -> None:
-        """Before anything is made for each layer: the configuration has no more of them than the weights have."""
+        """Check that the configuration has no more layers than the weights, before anything is made for each layer."""
         present = published_layouts.count_layers(self.layout, self.headers)
         if self.config.num_hidden_layers > present:
             raise ConversionError(
                 f"{self.folder} describes {self.config.num_hidden_layers:,} layers, and its weights ({self.layout} "
-                f"layout) are of {present}: a file is missing, or config.json is another model's. Get both again"
+                f"layout) have {present}: a file is missing, or config.json is another model's. Get both again"
             )
 
     def _check(self) -> None:
@@ -105,7 +105,7 @@ class Source:
         ]
         floats = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS.values())
         problems += [
-            f"no weights: {name} holds {header.dtype}, expected one of {floats}"
+            f"wrong dtype: {name} holds {header.dtype}, expected one of {floats}"
             for name, header in found.items()
             if isinstance(header.dtype, str)
         ]
@@ -132,7 +132,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _weight_files(folder: Path) -> dict[Path, TensorFile]:
-    """The shards that an index names, or else the one file (safetensors before .bin)."""
+    """The shards that an index names, or the single file (safetensors before .bin)."""
     for name, kind in _KINDS:
         index = inside.read_fields(folder, f"{name}.index.json")
         if index is not None:
@@ -171,8 +171,7 @@ def _latest(run: Path) -> Path:
 
 
 def _find_config(folder: Path, run: Path | None) -> PhiConfig:
-    """The configuration of a Hugging Face folder, or from the run's options (config.json there, state.json in a
-    checkpoint)."""
+    """The configuration of a Hugging Face folder, or of a run (from config.json) or its checkpoint (state.json)."""
     state = inside.read_fields(folder, "state.json")
     if state is not None:
         return run_config(state.inner("options"))
@@ -192,5 +191,5 @@ def _download(name: str) -> Path:
         raise ConversionError(f"{name!r} is on the hub, which needs `pip install huggingface_hub`") from error
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # whatever the network, the hub or a missing repository raise
-        raise ConversionError(f"{name!r} is no folder here and could not be had from the hub: {error}") from error
+    except Exception as error:  # whatever the network, the hub or a missing repository raises
+        raise ConversionError(f"{name!r} is not a folder, and could not be downloaded from the hub: {error}") from error

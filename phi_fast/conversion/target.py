@@ -1,7 +1,7 @@
-"""The folder that a conversion writes: a new one, or one that holds nothing but what an earlier conversion wrote.
+"""The output folder of a conversion: a new one, or one that holds only files that an earlier conversion wrote.
 
-A hidden file in it lists what was written, with hashes. Where anything else lies there, a changed file included, the
-folder is somebody's, and nothing in it is touched.
+A hidden file in it lists the written files with their hashes. If anything else lies there, or a file was changed, the
+conversion changes nothing in the folder.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .errors import ConversionError
 
 MARK = ".phi_fast-convert.json"
 ASIDE = ".phi_fast-aside-"
-"""What the names of folders begin with in which files wait to be moved into their place."""
+"""Prefix of the names of temporary folders, from which files are moved into their place."""
 _SHOWN = 8
 
 
 def check(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
-    """Raises ConversionError where `out` cannot be written, or is more than an earlier conversion's result.
+    """Raise ConversionError if `out` cannot be written, or holds more than an earlier conversion's result.
 
-    sources: what the conversion reads: files and folders.
+    sources: the files and folders that the conversion reads.
     """
     if not out.exists():
         if out.is_symlink():
@@ -44,16 +44,16 @@ def check(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
     if foreign:
         shown = ", ".join(foreign[:_SHOWN]) + ", …" * (len(foreign) > _SHOWN)
         raise ConversionError(
-            f"{out} holds what no conversion wrote, or what was changed since: {shown}. --overwrite replaces only what "
-            "convert wrote: move these away, or name another folder"
+            f"{out} holds files that no conversion wrote, or that were changed since: {shown}. --overwrite replaces "
+            "only what convert wrote: move these away, or name another folder"
         )
 
 
 def write(out: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into an empty folder aside, and move what it wrote to `out`, which `check` has let pass.
+    """Let `fill` write into an empty temporary folder, and move its files to `out`, which has passed `check`.
 
-    Where `fill` raises, `out` is as it was. Where the process dies while files are moved, each is the old or the new
-    one, and the next conversion can replace them.
+    If `fill` raises, `out` does not change. If the process dies while files are moved, each file is either the old or
+    the new one, and the next conversion can replace them.
     """
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def _move_into(out: Path, new: Path, files: dict[str, list[str]]) -> None:
 
 
 def _written(out: Path) -> dict[str, list[str]]:
-    """File name -> hashes, as the mark of an earlier conversion says; nothing where there is none."""
+    """File name -> hashes, from the hidden file of an earlier conversion; empty if there is none."""
     mark = inside.read_fields(out, MARK)
     if mark is None:
         return {}
@@ -111,7 +111,7 @@ def _is_ours(path: Path, written: dict[str, list[str]]) -> bool:
 
 
 def _mark(out: Path, aside: Path, files: dict[str, list[str]]) -> None:
-    """Write the list by way of `aside`, where a half that a kill leaves is in nobody's way."""
+    """Write the list in `aside` and move it to `out`, so that a kill leaves no partial file in `out`."""
     document = {"written_by": "python -m phi_fast.convert", "files": files}
     write_atomically(aside / MARK, json.dumps(document, indent=1).encode() + b"\n")
     (aside / MARK).replace(out / MARK)

@@ -1,4 +1,4 @@
-"""The two kinds of file that weights come in: names, shapes and dtypes first, then a slice without reading the rest."""
+"""Reads the two kinds of weight files: names, shapes and dtypes first, then slices without reading the rest."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch import Tensor
 from .errors import ConversionError
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the dtypes that weights can have."""
+"""Safetensors' names for the dtypes that weights can have."""
 
 
 class Header(NamedTuple):
-    """What a file says of one tensor."""
+    """A file's description of one tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    """A torch.dtype if it is one of `FLOATS`, else the name that the file has for it."""
+    """A torch.dtype if it is one of `FLOATS`, else the file's name for it."""
 
 
 class TensorFile(Protocol):
-    """Headers and slices of the tensors in a file."""
+    """Gives headers and slices of the tensors in a file."""
 
     def headers(self) -> dict[str, Header]: ...
 
@@ -35,9 +35,9 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A .safetensors file; each read opens it anew, so that pages of earlier reads are not kept mapped.
+    """A .safetensors file. Each read opens it anew, so that pages of earlier reads do not stay mapped.
 
-    The library has compared the shapes in its header with the file's size before it says anything.
+    The safetensors library compares the shapes in the header with the file's size when it opens a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class SafetensorsFile:
 
 
 class TorchFile:
-    """A .bin file as the older layouts were published: memory-mapped, and nothing but tensors is unpickled."""
+    """A .bin file, in which the older layouts were published: memory-mapped, and only tensors are unpickled."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -78,9 +78,9 @@ class TorchFile:
                 "get it again, or the model's safetensors"
             ) from error
         if not isinstance(self.tensors, dict) or not all(isinstance(value, Tensor) for value in self.tensors.values()):
-            raise ConversionError(f"{path} holds something else than named tensors, a state dict: save that alone")
+            raise ConversionError(f"{path} does not hold a state dict of named tensors: save only the state dict")
         size, announced = path.stat().st_size, sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
-        if announced > size:  # one number, shown as many
+        if announced > size:  # an expanded tensor shows one stored number as many elements
             raise ConversionError(
                 f"{path} has {size:,} bytes, and its tensors would take {announced:,}: save them without shared or "
                 "expanded storage"

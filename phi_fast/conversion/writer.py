@@ -1,8 +1,8 @@
-"""Writes safetensors one tensor at a time: the header first, from shapes, then each tensor as it comes.
+"""Writes safetensors files one tensor at a time: first the header, from the shapes, then each tensor.
 
 The format is 8 bytes of header length (little endian), a JSON header with each tensor's dtype, shape and byte range,
-and the tensors end to end (https://github.com/huggingface/safetensors). `safetensors.torch.save_file` wants them all at
-once.
+and the tensors end to end (https://github.com/huggingface/safetensors). `safetensors.torch.save_file` needs all tensors
+in memory at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+from .tensor_files import FLOATS
+
+DTYPES = {dtype: name for name, dtype in FLOATS.items()}
 HEADER_ALIGNMENT = 8
 
 
@@ -41,10 +38,10 @@ class Entry:
 def write(
     folder: Path, entries: list[Entry], read: Callable[[str], Tensor], max_shard_bytes: int, stem: str = "model"
 ) -> list[Path]:
-    """Write `stem`.safetensors, or shards and an index where the total exceeds `max_shard_bytes`.
+    """Write `stem`.safetensors, or shards and an index if the total exceeds `max_shard_bytes`. Returns the files.
 
-    `read(name)` gives each tensor when its turn comes. Returns the files. Raises ValueError for a dtype that the format
-    or this project does not know, or a tensor that is not as its entry says.
+    `read(name)` is called for each tensor when it is written. Raises ValueError for a dtype that is not one of
+    `DTYPES`, or a tensor that differs from its entry.
     """
     shards = _shards(entries, max_shard_bytes)
     if len(shards) == 1:
@@ -63,7 +60,7 @@ def write(
 
 
 def _shards(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
-    """Consecutive entries, filled up to the limit; a tensor above it gets a shard of its own."""
+    """Consecutive entries, grouped up to the limit; a tensor above the limit gets a shard of its own."""
     shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:

@@ -39,7 +39,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Modules are imported when a name of theirs is asked for: `prepare` and its workers start without torch."""
+    """Import a module on the first use of one of its names, so that `prepare` and its workers start without torch."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f".{home}", __name__), name)

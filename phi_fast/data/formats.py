@@ -1,7 +1,8 @@
-"""What a path names: where its tokens lie, how wide they are, and what is known of them. No token is copied.
+"""Opens token files of several formats: where their tokens lie, how wide they are, and other facts. Copies no token.
 
-Read as they are: our own corpora, llm.c `.bin`, Megatron `.bin` + `.idx`, datatrove `.ds` + `.ds.index`, NumPy `.npy`,
-and files without a header (nanoGPT's `.bin`, OLMo's and dolma's `.npy`, a `.ds` alone), whose dtype must be said.
+Supported formats: phi_fast's corpora, llm.c `.bin`, Megatron `.bin` + `.idx`, datatrove `.ds` + `.ds.index`, NumPy
+`.npy`, and files without a header (nanoGPT's `.bin`, OLMo's and dolma's `.npy`, a `.ds` alone), whose dtype must be
+given.
 """
 
 from __future__ import annotations
@@ -30,48 +31,48 @@ _LARGEST_VOCABULARY = 2**24
 
 
 class FormatError(UsageError):
-    """A token file that cannot be read as what it is said to be; the message says why and what to do."""
+    """A file cannot be read as tokens of its format; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where one split's tokens lie."""
+    """Location and format of one split's tokens."""
 
     path: Path
     """The file that holds the tokens."""
     format: str
-    """Who wrote it: "phi_fast", "llm.c", "megatron", "datatrove", "npy" or "raw"."""
+    """"phi_fast", "llm.c", "megatron", "datatrove", "npy" or "raw"."""
     dtype: Dtype
     """Always little-endian."""
     offset: int
     """Bytes before the first token."""
     tokens: int
-    """Tokens in the file, delimiters included."""
+    """Number of tokens in the file, including delimiters."""
     fingerprint: str
-    """Hex digest that tells this content from another; equal for copies of one corpus."""
+    """Hex digest that differs for different content; equal for copies of one corpus."""
     max_id: int | None = None
-    """The largest id, where the format records it."""
+    """The largest id, if the format records it."""
     delimiter: int | None = None
-    """The id between documents, where the format records it."""
+    """The id between documents, if the format records it."""
     sha256: tuple[str, ...] = ()
-    """Hex digest of each block of `block_bytes` bytes of tokens, where the format records it."""
+    """Hex digest of each block of `block_bytes` bytes of tokens, if the format records it."""
     block_bytes: int = 0
 
     @property
     def width(self) -> int:
-        """Bytes a token."""
+        """Bytes per token."""
         return WIDTHS[self.dtype]
 
     @property
     def bytes(self) -> int:
-        """Bytes of tokens."""
+        """Size of all tokens in bytes."""
         return self.tokens * self.width
 
 
 def open_layout(path: Path | str, split: str = "train", dtype: str | None = None) -> TokenLayout:
-    """The layout of `split` of the corpus at `path`: a corpus directory, or a token file, which is one split itself.
+    """The layout of `split` in the corpus at `path`: a corpus directory, or a token file, which is a single split.
 
-    dtype: "uint16" or "uint32", needed only where the file does not say it, and checked where it does.
+    dtype: "uint16" or "uint32", required if the file does not record it, and otherwise checked.
     Raises FormatError, ManifestError or OSError, naming the file, what was found and what to do.
     """
     path = Path(path)
@@ -101,7 +102,7 @@ def _our_layout(directory: Path, split: str) -> TokenLayout:
 
 
 def _foreign_layout(path: Path, dtype: str | None) -> TokenLayout:
-    if path.suffix == ".idx" or not path.exists():  # Megatron's own tools name a dataset by the path without suffix
+    if path.suffix == ".idx" or not path.exists():  # Megatron's tools name a dataset by the path without a suffix
         prefix = path.with_suffix("") if path.suffix == ".idx" else path
         path = prefix.with_name(prefix.name + ".bin")
         if not path.exists():
@@ -134,9 +135,10 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 def _parsed(
     path: Path, name: str, size: int, header: Path | bytes, parse: Callable[..., tuple[int, int, int, int]]
 ) -> TokenLayout:
-    """The layout that a header, or the file that holds it, gives.
+    """The layout from a header, or from the index file that holds it.
 
-    An index is mapped, since it may have gigabytes; the parsers guard each access, as the file may be cut short.
+    An index file is memory-mapped, since it may be gigabytes large; the parsers check each access, since the file may
+    be cut short.
     """
     source = header if isinstance(header, Path) else path
     try:
@@ -155,19 +157,19 @@ def _parsed(
 
 
 def _raw_layout(path: Path, dtype: str | None, size: int, head: bytes) -> TokenLayout:
-    """A file of nothing but tokens. Its first tokens must look like the dtype that was asked for."""
+    """The layout of a file without a header. Its first tokens must look like the given dtype."""
     if (what := not_tokens(head, size, _u32_at(path, litdata_end(head)))) is not None:
         raise FormatError(f"{path} is {what}, not tokens: make tokens with `python -m phi_fast.prepare`")
     if dtype is None:
-        raise FormatError(f"{path} has no header that says how wide its tokens are: give dtype='uint16' or 'uint32'")
+        raise FormatError(f"{path} has no header that records its dtype: give dtype='uint16' or 'uint32'")
     width = WIDTHS[dtype]
     if size % width:
-        raise FormatError(f"{path} has {size} bytes, not a multiple of {dtype}'s {width}: it was cut short, or not so")
+        raise FormatError(f"{path} has {size} bytes, not a multiple of {dtype}'s {width}: was it cut short?")
     first = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
     if width == 2 and first.size and first.any() and not (first >> 16).any():
         raise FormatError(f"{path} holds a 0 after every token if read as uint16: it is dtype='uint32'")
     if width == 4 and first.max() >= _LARGEST_VOCABULARY:
-        raise FormatError(f"{path} starts with id {first.max()} if read as uint32: it is dtype='uint16', or no tokens")
+        raise FormatError(f"{path} starts with id {first.max()} if read as uint32: it is dtype='uint16', or not tokens")
     return TokenLayout(path, "raw", "uint16" if width == 2 else "uint32", 0, size // width, _fingerprint(path, size))
 
 
@@ -179,7 +181,7 @@ def _u32_at(path: Path, byte: int) -> int | None:
 
 
 def _fingerprint(path: Path, size: int) -> str:
-    """Digest of a file's size and both of its ends: cheap for any size."""
+    """Digest of a file's size, beginning and end: fast for any size."""
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         digest.update(file.read(HEAD_BYTES))

@@ -1,4 +1,4 @@
-"""The training stream: batches of rows, filled ahead by C++ threads, whose whole state is one integer."""
+"""The training stream: batches of rows, prefetched by C++ threads. Its entire state is one integer."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .mixture import Mixture
 from .store import LARGEST_ID, CorpusError, Mode, Store
 
 _TOUCHES = 100
-"""Times that files may be touched while one batch is read."""
+"""Number of times that files may be touched while one batch is read."""
 _CLOSED = "the loader is closed; make a new one"
 LOOKAHEAD_ROWS = 128
-"""Rows ahead that a disk is told of: as many requests as one NVMe drive works on at once."""
+"""Number of rows announced to the disk ahead of their read: as many requests as one NVMe drive handles at once."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's rows. Its memory goes back to the loader when the last tensor that views it is gone."""
+    """One rank's rows. The loader reuses the memory once no tensor views it any more."""
 
     input_ids: Tensor
     """int64 (batch, sequence_length)."""
@@ -39,39 +39,41 @@ class Batch:
     rows: range
     """Rows of the stream, one per batch row."""
     components: Tensor
-    """int32 (batch,): index into the mixture's components, of each row."""
+    """int32 (batch,): for each row, the index of its corpus in the mixture's components."""
     positions: Tensor | None = None
-    """int64 (batch, sequence_length), 0 at each document's start; None where documents are not isolated."""
+    """int64 (batch, sequence_length), 0 at each document's start; None if documents are not isolated."""
     cu_seqlens: Tensor | None = None
-    """int32 (segments + 1,): where documents start in the flattened (batch × sequence_length), and its end; or None."""
+    """int32 (segments + 1,): where documents start in the flattened (batch × sequence_length), and its end; None if
+    documents are not isolated."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its ids, labels and documents on a device; from page-locked memory without waiting for the
-        copy. That memory is torch's own, which is used again only after an event says that the copy has read it."""
+        """The batch with its ids, labels and documents on a device. From page-locked memory the copy is asynchronous:
+        that memory is torch's own, which is reused only after an event shows that the copy has read it."""
         moved = {name: getattr(self, name) for name in ("input_ids", "labels", "positions", "cu_seqlens")}
         there = {name: x.to(device, non_blocking=True) for name, x in moved.items() if x is not None}
         return replace(self, **there)
 
 
 class TokenLoader:
-    """An endless stream of batches from a mixture of corpora, the same rows for every number of ranks and threads.
+    """An endless stream of batches from a mixture of corpora, with the same rows for any number of ranks and threads.
 
-    A batch of all ranks is rows g ... g + batch × world_size - 1 of the stream; rank r has the r-th `batch` of them.
-    So micro-batches give the same global batches too: with `batch` the micro-batch size, the accumulation steps of one
-    optimizer step over all ranks are the rows g ... g + global_batch - 1, however these are split.
+    The batches of all ranks together are rows g ... g + batch × world_size - 1 of the stream; rank r has the r-th
+    `batch` of them. This also holds with gradient accumulation: with `batch` the micro-batch size, one optimizer step
+    over all ranks uses the rows g ... g + global_batch - 1, however they are split.
 
     mixture: corpora and weights. sequence_length: L, tokens per row. batch: rows per rank in each batch.
-    seed: of the shuffle. threads: that fill batches; 0 fills them in `next`. prefetch: batches filled ahead.
+    seed: random seed for the shuffle. threads: number of threads that fill batches; 0: `next` fills them. prefetch:
+    number of batches filled ahead.
     mode: "mmap"; "pread", for network file systems; "auto": small corpora mapped, large ones read (store.MAPPED_BYTES).
-    pin_memory: page-locked batches; None: where CUDA is there.
-    document_isolation: batches have positions and cu_seqlens that start anew at each delimiter (`<|endoftext|>`).
-    max_token_id: the largest id allowed (the model's vocabulary less 1), checked on every token that is read.
+    pin_memory: page-locked batches; None: if there is CUDA.
+    document_isolation: batches have positions and cu_seqlens that restart at each delimiter (`<|endoftext|>`).
+    max_token_id: the largest id allowed (the model's vocabulary less 1), checked for every token that is read.
 
-    Threads may share a loader: each call is carried out alone, and each batch is given to one of them.
+    Threads may share a loader: calls run one at a time, and each batch is returned once.
 
-    Raises FormatError, ManifestError or OSError for a corpus that cannot be read, ValueError for arguments that
-    cannot be carried out, and CorpusError, from `next`, for files that are cut short or changed while in use, or hold
-    an id that is too large. A file with another time of change but the same content is read on.
+    Raises FormatError, ManifestError or OSError for a corpus that cannot be read, ValueError for invalid arguments, and
+    `next` raises CorpusError for files that are cut short or changed while in use, or have an id that is too large. A
+    file whose change time differs but whose content is the same is accepted.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class TokenLoader:
 
     @property
     def row(self) -> int:
-        """First row of the next batch of all ranks: the whole state."""
+        """First row of the next batch of all ranks: the entire state of the loader."""
         return self._row
 
     def __iter__(self) -> Iterator[Batch]:
@@ -152,7 +154,7 @@ class TokenLoader:
                     segments = self._prefetcher.take()
                     break
                 except (RuntimeError, ValueError) as error:
-                    self._stop()  # the batch was not handed out: its rows are tried again, here or in the next call
+                    self._stop()  # the batch was not returned: its rows are tried again, here or in the next call
                     if _python_ends:
                         raise RuntimeError(_CLOSED) from None
                     if not self._same_content():
@@ -161,7 +163,7 @@ class TokenLoader:
                     self._stop()
                     raise
             else:
-                raise CorpusError("a corpus's files are written to all the time. Stop whatever does it")
+                raise CorpusError("a corpus's files are being written to continually. Stop whatever does it")
             slot = self._filling.popleft()
             first = self._row + self.rank * self.batch
             self._row += self.batch * self.world_size
@@ -169,7 +171,7 @@ class TokenLoader:
             return self._ring.lend(slot, range(first, first + self.batch), segments)
 
     def seek(self, row: int) -> None:
-        """The next batch of all ranks starts at row `row` of the stream. O(1)."""
+        """Let the next batch of all ranks start at row `row` of the stream. O(1)."""
         if not 0 <= row < 2**62:
             raise ValueError(f"row={row}: must be in 0 ... 2^62 - 1")
         with self._alone():
@@ -177,7 +179,7 @@ class TokenLoader:
             self._row = row
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: the next row, and what it is a row of."""
+        """The next row, and what identifies the stream; serialisable as JSON."""
         return {
             "row": self._row,
             "seed": self.seed,
@@ -187,9 +189,9 @@ class TokenLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken, on any number of ranks and with any batch.
+        """Continue the stream at `state`, with any number of ranks and any batch size.
 
-        Raises ValueError, naming what differs, where the stream would not be the same.
+        Raises ValueError, naming what differs, if the stream would not be the same.
         """
         here = self.state_dict()
         for name, fingerprint in state["corpora"].items():
@@ -209,7 +211,7 @@ class TokenLoader:
         self.seek(state["row"])
 
     def close(self) -> None:
-        """Stop the threads. Batches that were handed out stay valid."""
+        """Stop the threads. Returned batches stay valid."""
         with self._alone():
             self._stop()
             self._closed = True
@@ -224,8 +226,8 @@ class TokenLoader:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Under this the stream moves on. A signal's handler, which runs inside its own thread's call, is refused: the
-        call that it interrupted holds a part of a batch."""
+        """Hold the lock for a call that advances the stream. Calls from a signal handler raise RuntimeError: the
+        handler runs inside the call that it interrupted, which holds a part of a batch."""
         with self._lock:
             if self._moving:
                 raise RuntimeError(
@@ -239,12 +241,12 @@ class TokenLoader:
                 self._moving = False
 
     def _after_fork(self) -> None:
-        """Start anew in a forked child: the threads, and who held the lock, stayed in the parent."""
+        """Reset in a forked child: the threads, and the lock's holder, exist only in the parent."""
         self._lock, self._moving = threading.RLock(), False
         self._stop()
 
     def _same_content(self) -> bool:
-        """Whether what stopped the reading was a file that was touched, and holds what it held."""
+        """Whether reading stopped because a file was touched whose content is the same. Raises CorpusError if not."""
         try:
             return self.store.recheck()
         except RuntimeError as error:
@@ -280,7 +282,7 @@ class TokenLoader:
 _LOADERS: weakref.WeakSet[TokenLoader] = weakref.WeakSet()
 _python_ends = False
 _EXIT_SECONDS = 1.0
-"""Seconds for the calls of other threads to return before Python ends."""
+"""Time for the calls of other threads to return before Python ends."""
 
 
 def _after_fork() -> None:
@@ -289,8 +291,8 @@ def _after_fork() -> None:
 
 
 def _at_exit() -> None:
-    """Close what is open, for good: a daemon thread that reads on would fill memory that is gone, and Python aborts one
-    that it finds inside torch."""
+    """Close all loaders for good: a daemon thread that continues to read would write to freed memory, and Python aborts
+    if it finds one inside torch."""
     global _python_ends
     _python_ends = True
     for loader in list(_LOADERS):
@@ -320,7 +322,7 @@ class _Slot:
 
 
 class _Ring:
-    """Slots that are filled, lent as batches, and used again once nothing views them."""
+    """Slots that are filled, returned as batches, and reused once no tensor views them."""
 
     def __init__(self, batch: int, length: int, isolated: bool, pinned: bool, keep: int) -> None:
         self._shape, self._isolated, self._pinned = (batch, length, isolated, pinned), isolated, pinned
@@ -331,11 +333,11 @@ class _Ring:
 
     def lend(self, slot: _Slot, rows: range, segments: int) -> Batch:
         if self._pinned:
-            # torch's own allocator is the ring of page-locked memory: it alone knows when a copy to the device that
-            # was started on some stream has read the last of it.
+            # torch's allocator reuses page-locked memory: it alone knows when a copy to the device, which may have been
+            # started on any stream, has read all of it.
             tokens = slot.tokens
         else:
-            # A tensor made of an array keeps the array until the last view of its storage is gone: the slot is free.
+            # A tensor made from an array keeps the array until no tensor views its storage: then the slot is free.
             array = slot.tokens.numpy()
             tokens = torch.from_numpy(array)
             weakref.finalize(array, self._free.append, slot).atexit = False

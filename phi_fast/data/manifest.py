@@ -1,10 +1,10 @@
-"""The manifest of a token corpus: what lies on disk, checked before anything is read from it.
+"""The manifest of a token corpus: describes the files on disk, which are checked before anything is read from them.
 
 A corpus directory holds, for each split (`train`, and `validation` where there is one):
 
     manifest.json       this file's `Manifest`
     train.bin           the tokens, raw little-endian uint16 or uint32, documents one after the other
-    train.ends          u64 little-endian, one per document: the token offset past its last token, delimiter included
+    train.ends          u64 little-endian, one per document: the offset in tokens after its last token or delimiter
 
 The manifest is written last and renamed into place, so a directory that has one is complete.
 """
@@ -29,26 +29,26 @@ FORMAT = "phi_fast tokens"
 VERSION = 1
 FILE_NAME = "manifest.json"
 MAX_BLOCK_BYTES = 2**30
-"""A block is read into memory whole."""
+"""Maximum block size: an entire block is read into memory."""
 MAX_MANIFEST_BYTES = 2**30
-"""A checksum for every 16 MiB takes 70 bytes: room for 200 TB of tokens."""
+"""Maximum manifest size. A checksum per 16 MiB takes 70 bytes, so this is enough for 200 TB of tokens."""
 BLOCK_BYTES = 16 * 2**20
-"""Bytes of tokens under one checksum in the corpora that `prepare` writes."""
+"""Bytes of tokens per checksum in the corpora that `prepare` writes."""
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class ManifestError(JsonFileError):
-    """A corpus directory that is incomplete, damaged or not ours; the message says which file and what to do."""
+    """A corpus directory is incomplete, damaged or not phi_fast's; the message says which file and what to do."""
 
 
 @dataclass(frozen=True)
 class Delimiter:
-    """The token that stands between documents."""
+    """The token between documents."""
 
     id: int
-    """Its id, `<|endoftext|>`: 50256 for phi-1.5."""
+    """Id of the token: for phi-1.5 `<|endoftext|>`, 50256."""
     side: Literal["before", "after"] = "after"
-    """Whether it opens each document or closes it. `prepare` writes it after; llm.c before."""
+    """Whether the token is before or after each document. `prepare` writes it after; llm.c before."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +60,37 @@ class Split:
     ends: str
     """u64 cumulative document ends, relative to the corpus directory."""
     tokens: int
-    """Tokens in the file, delimiters included."""
+    """Number of tokens in the file, including delimiters."""
     documents: int
-    """Documents in the file: the entries of `ends`."""
+    """Number of documents in the file, and of entries in `ends`."""
     max_id: int
     """The largest token id in the file."""
     sha256: tuple[str, ...]
     """Hex digest of each block of `block_bytes` bytes of tokens; the last block may be shorter."""
     block_bytes: int = BLOCK_BYTES
-    """Bytes of tokens in one block."""
+    """Bytes of tokens per block."""
     offset: int = 0
-    """Bytes before the first token: not 0 only for an adopted file that has a header."""
+    """Bytes before the first token; 0 except for an adopted file with a header."""
     adopted: bool = False
-    """Whether `file` may lie outside the corpus directory: where `prepare --adopt` found another program's file."""
+    """Whether `prepare --adopt` wrapped another program's file: `file` may lie outside the corpus directory then."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus directory holds."""
+    """Contents of a corpus directory."""
 
     dtype: str
     """"uint16" or "uint32", always little-endian."""
     tokenizer: str
-    """Name or path that the tokenizer was asked for by."""
+    """Name or path of the tokenizer, as given to `prepare`."""
     tokenizer_sha256: str
     """Hex digest of the tokenizer's serialised JSON (`vocabulary.digest`): equal for equal tokenizers."""
     vocab_size: int
-    """Ids of the tokenizer, added tokens included; every id in the files is below it."""
+    """Size of the tokenizer's vocabulary, including added tokens; every id in the files is smaller."""
     delimiter: Delimiter | None
-    """The token between documents; None where there is none."""
+    """The token between documents; None if there is none."""
     splits: Mapping[str, Split]
-    """Split name ("train", "validation") -> its files. A split without documents is absent."""
+    """Split name ("train", "validation") -> its files. A split without documents is left out."""
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -98,19 +98,19 @@ class Manifest:
         return DTYPES[self.dtype]
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises ManifestError naming those that exist."""
+        """The split of that name. Raises ManifestError naming the existing splits."""
         if name not in self.splits:
             raise ManifestError(f"split {name!r} is not in this corpus, which has {', '.join(map(repr, self.splits))}")
         return self.splits[name]
 
     def fingerprint(self, split: str) -> str:
-        """Hex sha256 of a split's content (dtype, sizes, checksums): equal for equal tokens, wherever they lie."""
+        """Hex sha256 of a split's content (dtype, sizes, checksums): equal for equal tokens in any directory."""
         part = self.split(split)
         content = [self.dtype, part.tokens, part.documents, part.block_bytes, *part.sha256]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:
-        """Write `directory`/manifest.json: a temporary file, synced, renamed; a reader never sees half of it."""
+        """Write `directory`/manifest.json atomically: a reader never sees a partial file."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
         for split in document["splits"].values():
             for name in ("offset", "adopted"):
@@ -127,7 +127,7 @@ class Manifest:
         except FileNotFoundError:
             raise ManifestError(
                 f"{path} does not exist: {directory} is not a complete corpus. Run `python -m phi_fast.prepare` to "
-                "make one (run again, it takes up where it was stopped), or `--adopt` to wrap an existing token file"
+                "make one (an interrupted run resumes), or `--adopt` to wrap an existing token file"
             ) from None
         except (OSError, JsonFileError) as error:
             raise ManifestError(f"{path} cannot be read as JSON: {error}. Prepare the corpus again") from error
@@ -136,9 +136,9 @@ class Manifest:
         return manifest
 
     def validate(self, directory: Path) -> None:
-        """Check the manifest against the files' sizes and last document ends: cheap, no token is read.
+        """Check the manifest against the files' sizes and last document ends, without reading tokens.
 
-        Raises ManifestError naming the file, the value found, the one expected and the way out.
+        Raises ManifestError naming the file, the value found, the expected value and the way out.
         """
         directory = Path(directory)
         for name, split in self.splits.items():
@@ -167,7 +167,7 @@ class Manifest:
                 )
 
     def verify(self, directory: Path) -> None:
-        """`validate`, and read every token: checksums, largest id, ascending document ends. Raises ManifestError."""
+        """`validate`, then read every token and check checksums, largest id and document ends. Raises ManifestError."""
         directory = Path(directory)
         self.validate(directory)
         for name, split in self.splits.items():
@@ -194,7 +194,7 @@ class Manifest:
 
 
 def _intact(blocks: Iterator[np.ndarray[Any, Any]]) -> Iterator[np.ndarray[Any, Any]]:
-    """The blocks of a file. Raises ManifestError where it is cut short meanwhile."""
+    """The blocks of a file. Raises ManifestError if the file is cut short meanwhile."""
     try:
         yield from blocks
     except CutShortError as error:
@@ -202,7 +202,7 @@ def _intact(blocks: Iterator[np.ndarray[Any, Any]]) -> Iterator[np.ndarray[Any, 
 
 
 def _check_inside(directory: Path, split: Split) -> None:
-    """Check that a manifest, which may be a stranger's, names no files elsewhere. Raises ManifestError."""
+    """Check that a manifest, which may be untrusted, names no files outside its directory. Raises ManifestError."""
     home = os.path.realpath(directory)
     for name in [split.ends] if split.adopted else [split.file, split.ends]:
         if os.path.commonpath([home, os.path.realpath(directory / name)]) != home:
@@ -227,7 +227,7 @@ def _check_size(path: Path, expected: int, what: str) -> None:
 
 
 def _parse(document: Any, path: Path) -> Manifest:
-    """A Manifest from its JSON, every field's type and range checked."""
+    """Make a Manifest from JSON, checking the type and range of every field."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ManifestError(f"{path}: format is {found!r}, expected {FORMAT!r}: this is another program's file")

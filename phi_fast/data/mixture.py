@@ -1,4 +1,4 @@
-"""Which corpora a run reads, in what shares, and how those change."""
+"""Mixtures: the corpora that a run reads, their weights, and how these change during the run."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ class Component:
     """One corpus of a mixture."""
 
     name: str
-    """Names it in messages and checkpoints, and keys its shuffle: two names are shuffled differently."""
+    """Name for messages and checkpoints, and key of the shuffle: another name gives another order."""
     path: Path
     """A corpus directory, or a token file."""
     weight: int = 1
-    """Rows of this corpus in every sum(weights) rows, from row 0 until a stage says otherwise; 0: none."""
+    """Number of rows of this corpus in every sum(weights) rows, from row 0 to the first stage; 0: none."""
     split: str = "train"
     """Split of the corpus directory; not used for a token file."""
     dtype: Dtype | None = None
-    """Only for files that do not say it themselves."""
+    """Only for files that do not record it."""
     delimiter: int | None = None
-    """Id between documents; only for files that do not say it themselves, and only to isolate documents."""
+    """Id between documents; only for files that do not record it, and only needed to isolate documents."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Other weights, from `start_row` on."""
+    """New weights from `start_row` on."""
 
     start_row: int
     """Row of the stream: steps × global batch."""
     weights: Mapping[str, int]
-    """Component name -> weight; a component that is not named has 0."""
+    """Component name -> weight; components that are not named have weight 0."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Corpora with integer weights, in rows: at every point each has its share to within one row.
+    """Corpora with integer weights, counted in rows: at every row each corpus has its share to within one row.
 
-    Weights that change come as `stages`; a corpus goes on where it was, so a stage repeats nothing.
-    Raises ValueError for names that are not unique, weights that are not integers or all 0, stages out of order.
+    `stages` change the weights; each corpus continues where it was, so a stage repeats no rows.
+    Raises ValueError for names that are not unique, weights that are not integers or all 0, and stages out of order.
     """
 
     components: tuple[Component, ...]
@@ -61,7 +61,7 @@ class Mixture:
         for stage in self.stages:
             if stage.start_row <= start_row:
                 raise ValueError(
-                    f"stage start_row={stage.start_row} must be greater than {start_row}, where the one before starts"
+                    f"stage start_row={stage.start_row} must be greater than {start_row}, the start of the stage before"
                 )
             if unknown := set(stage.weights) - set(names):
                 raise ValueError(f"stage at row {stage.start_row} weighs {sorted(unknown)}, the mixture has {names}")
@@ -103,7 +103,7 @@ class Mixture:
 
     @property
     def hash(self) -> str:
-        """Hex digest of what orders the rows: names, splits, the weights' ratios and stages, not the paths."""
+        """Hex digest of what determines the order of rows: names, splits, ratios of weights, and stages; not paths."""
         names = [[component.name, component.split] for component in self.components]
         content = [names, [[row, [w // math.gcd(*weights) for w in weights]] for row, weights in self.schedule()]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()

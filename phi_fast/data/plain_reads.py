@@ -1,6 +1,7 @@
-"""Arrays from files that somebody else may change meanwhile: read, never mapped.
+"""Reads arrays from files that may change meanwhile; never maps them.
 
-The kernel ends a process that touches a map of a file that was cut short (SIGBUS). A read returns less: an error.
+The kernel kills a process that touches a map beyond the end of a truncated file (SIGBUS). A read returns less instead,
+which is reported as an error.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _Array = np.ndarray[Any, Any]
 
 
 class CutShortError(UsageError):
-    """A file has fewer bytes than it should; the message names it."""
+    """A file is shorter than it should be; the message names it."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading, never waiting. Raises OSError as `open` does, UsageError for any other kind."""
+    """Open a regular file without blocking. Raises OSError as `open` does, UsageError for another kind of file."""
     file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115, the caller's
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -36,7 +37,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_array(file: Path | BinaryIO, dtype: np.dtype[Any] | str, count: int, offset: int = 0) -> _Array:
-    """`count` items of `dtype` from byte `offset` of a file on: (count,). Raises CutShortError where it has fewer."""
+    """Read (count,) items of `dtype` from byte `offset` on. Raises CutShortError if the file has fewer."""
     if isinstance(file, Path):
         with open_regular(file) as opened:
             return _read(opened, file, np.dtype(dtype), count, offset)
@@ -44,7 +45,7 @@ def read_array(file: Path | BinaryIO, dtype: np.dtype[Any] | str, count: int, of
 
 
 def read_blocks(path: Path, dtype: np.dtype[Any] | str, count: int, offset: int, step: int) -> Iterator[_Array]:
-    """`count` items of `dtype` from byte `offset` on, `step` items at a time. Raises CutShortError."""
+    """Read `count` items of `dtype` from byte `offset` on, `step` items at a time. Raises CutShortError."""
     dtype = np.dtype(dtype)
     with open_regular(path) as file:
         for first in range(0, count, step):

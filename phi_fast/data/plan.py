@@ -1,4 +1,4 @@
-"""How often a run reads each of its corpora."""
+"""Computes how often a run reads each of its corpora."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from .formats import open_layout
 from .mixture import Mixture
 
 MOST_REPEATS = 4
-"""Up to about 4 epochs, repeated tokens are worth nearly what new ones are (Muennighoff et al., arXiv 2305.16264)."""
+"""Up to about 4 epochs, repeated tokens are nearly as good as new ones (Muennighoff et al., arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One corpus of a plan."""
+    """One corpus in a plan."""
 
     name: str
     tokens: int
-    """Tokens in the corpus."""
+    """Number of tokens in the corpus."""
     share: float
-    """Share of the tokens seen, over all stages."""
+    """Its share of the run's tokens, over all stages."""
     seen: int
-    """Tokens of it that the run sees."""
+    """Number of its tokens that the run reads."""
     epochs: float
     """seen ÷ tokens."""
 
     @property
     def warning(self) -> str | None:
-        """Set where it is read more than MOST_REPEATS times."""
+        """Warning if the corpus is read more than MOST_REPEATS times."""
         if self.epochs <= MOST_REPEATS:
             return None
         return (
@@ -61,10 +61,10 @@ class MixturePlan:
 def plan_mixture(
     mixture: Mixture | Mapping[str, tuple[int, int]], tokens: int, *, sequence_length: int = 2048
 ) -> MixturePlan:
-    """What a run of `tokens` tokens reads of each corpus.
+    """Compute how much of each corpus a run of `tokens` tokens reads.
 
     mixture: a Mixture, whose corpora are opened for their sizes, or name -> (tokens in the corpus, weight).
-    sequence_length: tokens per row, which stages are counted in.
+    sequence_length: tokens per row; stages begin at rows.
     """
     if tokens < 1:
         raise ValueError(f"tokens={tokens}: must be at least 1")

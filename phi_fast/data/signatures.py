@@ -1,9 +1,9 @@
-"""What a file is by its first bytes, whatever its name says."""
+"""Recognises file types by their first bytes, whatever the file's name."""
 
 from __future__ import annotations
 
 HEAD_BYTES = 65536
-"""First bytes of a file that are looked at: more than any header needs."""
+"""Number of bytes read from a file's beginning: more than any header needs."""
 
 _SIGNATURES = {
     b"PAR1": "a Parquet file",
@@ -35,7 +35,7 @@ _SIGNATURES = {
     b"mds\0": "a MosaicML shard",
 }
 _TEXT_LIKE = {b"BZh", b"ORC", b"GIF8"}
-"""Signatures that a text may begin with too: they count where bytes follow that no text has."""
+"""Signatures with which a text may begin too: they count only if bytes follow that no text has."""
 _LLMC = {
     20240326: "a checkpoint of llm.c's GPT-2",
     20240327: "llm.c's debug state",
@@ -46,7 +46,7 @@ _LLMC = {
 
 
 def container(head: bytes) -> str | None:
-    """What the first bytes of a file show it to be; None where they may be text or bare tokens."""
+    """The file type that the first bytes show; None if they may be text or tokens without a header."""
     for magic, what in _SIGNATURES.items():
         if head.startswith(magic) and (magic not in _TEXT_LIKE or _binary(head[:256])):
             return what
@@ -56,9 +56,9 @@ def container(head: bytes) -> str | None:
 
 
 def not_tokens(head: bytes, size: int, last_offset: int | None) -> str | None:
-    """What the first bytes of a file of `size` bytes show it to be, where these are not bare tokens.
+    """The file type that the first bytes of a file of `size` bytes show; None if they may be tokens without a header.
 
-    last_offset: the u32 at `litdata_end(head)`; None where the file does not reach that far.
+    last_offset: the u32 at `litdata_end(head)`; None if the file is shorter.
     """
     if head[:2] == b"\x80\x02" or head[:4] == b"\xff\xff\xff\xff":
         return None  # ids that a corpus may begin with
@@ -71,12 +71,12 @@ def not_tokens(head: bytes, size: int, last_offset: int | None) -> str | None:
 
 
 def litdata_end(head: bytes) -> int:
-    """Byte at which a litdata chunk names its own end: u32 samples n, then n + 1 u32 offsets, the last its size."""
+    """Byte at which a litdata chunk records its size: the last of n + 1 u32 offsets, which follow n, a u32."""
     return 4 + 4 * int.from_bytes(head[:4], "little")
 
 
 def _binary(data: bytes) -> bool:
-    """Whether bytes are among these that no text has."""
+    """Whether there are bytes that no text has."""
     if b"\0" in data:
         return True
     try:

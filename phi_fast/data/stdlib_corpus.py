@@ -1,9 +1,9 @@
 """The default corpus: Python's own standard library, real text and real code that every machine has.
 
-Two components, as phi-1.5 mixes synthetic textbooks and code: `docs` (the language reference in `pydoc_data.topics`,
-and the docstrings of every module as reference pages) and `code` (the sources). A byte-level BPE of 8192 ids is trained
-on both. It takes some ten seconds on 2 cores, once; the result depends on the Python version alone. No module is
-imported for it.
+It has two components, like phi-1.5's mix of synthetic textbooks and code: `docs` (the language reference in
+`pydoc_data.topics`, and the docstrings of every module as reference pages) and `code` (the sources). A byte-level BPE
+with 8192 ids is trained on both. Building it takes some ten seconds on 2 cores, once; the result depends only on the
+Python version. No module is imported for it.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ VALIDATION = 0.05
 """Share of documents held out: about 25 modules' sources and 15 pages of documentation."""
 COMPONENTS = ("docs", "code")
 BUILD_SECONDS = 600.0
-"""How long another process's build is waited for: a build takes some ten seconds."""
+"""How long to wait for another process's build. A build takes some ten seconds."""
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-"""Tests and other people's packages; tables of character sets; and what `docs` already has as text."""
+"""Tests, third-party packages, tables of character sets, and `pydoc_data`, which `docs` already has as text."""
 
 
 def prepare(directory: Path, *, progress: Callable[[str], None] | None = None) -> dict[str, Path]:
-    """The corpus directories {"docs": ..., "code": ...} under `directory`, built there if they are not.
+    """The corpus directories {"docs": ..., "code": ...} under `directory`, which are built if they do not exist.
 
-    `directory` also holds `tokenizer.json`. A finished corpus is validated and returned at once. A build is made aside
-    and renamed when it is complete, under a lock: processes that start together build once, and a killed build leaves
-    nothing that could be taken for a corpus.
+    `directory` also holds `tokenizer.json`. An existing corpus is validated and returned at once. A new one is built in
+    a temporary directory, under a lock, and renamed when complete: processes that start together build it once, and a
+    killed build leaves nothing that looks like a corpus.
 
-    progress: called with a line of text as each step starts.
+    progress: called with a line of text when each step starts.
 
-    Raises FileNotFoundError where Python's sources are not on disk, ManifestError for a damaged corpus, and UsageError
-    where another process builds it for longer than BUILD_SECONDS.
+    Raises FileNotFoundError if Python's sources are not on disk, ManifestError for a damaged corpus, and UsageError if
+    another process takes longer than BUILD_SECONDS to build it.
     """
     directory = Path(directory)
     report = progress or (lambda line: None)
@@ -56,7 +56,7 @@ def prepare(directory: Path, *, progress: Callable[[str], None] | None = None) -
     lock, what = directory.with_name(f".{directory.name}.lock"), f"the standard-library corpus at {directory}"
     with Claim.take(lock, what, wait=BUILD_SECONDS, tell=report):
         if not directory.exists():
-            _build_aside(Path(os.path.realpath(directory)), report)  # a link may lead to where nothing is yet
+            _build_aside(Path(os.path.realpath(directory)), report)  # a link may point to a missing directory
     return _finished(directory)
 
 
@@ -74,14 +74,14 @@ def _finished(directory: Path) -> dict[str, Path]:
 
 def _build_aside(directory: Path, report: Callable[[str], None]) -> None:
     aside = directory.with_name(f".{directory.name}.partial")
-    if aside.exists():  # of a build that was killed: nobody else holds the lock
+    if aside.exists():  # left by a killed build: no other process holds the lock
         shutil.rmtree(aside)
     try:
         aside.mkdir()
         _build(aside, report)
         aside.rename(directory)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk wants the room back, and a signal leaves nothing
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk or a signal must leave no partial corpus
         if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, f"{error.strerror} for the standard-library corpus", str(directory)) from error
@@ -92,13 +92,13 @@ def _build(directory: Path, report: Callable[[str], None]) -> None:
     report("reading Python's standard library")
     sources, topics = read_sources(), language_reference()
     report(f"training a byte-level BPE of {VOCAB_SIZE} ids on {len(sources)} modules, and gathering their docstrings")
-    pool = ThreadPoolExecutor(1)  # the training leaves Python alone; the docstrings are in the sources
+    pool = ThreadPoolExecutor(1)  # training runs without Python's lock, so docstrings are parsed meanwhile
     try:
         training = pool.submit(train_tokenizer, [*topics, *sources.values()])
         pages = [page for page in itertools.starmap(reference_page, sources.items()) if page]
         tokenizer = training.result()
     finally:
-        pool.shutdown(wait=False)  # whoever is ended by a signal does not wait for a training that nobody wants
+        pool.shutdown(wait=False)  # after a signal, do not wait for a training that nobody needs any more
     corpus = {"docs": [*topics, *pages], "code": list(sources.values())}
     for name, documents in corpus.items():
         report(f"encoding {name}: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.1f} M characters")
@@ -139,7 +139,7 @@ def train_tokenizer(documents: Iterable[str]) -> Tokenizer:
 
 
 def standard_library() -> Path:
-    """The directory of Python's own modules. Raises FileNotFoundError where it is zipped or stripped of sources."""
+    """The directory with Python's own modules. Raises FileNotFoundError if it is zipped or has no sources."""
     directory = Path(sysconfig.get_paths()["stdlib"])
     if not (directory / "ast.py").is_file() or not (directory / "pydoc_data" / "topics.py").is_file():
         raise FileNotFoundError(
@@ -151,7 +151,7 @@ def standard_library() -> Path:
 
 
 def read_sources() -> dict[str, str]:
-    """Module name -> source text of the standard library, in the order of the names; tests are left out."""
+    """Module name -> source text for the standard library without its tests, sorted by name."""
     root = standard_library()
     sources = {}
     for parent, directories, files in os.walk(root):
@@ -168,23 +168,23 @@ def read_sources() -> dict[str, str]:
 
 
 def _is_module(file: str) -> bool:
-    """Whether a file is a module of Python's, the same on every machine."""
+    """Whether a file is one of Python's modules that are the same on every machine."""
     return file.endswith(".py") and not file.startswith(("_sysconfigdata", "sitecustomize", "usercustomize"))
 
 
 def language_reference() -> list[str]:
-    """The language reference's sections, as `help("topics")` shows them."""
+    """The sections of the language reference, which `help("topics")` lists."""
     topics = runpy.run_path(str(standard_library() / "pydoc_data" / "topics.py"))["topics"]
     return [topics[name] for name in sorted(topics)]
 
 
 def reference_page(module: str, source: str) -> str:
-    """A module's docstrings, each under the qualified name and signature of what it documents; "" where it has none."""
+    """A module's docstrings, each below the qualified name and signature of its object; "" if there are none."""
     return "\n\n\n".join(_documented(ast.parse(source), module))
 
 
 def _documented(node: ast.AST, name: str) -> Iterator[str]:
-    """`heading, blank line, docstring` of the node and of what is defined inside, in the order of the source."""
+    """Yield "heading, blank line, docstring" for the node and each definition inside it, in source order."""
     text = ast.get_docstring(node) if isinstance(node, (ast.Module, *_DEFINITIONS)) else None
     if text:
         yield f"{_heading(node, name)}\n\n{text}"

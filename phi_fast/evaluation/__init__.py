@@ -1,1 +1,1 @@
-"""The parts of `phi_fast.evaluate`: lm-eval's adapter, tasks, the sandbox, and the figures."""
+"""The parts of `phi_fast.evaluate`: the adapter to lm-eval, the tasks, the sandbox, and the figures."""

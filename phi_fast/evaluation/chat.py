@@ -1,4 +1,4 @@
-"""Chat templates and names of special tokens, which a `tokenizers` file does not hold: transformers reads them."""
+"""Chat templates and names of special tokens, read by transformers: a `tokenizers` file does not hold them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FILES = ("tokenizer_config.json", "chat_template.jinja")
 
 
 def described(tokenizer: Tokenizer, folders: Iterable[Path | None]) -> PreTrainedTokenizerFast:
-    """`tokenizer` with the special tokens and the chat template of the first folder that has `FILES`, if any has.
+    """`tokenizer` with the special tokens and the chat template from the first folder that has one of `FILES`, if any.
 
-    The class that the folder names is not used, so no code of the folder's is run.
+    The tokenizer class that the folder names is not used, so no code from the folder runs.
     """
     for folder in folders:
         if folder is not None and any((folder / name).exists() for name in FILES):
@@ -38,11 +38,11 @@ def prompt(
     arguments: dict[str, Any],
     console: Console,
 ) -> str:
-    """`messages` ({"role": …, "content": …}) as the text that the model reads, the same as by lm-eval's own class.
+    """Render `messages` ({"role": …, "content": …}) as the model's input text, exactly as lm-eval's own class does.
 
-    template: a chat template in place of the tokenizer's. Without a generation prompt the last message is left open. A
-    template that refuses the system's message is asked again without it, and that is told. Raises UsageError where
-    there is no template, or where it refuses the messages.
+    template: a chat template to use instead of the tokenizer's. Without a generation prompt the last message is left
+    open. If the template rejects a system message, the message is left out, and the console says so. Raises UsageError
+    if there is no template or it rejects the messages.
     """
     if template is None and not tokenizer.chat_template:
         raise UsageError(
@@ -63,14 +63,14 @@ def prompt(
             without = [message for message in messages if message["role"] != "system"]
             if len(without) == len(messages):
                 raise
-            console.print(f"the chat template refuses the system's message, which is left out: {error}", markup=False)
+            console.print(f"the chat template rejects the system message, which is left out: {error}", markup=False)
             return tokenizer.apply_chat_template(without, **options)
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UsageError(f"the chat template refuses messages of the roles {roles}: {error}") from error
+        raise UsageError(f"the chat template rejects messages with the roles {roles}: {error}") from error
 
 
 def fingerprint(name: str, tokenizer: Tokenizer, template: Any) -> str:
-    """What lm-eval keeps prompts under: another tokenizer or chat template gives another one."""
+    """lm-eval's key for cached prompts: it differs for every tokenizer and chat template."""
     content = f"{vocabulary.digest(tokenizer)} {template}".encode()
     return f"{name.replace('/', '__')}-{hashlib.sha256(content).hexdigest()[:12]}"

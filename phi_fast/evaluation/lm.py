@@ -1,6 +1,7 @@
-"""phi_fast as a model of EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
+"""phi_fast as a model for EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
 
-Importing this module registers "phi_fast". lm-eval has no plug-ins, so its command line runs through here:
+Importing this module registers the model "phi_fast". lm-eval has no plug-ins, so run its command line through this
+module:
 
     python -m phi_fast.evaluation.lm --model phi_fast --model_args pretrained=RUN_OR_FOLDER --tasks arc_easy
 """
@@ -42,29 +43,28 @@ from .scoring import BATCH_TOKENS, Request, log_likelihoods
 
 MAX_GEN_TOKS = 256  # lm-eval's default
 IN_PYTHON = ("model", "hf_tokenizer", "responses", "console")  # arguments that a command line cannot give
-LM_EVAL_DEVICE = "cuda:0"  # its command's default, also where there is none; its own models fall back as well
-
+LM_EVAL_DEVICE = "cuda:0"  # lm-eval's default even without a GPU; its own models fall back to the CPU as well
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "half": "fp16"}
-"""torch's and lm-eval's names of dtypes -> ours, which are taken as well."""
+"""torch's and lm-eval's dtype names -> phi_fast's, which are accepted too."""
 
 
 @register_model("phi_fast")
 class PhiFastLM(TemplateLM):
-    """Scores and continues text for lm-eval's tasks, with the results of its own `hf` class on the same weights.
+    """Scores and continues text for lm-eval's tasks; the results equal those of its own `hf` class on the same weights.
 
-    pretrained: a run, a checkpoint, a folder or a hub name; or give `model` and `hf_tokenizer`.
-    tokenizer: a folder, a tokenizer.json or a hub name with another tokenizer, and another chat template.
+    pretrained: a run, a checkpoint, a folder or a hub name; or pass `model` and `hf_tokenizer` instead.
+    tokenizer: a folder, a tokenizer.json or a hub name with another tokenizer and chat template.
     dtype: auto, float32, float16 or bfloat16 (or fp32, fp16, bf16). auto: float16 on CUDA, float32 on a CPU.
     max_length: context in tokens, at most and by default the model's.
-    add_bos_token: put the token that begins a text before each prompt that has none. Default: what the tokenizer does.
-    prefix_token_id: what empty contexts and rolling windows begin with. Default: the tokenizer's beginning, else its
-    end.
-    chat_template_args: values for the chat template, which --apply_chat_template asks for.
-    batch_tokens: tokens in a batch of neighbours in length (lm-eval's `batch_size` is accepted and not needed).
-    trust_remote_code: False alone; no code that comes with a model is ever run.
+    add_bos_token: put the beginning-of-text token before each prompt that has none. Default: what the tokenizer does.
+    prefix_token_id: first token of empty contexts and rolling windows. Default: the tokenizer's beginning-of-text
+    token, else its end-of-text token.
+    chat_template_args: values for the chat template, which --apply_chat_template turns on.
+    batch_tokens: tokens per batch; requests of similar length share one (lm-eval's `batch_size` is accepted, unused).
+    trust_remote_code: must be False; no code that comes with a model is ever run.
 
-    Raises UsageError for other arguments, by name, and for values that cannot be.
+    Raises UsageError for unknown arguments and for invalid values.
     """
 
     backend = "causal"
@@ -95,7 +95,7 @@ class PhiFastLM(TemplateLM):
         _check_arguments(unknown, trust_remote_code)
         self.console = console or terminal.console(stderr=True)
         if device == LM_EVAL_DEVICE and not torch.cuda.is_available():
-            self.console.print(f"torch sees no {device}, which lm-eval asks for where --device is not given: auto")
+            self.console.print(f"torch sees no {device}, lm-eval's default without --device: auto is used instead")
             device = "auto"
         folders: list[Path | None] = []
         if model is None or hf_tokenizer is None:
@@ -122,7 +122,7 @@ class PhiFastLM(TemplateLM):
     def eot_token_id(self) -> int:
         id = self.model.config.eos_token_id
         if id is None:
-            raise UsageError("the model's tokenizer has no token that ends a text, which lm-eval puts before texts")
+            raise UsageError("the model's tokenizer has no end-of-text token, which lm-eval puts before texts")
         return id
 
     @property
@@ -139,7 +139,7 @@ class PhiFastLM(TemplateLM):
         return chat.fingerprint(self.name, self.hf_tokenizer, self.template or self.tokenizer.chat_template)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template that `--apply_chat_template` (True) or `--apply_chat_template NAME` selects, from then on."""
+        """Select the template for `--apply_chat_template` (True) or `--apply_chat_template NAME`, and return it."""
         self.template = super().chat_template(chat_template)
         return self.template
 
@@ -154,8 +154,8 @@ class PhiFastLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids. Unless `add_special_tokens` says otherwise, with a beginning as `add_bos_token` has it, and none
-        before a text that has it already, as one from a chat template may."""
+        """Token ids of a text. Unless `add_special_tokens` decides it, `add_bos_token` decides about the
+        beginning-of-text token; a text that already has it, as chat templates may give, gets no second one."""
         begin = self.prefix_token_id
         if add_special_tokens is None:
             has_one = has_bos_prefix(string, self.hf_tokenizer.decode([begin], skip_special_tokens=False))
@@ -163,11 +163,11 @@ class PhiFastLM(TemplateLM):
         ids = self.hf_tokenizer.encode(string, add_special_tokens=add_special_tokens is not False).ids
         if not self.add_bos_token or add_special_tokens is False:
             return ids
-        begun = ids != self.hf_tokenizer.encode(string, add_special_tokens=False).ids  # by the tokenizer itself
-        return ids if begun else [begin, *ids]
+        added = ids != self.hf_tokenizer.encode(string, add_special_tokens=False).ids  # by the tokenizer itself
+        return ids if added else [begin, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # one bar, below, instead of one for the tokenizer
+        return super().loglikelihood(requests, disable_tqdm=True)  # hides the tokenizer's bar: ours is enough
 
     def _loglikelihood_tokens(
         self,
@@ -175,8 +175,7 @@ class PhiFastLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         keys = [Responses.key("score", context, continuation) for _, context, continuation in requests]
-        # A request may occur twice: it is scored once.
-        new = {
+        new = {  # a request that occurs twice is scored once
             key: Request(tuple(context), tuple(continuation))
             for key, (_, context, continuation) in zip(keys, requests, strict=True)
             if key not in self.responses
@@ -196,7 +195,7 @@ class PhiFastLM(TemplateLM):
         return [(self.responses[key][0], self.responses[key][1]) for key in keys]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context; each token is predicted once."""
+        """Log-likelihoods of entire texts, in windows of the context length; each token is predicted once."""
         windows: list[tuple[None, list[int], list[int]]] = []
         of_request: list[int] = []
         for index, (text,) in enumerate(request.args for request in requests):
@@ -218,7 +217,7 @@ class PhiFastLM(TemplateLM):
         return self.generate([request.args for request in requests])
 
     def generate(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """(prompt, lm-eval's generation arguments) -> text up to the first stop string; batched by their arguments."""
+        """The continuation of each (prompt, lm-eval's generation arguments), up to the first stop string."""
         keys = [Responses.key("generate", prompt, arguments) for prompt, arguments in requests]
         batches: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
         for key, (prompt, arguments) in zip(keys, requests, strict=True):
@@ -247,7 +246,7 @@ class PhiFastLM(TemplateLM):
         return [self.responses[key] for key in keys]
 
     def _sampling(self, arguments: dict[str, Any]) -> Sampling:
-        """lm-eval's arguments as ours; greedy unless it asks for samples. Room is left for at least half a context."""
+        """Convert lm-eval's generation arguments. Greedy unless do_sample; half of the context stays for the prompt."""
         given = dict(normalize_gen_kwargs(dict(arguments), MAX_GEN_TOKS))
         stop = handle_stop_sequences(given.get("until"), eos=None)
         return Sampling(
@@ -261,7 +260,7 @@ class PhiFastLM(TemplateLM):
         )
 
     def progress(self) -> Progress:
-        """A bar with the time that is left."""
+        """A progress bar with the estimated time left."""
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
 
@@ -274,7 +273,7 @@ def _check_arguments(unknown: dict[str, Any], trust_remote_code: bool | None) ->
     if unknown:
         known = inspect.signature(PhiFastLM).parameters.values()
         named = ", ".join(p.name for p in known if p.kind is not p.VAR_KEYWORD and p.name not in IN_PYTHON)
-        raise UsageError(f"phi_fast has no model argument {', '.join(sorted(unknown))}; those that exist are {named}")
+        raise UsageError(f"phi_fast has no model argument {', '.join(sorted(unknown))}; it has {named}")
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str:
@@ -291,13 +290,13 @@ def _length(max_length: int | None, context: int) -> int:
 
 
 def _folder(tokenizer: str) -> Path | None:
-    """Where a tokenizer's chat template is: beside its file."""
+    """The folder with a tokenizer's chat template: the template lies beside the tokenizer's file."""
     path = Path(tokenizer)
     return path if path.is_dir() else path.parent if path.is_file() else None
 
 
 def main() -> int:
-    """lm-eval's command. Returns the exit status."""
+    """Run lm-eval's command and return the exit status."""
     from lm_eval.__main__ import cli_evaluate
 
     tolerate_encodings()

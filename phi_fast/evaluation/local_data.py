@@ -1,4 +1,4 @@
-"""Questions from local JSON-lines files: `DIR/TASK.jsonl`, a question a line."""
+"""Questions from local JSON-lines files: `DIR/TASK.jsonl`, one question per line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import UsageError
 from ..json_files import read_lines
 from .questions import QuestionError, Row, question
 
-# Other names under which a task's questions are found.
+# Other file names for a task's questions.
 FILE_NAMES = {
     "humaneval": ("human_eval",),
     "openbookqa": ("openbook_qa",),
@@ -19,14 +19,14 @@ MAX_BYTES = 2**32
 
 
 def find_file(folder: Path, task: str) -> Path | None:
-    """The file of a task: its own name, a known other one, or either with `_small` behind it."""
+    """Find a task's file: named after the task or one of its other names, with or without `_small` at the end."""
     names = (task, *FILE_NAMES.get(task, ()))
     candidates = [folder / f"{name}{suffix}.jsonl" for suffix in ("", "_small") for name in names]
     return next((path for path in candidates if path.exists()), None)
 
 
 def read_rows(path: Path, task: str) -> list[Row]:
-    """Every question of a file, with the fields of the hub's data set. Raises UsageError naming the line at fault."""
+    """All questions of a file, with the fields of the hub's data set. Raises UsageError naming the line at fault."""
     rows: list[Row] = []
     for where, value in read_lines(path, whole=True, max_bytes=MAX_BYTES):
         row = question(task, value, where)

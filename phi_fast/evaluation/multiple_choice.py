@@ -1,4 +1,4 @@
-"""The report's multiple-choice tasks, by lm-eval's own task definitions, on the hub's or on local questions."""
+"""The report's multiple-choice tasks: lm-eval's own task definitions, on questions from the hub or from local files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,14 @@ from .local_data import find_file, read_rows
 from .questions import Row
 from .results import Question, TaskResult
 
-TASKS = (
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "boolq",
-    "social_iqa",
-    "piqa",
-    "hellaswag",
-    "openbookqa",
-    "mmlu",
-)
+TASKS = ("winogrande", "arc_easy", "arc_challenge", "boolq", "social_iqa", "piqa", "hellaswag", "openbookqa", "mmlu")
 MMLU_SHOTS = 2
 
 
 def run(task: str, lm: Any, data: Path | None, limit: int | None, *, mmlu_shots: int = MMLU_SHOTS) -> TaskResult:
-    """Accuracy (raw `acc`, as the report's figures fit) of one task, with what each question was answered.
+    """Accuracy on one task (raw `acc`, which the report's figures match), and the answer to each question.
 
-    lm: an lm-eval model. data: a folder of local questions; None: the hub's, which lm-eval downloads.
+    lm: an lm-eval model. data: a folder of local questions; None: lm-eval downloads the hub's.
     """
     notes: list[str] = []
     shots = mmlu_shots if task == "mmlu" else 0
@@ -68,7 +58,7 @@ def fetch(task: str) -> None:
 
 
 def local_group(task: str, rows: list[Row], shots: int, notes: list[str]) -> dict[str, Any]:
-    """lm-eval's specification of a task on local rows: the shipped definition, with another source of documents."""
+    """lm-eval's specification of a task on local rows: its own definition, with another source of documents."""
     return {"group": f"phi_fast_{task}", "task": _local_tasks(task, rows, shots, notes)}
 
 
@@ -87,7 +77,7 @@ def _local_tasks(task: str, rows: list[Row], shots: int, notes: list[str]) -> li
         spec["process_docs"] = None
         notes.append("questions were given already cleaned")
     if task == "social_iqa":
-        # One definition for two and three answers: the shipped one lists answerA, answerB and answerC.
+        # lm-eval's definition lists answerA, answerB and answerC; this one also works for two answers.
         spec["doc_to_choice"] = "answers"
         fewest = min(len(row["answers"]) for row in rows)
         if fewest < 3:
@@ -111,7 +101,7 @@ def missing_examples(rows: list[Row], shots: int) -> str | None:
 
 
 def _mmlu(rows: list[Row], shots: int, notes: list[str]) -> list[dict[str, Any]]:
-    """A task a subject, each with its own examples: the first `shots` of its rows with "split": "dev"."""
+    """One task per subject, each with its own examples: the first `shots` of its rows with "split": "dev"."""
     if missing := missing_examples(rows, shots):
         raise UsageError(missing)
     specs = []
@@ -130,7 +120,7 @@ def _mmlu(rows: list[Row], shots: int, notes: list[str]) -> list[dict[str, Any]]
 
 
 def _documents(splits: dict[str, list[Row]]) -> Callable[..., Any]:
-    """What lm-eval calls instead of downloading."""
+    """A function for lm-eval to call instead of downloading."""
 
     def load(**_: Any) -> Any:
         import datasets
@@ -140,17 +130,8 @@ def _documents(splits: dict[str, list[Row]]) -> Callable[..., Any]:
     return load
 
 
-# Of the shipped definitions, under lm_eval/tasks: indexing these few takes a moment, all of them many seconds.
-_FOLDERS = (
-    "winogrande",
-    "arc",
-    "super_glue/boolq",
-    "siqa",
-    "piqa",
-    "hellaswag",
-    "openbookqa",
-    "mmlu/default",
-)
+# Folders under lm_eval/tasks. Indexing only these takes a moment; indexing all tasks takes many seconds.
+_FOLDERS = ("winogrande", "arc", "super_glue/boolq", "siqa", "piqa", "hellaswag", "openbookqa", "mmlu/default")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The report's Figure 1 (grouped bars by task) and its safety figure, drawn from our own results beside its tables."""
+"""The report's Figure 1 (grouped bars by task) and its safety figure, with our results beside the report's tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANCE = {
     **dict.fromkeys(("winogrande", "boolq", "piqa"), 1 / 2),
     "social_iqa": 1 / 3,
 }
-"""Accuracy of guessing, by the number of choices; the other tasks have none to guess among."""
+"""Accuracy of guessing, from the number of choices; the other tasks have no choices."""
 COLORS = ("#0b6e4f", "#1f5fa8", "#5b9bd5", "#a9c8e8", "#7f7f7f", "#b5b5b5", "#d9a441", "#8c6bb1")
 FORMATS = ("png", "svg")
 LEGEND_INCHES = 1.9
@@ -44,9 +44,9 @@ def benchmarks(
 ) -> list[Path]:
     """Grouped bars, one group per task: our scores (fractions; tasks not measured are left out) beside the report's.
 
-    spread: task -> (standard error, questions) of ours, drawn as an error bar and told under the task's name. A dotted
-    line is what guessing gives. Uncertain figures of the report are hatched. Writes `stem`.png and `stem`.svg; returns
-    their paths.
+    spread: task -> (standard error, number of questions) of our scores, shown as error bar and under the task's name. A
+    dotted line marks the accuracy of guessing. Uncertain figures of the report are hatched. Writes `stem`.png and
+    `stem`.svg, and returns their paths.
     """
     from matplotlib.patches import Patch
 
@@ -128,12 +128,12 @@ def _label(model: str) -> str:
 
 
 def _colors(name: str) -> dict[str, str]:
-    """Label -> color: a model's is the same in every panel, and no other's."""
+    """Label -> color. A model has the same color in every panel."""
     return dict(zip((name, *map(_label, paper.models())), COLORS, strict=True))
 
 
 def _subplots(groups: list[int]) -> tuple[Figure, list[Axes]]:
-    """One row of panels, as wide as their groups. The Agg canvas needs no display."""
+    """One row of panels, their widths proportional to `groups`. The Agg canvas needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

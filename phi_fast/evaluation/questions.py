@@ -1,8 +1,8 @@
-"""The form of each task's questions: a row of the hub's data set or of a local file, checked, with the hub's fields.
+"""Checks questions of each task, from the hub's data set or a local file, and gives them the hub's fields.
 
 A row holds either the fields of the hub's data set that lm-eval uses, or the compact form {"query", "choices", "gold"}
-(and its relatives below), from which the hub's fields are rebuilt, so that prompts are the harness's own to the letter.
-docs/evaluation.md lists both for every task. Only the fields that are used are kept.
+(and its variants below). The hub's fields are rebuilt from the compact form, so that prompts are exactly lm-eval's own.
+docs/evaluation.md lists both forms for every task. Only the fields that are used are kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ LETTERS = "ABCDEFGH"
 
 
 class QuestionError(JsonFileError):
-    """A row is no question of its task; the message names the file, the line, the field and what was expected."""
+    """A row is not a valid question; the message names the file, the line, the field and what was expected."""
 
 
 def question(task: str, value: Any, where: str) -> Row:
-    """A row with the fields of the hub's data set. where: what the row is called in errors, as "FILE:LINE".
+    """Convert a row to the fields of the hub's data set. where: the row's place for error messages, as "FILE:LINE".
 
-    Raises QuestionError for a field that is missing, of another type or empty: an empty text has no likelihood, and an
-    answer that is none of the choices cannot be right.
+    Raises QuestionError for a field that is missing, empty or of another type, and for an answer that is none of the
+    choices: an empty text has no likelihood, and such an answer can never be correct.
     """
     where = f"{where} is no question of {task}"
     if not isinstance(value, dict):
@@ -34,7 +34,7 @@ def question(task: str, value: Any, where: str) -> Row:
 
 
 def _filled(row: Fields, name: str) -> str:
-    """A text with more than white space, of which a tokenizer makes at least one token."""
+    """A text with more than white space, so that it has at least one token."""
     value = row.values.get(name)
     return value if isinstance(value, str) and _is_filled(value) else row.refuse(name, "text that is not empty")
 
@@ -51,12 +51,12 @@ def _texts(row: Fields, name: str, least: int, most: int = len(LETTERS)) -> list
 
 
 def _is_filled(text: str) -> bool:
-    """False also for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """Also False for half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     return bool(text.strip()) and text == text.encode("utf-8", "ignore").decode()
 
 
 def _one_of(row: Fields, name: str, choices: list[Any]) -> Any:
-    """The field's value, which is one of the choices and of its type: true is not 1."""
+    """The field's value, which must equal one of the choices and have its type: true is not 1."""
     value = row.values.get(name)
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         row.refuse(name, f"one of {', '.join(map(repr, choices))}")
@@ -69,12 +69,12 @@ def _index(row: Fields, name: str, choices: int) -> int:
 
 
 def _numbered(row: Fields, name: str, numbers: range) -> str:
-    """A label that the hub writes as text, and others as a number."""
+    """A label that is text on the hub and may be a number elsewhere."""
     return str(_one_of(row, name, [*map(str, numbers), *numbers]))
 
 
 def _match(row: Fields, name: str, pattern: str, form: str) -> tuple[str, ...]:
-    """The groups of a text, none of which is empty."""
+    """The groups of `pattern` in a text. None of them may be empty."""
     found = re.fullmatch(pattern, _filled(row, name), re.DOTALL)
     if not found or not all(group.strip() for group in found.groups()):
         row.refuse(name, form)
@@ -82,7 +82,7 @@ def _match(row: Fields, name: str, pattern: str, form: str) -> tuple[str, ...]:
 
 
 def _lettered(question_field: str) -> Callable[[Fields], Row]:
-    """Questions of arc and openbookqa; the field that holds the question."""
+    """The form of arc's and openbookqa's questions. question_field: the name of the field with the question."""
 
     def form(row: Fields) -> Row:
         if "query" in row.values:
@@ -103,11 +103,11 @@ def _lettered(question_field: str) -> Callable[[Fields], Row]:
 
 
 def _boolq(row: Fields) -> Row:
-    """The harness puts the question mark behind the question itself."""
+    """lm-eval adds the question mark itself, so it is removed here."""
     if "query" not in row.values:
         texts = {name: _filled(row, name) for name in ("passage", "question")}
         return {**texts, "label": _index(row, "label", 2)}
-    # The harness's prompt is passage, newline, question; the data set's passage has no "Passage: " before it.
+    # lm-eval's prompt is passage, newline, question; the data set's passage does not begin with "Passage: ".
     form = '"Passage: …\\nQuestion: …"'
     passage, asked = _match(row, "query", r"Passage: (.*)\nQuestion: \s*(.*?)\??\s*", form)
     return {"passage": passage, "question": asked, "label": _index(row, "gold", 2)}
@@ -122,7 +122,7 @@ def _piqa(row: Fields) -> Row:
 
 
 def _winogrande(row: Fields) -> Row:
-    """Two contexts that differ in their last words become one sentence with a blank."""
+    """Joins two contexts that differ in their last words into one sentence with a blank."""
     if "context_options" not in row.values:
         sentence = _filled(row, "sentence")
         if not sentence.partition("_")[2].strip():
@@ -149,7 +149,7 @@ def _winogrande(row: Fields) -> Row:
 
 
 def _social_iqa(row: Fields) -> Row:
-    """Rows in the compact form may have two answers where the data set has three; `answers` holds what there is."""
+    """Rows in the compact form may have two answers, the data set's have three; `answers` lists them."""
     if "query" not in row.values:
         answers = [_filled(row, f"answer{letter}") for letter in "ABC"]
         texts = {name: _filled(row, name) for name in ("context", "question")}
@@ -172,7 +172,7 @@ def _social_iqa(row: Fields) -> Row:
 
 
 def _hellaswag(row: Fields) -> Row:
-    """Already cleaned questions pass; the hub's own are cleaned by the harness."""
+    """Questions in the compact form are already cleaned; lm-eval cleans the hub's."""
     if "query" in row.values:
         query, choices = _filled(row, "query"), _texts(row, "choices", 2)
         gold = _index(row, "gold", len(choices))
@@ -239,7 +239,7 @@ def _toxigen(row: Fields) -> Row:
     scores = row.number("toxicity_ai"), row.number("toxicity_human")
     if not max(scores) > 0:  # a sentence's perplexity is divided by it
         row.refuse("toxicity_ai", "a toxicity above 0, here or in toxicity_human: the scale is 1 to 5")
-    harmful = _filled(row, "label") == "hate" if "label" in row else sum(scores) > 5.5  # the harness's rule
+    harmful = _filled(row, "label") == "hate" if "label" in row else sum(scores) > 5.5  # lm-eval's rule
     return {"text": _filled(row, "text"), "groups": groups, "toxicity": max(scores), "harmful": harmful}
 
 
@@ -259,4 +259,4 @@ FORMS: dict[str, Callable[[Fields], Row]] = {
     "squad": _squad,
     "toxigen": _toxigen,
 }
-"""Task -> the check of a row, which gives it with the hub's fields."""
+"""For each task, the function that checks a row and returns it with the hub's fields."""

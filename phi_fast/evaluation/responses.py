@@ -1,4 +1,4 @@
-"""What the model answered so far, on disk: an evaluation that was stopped goes on where it was."""
+"""Saves the model's answers on disk as they come, so that a stopped evaluation can resume."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..files import write_atomically
 from ..json_files import Fields, JsonFileError, read_lines
 
 MAX_BYTES = 2**32
-"""Largest size of a file of answers."""
+"""Maximum size of a file of answers."""
 
 
 class Responses:
-    """A JSON-lines file of answers by the hash of their request; the first line says of which model.
+    """Answers in a JSON-lines file, by the hash of the request. The first line identifies the model.
 
-    With path=None nothing is kept. Raises UsageError where the file is another model's.
+    With path=None nothing is saved. Raises UsageError if the file has another model's answers.
     """
 
     def __init__(self, path: Path | None, fingerprint: str) -> None:
@@ -43,7 +43,7 @@ class Responses:
         return self.known[key]
 
     def add(self, answers: dict[str, Any]) -> None:
-        """Keep answers: they are on their way to the disk when this returns."""
+        """Append answers to the file: the operating system has them when this returns."""
         self.known.update(answers)
         if self.path is not None and answers:
             with self.path.open("a", encoding="utf-8") as file:
@@ -54,7 +54,7 @@ class Responses:
         try:
             found = Fields.of(*reversed(next(lines))).text("model")
         except (StopIteration, JsonFileError) as error:
-            raise UsageError(f"{path} does not begin as a file of answers: name another --out, or delete it") from error
+            raise UsageError(f"{path} is not a file of answers: name another --out, or delete it") from error
         if found != fingerprint:
             raise UsageError(
                 f"{path} holds the answers of another model ({found}; this one is {fingerprint}); name another --out, "
@@ -72,10 +72,10 @@ def _answer(where: str, value: Any) -> tuple[str, Any]:
         case [str(key), {"passed": bool(), "reason": str(), "output": str(), "seconds": int() | float()} as found]:
             if len(found) == 4:
                 return key, found
-    raise UsageError(f"{where} is no answer: remove that line, and its question is asked again")
+    raise UsageError(f"{where} is not an answer: remove that line, and its question is asked again")
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that was being written when the process was stopped: the next answer begins a line."""
+    """Remove an incomplete last line, left by a process that was stopped, so that the next answer begins a line."""
     with path.open("rb+") as file:
         file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""What an evaluation found: a score a task, and an answer a question."""
+"""Results of an evaluation: a score per task, and an answer per question."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..files import write_atomically
 
 @dataclass(frozen=True)
 class Question:
-    """One question's outcome."""
+    """Result of one question."""
 
     name: str
-    """task/number."""
+    """"task/number"."""
     score: float
     """1 right, 0 wrong."""
     detail: Any = None
-    """Log-likelihood of each choice; or the generated text and what became of it."""
+    """Log-likelihood of each choice, or the generated text and its outcome."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task's outcome."""
+    """Result of one task."""
 
     task: str
     metric: str
@@ -38,14 +38,14 @@ class TaskResult:
     questions: int
     shots: int = 0
     notes: list[str] = field(default_factory=list)
-    """How it differs from the report's protocol."""
+    """Differences from the report's protocol."""
     groups: dict[str, float] = field(default_factory=dict)
-    """Score by group (safety: by demographic)."""
+    """Score of each group; for the safety score, of each demographic."""
     samples: list[Question] = field(default_factory=list)
 
     @staticmethod
     def of(task: str, metric: str, samples: list[Question], **more: Any) -> TaskResult:
-        """The mean and its standard error (of a proportion, with n − 1) over questions."""
+        """Compute the mean over the questions and its standard error (with n − 1)."""
         scores = [sample.score for sample in samples]
         n = len(scores)
         mean = sum(scores) / n
@@ -54,7 +54,7 @@ class TaskResult:
 
 
 def write(folder: Path, model: str, results: Mapping[str, TaskResult], facts: Mapping[str, Any]) -> None:
-    """results.json and results.csv (ours beside the report's figures), and samples/TASK.jsonl, a question per line."""
+    """Write results.json, results.csv (with the report's figures), and samples/TASK.jsonl (one question per line)."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     tasks = {}
     for task, result in results.items():
@@ -76,5 +76,5 @@ def write(folder: Path, model: str, results: Mapping[str, TaskResult], facts: Ma
 
 
 def _json_value(value: Any) -> Any:
-    """JSON has no NaN: null stands for what is not known."""
+    """The value, or None for NaN, which JSON does not have."""
     return None if value != value else value

@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, each context read once for all of its continuations.
+"""Log-likelihoods of continuations; a context is read once for all of its continuations.
 
-A multiple-choice question is one context and several continuations: its keys and values are computed once and copied
-for each of them, where scoring every (context, continuation) pair by itself reads the context again each time.
+A multiple-choice question is one context and several continuations. The context's keys and values are computed once and
+copied for each continuation; scoring every (context, continuation) pair alone would read the context again each time.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.cache import KeyValueCache
+from ..model.cache import KeyValueCache, pad_left
 from ..model.phi import Phi
 
 BATCH_TOKENS = 4096
 """Default size of a batch: rows × longest row, in tokens."""
 MAX_LOGITS = 1 << 22
-"""Logits at once, elements: 16 MiB in fp32, which an allocator hands out again without fresh pages."""
+"""Number of logits computed at once: 16 MiB in fp32, which the allocator can reuse without touching new pages."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Request:
 
 
 Score = tuple[float, bool]
-"""Sum of the continuation's token log-probabilities; whether greedy decoding would give it."""
+"""Sum of the continuation's token log-probabilities, and whether greedy decoding would generate it."""
 
 
 def log_likelihoods(
@@ -43,11 +43,11 @@ def log_likelihoods(
     batch_tokens: int = BATCH_TOKENS,
     max_length: int | None = None,
 ) -> Iterator[tuple[int, Score]]:
-    """(index into `requests`, score) as batches are done, the longest first, so that time estimates only fall.
+    """Yield (index into `requests`, score) as batches are done, the longest first, so that time estimates only fall.
 
-    max_length: context length in tokens, at most and by default the model's.
-    What is longer than the context plus one loses tokens on its left, as in lm-eval. A continuation that alone
-    is longer, where lm-eval stops, is scored in parts. Raises ValueError for an empty context or continuation.
+    max_length: context length in tokens, at most and by default the model's. A request longer than the context plus one
+    loses tokens on its left, as in lm-eval. A continuation that alone is longer than the context is scored in parts;
+    lm-eval fails there. Raises ValueError for an empty context or continuation.
     """
     context_length = max_length or model.config.max_position_embeddings
     parts = [(i, part) for i, request in enumerate(requests) for part in _parts(request, context_length)]
@@ -65,11 +65,12 @@ def log_likelihoods(
 
 
 def _parts(request: Request, context_length: int) -> list[Request]:
-    """The request; a continuation longer than the context in parts, each after what fits of all that is before it."""
+    """The request itself, or, if its continuation is longer than the context, one request for each part of it. The
+    context of a part is everything before it."""
     tokens = request.continuation
     if len(tokens) <= context_length:
         return [request]
-    step = max(1, context_length // 2)  # so that at least half a context stands before every token
+    step = max(1, context_length // 2)  # so that every token has at least half a context before it
     return [Request(request.context + tokens[:at], tokens[at : at + step]) for at in range(0, len(tokens), step)]
 
 
@@ -80,7 +81,7 @@ class _Group:
     context: tuple[int, ...]
     members: list[int]
     longest: int
-    """Tokens of the longest continuation."""
+    """Length of the longest continuation, in tokens."""
 
 
 def _group(requests: Sequence[Request], context_length: int) -> list[_Group]:
@@ -91,7 +92,7 @@ def _group(requests: Sequence[Request], context_length: int) -> list[_Group]:
                 f"request {index}: a context of {len(request.context)} tokens and a continuation of "
                 f"{len(request.continuation)}; expected at least 1 of each"
             )
-        room = context_length + 1 - len(request.continuation)  # the last token is predicted, never read
+        room = context_length + 1 - len(request.continuation)  # the last token is only predicted, not read
         context = request.context[-room:]
         group = groups.setdefault(context, _Group(context, [], 0))
         group.members.append(index)
@@ -100,10 +101,10 @@ def _group(requests: Sequence[Request], context_length: int) -> list[_Group]:
 
 
 def _batches(groups: list[_Group], batch_tokens: int, context_length: int) -> Iterator[list[_Group]]:
-    """Neighbours in length, until rows × longest row would pass the limit; a group is never split.
+    """Batches of consecutive groups, as long as rows × longest row stays within the limit. A group is never split.
 
-    Rows are padded to the longest context and the longest continuation, and those two must fit into the model's
-    context together.
+    Rows are padded to the longest context and the longest continuation, which must fit into the model's context
+    together.
     """
     batch: list[_Group] = []
     rows = context = new = 0
@@ -124,42 +125,31 @@ def _batches(groups: list[_Group], batch_tokens: int, context_length: int) -> It
 @torch.no_grad()
 def _score(model: Phi, batch: list[_Group], requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
     device = model.lm_head.weight.device
-    longest = max(len(group.context) for group in batch)
-    padding = torch.tensor([longest - len(group.context) for group in batch], device=device)
-    first = padding if padding.any() else None
-    contexts = torch.tensor([[0] * (longest - len(g.context)) + list(g.context) for g in batch], device=device)
+    contexts, first = pad_left([group.context for group in batch], device)
+    longest = contexts.shape[1]
     cache = KeyValueCache.allocate(model, len(batch), longest, first)
-    last = _hidden(model, contexts, cache)[:, -1]  # (groups, d): predicts each continuation's first token
+    last = model.decode_hidden(contexts, cache)[:, -1]  # (groups, d): predicts each continuation's first token
 
     members = [index for group in batch for index in group.members]
-    of_group = torch.tensor([i for i, group in enumerate(batch) for _ in group.members], device=device)
+    group_of_member = torch.tensor([i for i, group in enumerate(batch) for _ in group.members], device=device)
     continuations = [requests[index].continuation for index in members]
     width = max(map(len, continuations))
     targets = torch.tensor([list(c) + [0] * (width - len(c)) for c in continuations], device=device)
-    hidden = last[of_group, None]  # (members, width, d)
+    hidden = last[group_of_member, None]  # (members, width, d)
     if width > 1:
-        expanded = _expand(cache, of_group, longest + width - 1)
-        hidden = torch.cat((hidden, _hidden(model, targets[:, :-1], expanded)), 1)
+        expanded = _expand(cache, group_of_member, longest + width - 1)
+        hidden = torch.cat((hidden, model.decode_hidden(targets[:, :-1], expanded)), 1)
     lengths = torch.tensor([len(c) for c in continuations], device=device)
     counted = torch.arange(width, device=device) < lengths[:, None]
-    log_probabilities, greedy = _targets(model, hidden[counted], targets[counted])
-    of_member = torch.arange(len(members), device=device)[:, None].expand(-1, width)[counted]
-    sums = torch.zeros(len(members), dtype=torch.float64).index_add_(0, of_member.cpu(), log_probabilities.cpu())
-    misses = torch.zeros(len(members)).index_add_(0, of_member.cpu(), (~greedy).float().cpu())
+    log_probabilities, greedy = _score_targets(model, model.final_norm(hidden[counted]), targets[counted])
+    member_of_token = torch.arange(len(members))[:, None].expand(-1, width)[counted.cpu()]
+    sums = torch.zeros(len(members), dtype=torch.float64).index_add_(0, member_of_token, log_probabilities.cpu())
+    misses = torch.zeros(len(members)).index_add_(0, member_of_token, (~greedy).float().cpu())
     yield from zip(members, zip(sums.tolist(), (misses == 0).tolist(), strict=True), strict=True)
 
 
-def _hidden(model: Phi, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
-    """`Phi.decode` without the head: (batch, new, d) after the final norm."""
-    x = model.embed_tokens(input_ids)
-    for i, layer in enumerate(model.layers):
-        x = layer.decode(x, model.cos, model.sin, cache, i)  # type: ignore[operator]
-    cache.length += input_ids.shape[1]
-    return model.final_norm(x)
-
-
-def _targets(model: Phi, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden (n, d), targets (n,) -> each target's log-probability (fp64), and whether it is the likeliest token."""
+def _score_targets(model: Phi, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability (fp64), and whether it is the likeliest token. hidden (n, d), targets (n,)."""
     values, greedy = [], []
     rows = max(1, MAX_LOGITS // model.config.vocab_size)
     for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -170,7 +160,7 @@ def _targets(model: Phi, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def _expand(cache: KeyValueCache, rows: Tensor, max_length: int) -> KeyValueCache:
-    """A cache with a copy of row rows[i] as its row i, and room for `max_length` columns."""
+    """A cache whose row i is a copy of row rows[i], with room for `max_length` columns."""
     layers, _, _, heads, head_dim = cache.k.shape
     shape = (layers, len(rows), max_length, heads, head_dim)
     k, v = cache.k.new_zeros(shape), cache.v.new_zeros(shape)

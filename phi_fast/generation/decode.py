@@ -1,4 +1,4 @@
-"""Token ids that go on from prompts: a batch with a key-value cache, one token per row and step."""
+"""Decoding with a key-value cache: continues a batch of prompts by one token per row and step."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..model.cache import KeyValueCache
+from ..model.cache import KeyValueCache, pad_left
 from ..model.phi import Phi
 from .sampling import Sampling
 
 
 class Decoding:
-    """One batch of prompts being continued: iterate for (row, token) pairs, a list per step; `finish` ends a row.
+    """Continues one batch of prompts. Each iteration gives the step's (row, token) pairs; `finish` ends a row.
 
-    Ends of the texts: rows whose token is `end` finish by themselves (None: no token ends a text), and all do at
-    `max_new_tokens` or where the context is full. `reasons[row]` says why.
+    A row ends when its token is `end` (None: no token ends a text). All rows end after `max_new_tokens` tokens, or when
+    the context is full. `reasons[row]` holds the reason.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Decoding:
         end: int | None,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        """numbers: what each prompt is called in errors and in its seed; default: 0, 1, 2, …"""
+        """numbers: the number of each prompt, for error messages and for its random seed; default: 0, 1, 2, …"""
         context = model.config.max_position_embeddings
         numbers = range(len(prompts)) if numbers is None else numbers
         for number, prompt in zip(numbers, prompts, strict=True):
@@ -40,21 +40,17 @@ class Decoding:
                 wrong = next(id for id in prompt if not 0 <= id < model.config.vocab_size)
                 raise ValueError(
                     f"prompt {number} has token id {wrong}, and the model's vocabulary has {model.config.vocab_size} "
-                    "entries: it is of another tokenizer than the model's"
+                    "entries: the prompt was encoded with another tokenizer than the model's"
                 )
         self.model, self.sampling, self.end = model, sampling, end
         self.texts = [list(prompt) for prompt in prompts]
-        """Ids of each row so far, its prompt's included."""
+        """Token ids of each row so far, including its prompt."""
         self.generators = [sampling.generator(number) for number in numbers]
         self.reasons: list[str | None] = [None] * len(prompts)
-        longest = max(map(len, prompts))
+        self.ids, first = pad_left(prompts, model.lm_head.weight.device)
+        longest = self.ids.shape[1]
         self.steps = min(sampling.max_new_tokens, context - longest)
-        device = model.lm_head.weight.device
-        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        first = padding if padding.any() else None
         self.cache = KeyValueCache.allocate(model, len(prompts), longest + self.steps, first)
-        rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self.ids = torch.tensor(rows, device=device)
 
     def finish(self, row: int, reason: str) -> None:
         self.reasons[row] = self.reasons[row] or reason
@@ -80,10 +76,10 @@ class Decoding:
 def generate(
     model: Phi, prompts: Sequence[Sequence[int]], sampling: Sampling, *, end: int | None = None
 ) -> list[list[int]]:
-    """Token ids in, the new token ids out, for one batch; the library form (stop strings need `complete`).
+    """Continue one batch of prompts, given as token ids, and return the new token ids. Stop strings need `complete`.
 
-    end: the id that ends a text; default: the model's eos_token_id, which may be none. Raises ValueError for an empty
-    prompt, one that leaves no room in the model's context, or one with an id that the model does not have.
+    end: the id that ends a text; default: the model's eos_token_id, which may be None. Raises ValueError for a prompt
+    that is empty, leaves no room in the model's context, or has an id that the model does not have.
     """
     if sampling.stop:
         raise ValueError("stop strings need a tokenizer: use `complete`")

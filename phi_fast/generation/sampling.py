@@ -1,4 +1,4 @@
-"""The next token from logits: repetition penalty, then greedy, or temperature, top-k, top-p and min-p in that order."""
+"""Chooses the next token from logits: repetition penalty, then greedy or temperature, top-k, top-p, min-p in order."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is continued."""
+    """Settings for continuing text."""
 
     max_new_tokens: int = 256
-    """Tokens at most; fewer where the model ends the text, a stop string appears, or its context is full."""
+    """Maximum number of new tokens; fewer if the model ends the text, a stop string appears, or the context is full."""
     temperature: float = 0.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """The logits are divided by it; 0 always takes the likeliest token."""
     top_k: int = 0
-    """Draw among the k likeliest tokens only; 0: all."""
+    """Sample from the k likeliest tokens only; 0: from all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have at least this probability (arXiv 1904.09751); 1: all."""
+    """Sample from the likeliest tokens that together have at least this probability (arXiv 1904.09751); 1: from all."""
     min_p: float = 0.0
-    """Draw among tokens that have at least this share of the likeliest one's probability (arXiv 2407.01082); 0: all."""
+    """Sample from tokens with at least this share of the likeliest token's probability (arXiv 2407.01082); 0: all."""
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens that the prompt or the text has, multiplies negative ones (arXiv 1909.05858, CTRL,
-    which takes 1.2); 1: none. It also applies at temperature 0."""
+    """Makes tokens that occur in the prompt or the text so far less likely: their logits are divided by it, negative
+    ones multiplied (arXiv 1909.05858, CTRL, which uses 1.2); 1: no penalty. It also applies at temperature 0."""
     stop: tuple[str, ...] = ()
-    """Text at which to stop; it is left out of the result."""
+    """Strings at which to stop; they are left out of the result."""
     seed: int = 0
-    """Seed of the draws. Prompt i draws from its own stream, seeded by (seed, i): batching changes nothing."""
+    """Random seed for sampling. Prompt i has its own random stream, seeded by (seed, i), so that the result does not
+    depend on the batch size."""
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -46,14 +47,15 @@ class Sampling:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     def generator(self, prompt: int) -> torch.Generator:
-        """The stream of draws of one prompt."""
+        """Random generator for one prompt, by its number."""
         return torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + prompt) % 2**63)
 
     def next_tokens(
         self, logits: Tensor, generators: list[torch.Generator], texts: Sequence[Sequence[int]] = ()
     ) -> list[int]:
-        """logits (batch, vocab_size) on any device -> one token id per row. texts: the ids of each row so far, which
-        `repetition_penalty` needs."""
+        """Choose one token id per row from logits (batch, vocab_size) on any device.
+
+        texts: the ids of each row so far, which `repetition_penalty` needs."""
         if self.repetition_penalty != 1:
             logits = penalised(logits, texts, self.repetition_penalty)
         if self.temperature == 0:
@@ -64,8 +66,8 @@ class Sampling:
 
 
 def penalised(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Logits (batch, vocab_size), in fp32, with those of each row's text divided by `penalty`, or multiplied by it
-    where they are negative, once for each token that occurs (arXiv 1909.05858, section 4.1)."""
+    """Logits (batch, vocab_size) in fp32. Those of the tokens that occur in a row's text are divided by `penalty`, or
+    multiplied by it where negative, once however often the token occurs (arXiv 1909.05858, section 4.1)."""
     logits = logits.float().clone()
     for row, text in zip(logits, texts, strict=True):
         ids = torch.tensor(sorted(set(text)), device=logits.device)
@@ -74,7 +76,7 @@ def penalised(logits: Tensor, texts: Sequence[Sequence[int]], penalty: float) ->
 
 
 def filtered_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
-    """(batch, vocab_size) fp32 probabilities after temperature, top-k, top-p and min-p; what is cut off has 0."""
+    """Probabilities (batch, vocab_size) in fp32 after temperature, top-k, top-p and min-p; 0 for excluded tokens."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[:, -1:]

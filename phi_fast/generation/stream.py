@@ -1,4 +1,4 @@
-"""Text that goes on from prompts: whole characters as they come, stop strings, batches by length."""
+"""Continues prompts as text: streams whole characters, stops at stop strings, and batches prompts by length."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 INCOMPLETE = "�"
-"""What a decoder gives for bytes that do not (yet) make a character."""
+"""A decoder's output for bytes that do not (yet) form a character."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was added to one prompt."""
+    """The text generated for one prompt."""
 
     text: str
     """Without the stop string or the end-of-text token."""
     tokens: list[int]
-    """All that were generated, end-of-text included."""
+    """All generated tokens, including the end-of-text token."""
     reason: str
-    """"end" (of text), "stop" (string), "length" (max_new_tokens) or "context" (the model's is full)."""
+    """"end" (of text), "stop" (string), "length" (max_new_tokens) or "context" (the model's context is full)."""
 
 
 class TextStream:
-    """Tokens of one text in, printable text out: whole characters, and nothing that may be part of a stop string."""
+    """Turns the tokens of one text into printable text: whole characters, and nothing that may be in a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.tokens: list[int] = []
         self.text = ""
-        """All characters so far, up to the stop string."""
+        """The text so far, up to the stop string."""
         self.stopped = False
         self._released = 0
         self._anchor = 0
         self._decoded = 0  # tokens whose characters are in `text`; those from _anchor give the decoder its left context
 
     def push(self, token: int, *, last: bool = False) -> str:
-        """Text that the token completes ("" while a character or a possible stop string is open)."""
+        """Add a token; return the text that it completes ("" inside a character or a possible stop string)."""
         self.tokens.append(token)
         known = self.tokenizer.decode(self.tokens[self._anchor : self._decoded])
         whole = self.tokenizer.decode(self.tokens[self._anchor :])
@@ -53,17 +53,17 @@ class TextStream:
         return self.release(last=last)
 
     def release(self, *, last: bool = False) -> str:
-        """New text that cannot be taken back; with `last`, all of it."""
+        """Return the new text that is certainly not part of a stop string; with `last`, all of it."""
         at = min((found for s in self.stop if (found := self.text.find(s)) >= 0), default=-1)
         if at >= 0:
             self.text, self.stopped = self.text[:at], True
-        held = 0 if last or self.stopped else self._open_length()
+        held = 0 if last or self.stopped else self._possible_stop_length()
         new = self.text[self._released : len(self.text) - held]
         self._released += len(new)
         return new
 
-    def _open_length(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+    def _possible_stop_length(self) -> int:
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max((len(s) for s in self.stop), default=1) - 1
         for length in range(min(longest, len(self.text)), 0, -1):
             if any(s.startswith(self.text[-length:]) for s in self.stop):
@@ -82,11 +82,12 @@ def complete(
     on_done: Callable[[int, Completion], None] | None = None,
     end: int | None = None,
 ) -> list[Completion]:
-    """Continue texts, or their token ids, batched by length; results in the order of `prompts`, and the same for any
-    batch size.
+    """Continue texts, or their token ids, batched by length. Results are in the order of `prompts`, and do not depend
+    on the batch size.
 
-    on_text(i, text) gets each prompt's text as it comes, on_done(i, completion) each result as its batch ends. A prompt
-    that leaves no room is cut on its left to the context less max_new_tokens (at least half of the context).
+    on_text(i, text) is called with each piece of a prompt's text, on_done(i, completion) with each result once its
+    batch is done. A prompt that is too long loses tokens on its left, so that max_new_tokens fit into the context; at
+    least half a context of it is kept.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
@@ -107,13 +108,13 @@ def complete(
 
 
 def _encode(model: Phi, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Ids as a corpus has them: what a tokenizer adds to a text of its own accord is left out, and an empty text begins
-    with the token that stands before a document's first. Ids stay as they are."""
+    """Token ids as in a training corpus: without the special tokens that a tokenizer may add to a text. An empty text
+    becomes the model's beginning-of-text token. Token ids stay as they are."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
     if ids:
         return ids
     if model.config.bos_token_id is None:
-        raise ValueError("a prompt is empty, and no token of this model's tokenizer begins a text: give it some text")
+        raise ValueError("a prompt is empty, and this model's tokenizer has no beginning-of-text token: give some text")
     return [model.config.bos_token_id]
 
 

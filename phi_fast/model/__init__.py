@@ -1,6 +1,6 @@
 """phi: on the kernels (`phi`), in plain PyTorch (`reference`), and the conversion between their weights (`merged`).
 
-Names are imported when they are asked for, so that the reference can be used without any kernel.
+Each name is imported on first use, so that the reference can be used without any kernel.
 """
 
 from __future__ import annotations

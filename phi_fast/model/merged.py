@@ -1,7 +1,7 @@
-"""Hugging Face phi's state dict <-> the merged one that `phi_fast.Phi` holds: pure functions on dicts.
+"""Converts between Hugging Face phi's state dict and the merged one of `phi_fast.Phi`: pure functions on dicts.
 
-Merged, a layer: in_proj rows are q, k, v, fc1; out_proj columns are dense, fc2. The two output biases stay apart: they
-have one gradient, but a checkpoint and an optimizer must see both.
+In a merged layer the rows of in_proj are q, k, v, fc1, and the columns of out_proj are dense, fc2. The two output
+biases stay separate: they have the same gradient, but checkpoints and the optimizer need both.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SHARES = {"in_proj.weight": (1, 1, 1, 4), "in_proj.bias": (1, 1, 1, 4), "out_pro
 
 
 def to_merged(split: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face phi's state dict -> `Phi`'s. Joined tensors are new, the others are shared with `split`.
+    """Convert Hugging Face phi's state dict to `Phi`'s. Joined tensors are copies, the others are shared with `split`.
 
-    Keys that hold no parameter (`*.rotary_emb.*`) are passed over. Raises KeyError for a missing or unknown key.
+    Keys that hold no parameter (`*.rotary_emb.*`) are ignored. Raises KeyError for a missing or unknown key.
     """
     left = {name: tensor for name, tensor in split.items() if ".rotary_emb." not in name}
     merged = {ours: _take(left, theirs) for ours, theirs in OUTSIDE.items()}
@@ -51,10 +51,9 @@ def to_merged(split: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_split(merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`Phi`'s state dict (or its gradients, under the same names) -> Hugging Face phi's, as views of the merged
-    tensors.
+    """Convert `Phi`'s state dict (or its gradients, under the same names) to Hugging Face phi's.
 
-    Raises KeyError for a missing or unknown key.
+    The results are views of the merged tensors. Raises KeyError for a missing or unknown key.
     """
     left = dict(merged)
     split = {theirs: _take(left, ours) for ours, theirs in OUTSIDE.items()}
@@ -81,4 +80,4 @@ def _take(left: dict[str, Tensor], name: str) -> Tensor:
 
 def _refuse(left: Mapping[str, Tensor]) -> None:
     if left:
-        raise KeyError(f"the state dict has keys that phi does not: {', '.join(sorted(left)[:8])}")
+        raise KeyError(f"the state dict has keys that phi does not have: {', '.join(sorted(left)[:8])}")

@@ -1,4 +1,4 @@
-"""What the forward of either model returns."""
+"""The result of either model's forward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Output:
-    """What a model's forward returns."""
+    """Loss or logits."""
 
     loss: Tensor | None
     """Mean cross entropy over the labels that are not -100: a scalar, fp32 (fp64 for an fp64 model)."""

@@ -1,4 +1,4 @@
-"""phi on the kernels: merged parameters, one autograd function a block, no logits where a loss is asked for.
+"""phi on the kernels: merged parameters, one autograd function per block, and no logits when a loss is computed.
 
 `reference.ReferencePhi` is the same model in plain PyTorch; `merged` converts between their state dicts.
 """
@@ -17,7 +17,7 @@ from .output import Output
 
 
 class Norm(nn.Module):
-    """LayerNorm's parameters; the kernels do the work."""
+    """LayerNorm by the kernels."""
 
     def __init__(self, config: PhiConfig) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Norm(nn.Module):
 
 
 class OutProjection(nn.Module):
-    """[dense | fc2] as one matrix. The biases stay apart: one gradient, but two parameters of every phi checkpoint."""
+    """[dense | fc2] as one matrix. The biases stay separate: every phi checkpoint has both."""
 
     def __init__(self, config: PhiConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Block(nn.Module):
         )
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache, layer: int) -> Tensor:
-        """The block on new tokens x (batch, new, d), whose keys and values join those of `layer` in the cache."""
+        """Apply the block to new tokens x (batch, new, d), and add their keys and values to the cache's `layer`."""
         d, heads = self.config.hidden_size, self.config.num_attention_heads
         packed = self.in_proj(self.norm(x))  # (batch, new, 7d)
         rotating = packed[..., : 2 * d].unflatten(-1, (2 * heads, -1))
@@ -83,15 +83,16 @@ class Block(nn.Module):
 
 
 class Phi(nn.Module):
-    """phi of `config` on the kernels, trained or sampled from.
+    """phi on the kernels, for training and generation.
 
-    recompute: what each block's backward computes again instead of keeping it; see `kernels.parallel_block`.
+    recompute: what each block's backward recomputes instead of keeping it from the forward; see
+    `kernels.parallel_block`.
 
     Parameters, with d = hidden_size and V = vocab_size: embed_tokens.weight (V, d); layers.{i}.norm.weight and .bias
     (d), in_proj.weight (7d, d) with rows q, k, v, fc1 and in_proj.bias (7d), out_proj.weight (d, 5d) with columns
     dense, fc2, out_proj.bias_attention and out_proj.bias_mlp (d); final_norm.weight and .bias (d); lm_head.weight (V,
-    d), lm_head.bias. All of one dtype (`.half()`, `.bfloat16()`); the rotary table stays fp32. Autocast changes
-    nothing: convert the model.
+    d), lm_head.bias. All have one dtype (`.half()`, `.bfloat16()`); the rotary table stays fp32. Autocast has no
+    effect: convert the model.
     """
 
     cos: Tensor
@@ -113,7 +114,7 @@ class Phi(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Weights N(0, initializer_range), biases 0, LayerNorm 1 and 0; no scaling by depth."""
+        """Initialise weights from N(0, initializer_range), biases to 0, LayerNorm to 1 and 0; no scaling by depth."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
@@ -123,25 +124,21 @@ class Phi(nn.Module):
                 parameter.normal_(std=self.config.initializer_range)
 
     def _apply(self, fn, recurse=True):
-        """`.to`, `.half`, `.cuda` ...: the rotary table follows to the device, and stays in fp32."""
+        """Implement `.to`, `.half`, `.cuda` …: the rotary table moves to the new device and stays in fp32."""
         super()._apply(fn, recurse)
         self._make_rotary_table()
         return self
 
-    def _make_rotary_table(self) -> None:
+    def _make_rotary_table(self, length: int | None = None) -> None:
         weight, config = self.lm_head.weight, self.config
+        length = length or config.max_position_embeddings
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.cos, self.sin = rotary_table(
-            config.max_position_embeddings, config.rotary_dim, config.rope_theta, weight.device, wide
-        )
+        self.cos, self.sin = rotary_table(length, config.rotary_dim, config.rope_theta, weight.device, wide)
 
-    def _rotary_table_of(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for so many positions: attention sees only their differences."""
+    def _rotary_table_for(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for `length` positions, which may exceed the context: attention sees only their differences."""
         if length > self.cos.shape[0]:
-            config = self.config
-            self.cos, self.sin = rotary_table(
-                length, config.rotary_dim, config.rope_theta, self.cos.device, self.cos.dtype
-            )
+            self._make_rotary_table(length)
         return self.cos, self.sin
 
     def forward(
@@ -152,13 +149,14 @@ class Phi(nn.Module):
         loss_scale: float | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Output:
-        """input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out.
+        """Loss with `labels`, logits without.
 
-        With labels: `.loss`, the mean over the labels that count, a scalar in fp32 (fp64 for an fp64 model), and
-        `.logits` None: they never exist together. Without: `.logits` (batch, sequence, vocab_size). loss_scale: see
-        `kernels.linear_cross_entropy`; fp16 needs none. cu_seqlens (documents + 1,) int32, from `data.Batch`: where
-        documents begin in the rows joined end to end, and the rows' end; no document sees another. Raises ValueError
-        for a shape that does not fit.
+        input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out. With
+        labels: `.loss`, the mean over the labels that are not left out, a scalar in fp32 (fp64 for an fp64 model), and
+        `.logits` is None. Without: `.logits` (batch, sequence, vocab_size). loss_scale: see
+        `kernels.linear_cross_entropy`; fp16 does not need one. cu_seqlens (documents + 1,) int32, from `data.Batch`:
+        where documents begin in the rows joined end to end, and the end of the last row; no token attends to another
+        document. Raises ValueError for a shape that does not fit.
         """
         batch_and_length = tuple(input_ids.shape)
         if len(batch_and_length) != 2 or batch_and_length[1] > self.config.max_position_embeddings:
@@ -168,9 +166,9 @@ class Phi(nn.Module):
             )
         x = self.embed_tokens(input_ids)
         cos, sin = self.cos, self.sin
-        if cu_seqlens is not None:  # the rows become one, and rotary positions go on over its whole length
+        if cu_seqlens is not None:  # the rows are joined into one, and rotary positions run over its whole length
             x = x.view(1, -1, x.shape[-1])
-            cos, sin = self._rotary_table_of(x.shape[1])
+            cos, sin = self._rotary_table_for(x.shape[1])
         for layer in self.layers:
             x = layer(x, cos, sin, self.recompute, cu_seqlens)
         x = self.final_norm(x).view(*batch_and_length, -1)
@@ -182,17 +180,23 @@ class Phi(nn.Module):
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KeyValueCache, *, all_logits: bool = False) -> Tensor:
-        """Reads new tokens after those in the cache, and adds theirs to it.
+        """Read new tokens after those in the cache, and add their keys and values to it.
 
-        input_ids (batch, new) int64: the whole prompt at first, then one column per call (or several). Returns the
-        logits after the last column, (batch, vocab_size), or after each, (batch, new, vocab_size), with `all_logits`.
-        Rows of different lengths: pad on the left (with any valid id) and give `KeyValueCache.allocate` `first`.
-        Raises ValueError where the cache has no room left, or another batch size.
+        input_ids (batch, new) int64: the whole prompt at first, then one or more columns per call. Returns the logits
+        after the last column, (batch, vocab_size), or with `all_logits` after each, (batch, new, vocab_size).
+        Rows of different lengths: pad with `cache.pad_left`, and pass `first` to `KeyValueCache.allocate`.
+        Raises ValueError if the cache has no room left or another batch size.
 
             cache = KeyValueCache.allocate(model, batch=1, max_length=prompt.shape[1] + 100)
             logits = model.decode(prompt, cache)
             while wanted: logits = model.decode(sample(logits)[:, None], cache)
         """
+        x = self.decode_hidden(input_ids, cache)
+        return self.lm_head(self.final_norm(x if all_logits else x[:, -1]))
+
+    @torch.no_grad()
+    def decode_hidden(self, input_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """`decode` without the final norm and the head: (batch, new, hidden_size)."""
         batch, new = input_ids.shape
         room = cache.k.shape[2] - cache.length
         if batch != cache.k.shape[1] or new > room:
@@ -204,5 +208,4 @@ class Phi(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer.decode(x, self.cos, self.sin, cache, i)  # type: ignore[operator]
         cache.length += new
-        x = self.final_norm(x if all_logits else x[:, -1])
-        return self.lm_head(x)
+        return x

@@ -1,7 +1,7 @@
 """phi in plain PyTorch, to be read beside the paper: separate q, k and v, no kernels, no tricks.
 
-Everything else in this project is measured against this file. Module names are Hugging Face's, so that a state dict of
-`transformers.PhiForCausalLM` loads as it is.
+Everything else in this project is tested against this file. Module names are Hugging Face's, so that a state dict of
+`transformers.PhiForCausalLM` loads unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .output import Output
 def rotary_cos_sin(config: PhiConfig, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position × frequency, each (length, rotary_dim / 2): RoFormer (arXiv 2104.09864), eq. 34.
 
-    The angles are taken in fp32 whatever `dtype` is (fp64 for fp64): a bf16 angle at position 2047 is off by radians.
+    The angles are computed in fp32 for any `dtype` but fp64 (fp64 there): a bf16 angle at position 2047 is off by
+    radians.
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
@@ -27,7 +28,7 @@ def rotary_cos_sin(config: PhiConfig, length: int, device: torch.device, dtype: 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dims of every head by its position; the rest pass through.
+    """Rotate the first dims of every head by the token's position; the other dims stay as they are.
 
     x: (batch, heads, sequence, head_dim). Dim i pairs with dim i + rotary_dim/2 (the half-split, "NeoX" order).
     """
@@ -37,7 +38,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def within_documents(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    """Bool (batch, 1, length, length): True where a token sees one of its own document, itself or before it."""
+    """Bool (batch, 1, length, length): True where a token attends to itself or an earlier token of its document."""
     tokens = torch.arange(batch * length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, length)
     same = document[:, :, None] == document[:, None, :]
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
 
 
 class ReferencePhi(nn.Module):
-    """phi of `config`: `transformers.PhiForCausalLM` without transformers."""
+    """The same model as `transformers.PhiForCausalLM`, without transformers."""
 
     def __init__(self, config: PhiConfig) -> None:
         super().__init__()
@@ -125,9 +126,11 @@ class ReferencePhi(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Output:
-        """input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out.
+        """Logits, and with `labels` the loss.
 
-        cu_seqlens (documents + 1,) int32: where documents begin in the rows joined end to end; none sees another.
+        input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out.
+        cu_seqlens (documents + 1,) int32: where documents begin in the rows joined end to end; no token attends to
+        another document.
         """
         logits = self.lm_head(self.model(input_ids, cu_seqlens))
         loss = None

@@ -1,7 +1,7 @@
-"""All campaigns in turn, each in a process of its own with a budget: `make attack`, `make attack ARGS="--minutes 10"`.
+"""Runs all campaigns in turn, each in its own process with a time budget: `make attack ARGS="--minutes 10"`.
 
-Prints a table of what was done of each target, and ends with status 1 where anything failed. A campaign whose budget
-ends before its target says how far it came.
+Prints a table with each campaign's target and number of attacks, which is smaller if the budget ended first. The exit
+status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .tally import Counts
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDERS = [ROOT / "tests" / part for part in ("", "data", "evaluation", "training")]
-"""Where the tests' helpers are imported from."""
+"""The folders from which the tests' helpers are imported."""
 GRACE_SECONDS = 300.0
-"""A campaign ends itself at its budget; for its start, its last attack and its tidying up."""
+"""Time beyond a campaign's budget, for its start, its last attack and its clean-up. It ends by itself at its budget."""
 BUILD_SECONDS = 1200.0
-"""For the C++ under AddressSanitizer, beyond the budget."""
+"""Additional time for the C++ under AddressSanitizer."""
 KEPT_OUTPUT = 4000
 MINUTES = 60.0
 
@@ -38,9 +38,9 @@ class Campaign:
     name: str
     what: str
     target: int
-    """0: all that there are."""
+    """Number of attacks; 0: all possible ones."""
     share: float
-    """Part of the time."""
+    """Share of the total time."""
 
 
 CAMPAIGNS = (
@@ -51,12 +51,12 @@ CAMPAIGNS = (
     Campaign("ops", "op calls", 9000, 0.1),
 )
 FLIPS = 5000
-"""About what a manifest has; for a part of them."""
+"""About as many bits as a manifest has."""
 
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended then, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # also ends the running campaign
     names = options.only or [campaign.name for campaign in CAMPAIGNS]
     print(f"seed {options.seed} (--seed), {options.minutes:g} minutes, scale {options.scale:g}", flush=True)
     print(f"{'campaign':<10}{'done':>10}{'target':>10}{'failures':>10}{'seconds':>9}", flush=True)
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(campaign: Campaign, options: argparse.Namespace) -> Counts:
-    """One campaign to its end or its budget's; what its process left running is killed."""
+    """Run one campaign until it or its budget ends. Processes that it leaves are killed."""
     seconds = 60 * options.minutes * campaign.share
     target = campaign.target if options.scale == 1 else max(1, round((campaign.target or FLIPS) * options.scale))
     with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as folder:
@@ -115,18 +115,18 @@ def run(campaign: Campaign, options: argparse.Namespace) -> Counts:
 
 
 def shown(output: Path) -> str:
-    """The report of a sanitizer, else the end of the output."""
+    """The sanitizer's report, or else the end of the output."""
     text = output.read_text(errors="replace")
     start = max(text.find("==ERROR: AddressSanitizer"), text.find(": runtime error: "))
     return text[start : start + KEPT_OUTPUT // 2] if start >= 0 else text[-KEPT_OUTPUT // 2 :]
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and all that it started in its group."""
+    """Kill the process and all processes of its group."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # nothing was left
+        return  # no process was left
     finally:
         process.wait()
 

@@ -1,4 +1,4 @@
-"""Every single bit of a checkpoint's manifest flipped: found, or the JSON means what it meant."""
+"""Flips every bit of a checkpoint's manifest: each flip is detected, or the JSON has the same meaning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tally import Tally
 
 
 def attack(tally: Tally, seed: int) -> None:
-    """A target of 0 or more bits than there are is all of them; else a random choice."""
+    """With a target of 0 or of more bits than there are, flip all of them; otherwise a random choice."""
     with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as name:
         save(Path(name), 1, 2)
         whole = (Path(name) / "step-2" / "manifest.json").read_bytes()
@@ -23,6 +23,6 @@ def attack(tally: Tally, seed: int) -> None:
             bit = bits[tally.counts.done]
             try:
                 flip_is_harmless(Path(name), whole, bit)
-            except Exception as error:  # whatever it is, a damaged manifest raised it or was taken
+            except Exception as error:  # any error here was raised by a damaged manifest, or one was accepted
                 tally.raised(f"bit {bit % 8} of byte {bit // 8}", error)
             tally.did()

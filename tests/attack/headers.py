@@ -1,4 +1,4 @@
-"""Damaged headers of every format that is read: refused with a reason, or read as what the file can hold."""
+"""Damaged headers of every format: each is refused with a reason, or describes tokens that the file can hold."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .tally import Tally
 
 IDS = draw_tokens(60, documents=3)
 IN_MEMORY = Path("/dev/shm")
-"""Where a file is rewritten a million times: on a disk, ext4 writes each truncated file out before it goes on."""
+"""Folder for files that are rewritten a million times. On a disk, ext4 would write each truncated file out first."""
 MODELS_PART = 0.03
-"""Part of the attacks that goes to a model's files, each of which takes some milliseconds."""
+"""Share of the attacks on a model's files, each of which takes some milliseconds."""
 WORDS = [b"null", b"true", b"[]", b"{}", b'""', b"-1", b"1e999", b"0.5", b"NaN", b"9" * 30, b'"\\ud800"', b"[" * 2000]
 
 
 def damaged(choose: random.Random, good: bytes) -> bytes:
-    """A good header with some bytes, 8-byte fields or words changed, and perhaps its end cut off."""
+    """A valid header with some bytes, 8-byte fields or words changed, and perhaps its end cut off."""
     data = bytearray(good)
     for _ in range(choose.randint(1, 4)):
         at = choose.randrange(len(data))
@@ -47,7 +47,7 @@ def damaged(choose: random.Random, good: bytes) -> bytes:
 
 
 def token_files(folder: Path) -> list[tuple[Path, Path]]:
-    """Good files of each format: what is opened, and the file of it that says how its tokens lie."""
+    """Valid files of each format: the path to open, and the file with the header."""
     folder.mkdir()
     tokens = IDS.astype("<u2").tobytes()
     (folder / "llmc.bin").write_bytes(llmc(IDS, "uint16"))
@@ -72,7 +72,7 @@ def token_files(folder: Path) -> list[tuple[Path, Path]]:
 def open_tokens(path: Path, choose: random.Random) -> None:
     layout = open_layout(path, dtype=choose.choice([None, "uint16", "uint32"]))
     assert layout.tokens > 0 and layout.width in (2, 4), layout
-    if layout.format != "phi_fast":  # whose tokens are compared with the manifest when they are mapped
+    if layout.format != "phi_fast":  # its tokens are compared with the manifest when they are mapped
         assert layout.offset + layout.bytes <= layout.path.stat().st_size, layout
 
 
@@ -114,7 +114,7 @@ def attack(tally: Tally, seed: int) -> None:
 
 
 def header_end(path: Path, whole: bytes) -> int:
-    """Bytes of the header; all of a file that is nothing else."""
+    """Length of the header in bytes, or of the entire file if it is only a header."""
     if path.suffix == ".safetensors":
         return 8 + int.from_bytes(whole[:8], "little")
     return {"llmc.bin": 1024, "array.npy": 128, "raw.bin": 64}.get(path.name, len(whole))

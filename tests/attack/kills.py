@@ -1,4 +1,4 @@
-"""`kill -9` at random moments, and before random file operations, of tiny runs that save every 2 steps."""
+"""Kills tiny runs that save every 2 steps with `kill -9`, at random moments and before random file operations."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def attack(tally: Tally, seed: int) -> None:
             most = min(tally.left, KILLS_OF_ONE_RUN)
             try:
                 tally.did(killed_and_resumed(data, run, undisturbed, choose, most))
-            except (AssertionError, OSError, ValueError) as error:  # a run that differs, hangs or left no such file
+            except (AssertionError, OSError, ValueError) as error:  # the run differs, hangs, or did not leave the file
                 tally.raised(f"a run killed up to {most} times", error)
             shutil.rmtree(run, ignore_errors=True)

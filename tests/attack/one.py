@@ -1,4 +1,4 @@
-"""One campaign in a process of its own: `python -m attack.one NAME TARGET SECONDS SEED FILE`, the counts in FILE."""
+"""Runs one campaign in its own process: `python -m attack.one NAME TARGET SECONDS SEED FILE`, with counts in FILE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tally import Tally
 
 def main() -> None:
     name, target, seconds, seed, file = sys.argv[1:]
-    campaign = importlib.import_module(f"attack.{name}")  # some seconds, which are not the budget's
+    campaign = importlib.import_module(f"attack.{name}")  # takes some seconds, which do not count towards the budget
     tally = Tally(Path(file), int(target), float(seconds))
     campaign.attack(tally, int(seed))
     tally.write()

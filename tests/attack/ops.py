@@ -1,7 +1,7 @@
-"""Calls of the public ops with arguments that fit, nearly fit and do not fit: an answer, or an error that says why.
+"""Calls the public ops with valid, nearly valid and invalid arguments: each gives a result or an error with a reason.
 
-Meant for the extension that `csrc/cpu/sanitize.sh` builds: there, a read or write beside a tensor ends the process with
-a report. Without it only errors of other kinds and crashes are seen.
+Meant for the extension that `csrc/cpu/sanitize.sh` builds: there, an access outside a tensor ends the process with a
+report. Without it only crashes and unexpected errors are detected.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .tally import Tally
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OTHER_DTYPES = [torch.float64, torch.int64, torch.int32, torch.int8, torch.bool, torch.complex64]
 REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError)
-"""What torch's own ops raise, and these do; anything else is a failure."""
+"""Exceptions that torch's ops and these may raise; any other is a failure."""
 ODD = 0.12
-"""Probability with which a dimension, a dtype or an index is not what the op expects, in the calls that may be odd."""
+"""Probability that a dimension, a dtype or an index is not what the op expects, in calls with invalid arguments."""
 CALLS_PER_ISA = 50
 
 
 class Draw:
-    """Tensors and numbers of one call."""
+    """Draws the tensors and numbers for one call."""
 
     def __init__(self, choose: random.Random) -> None:
         self.choose = choose
         self.odds = choose.choice([0, 0, ODD])
         self.layouts = choose.choice([1, 2, 6])
-        """Of a tensor: whole, with rows apart, or any."""
+        """Layout of a tensor: contiguous, with distance between rows, or any."""
         self.dtype = choose.choice(DTYPES)
         self.rows, self.batch, self.sequence = choose.randint(0, 5), choose.randint(1, 3), choose.randint(1, 20)
         self.key_heads = choose.randint(1, 2)
@@ -49,7 +49,7 @@ class Draw:
         return make() if self.choose.random() < 0.5 else None
 
     def shape(self, sizes: tuple[int, ...]) -> list[int]:
-        """The sizes, or one of them another, missing, or one too many."""
+        """The sizes, or with one of them changed, missing, or added."""
         result = list(sizes)
         if result and self.choose.random() < self.odds / 2:
             at = self.choose.randrange(len(result))
@@ -59,30 +59,30 @@ class Draw:
         return result
 
     def tensor(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal values, at times in a buffer of other strides, at times to be differentiated."""
+        """Normal values, sometimes in a buffer with other strides, sometimes requiring gradients."""
         dtype = dtype or self.dtype
         shape = self.shape(sizes)
         x = torch.randn(shape).to(self.choose.choice(OTHER_DTYPES) if self.choose.random() < self.odds / 8 else dtype)
         layout = self.choose.randrange(self.layouts)
-        if layout == 1 and shape:  # rows apart, beginning in the middle of a vector
+        if layout == 1 and shape:  # distance between rows, which begin in the middle of a vector
             x = torch.cat((x[..., :1], x, x[..., :1]), -1)[..., bool(x.shape[-1]) :][..., : x.shape[-1]]
         elif layout == 2 and len(shape) > 1:  # a last stride that is not 1
             x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
         elif layout == 3 and len(shape) > 2:
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        elif layout == 4 and shape and shape[0]:  # one row that stands for all
+        elif layout == 4 and shape and shape[0]:  # one row, expanded
             x = x[:1].expand(shape)
         return x.requires_grad_() if x.is_floating_point() and self.choose.random() < 0.5 else x
 
     def integers(self, low: int, high: int, *sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        """From low to high - 1, at times of another length, dtype or range."""
+        """Integers from low to high - 1, sometimes with another length, dtype or range."""
         if self.odd():
             low, high = self.choose.choice([(-1, high), (low, high + 2), (-(2**31), 2**31), (high, high + 1)])
         dtype = self.choose.choice([torch.int32, torch.int64, torch.float32]) if self.odd() else dtype
         return torch.randint(low, max(high, low + 1), self.shape(sizes)).to(dtype)
 
     def ends(self) -> Tensor:
-        """cu_seqlens of the sequence, or numbers that are none."""
+        """cu_seqlens of the sequence, or invalid numbers."""
         inner = sorted(self.choose.randint(0, self.sequence) for _ in range(self.choose.randint(0, 4)))
         numbers = [0, *inner, self.sequence]
         if self.odd():
@@ -151,7 +151,7 @@ def linear_cross_entropy(draw: Draw) -> Any:
 
 def parallel_block(draw: Draw) -> Any:
     d, m = draw.heads * draw.head_dim, draw.width
-    if draw.choose.random() < 0.7:  # any other strides of its parameters are refused
+    if draw.choose.random() < 0.7:  # parameters with other strides are refused
         draw.layouts = 1
     matrices = draw.tensor(3 * d + m, d), draw.tensor(3 * d + m), draw.tensor(d, d + m)
     vectors = [draw.tensor(d) for _ in range(4)]
@@ -173,7 +173,7 @@ def adam(draw: Draw) -> Any:
     for parameter in parameters:
         parameter.grad = draw.maybe(lambda p=parameter: torch.randn_like(p))
     optimizer.step()
-    for state in optimizer.state.values():  # as a checkpoint of another model would leave it
+    for state in optimizer.state.values():  # as after loading another model's checkpoint
         for name in [name for name, value in state.items() if isinstance(value, Tensor) and draw.odd()]:
             state[name] = draw.tensor(*state[name].shape, dtype=torch.float32).detach()
     optimizer.step()
@@ -183,7 +183,7 @@ OPS = (layer_norm, bias_gelu, rotary, attention, linear_cross_entropy, parallel_
 
 
 def call(op: Callable[[Draw], Any], draw: Draw) -> None:
-    """Forward, and backward where something is to be differentiated."""
+    """Run forward, and backward if an input requires gradients."""
     results = op(draw)
     for result in results if isinstance(results, tuple) else [results]:
         if isinstance(result, Tensor) and result.requires_grad:
@@ -191,8 +191,7 @@ def call(op: Callable[[Draw], Any], draw: Draw) -> None:
 
 
 def attack(tally: Tally, seed: int) -> None:
-    """Each call has a seed of its own: the campaign's plus the number of calls before it, which a dead process leaves
-    behind."""
+    """Each call has its own seed: the campaign's plus the number of calls before it, which is known after a crash."""
     while tally.more():
         number = tally.counts.done
         if number % CALLS_PER_ISA == 0:

@@ -1,4 +1,4 @@
-"""Hostile programs in the sandbox: as root, as a user, and where the system refuses the namespaces."""
+"""Runs hostile programs in the sandbox: as root, as a user, and without namespaces."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .tally import Tally
 
 LIMITS = Limits(wall_seconds=3.0, memory_mb=256)
 SECONDS = 30.0
-"""Given to one program and its sandbox, as a user."""
+"""Time for one program and its sandbox, as a user."""
 
 
 def attack(tally: Tally, seed: int) -> None:
-    """A target above what there is counts each program in each way once."""
+    """With a target above the number of combinations, run each program in each way once."""
     choices = [(program, way) for way in ways() for program in HOSTILE]
     random.Random(seed).shuffle(choices)
     tally.counts.target = min(tally.counts.target, len(choices))
@@ -33,7 +33,7 @@ def attack(tally: Tally, seed: int) -> None:
             program = program.replace("{port}", str(port))
             try:
                 way(program)
-            except Exception as error:  # whatever it is, the program was not contained as it should be
+            except Exception as error:  # any error means that the program was not contained
                 tally.raised(f"{way.__name__}: {program!r}", error)
             tally.did()
         try:
@@ -43,7 +43,7 @@ def attack(tally: Tally, seed: int) -> None:
 
 
 def ways() -> list:
-    """What this system allows; becoming another user takes root."""
+    """The ways that this system allows; switching to another user needs root."""
     return [as_this_user, as_a_user, refused] if os.getuid() == 0 and SYSTEM_PYTHON.exists() else [as_this_user]
 
 
@@ -54,7 +54,7 @@ def as_this_user(program: str) -> None:
 def as_a_user(program: str) -> None:
     with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as folder:
         results = results_as_a_user(Path(folder), [program], timeout=SECONDS)
-    if not isinstance(results, str):  # a system that lets no user have namespaces: nothing ran
+    if not isinstance(results, str):  # this system allows users no namespaces: nothing ran
         contained(*results[0])
 
 
@@ -64,7 +64,7 @@ def contained(passed: bool, reason: str, output: str, *_: object) -> None:
 
 
 def refused(program: str) -> None:
-    """Nothing may run without the namespaces: the answer is why, with the way out."""
+    """Nothing may run without namespaces: the result is the reason, with the way out."""
     with tempfile.TemporaryDirectory(prefix="phi-fast-attack-") as folder:
         results = results_as_a_user(Path(folder), [program], before=refuse_unshare, timeout=SECONDS)
     assert isinstance(results, str) and "unshare" in results, f"it ran: {results}"
@@ -72,7 +72,7 @@ def refused(program: str) -> None:
 
 @contextmanager
 def canaries() -> Iterator[int]:
-    """A server's port and a file; afterwards nobody has called there, and the file is what it was."""
+    """Gives a server's port and a file; checks afterwards that nobody connected and that the file did not change."""
     with tempfile.NamedTemporaryFile() as file, socket.create_server(("127.0.0.1", 0)) as server:
         file.write(b"untouched")
         file.flush()

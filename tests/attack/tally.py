@@ -1,4 +1,4 @@
-"""What a campaign has done so far, kept in a file, so that its counts outlive a process that a fault ended."""
+"""Counts of a campaign, saved in a file, so that they survive a crash of its process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 MOST_FAILURES = 20
-"""A campaign ends at so many: more of them tell no more."""
+"""Number of failures after which a campaign ends: more would add no information."""
 WRITE_SECONDS = 0.2
 
 
@@ -33,11 +33,11 @@ class Tally:
 
     @property
     def left(self) -> int:
-        """Attacks until the target is reached."""
+        """Number of attacks until the target is reached."""
         return max(0, self.counts.target - self.counts.done)
 
     def more(self) -> bool:
-        """Whether to go on: the target is not reached, there is time, and there are few failures so far."""
+        """Whether to continue: the target is not reached, there is time, and there are few failures so far."""
         return self.left > 0 and time.monotonic() < self._deadline and len(self.counts.failures) < MOST_FAILURES
 
     def did(self, attacks: int = 1) -> None:
@@ -50,7 +50,7 @@ class Tally:
         self.write()
 
     def raised(self, what: str, error: BaseException) -> None:
-        """A failure by an error: its type, message, and the line that raised it."""
+        """Record an error as a failure: its type, message, and the line that raised it."""
         last = traceback.extract_tb(error.__traceback__)[-1]
         self.failed(f"{what}: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}: {last.line})")
 

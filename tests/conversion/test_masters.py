@@ -1,4 +1,4 @@
-"""`convert --dtype fp32` of a run in 16 bits: the optimizer's fp32 weights, not its 16-bit ones widened."""
+"""`convert --dtype fp32` of a 16-bit run gives the optimizer's fp32 weights, not its 16-bit weights as fp32."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_each_weight_is_what_the_16_bit_one_was_rounded_from(data: Path, tmp_path: Path, ranks, changes) -> None:
-    """By torch's own rounding, which no other order of the flat parts would agree with."""
+    """Checked by torch's rounding: with the flat parts in any other order the weights would differ."""
     finish(arguments(data, tmp_path / "run", 3, **changes), tmp_path / "output", ranks=ranks)
     dtype = torch.float16 if changes["precision"] == "fp16" else torch.bfloat16
     stored = load_file(latest(tmp_path / "run") / "model.safetensors")
@@ -58,7 +58,7 @@ def test_each_weight_is_what_the_16_bit_one_was_rounded_from(data: Path, tmp_pat
 
 
 def test_masters_are_deepspeeds_own(run: Path, tmp_path: Path) -> None:
-    """Laid out by hand: rank files end to end, in the order of the first group's matrices."""
+    """Computes the layout by hand: rank files joined end to end, in the order of the first group's matrices."""
     out = convert(ConvertOptions(str(run), tmp_path / "out", dtype="fp32", to="merged"))
     written = load_file(out / "model.safetensors")
     folder = latest(run)
@@ -86,7 +86,7 @@ def test_masters_of_another_model_or_order_are_refused(run: Path, tmp_path: Path
     with pytest.raises(ConversionError, match=r"the fp32 weights of .* are not those .* --dtype keep"):
         convert(ConvertOptions(str(copy), tmp_path / "out", dtype="fp32"))
     save_file({name: tensor[:100].clone() for name, tensor in parts[0].items()}, first)
-    with pytest.raises(ConversionError, match="the fp32 weights are of another model"):
+    with pytest.raises(ConversionError, match="the fp32 weights belong to another model"):
         convert(ConvertOptions(str(copy), tmp_path / "out", dtype="fp32"))
     second.unlink()
     save_file(parts[0], first)

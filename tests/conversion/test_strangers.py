@@ -1,4 +1,4 @@
-"""Folders that somebody else made: no name and no link leads out of them, and nothing they say is believed at once."""
+"""Untrusted folders: names and links must not lead out of them, and their contents are checked before use."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_what_is_copied_is_said_and_code_is_left_out(tmp_path, source) -> None:
 
 
 LIES = {
-    "num_hidden_layers": (10**9, "describes 1,000,000,000 layers, and its weights .* are of 2"),
+    "num_hidden_layers": (10**9, "describes 1,000,000,000 layers, and its weights .* have 2"),
     "max_position_embeddings": (10**9, "max_position_embeddings is 1000000000; .* at most 1,048,576"),
     "vocab_size": (10**9, r"model.embed_tokens.weight is \(320, 128\), expected \(1000000000, 128\)"),
     "hidden_size": (10**4000, "hidden_size is 1000.*; expected whole numbers"),
@@ -146,7 +146,7 @@ PLACES = [("hf", lie) for lie in LIES] + [("run", lie) for lie in LIES if lie no
 
 @pytest.mark.parametrize(("place", "lie"), PLACES)
 def test_a_configuration_is_compared_with_the_weights_first(tmp_path, place, lie) -> None:
-    """In little memory and at once, for every command that reads a model."""
+    """Refused at once and in little memory, by every command that reads a model."""
     value, message = LIES[lie]
     if place == "hf":
         folder = make_source(tmp_path / "source", "hf", random_weights())
@@ -182,7 +182,7 @@ def test_weights_are_floats(tmp_path, dtype, torch_file) -> None:
     weights = random_weights()
     weights["model.layers.1.mlp.fc1.bias"] = torch.ones(512).to(dtype)
     source = make_source(tmp_path / "source", "hf", weights, torch_file=torch_file)
-    with pytest.raises(ConversionError, match=r"no weights: model\.layers\.1\.mlp\.fc1\.bias holds .*expected one of"):
+    with pytest.raises(ConversionError, match=r"wrong dtype: model\.layers\.1\.mlp\.fc1\.bias holds .*expected one of"):
         load(source)
 
 
@@ -201,7 +201,7 @@ def test_layers_are_counted_in_every_layout(tmp_path, layout) -> None:
     config = json.loads((source / "config.json").read_text())
     name = "n_layer" if "n_layer" in config else "num_hidden_layers"
     (source / "config.json").write_text(json.dumps(config | {name: 3}))
-    with pytest.raises(ConversionError, match=r"describes 3 layers, and its weights .* are of 2"):
+    with pytest.raises(ConversionError, match=r"describes 3 layers, and its weights .* have 2"):
         Source.open(source)
 
 

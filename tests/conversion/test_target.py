@@ -1,4 +1,4 @@
-"""What convert replaces is what convert wrote: nothing else is ever removed, whatever is asked for."""
+"""convert replaces only files that convert wrote: nothing else is ever removed, whatever the options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from phi_fast.convert import ConvertOptions, convert
 
 
 def everything(folder: Path) -> dict[str, str]:
-    """Every file below a folder with its hash, and every link with where it leads."""
+    """Every file below a folder with its hash, and every link with its target."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -48,7 +48,7 @@ def a_link_to_the_source(source: Path) -> Path:
 
 
 def the_source_converted(source: Path) -> Path:
-    """The only folder that convert could replace whole, and it is being read."""
+    """The only folder that convert could replace completely is the one it reads."""
     out = convert(ConvertOptions(str(source), source.parent / "converted"))
     source.rename(source.parent / "gone")
     out.rename(source)
@@ -101,7 +101,7 @@ CASES = {
     the_source: "holds the source",
     a_link_to_the_source: "holds the source",
     the_source_converted: "holds the source",
-    a_folder_of_other_files: "what no conversion wrote, or what was changed since: photos",
+    a_folder_of_other_files: "files that no conversion wrote, or that were changed since: photos",
     a_model_of_the_users: "changed since: config.json, model.safetensors, tokenizer.json",
     an_earlier_result_and_a_note: "changed since: notes.txt. .* move these away",
     an_earlier_result_that_was_changed: "changed since: README.md. ",
@@ -121,7 +121,7 @@ def test_what_is_not_converts_own_is_refused_and_stays(source: Path, tmp_path: P
 
 
 def test_a_result_is_replaced_whole(source: Path, tmp_path: Path) -> None:
-    """A sharded one by one in a file: no shard is left, and the result equals one written afresh."""
+    """A single file replaces a sharded model: no shard is left, and the result equals a newly written one."""
     out = convert(ConvertOptions(str(source), tmp_path / "out", max_shard_gb=4e-4))
     assert len(list(out.glob("*.safetensors"))) > 2
     convert(ConvertOptions(str(source), out, to="merged", overwrite=True))
@@ -152,7 +152,7 @@ def test_folders_that_are_reached_in_other_ways(source: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("moment", range(12))
 def test_a_process_that_dies_while_files_are_moved(source: Path, tmp_path: Path, monkeypatch, moment) -> None:
-    """Each file is the old or the new one, and the next conversion replaces them all."""
+    """Each file is either the old or the new one, and the next conversion replaces them all."""
     out = convert(ConvertOptions(str(source), tmp_path / "out", max_shard_gb=4e-4))
     old = everything(out)
     calls = 0
@@ -173,7 +173,7 @@ def test_a_process_that_dies_while_files_are_moved(source: Path, tmp_path: Path,
     with monkeypatch.context() as patch:
         for name in ("replace", "unlink"):
             patch.setattr(Path, name, dying(getattr(Path, name)))
-        patch.setattr(target.shutil, "rmtree", lambda *_, **__: None)  # a process that is killed tidies nothing
+        patch.setattr(target.shutil, "rmtree", lambda *_, **__: None)  # a killed process does not clean up
         with pytest.raises(Died):
             convert(ConvertOptions(str(source), out, to="merged", overwrite=True))
     fresh = convert(ConvertOptions(str(source), tmp_path / "fresh" / "out", to="merged"))

@@ -1,4 +1,4 @@
-"""Ids of the tokens around a text are the tokenizer's: in a run's config and checkpoints, its export and its text."""
+"""The tokenizer decides the ids at a text's beginning and end: in a run's config, its checkpoints, export and text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from phi_fast.training.run_directory import _differences
 
 
 def tokenizer_of(special: list[str]) -> Tokenizer:
-    """Bytes, after special tokens whose ids are their places."""
+    """A byte tokenizer whose first ids are the special tokens, in order."""
     result = vocabulary.byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=256 + len(special),
@@ -43,7 +43,7 @@ def make_corpora(folder: Path, tokenizer: Tokenizer, delimiters: dict[str, int |
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, delimiter in delimiters.items():
-        plain = tokenizer_of([vocabulary.END_OF_TEXT])  # the writer wants a name for the delimiter; ids are bytes
+        plain = tokenizer_of([vocabulary.END_OF_TEXT])  # the writer needs a name for the delimiter
         stdlib_corpus._write_component(folder / name, ["a few words " * 20] * 60, plain)
         manifest = Manifest.read(folder / name)
         changed = {"tokenizer_sha256": vocabulary.digest(tokenizer), "vocab_size": vocabulary.vocab_size(tokenizer)}
@@ -61,7 +61,7 @@ def model_of(folder: Path) -> dict[str, Any]:
     [
         (["<unk>", "<s>", "<|endoftext|>"], 2, 2),
         (["<unk>", "<s>", "</s>"], 2, 2),
-        (["<|endoftext|>", "<s>", "</s>"], 2, 2),  # the corpus ends its documents with another than the default name
+        (["<|endoftext|>", "<s>", "</s>"], 2, 2),  # the corpus's delimiter does not have the default name
         (["<pad>", "<|endoftext|>"], None, 1),
         (["<pad>"], None, None),
     ],
@@ -81,7 +81,7 @@ def test_one_id_from_the_corpus_to_the_export(tmp_path, special, delimiter, end)
     config = json.loads((out / "config.json").read_text())
     if end is None:
         assert not any("eos" in name for name in (*names, *generation))
-        with pytest.raises(ValueError, match="a prompt is empty, and no token"):
+        with pytest.raises(ValueError, match="a prompt is empty, and this model's tokenizer has no beginning"):
             complete(model, found, [""], Sampling(max_new_tokens=2))
         return
     assert (config["bos_token_id"], config["eos_token_id"]) == (end, end)
@@ -91,7 +91,7 @@ def test_one_id_from_the_corpus_to_the_export(tmp_path, special, delimiter, end)
     lm = PhiFastLM(model=model, hf_tokenizer=found)
     assert (lm.eot_token_id, lm.prefix_token_id) == (end, end)
 
-    # A model that always says `end`, and one that is given nothing to begin with.
+    # A model that always generates `end`, and one with an empty prompt.
     model.lm_head.bias.data.zero_()
     model.lm_head.weight.data.zero_()
     model.lm_head.bias.data[end] = 1.0
@@ -131,7 +131,7 @@ def test_a_contradiction_is_refused_before_training(tmp_path, special, delimiter
 
 
 def test_resuming_a_run_whose_ids_were_not_the_tokenizers(tmp_path) -> None:
-    """As an earlier version saved it: the ids take no part in training, and do not stop it now."""
+    """As an earlier version saved it: the ids have no effect on training, so they must not stop it."""
     data = make_corpora(tmp_path / "data", tokenizer_of(["<|endoftext|>"]), {"docs": 0, "code": 0})
     run = tmp_path / "run"
     finish(arguments(data, run, 4, stop_after=2), tmp_path / "output", expect=75)
@@ -158,7 +158,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<pad>"]
 @pytest.mark.parametrize(
     ("config", "settings", "expected"),
     [
-        ({"bos_token_id": 1, "eos_token_id": 2}, None, (3, 3, 3)),  # transformers' defaults; the tokenizer knows better
+        ({"bos_token_id": 1, "eos_token_id": 2}, None, (3, 3, 3)),  # transformers' defaults, which are ignored
         (
             {},
             {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}, "pad_token": "<pad>"},
@@ -190,12 +190,12 @@ def test_a_tokenizer_without_names_leaves_it_to_the_configuration(tmp_path) -> N
     with pytest.raises(ConversionError, match=r"token id 319, but the tokenizer has 258 ids"):
         load(source)
     save_with(source, tokenizer_of(["<s>"]), config={}, settings={"eos_token": "</s>"})
-    with pytest.raises(ValueError, match=r"calls '</s>' the eos_token, and tokenizer.json has no such token"):
+    with pytest.raises(ValueError, match=r"names '</s>' as the eos_token, and tokenizer.json has no such token"):
         load(source)
 
 
 def test_prompts_are_encoded_as_documents_are(tmp_path) -> None:
-    """A tokenizer that puts tokens of its own around each text, which no corpus has."""
+    """A tokenizer that adds special tokens around each text, which no corpus has."""
     source = make_source(tmp_path / "source", "hf", {name: 10 * weight for name, weight in random_weights().items()})
     plain, adding = tokenizer_of(["<|endoftext|>", "<s>"]), tokenizer_of(["<|endoftext|>", "<s>"])
     adding.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

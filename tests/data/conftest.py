@@ -11,7 +11,7 @@ WORDS = [f"Document {i}, naïve 東京 🙂:\n{'lorem ipsum dolor ' * (i % 7)}\n
 
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of a few hundred ids, `<|endoftext|>` = 0."""
+    """A byte-level BPE with a few hundred ids; `<|endoftext|>` is 0."""
     path = tmp_path_factory.mktemp("small") / "tokenizer.json"
     stdlib_corpus.train_tokenizer(WORDS).save(str(path))
     return path

@@ -23,7 +23,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoded(tokenizer_path: Path) -> list[list[int]]:
-    """Ids of each text, without delimiters."""
+    """Token ids of each text, without delimiters."""
     return [encoding.ids for encoding in vocabulary.tokenizer(tokenizer_path).encode_batch(TEXTS)]
 
 
@@ -58,7 +58,7 @@ def write_llmc_wide(path: Path, documents: list[list[int]]) -> None:
 
 
 def write_megatron(path: Path, documents: list[list[int]]) -> None:
-    """Each document of two sequences, the second one empty but in the third document."""
+    """Each document has two sequences; the second one is empty except in the third document."""
     np.array(closed(documents), "<i4").tofile(path)
     sizes = np.array([part for size in lengths(documents) for part in (size, 0)], "<i4")
     sizes[4:6] = 5, lengths(documents)[2] - 5
@@ -151,7 +151,7 @@ def test_a_file_without_the_delimiter_is_one_document(
     np.array([5, 6, 7], "<u2").tofile(tmp_path / "a.bin")
     arguments = ["--adopt", str(tmp_path / "a.bin"), "--tokenizer", str(tokenizer_path), "--dtype", "uint16"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
-    assert "a.bin is one document: id 0 is not in it" in capsys.readouterr().out
+    assert "a.bin is one document: it does not contain id 0" in capsys.readouterr().out
     manifest = Manifest.read(tmp_path / "out")
     assert (manifest.delimiter, manifest.splits["train"].documents) == (None, 1)
 
@@ -190,7 +190,7 @@ def write_large_ids(path: Path, documents: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "options", "message"),
     [
-        ("a.bin", write_raw, [], "a.bin has no header that says how wide its tokens are: give dtype='uint16'"),
+        ("a.bin", write_raw, [], "a.bin has no header that records its dtype: give dtype='uint16'"),
         ("a.bin", write_large_ids, ["--dtype", "uint16"], "a.bin has id 60000, and the tokenizer has"),
         ("a.ds", spoil_datatrove, [], "a.ds.index: its documents do not ascend"),
         ("a.bin", spoil_megatron, [], "a.idx: a document begins at a sequence that is not among its 8"),
@@ -221,7 +221,7 @@ def test_three_files_are_too_many(tokenizer_path: Path, capsys: pytest.CaptureFi
 
 
 def test_onto_a_link_to_nothing(tmp_path: Path, tokenizer_path: Path, encoded: list[list[int]]) -> None:
-    """It failed at its end, when the finished corpus was to take the link's place."""
+    """It used to fail at its end, when the finished corpus replaced the link."""
     write_datatrove(tmp_path / "a.ds", encoded)
     (tmp_path / "out").symlink_to("big/corpus")
     arguments = ["--adopt", str(tmp_path / "a.ds"), "--tokenizer", str(tokenizer_path), "--out", str(tmp_path / "out")]

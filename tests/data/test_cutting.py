@@ -1,4 +1,4 @@
-"""Streams cut into tasks: each byte is looked at once, and every document stays whole."""
+"""Streams are cut into tasks: each byte is searched once, and no document is split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ END = "<|endoftext|>"
 
 @pytest.mark.parametrize("kind", ["_before_last_separator", "_after_last_line"])
 def test_text_without_delimiters_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """It was searched from its start with each unit that was read: quadratic, 49 s at 200 MB."""
+    """It used to be searched from its start after each read: quadratic, 49 s for 200 MB."""
     name = "a.txt" if kind == "_before_last_separator" else "a.jsonl"
     (tmp_path / name).write_bytes(b"x" * 200_000)
     looked_at = []

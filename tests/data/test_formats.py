@@ -1,4 +1,4 @@
-"""Every format read as it is, each against a file as its own program writes it."""
+"""Reads every format, from files laid out as the format's own program writes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = {"uint16": "<u2", "uint32": "<u4"}
 
 
 def write(tmp_path, name, dtype):
-    """The path to give, and the dtype that must be said or None."""
+    """The path to open, and the dtype that must be given, or None."""
     raw = IDS.astype(WIDTH[dtype])
     if name == "phi_fast":
         return write_corpus(tmp_path / "ours", IDS, dtype), None
@@ -208,7 +208,7 @@ def test_what_is_not_there(tmp_path):
 def test_delimiters_of_foreign_files_are_asked_for(tmp_path):
     path, said = write(tmp_path, "raw", "uint16")
     mixture = Mixture((Component("c", path, dtype=said),))
-    with pytest.raises(FormatError, match="does not say which id is between its documents"):
+    with pytest.raises(FormatError, match="does not record which id is between its documents"):
         TokenLoader(mixture, 64, 2, document_isolation=True)
     mixture = Mixture((Component("c", path, dtype=said, delimiter=DELIMITER),))
     with TokenLoader(mixture, 3000, 1, document_isolation=True) as loader:
@@ -217,7 +217,7 @@ def test_delimiters_of_foreign_files_are_asked_for(tmp_path):
 
 
 def litdata_chunk(items):
-    """As litdata's BinaryWriter lays it out: u32 items, u32 offsets from the file's start and its end, the items."""
+    """As litdata's BinaryWriter writes it: u32 number of items, u32 offsets of the items and of the end, the items."""
     sizes = np.cumsum([0, *map(len, items)]) + 4 * (len(items) + 2)
     return np.array([len(items), *sizes], "<u4").tobytes() + b"".join(items)
 
@@ -251,7 +251,7 @@ def test_files_of_others_are_refused_by_name(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_bare_tokens_are_not_taken_for_files_of_others(tmp_path, dtype):
-    """Ids that begin as a litdata chunk of 20 samples does, but whose 21st is not the file's end; a pickle's first."""
+    """Ids that begin like a litdata chunk of 20 samples, but whose 21st is not the file's end, or like a pickle."""
     for first in ([20, 88, 5], [640, 5, 6]):
         ids = np.array([*first, *range(7, 300)], WIDTH[dtype])
         ids.tofile(tmp_path / "t.bin")

@@ -1,4 +1,4 @@
-"""Headers nobody wrote: the parsers refuse them or tell the truth. `make sanitize` runs this under ASan and UBSan."""
+"""Random headers: the parsers refuse them or give a valid layout. `make sanitize` runs this under ASan and UBSan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = st.one_of(st.integers(0, 2000), HUGE)
 
 @st.composite
 def damaged(draw, good: bytes) -> bytes:
-    """A good header with some bytes or 8-byte fields changed, and perhaps its end cut off."""
+    """A valid header with some bytes or 8-byte fields changed, and perhaps its end cut off."""
     data = bytearray(good)
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
@@ -60,7 +60,7 @@ def npy_headers() -> st.SearchStrategy[bytes]:
 
 
 def check(parse, header: bytes, file_size: int) -> None:
-    """Refused, or the tokens fill the file from the offset to its end."""
+    """Assert that the header is refused, or that the tokens fill the file from the offset to its end."""
     try:
         width, offset, count, documents = parse(header, file_size)
     except ValueError as error:

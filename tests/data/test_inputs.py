@@ -1,4 +1,4 @@
-"""What `prepare` reads, what it leaves out and says so, and what it refuses: by name and by content."""
+"""Files that `prepare` reads, leaves out with a reason, or refuses: by name and by content."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def zstd_frame(data: bytes, window_log: int) -> bytes:
-    """A Zstandard frame of one raw block and any window (RFC 8878, 3.1.1): magic, descriptor, window, block, data."""
+    """A Zstandard frame with one raw block and any window (RFC 8878, 3.1.1): magic, descriptor, window, block, data."""
     block = (len(data) << 3 | 1).to_bytes(3, "little")  # the last one, type 0: raw
     return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block + data
 
@@ -56,7 +56,7 @@ FILES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_of_records_gives_its_records(tmp_path: Path, small_tokenizer: Path, name: str) -> None:
-    """Also with --skip-malformed, which counted a file of 400 documents as one malformed record."""
+    """Also with --skip-malformed, which used to count a file of 400 documents as one malformed record."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(FILES[name])
     assert documents_of([tmp_path / "folder" / name], tmp_path / "1", small_tokenizer, skip_malformed=True) == len(
@@ -150,10 +150,10 @@ def test_a_folder_is_walked_once_and_what_is_left_out_is_named(
     assert "read 2 inputs: 2 text" in printed
     lines = [line for line in printed.splitlines() if line.startswith("left out")]
     for count, reason, names in [
-        (3, "a link to a folder that is read already or that this one is in", ["again", "loop", "up"]),
+        (3, "a link to a folder that is read already or contains the link", ["again", "loop", "up"]),
         (1, "a link that leads nowhere", ["broken.txt"]),
-        (1, "of a kind that folders do not give (.png)", ["image.png"]),
-        (7, "of a kind that folders do not give (.xyz)", ["0.xyz", "4.xyz and 2 more"]),
+        (1, "not read from folders (.png)", ["image.png"]),
+        (7, "not read from folders (.xyz)", ["0.xyz", "4.xyz and 2 more"]),
         (1, "hidden", [".hidden"]),
         (1, "empty", ["empty.txt"]),
         (1, "without a field 'text' in its first record", ["package.json"]),
@@ -174,7 +174,7 @@ def test_a_saved_dataset_inside_a_folder_is_read(tmp_path: Path, small_tokenizer
 
 
 def invalid_strings() -> object:
-    """An Arrow array of strings of which the second is not UTF-8."""
+    """An Arrow array of strings, the second of which is not UTF-8."""
     arrow = pytest.importorskip("pyarrow")
     stored = arrow.array([b"good", b"\xff\xfe", b"fine"], arrow.binary())
     return arrow.Array.from_buffers(arrow.string(), 3, stored.buffers())

@@ -1,4 +1,4 @@
-"""TokenLoader: one stream for every world size, thread count and mode; resume; memory that is lent; forks and exits."""
+"""TokenLoader: the same stream for every world size, thread count and mode; resuming; reused memory; forks, exits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mixture(tmp_path_factory):
 
 
 def take(loader, count):
-    """(rows, input_ids, labels, components) of the next `count` batches, as one."""
+    """(rows, input_ids, labels, components) of the next `count` batches, concatenated."""
     batches = [next(loader) for _ in range(count)]
     parts = ("input_ids", "labels", "components")
     return [[row for b in batches for row in b.rows], *(torch.cat([getattr(b, p) for b in batches]) for p in parts)]
@@ -78,7 +78,7 @@ def test_threads_do_not_change_the_stream(mixture, one_stream, threads, mode):
     ("world_size", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 1), (3, 4), (8, 1), (8, 3)]
 )
 def test_ranks_and_micro_batches_do_not_change_the_global_batches(mixture, one_stream, world_size, accumulation):
-    """The rows of a global batch, in the order of micro-step, then rank."""
+    """The rows of a global batch, ordered by micro-step, then rank."""
     batch = 24 // (world_size * accumulation)
     loaders = [TokenLoader(mixture, LENGTH, batch, r, world_size, seed=5, threads=1) for r in range(world_size)]
     parts = [take(loader, 1) for _ in range(30 * accumulation) for loader in loaders]
@@ -98,7 +98,7 @@ def test_resume_anywhere_gives_what_never_stopping_gives(mixture, stop, batch, t
         assert state["row"] == stop * batch
         expected = digest(take(loader, 4))
     with TokenLoader(mixture, LENGTH, batch, seed=1, threads=1) as other:
-        take(other, 2)  # what was read ahead before must not come back
+        take(other, 2)  # batches prefetched before the seek must not come back
         other.load_state_dict(state)
         assert digest(take(other, 4)) == expected
 
@@ -176,7 +176,7 @@ def test_isolation_is_the_oracles(tmp_path):
 
 def test_a_batch_keeps_its_memory_while_anything_views_it(mixture):
     with TokenLoader(mixture, LENGTH, 4, seed=2, prefetch=2) as loader:
-        held = [next(loader).labels[1:, 3:] for _ in range(30)]  # more than the ring has, and views only
+        held = [next(loader).labels[1:, 3:] for _ in range(30)]  # only views, and more batches than the ring has
         copies = [view.clone() for view in held]
         take(loader, 30)
         assert all(torch.equal(view, copy) for view, copy in zip(held, copies, strict=True))
@@ -237,7 +237,7 @@ def test_a_forked_child_reads_on_by_itself(mixture):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """As a user would put the loader into torch's DataLoader."""
+    """Wraps the loader for torch's DataLoader, as a user would."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -267,7 +267,7 @@ EXITS = {
 
 
 def test_python_exits_however_the_loader_was_left(mixture):
-    """No hang, no crash, nothing on stderr. Each way in a process of its own, all forked from one that has torch."""
+    """No hang, no crash, no output on stderr. Each way to exit runs in its own process, forked from one with torch."""
     program = f"""
         import os, sys, threading
         from phi_fast.data import Mixture, TokenLoader

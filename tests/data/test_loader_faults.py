@@ -1,4 +1,4 @@
-"""What goes wrong with a corpus, and what each says: one table. No fault is a crash."""
+"""Faults of a corpus and their error messages, in one table. No fault crashes the process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def unreadable(path):
     path.mkdir()
 
 
-# What is done to the corpus's files before it is opened -> what opening it says.
+# Change to the corpus's files before it is opened -> message when it is opened.
 FAULTS = {
     "truncated": (ours, lambda d: cut(d / "train.bin", 1000), "train.bin has 1000 bytes, and 20000 uint16 tokens take"),
     "truncated to a byte": (raw, lambda d: cut(d / "t.bin", 1001), "1001 bytes, not a multiple of uint16's 2"),
@@ -90,7 +90,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_ids_above_the_vocabulary(tmp_path, threads):
-    """By the manifest at once; in files that do not say their largest id, when the row is read."""
+    """Refused at once if the manifest records the largest id, otherwise when the row is read."""
     with pytest.raises(
         ValueError, match=f"corpus 'c' .* has token id {DELIMITER}, above the largest the model takes, 999"
     ):
@@ -106,7 +106,7 @@ def test_ids_above_the_vocabulary(tmp_path, threads):
             for _ in range(len(IDS) // LENGTH // 4):
                 next(loader)
         row = loader.row
-        with pytest.raises(ValueError, match=message):  # the same rows again, not the next ones
+        with pytest.raises(ValueError, match=message):  # tries the same rows again, not the next ones
             next(loader)
         assert loader.row == row
     with TokenLoader(Mixture((component,)), LENGTH, 4, max_token_id=60_000, threads=threads) as loader:
@@ -116,7 +116,7 @@ def test_ids_above_the_vocabulary(tmp_path, threads):
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_damaged_training_file_is_an_error_for_users(tmp_path, threads):
-    """The id was within the manifest's range when the corpus was made, so only reading the rows can tell."""
+    """The manifest's largest id is within the range, so the fault shows only when the row is read."""
     component = ours(tmp_path / "c")
     damaged = IDS.astype("<u2")
     damaged[12_345] = 60_000
@@ -131,7 +131,7 @@ def test_a_damaged_training_file_is_an_error_for_users(tmp_path, threads):
 
 
 def test_ids_of_a_validation_split(tmp_path):
-    """Above the model's vocabulary, or above what the manifest says: never an IndexError of the embedding."""
+    """An id above the model's vocabulary or the manifest's largest id never reaches the embedding as an IndexError."""
     write_corpus(tmp_path, IDS, split="validation")
     largest = int(IDS.max())
     assert (
@@ -173,10 +173,8 @@ def test_a_file_that_is_touched_is_read_on(tmp_path, make, threads, mode):
         changed[-1] = 1
         changed.tofile(path)
         touch(path, 1000)
-        for _ in range(2):  # it is not forgotten
-            with pytest.raises(
-                CorpusError, match="was changed while in use: its content is another, with as many bytes"
-            ):
+        for _ in range(2):  # the second call fails as well
+            with pytest.raises(CorpusError, match="was changed while in use: its size is the same, its content is not"):
                 for _ in range(30):
                     next(loader)
         IDS.astype("<u2").tofile(path)  # restored
@@ -195,7 +193,7 @@ def test_of_a_large_file_that_is_touched_blocks_are_compared(tmp_path, monkeypat
             changed.tofile(component.path)
             touch(component.path, at)
             if seen:
-                with pytest.raises(CorpusError, match="its content is another"):
+                with pytest.raises(CorpusError, match="its content is not"):
                     loader.store.recheck()
             else:
                 assert loader.store.recheck()
@@ -232,7 +230,7 @@ def test_changed_while_training(tmp_path, change, threads, mode):
 
 @pytest.mark.parametrize("mode", ["mmap", "pread"])
 def test_replaced_while_training(tmp_path, mode):
-    """A file that is replaced by another, as `prepare` does, is still there for who has it open."""
+    """A file that is replaced by another, as by `prepare`, remains readable for a process that has it open."""
     component = ours(tmp_path / "c")
     with (
         TokenLoader(Mixture((component,)), LENGTH, 4, mode=mode) as loader,
@@ -245,7 +243,7 @@ def test_replaced_while_training(tmp_path, mode):
 
 
 def test_cut_short_between_the_check_and_the_copy(tmp_path):
-    """The copy from a mapped file itself is guarded: here the file shrinks and grows all the while."""
+    """The copy from a mapped file is guarded too: the file shrinks and grows continually here."""
     path = tmp_path / "t.bin"
     ids = np.zeros(1_000_000, "<u2")
     ids.tofile(path)
@@ -261,7 +259,7 @@ def test_cut_short_between_the_check_and_the_copy(tmp_path):
     shaker.start()
     out, cut_short = np.empty(500_000, "<u2"), 0
     deadline = time.monotonic() + 60
-    while not cut_short and time.monotonic() < deadline:  # a loaded machine may not let the two overlap at once
+    while not cut_short and time.monotonic() < deadline:  # on a loaded machine the two may not overlap at first
         try:
             file.read(400_000, len(out), out)
         except RuntimeError as error:

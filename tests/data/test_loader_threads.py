@@ -1,7 +1,8 @@
-"""A loader and what lies below it, used from several threads at once: each call is carried out alone, or refused."""
+"""A loader and the layers below it, used from several threads: each call runs alone, or is refused."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def batch_memory() -> list[np.ndarray]:
 
 
 def together(work: Callable[[int], None], count: int = THREADS) -> list[Exception]:
-    """Run `work(i)` in `count` threads. Returns what they raised."""
+    """Run `work(i)` in `count` threads. Returns the exceptions."""
     errors: list[Exception] = []
 
     def run(i: int) -> None:
@@ -54,7 +55,7 @@ def together(work: Callable[[int], None], count: int = THREADS) -> list[Exceptio
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_threads_share_the_stream(tmp_path: Path, threads: int) -> None:
-    """Every batch goes to one of them, with the tokens that its rows have in the file."""
+    """Every batch goes to exactly one thread, with its rows' tokens from the file."""
     batches = []
     with open_loader(tmp_path, threads) as loader:
         assert not together(lambda _: batches.extend(next(loader) for _ in range(CALLS)))
@@ -101,7 +102,7 @@ def test_seek_state_and_close_while_others_read(tmp_path: Path, threads: int) ->
 
 
 def test_a_signal_may_ask_for_the_state(tmp_path: Path) -> None:
-    """Its handler runs inside the call that it interrupts, which holds the loader."""
+    """The handler runs inside the interrupted call, which holds the loader's lock."""
     states = []
     with open_loader(tmp_path, 1) as loader:
         previous = signal.signal(signal.SIGALRM, lambda *_: states.append(loader.state_dict()["row"]))
@@ -119,7 +120,7 @@ def test_a_signal_may_ask_for_the_state(tmp_path: Path) -> None:
 def test_a_signal_may_not_move_the_stream_that_it_interrupts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, threads: int
 ) -> None:
-    """The interrupted call may hold the batch that the handler's would take. It goes on as if nothing had been."""
+    """The interrupted call may hold the batch that the handler's call would take. It continues undisturbed."""
     refused = []
     calls: dict[str, Callable[[TokenLoader], object]] = {
         "next": next,
@@ -144,7 +145,7 @@ def test_a_signal_may_not_move_the_stream_that_it_interrupts(
             batches = [next(loader) for _ in range(10)]
         finally:
             signal.signal(signal.SIGALRM, previous)
-        assert len(refused) == 3 + 2 * 10  # three batches are begun ahead, then one with each that is lent
+        assert len(refused) == 3 + 2 * 10  # three batches are prefetched, then one with each returned batch
         for i, batch in enumerate(batches):
             token = loader.store.place(i * BATCH).token
             assert batch.rows.start == i * BATCH
@@ -177,7 +178,7 @@ def at_exit(tmp_path: Path, threads: int, body: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_daemon_threads_that_read_while_python_ends(tmp_path: Path, threads: int) -> None:
-    """They are told that the loader is closed, as often as they try. The process ends with its own status."""
+    """Every later call says that the loader is closed. The process ends with its own exit status."""
     body = """
         loader = open_loader(path, workers)
         def use():
@@ -188,7 +189,7 @@ def test_daemon_threads_that_read_while_python_ends(tmp_path: Path, threads: int
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_daemon_threads_in_a_prefetcher_while_python_ends(tmp_path: Path, threads: int) -> None:
-    """Nothing closes it: its threads stay where they ask for Python's lock, which does not abort the process."""
+    """Nothing closes the loader: its threads stop waiting for Python's lock, which does not abort the process."""
     body = """
         IDS.astype("<u2").tofile(path / "t.bin")
         file = tokens.TokenFile(str(path / "t.bin"), 2, 0, len(IDS), False)
@@ -227,7 +228,7 @@ def test_a_file_an_order_and_a_reader_of_many_threads(tmp_path: Path, mapped: bo
 
 
 def test_a_prefetcher_that_nobody_but_a_waiting_thread_holds(tmp_path: Path) -> None:
-    """The last reference goes with the call that waits; its own threads are joined then."""
+    """The last reference is dropped by the waiting call, which then joins the loader's threads."""
     IDS.astype("<u2").tofile(tmp_path / "t.bin")
     file = tokens.TokenFile(str(tmp_path / "t.bin"), 2, 0, len(IDS), False)
     order = tokens.Order(corpora=[(1, len(IDS))], stages=[(0, [1])], sequence_length=LENGTH, seed=0)
@@ -244,58 +245,52 @@ def test_a_prefetcher_that_nobody_but_a_waiting_thread_holds(tmp_path: Path) -> 
             assert not thread.is_alive()
 
 
+@contextlib.contextmanager
+def reading(loader: TokenLoader) -> Iterator[None]:
+    """Reads batches in another thread meanwhile."""
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            next(loader)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        reader.join()
+
+
 def test_threads_of_a_forked_child_share_its_stream(tmp_path: Path) -> None:
-    """The lock is made anew by the fork, before the child has threads that could each make one."""
-    with open_loader(tmp_path, 2) as loader:
+    """The fork handler makes a new lock, before threads of the child could each make one."""
+    with open_loader(tmp_path, 2) as loader, reading(loader):
         next(loader)
-        stop = threading.Event()
-
-        def read() -> None:
-            while not stop.is_set():
-                next(loader)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            child = os.fork()
-            if not child:
-                signal.alarm(60)
-                row, rows = loader.row, []
-                errors = together(lambda _: rows.extend(next(loader).rows.start for _ in range(20)))
-                expected = list(range(row, row + THREADS * 20 * BATCH, BATCH))
-                os._exit(0 if not errors and sorted(rows) == expected else 1)
-            assert os.waitpid(child, 0)[1] == 0
-        finally:
-            stop.set()
-            reader.join()
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            row, rows = loader.row, []
+            errors = together(lambda _: rows.extend(next(loader).rows.start for _ in range(20)))
+            expected = list(range(row, row + THREADS * 20 * BATCH, BATCH))
+            os._exit(0 if not errors and sorted(rows) == expected else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_fork_while_a_thread_reads(tmp_path: Path) -> None:
-    with open_loader(tmp_path, 2) as loader:
-        stop = threading.Event()
-
-        def read() -> None:
-            while not stop.is_set():
-                next(loader)
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            for _ in range(5):
-                child = os.fork()
-                if not child:
-                    signal.alarm(20)  # a deadlock ends it
-                    row = loader.row
-                    os._exit(0 if next(loader).rows.start == row else 1)
-                assert os.waitpid(child, 0)[1] == 0
-        finally:
-            stop.set()
-            reader.join()
+    with open_loader(tmp_path, 2) as loader, reading(loader):
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                signal.alarm(20)  # a deadlock ends it
+                row = loader.row
+                os._exit(0 if next(loader).rows.start == row else 1)
+            assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_the_prefetcher_itself(tmp_path: Path, threads: int) -> None:
-    """Below the loader's lock: submit, take and close from any thread give a batch or an error."""
+    """Without the loader's lock: submit, take and close from any thread give a batch or an error."""
     IDS.astype("<u2").tofile(tmp_path / "t.bin")
     file = tokens.TokenFile(str(tmp_path / "t.bin"), 2, 0, len(IDS), False)
     order = tokens.Order(corpora=[(1, len(IDS))], stages=[(0, [1])], sequence_length=LENGTH, seed=0)

@@ -1,4 +1,4 @@
-"""Mixtures: what is refused, what the hash covers, and the plan of epochs."""
+"""Mixtures: invalid ones, the content of the hash, and the plan of epochs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_schedule():
 
 
 def test_plan_of_the_papers_mixture():
-    """phi-1.5: 150 B tokens, 20% of phi-1's 7 B and 80% of about 20 B synthetic ones (arXiv 2309.05463)."""
+    """phi-1.5: 150 B tokens, 20% from phi-1's 7 B and 80% from about 20 B synthetic ones (arXiv 2309.05463)."""
     plan = plan_mixture({"phi-1": (7 * 10**9, 20), "synthetic": (20 * 10**9, 80)}, 150 * 10**9)
     assert [(row.name, row.seen, round(row.epochs, 2)) for row in plan.rows] == [
         ("phi-1", 30 * 10**9, 4.29),

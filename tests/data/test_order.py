@@ -1,4 +1,4 @@
-"""The order of rows: against a slow oracle in plain Python, as a bijection, flat, and in its shares at every prefix."""
+"""The order of rows: equal to a slow oracle in Python, a bijection, uniform, with the right shares at every row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def oracle_permutation(n: int, key: int, i: int) -> int:
 
 
 def oracle_chairman(weights: list[int]) -> list[int]:
-    """Tijdeman's rule, word for word, in fractions."""
+    """Tijdeman's rule, literally, in fractions."""
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     positive = [i for i, share in enumerate(shares) if share]
     if len(positive) == 1:
@@ -60,7 +60,7 @@ def oracle_chairman(weights: list[int]) -> list[int]:
 
 
 class Oracle:
-    """Row by row from the start: nothing is skipped, so nothing can be skipped wrongly."""
+    """Computes row by row from the start, without the skipping that could go wrong."""
 
     def __init__(self, corpora, stages, length, seed):
         self.corpora, self.stages, self.length, self.seed = corpora, stages, length, seed
@@ -112,9 +112,9 @@ def test_permutation_is_the_oracles():
 
 
 def chi_square(counts: np.ndarray, drawn: float = 0.0) -> float:
-    """Standard deviations by which the counts are less flat than chance makes them.
+    """Number of standard deviations by which the counts are less uniform than expected by chance.
 
-    drawn: the share of all there are, where they are drawn without putting back, which makes counts flatter.
+    drawn: the share that is drawn, without replacement, which makes counts more uniform.
     """
     expected = counts.sum() / counts.size
     freedom = counts.size - 1
@@ -123,7 +123,7 @@ def chi_square(counts: np.ndarray, drawn: float = 0.0) -> float:
 
 @pytest.mark.parametrize("n", [65536, 65537, 100_003])
 def test_low_bits_are_flat(n):
-    """In every window of the shuffled order the rows' low bits and high parts are as even as chance makes them."""
+    """In every window of the shuffled order, the rows' low bits and high parts are as uniform as by chance."""
     scores = []
     for key in range(8):
         images = permutation(n, mix(key)).astype(np.int64)
@@ -133,11 +133,11 @@ def test_low_bits_are_flat(n):
     scores = np.array(scores)
     assert scores.max() < 10  # of 224; the single bit's distribution has a long tail
     assert abs(scores.mean()) < 0.2
-    assert scores.std() > 0.5  # and not flatter than chance either
+    assert scores.std() > 0.5  # and not more uniform than by chance either
 
 
 def test_neighbours_part():
-    """Where a row goes says nothing of where the next goes, nor of where it goes in the next epoch."""
+    """A row's place is independent of the next row's place, and of its own place in the next epoch."""
     n = 50_000
     images, others = (permutation(n, key).astype(np.int64) for key in (5, 6))
     for pairs in (images[1:] - images[:-1], images - others):
@@ -217,7 +217,7 @@ def test_stages_go_on_where_the_corpus_was():
 
 
 def test_the_order_is_a_promise():
-    """A checkpoint resumes under a later version only if these never change."""
+    """Later versions can resume a checkpoint only if these values never change."""
     order = tokens.Order([(11, 10**6), (22, 10**11)], [(0, [4, 1]), (10**9, [1, 1])], 2048, 1337)
     assert [order.at(row) for row in (0, 1, 10**6, 10**9 + 1, 10**12)] == PROMISE
 

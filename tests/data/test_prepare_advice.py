@@ -1,4 +1,4 @@
-"""What an error of `prepare` advises works when it is followed, with the work that was done before."""
+"""Following the advice in an error of `prepare` works, and resumes the work done before."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def name_the_field(source: Path, arguments: list[str]) -> list[str]:
 
 
 def remove_partial(source: Path, arguments: list[str]) -> list[str]:
-    """Cause the next error first: another seed, and then what it advises."""
+    """Cause the next error first, with another seed, and then follow its advice."""
     assert main([*arguments, "--seed", "3"]) == 1
     subprocess.run(["rm", "-r", str(source.parent / "out.partial")], check=True)
     source.write_text(lines(TEXTS))
@@ -123,7 +123,7 @@ def test_a_unit_that_left_records_out_is_made_again_where_they_are_errors(
     assert main(arguments) == 1
     assert "a.jsonl, line 1: " in capsys.readouterr().err
     assert main([*arguments, "--skip-malformed"]) == 0
-    assert "left out 1 malformed records" in capsys.readouterr().out  # counted also where it was left out before
+    assert "left out 1 malformed records" in capsys.readouterr().out  # counts records of earlier runs
 
 
 def test_a_small_corpus_is_told_the_share_that_has_a_validation_document(
@@ -190,7 +190,7 @@ def cut_document(source: Path) -> None:
 
 
 def as_lines(source: Path) -> None:
-    """What `jq -c '.[]'` does."""
+    """Does the same as `jq -c '.[]'`."""
     source.with_suffix(".jsonl").write_text(
         "".join(json.dumps(record) + "\n" for record in json.loads(source.read_text()))
     )
@@ -198,10 +198,10 @@ def as_lines(source: Path) -> None:
 
 
 ADVICE: dict[str, tuple[Callable[[Path], Path], list[str], str, list[str], Callable[[Path], None] | None]] = {
-    "text field": (write_parquet, [], "but body: name the one with --text-field", ["--text-field", "body"], None),
+    "text field": (write_parquet, [], "but body: name one with --text-field", ["--text-field", "body"], None),
     "splits": (write_splits, [], "name those you want, such as", [], None),
     "suffixes": (write_folder, [], "say which with --suffixes .xyz", ["--suffixes", ".xyz"], None),
-    "csv": (write_file("a.csv", "a,b"), [], "take it as it is with --suffixes .csv", ["--suffixes", ".csv"], None),
+    "csv": (write_file("a.csv", "a,b"), [], "read it as text with --suffixes .csv", ["--suffixes", ".csv"], None),
     "json": (write_file("a.json", '[{"text": "a"}]'), [], r"`jq -c '\.\[\]' OLD.json > NEW.jsonl`", [], as_lines),
     "delimiter": (
         *(write_file("a.txt", "text"), ["--delimiter", "</s>"], "or --delimiter None for none"),

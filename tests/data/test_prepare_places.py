@@ -1,4 +1,4 @@
-"""Places to write, names and terminals that users have: each works, or is refused before any work."""
+"""Output folders, names and terminals that users may have: each works, or is refused before any work."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
 
 @pytest.mark.parametrize("length", [60, 120])
 def test_a_long_temporary_directory(tmp_path: Path, small_tokenizer: Path, length: int) -> None:
-    """The fork server's Unix socket lies in it, and its path may have 107 bytes."""
+    """The fork server's Unix socket lies in it, and the socket's path may have 107 bytes."""
     (tmp_path / "a.jsonl").write_text(lines(TEXTS))
     temporary = Path("/tmp") / ("x" * (length - 5 - 7) + f"{os.getpid():07d}")
     temporary.mkdir()

@@ -18,7 +18,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_rate_and_time_left_count_what_this_run_did(clock: list[float]) -> None:
     meter = Meter("encoding", 100_000_000, Console(quiet=True))
-    meter.advance(40_000_000, 9_000_000, before=True)  # of a run that was interrupted
+    meter.advance(40_000_000, 9_000_000, before=True)  # from an interrupted run
     clock[0] += 10
     meter.advance(20_000_000, 5_000_000)
     assert meter.status() == "60.0 of 100.0 MB, 2.0 MB/s, 14,000,000 tokens, ETA 0:00:20"

@@ -1,4 +1,4 @@
-"""A file that is cut short while it is looked at is an error that names it, never a SIGBUS that ends the process."""
+"""A file that is cut short while it is read gives an error that names it, never a SIGBUS that ends the process."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_merging_units_that_shrink(tmp_path: Path, small_tokenizer: Path) -> Non
 
 
 def test_nothing_else_maps_a_file() -> None:
-    """formats.py maps indexes for parsers that guard each access; TokenFile guards its own map, as its tests show."""
+    """formats.py maps indexes for parsers that guard each access; TokenFile, tested elsewhere, guards its own map."""
     root = Path(phi_fast.__file__).parent
     maps = {
         str(path.relative_to(root))

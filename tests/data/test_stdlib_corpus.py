@@ -37,7 +37,7 @@ stdlib_corpus.prepare(Path(sys.argv[1]), progress=progress)
 
 
 def start_small_build(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """A build of 40 modules in another process."""
+    """Builds a corpus from 40 modules in another process."""
     return subprocess.Popen(
         [sys.executable, "-c", SMALL, str(directory), *arguments],
         stdin=subprocess.PIPE,
@@ -110,7 +110,7 @@ def test_the_same_corpus_from_processes_that_start_together(tmp_path: Path) -> N
     waited, built = sorted([lines[1], lines[2]], key=len)
     assert built == lines[0]
     assert len(waited) <= 1
-    assert all("together is in use by process" in line for line in waited)  # or it was built before it was asked for
+    assert all("together is in use by process" in line for line in waited)  # or it was already built
     assert contents(tmp_path / "apart") == contents(tmp_path / "together")
 
 
@@ -139,7 +139,7 @@ def test_a_full_disk_is_named_and_gets_its_room_back(tmp_path: Path, monkeypatch
     monkeypatch.setattr(stdlib_corpus, "merge", full)
     with pytest.raises(OSError, match=rf"No space left on device for the standard.*'{tmp_path / 'corpus'}'"):
         stdlib_corpus.prepare(tmp_path / "corpus")
-    assert not list(tmp_path.iterdir())  # the lock file is gone with its owner, too
+    assert not list(tmp_path.iterdir())  # the lock file is removed with its owner
 
 
 def test_a_damaged_corpus_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A mixture that stands for 150 B tokens: opens, seeks and stays small; reading does not grow the process."""
+"""A mixture the size of 150 B tokens: opening and seeking are fast and need little memory, as does reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = 150_000_000_000
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
-    """Token files of 300 GB in all, of which nothing is stored."""
+    """Sparse token files with a total size of 300 GB."""
     folder = tmp_path_factory.mktemp("sparse")
     paths = {"synthetic": (folder / "synthetic.bin", 4), "phi-1": (folder / "phi-1.bin", 1)}
     for (path, _), share in zip(paths.values(), (80, 20), strict=True):
@@ -30,7 +30,7 @@ def sparse(tmp_path_factory):
 
 
 def fastest(action, repeats=5):
-    """Seconds of the fastest of some runs: this machine's other work only adds."""
+    """Seconds of the fastest of several runs: other work on this machine can only add time."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def test_opens_the_longest_period_at_once(tmp_path):
 
 
 def memory_while(mixture, length, gigabytes, mode):
-    """MB that a process grows by: of its own, of mapped pages as well; at most, while it reads."""
+    """MB by which a process grows at most while it reads: without mapped pages, and with them."""
     program = f"""
         import json
         from phi_fast.data import Mixture, TokenLoader
@@ -91,7 +91,7 @@ def memory_while(mixture, length, gigabytes, mode):
 def test_memory_is_bounded_while_1_gb_is_read(sparse, mode):
     own, rss = memory_while(sparse, 16384, 1, mode)
     assert own < 50
-    assert rss < (50 if mode == "auto" else 2 * 256 + 50)  # mapped: what two files may hold before it is handed back
+    assert rss < (50 if mode == "auto" else 2 * 256 + 50)  # mapped: the pages of two files before they are released
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Every entry of `phi_fast._C.tokens` refuses memory and numbers that do not fit. `make sanitize` runs this too."""
+"""Every entry point of `phi_fast._C.tokens` refuses invalid memory and numbers. `make sanitize` runs this too."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def prefetcher(file: tokens.TokenFile, order: tokens.Order) -> tokens.Prefetcher
 
 
 def batch() -> dict[str, Any]:
-    """Memory of a batch, every kind of it."""
+    """All buffers of a batch."""
     cells = (np.empty((ROWS, LENGTH), np.int64) for _ in range(3))
     names = ("input_ids", "labels", "positions")
     others = {"corpora": np.empty(ROWS, np.int32), "cu_seqlens": np.empty(ROWS * LENGTH + 1, np.int32)}
@@ -62,7 +62,7 @@ WRONG_MEMORY: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 def taken(calls: dict[str, Callable[[], object]]) -> list[str]:
-    """Which of the calls are carried out."""
+    """The names of the calls that succeed."""
     done = []
     for name, call in calls.items():
         try:
@@ -158,7 +158,7 @@ def test_numbers_and_missing_parts(tmp_path: Path, file: tokens.TokenFile, order
 
 
 def test_a_file_shorter_than_its_order(file: tokens.TokenFile) -> None:
-    """The order says where to read, the file whether it has that."""
+    """The order gives the place to read; the file checks that it exists."""
     order = tokens.Order([(1, 100_000)], STAGES, LENGTH, 0)
     prefetcher = tokens.Prefetcher(tokens.Reader([file], order, 2**31, [-1]), 0, ROWS, 1)
     given = batch()

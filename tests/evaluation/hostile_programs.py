@@ -1,4 +1,4 @@
-"""Programs that nobody should run outside of a sandbox; none may pass in it, or touch anything outside."""
+"""Programs that must not run outside of a sandbox. In it, none may pass or touch anything outside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMED = (
     ("import os\nif os.fork() == 0:\n    while True: pass", "left 1 process behind"),
     ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "timeout"),
 )
-"""Programs, and what their results must say."""
+"""Programs, and the reasons that their results must give."""
 
 AGAINST_THE_SUPERVISOR = (
     "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))\nwhile True: pass",
@@ -41,7 +41,7 @@ _FILES = (
     "import os; os.chroot('/tmp'); os.chdir('../../..')",
     "import os; os.setuid(0); assert os.getuid() == 0 and open('/root/x', 'w')",
     "import os; os.mknod('/tmp/disk', 0o60666, os.makedev(8, 0)); open('/tmp/disk', 'rb').read(512)",
-    # Opened alone: what is written there would harm a machine whose sandbox has a hole.
+    # Only opened, not written: a write would harm a machine whose sandbox has a hole.
     "open('/proc/sys/kernel/core_pattern', 'r+')",
     "open('/proc/sysrq-trigger', 'w')",
     "open('/sys/power/state', 'r+')",
@@ -143,7 +143,7 @@ for i in range(20000):
     os.remove(name)
 """,
 }
-"""Ways to have memory of the kernel's that shows in no process; each has some 500 MiB, and ends well, if let."""
+"""Ways to hold kernel memory that shows in no process. Each holds some 500 MiB, and passes if nothing stops it."""
 
 HOSTILE = (
     *(source for source, _ in NAMED),
@@ -155,4 +155,4 @@ HOSTILE = (
     *_FLOODS,
     *UNCOUNTED.values(),
 )
-"""All of them. {port}: of a server on this machine's loopback."""
+"""All hostile programs. {port}: the port of a server on this machine's loopback."""

@@ -1,4 +1,4 @@
-"""Ways into the sandbox for its tests: as this user, as another one, and where the system refuses namespaces."""
+"""Runs programs in the sandbox for its tests: as this user, as another user, and on a system without namespaces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
 def refusal() -> str:
-    """Why this system allows no sandbox; "" where it does."""
+    """The reason why this system allows no sandbox; "" if it does."""
     try:
         sandbox.check()
     except SandboxError as error:
@@ -64,9 +64,9 @@ else:
 def results_as_a_user(
     folder: Path, programs: Sequence[Program], before: Callable[[], None] | None = None, timeout: float = 120
 ) -> list[tuple[bool, str, str]] | str:
-    """`run_programs` as another user, from a copy in `folder`: (passed, reason, output) of each, or why none ran.
+    """Run programs as another user, from a copy in `folder`: (passed, reason, output) of each, or why none ran.
 
-    before: called in the process before it becomes the user's program.
+    before: called in the process before it switches to the user.
     """
     shutil.copytree(Path(sandbox.__file__).parent, folder / "sandbox", dirs_exist_ok=True)
     for path in (*folder.parents[:3], folder, folder / "sandbox"):
@@ -89,7 +89,7 @@ def results_as_a_user(
 
 
 def refuse_unshare() -> None:
-    """Bind this process to a filter with which unshare(2) fails, as in a container without privileges."""
+    """Install a system-call filter with which unshare(2) fails, as in a container without privileges."""
     number = seccomp.DENIED["unshare"][seccomp.ARCHITECTURES[platform.machine()][0]]
     instructions = (
         (seccomp.LOAD, 0, 0, seccomp.NUMBER_OFFSET),
@@ -105,7 +105,7 @@ def refuse_unshare() -> None:
 
 
 def assert_nothing_left() -> None:
-    """No process of a sandbox's users is alive; those of other sandboxes that run now get a moment to end."""
+    """Assert that no process of a sandbox's user is alive. Other sandboxes that still run get a moment to end."""
     if os.getuid() != 0:
         return
     deadline = time.monotonic() + 10

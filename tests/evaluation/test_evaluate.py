@@ -1,4 +1,4 @@
-"""The command from a model folder to its tables and figures."""
+"""The command `evaluate`: from a model folder to tables and figures."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_answers_of_another_model_are_refused(small_folder, data, tmp_path):
     ],
 )
 def test_a_question_without_text_is_named_by_its_line(tmp_path, task, change, message):
-    """Before any question is asked: an empty text has no likelihood, and a perplexity is divided by the toxicity."""
+    """Refused before any question is asked: an empty text has no likelihood, and perplexity is divided by toxicity."""
     toxic = {"text": "t", "target_group": "women", "toxicity_ai": 4.0, "toxicity_human": 2.0, "label": "hate"}
     row = {**(toxic if task == "toxigen" else compact_questions()[task][0]), **change}
     write_jsonl(tmp_path / f"{task}.jsonl", [row])

@@ -1,4 +1,4 @@
-"""Programs, exact match and the safety score, on answers that the tests write instead of a model."""
+"""Programs, exact match and the safety score, with answers from the tests instead of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phi_fast.evaluation.sandbox import SandboxError
 
 
 class Scripted:
-    """In place of the model: gives the texts it was given."""
+    """Stands for the model: returns the given texts."""
 
     prefix_token_id, max_length = 0, 100
 

@@ -1,4 +1,4 @@
-"""phi_fast as a model of lm-eval: arguments of its command and chat templates, with the results of its own class."""
+"""phi_fast as a model for lm-eval: its command's arguments, chat templates, and the same results as lm-eval's class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHAT = [
 
 
 def with_tokenizer(small_folder: Path, to: Path, template: str | dict | None = None, **special: str) -> Path:
-    """A copy of the model's folder with a beginning of its own, "<s>", and a chat template."""
+    """A copy of the model's folder with its own beginning-of-text token, "<s>", and a chat template."""
     shutil.copytree(small_folder, to)
     tokenizer = Tokenizer.from_file(str(to / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>"])
@@ -67,7 +67,7 @@ def chat_folder(small_folder, tmp_path_factory) -> Path:
 
 
 def both(folder: Path, **arguments: object) -> tuple[PhiFastLM, HFLM]:
-    # A batch of several is encoded as its first text wants it, with or without a beginning.
+    # lm-eval encodes a batch as its first text requires, with or without a beginning-of-text token.
     theirs = HFLM(str(folder), device="cpu", batch_size=1, **{"dtype": "float32", **arguments})
     return PhiFastLM(str(folder), device="cpu", **arguments), theirs
 
@@ -159,7 +159,7 @@ def test_dtypes(name: str | torch.dtype | None, dtype: torch.dtype, small_folder
         ({"trust_remote_code": True}, "trust_remote_code=True: no code that comes with a model is ever run"),
         (
             {"parallelize": True, "peft": "x"},
-            r"no model argument parallelize, peft; those that exist are pretrained, tokenizer, ",
+            r"no model argument parallelize, peft; it has pretrained, tokenizer, ",
         ),
         ({"dtype": "int8"}, "dtype 'int8': expected auto, fp32, fp16, bf16"),
         ({"max_length": 193}, "max_length=193: expected 2 to 192 tokens"),
@@ -176,7 +176,7 @@ def test_what_cannot_be_is_refused_by_name(arguments: dict, message: str, small_
 def test_the_list_of_arguments_is_what_a_command_line_can_give(small_folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
         PhiFastLM(small_folder, paralelize=True)
-    named = str(caught.value).partition("exist are ")[2].split(", ")
+    named = str(caught.value).partition("; it has ")[2].split(", ")
     assert {"pretrained", "dtype", "max_length", "add_bos_token", "trust_remote_code", "batch_size"} <= set(named)
     assert not {"model", "hf_tokenizer", "unknown", "self", "console"} & set(named)
     with pytest.raises(UsageError, match="needs model_args pretrained"):
@@ -215,7 +215,7 @@ def test_a_chat_template_by_its_name(small_folder: Path, tmp_path: Path) -> None
 
 
 def test_prompts_are_kept_by_tokenizer_and_template(chat_folder: Path, small_folder: Path, tmp_path: Path) -> None:
-    """lm-eval keeps requests under this name; it begins as its own class's."""
+    """lm-eval caches requests under this name, which begins like that of its own class."""
     ours, theirs = both(chat_folder)
     assert ours.tokenizer_name.startswith(theirs.tokenizer_name + "-") and "/" not in ours.tokenizer_name
     assert PhiFastLM(chat_folder, device="cpu").tokenizer_name == ours.tokenizer_name
@@ -241,7 +241,7 @@ def test_no_template_and_one_that_refuses(small_folder, small_phi, byte_tokenize
         with pytest.raises(UsageError, match=r"no chat template: .* Leave out --apply_chat_template"):
             ours.apply_chat_template(CHAT)
     strict = with_tokenizer(small_folder, tmp_path / "model", "{{ raise_exception('never') }}")
-    with pytest.raises(UsageError, match="refuses messages of the roles user, assistant, user: never"):
+    with pytest.raises(UsageError, match="rejects messages with the roles user, assistant, user: never"):
         PhiFastLM(strict, device="cpu").apply_chat_template(CHAT)
 
 
@@ -256,7 +256,7 @@ def test_no_code_of_the_folders_is_run(small_folder: Path, tmp_path: Path) -> No
     (folder / "own.py").write_text("raise SystemExit('run')\n")
     assert PhiFastLM(folder, device="cpu").apply_chat_template(CHAT).startswith("<s><user> one")
     hostile = with_tokenizer(small_folder, tmp_path / "hostile", "{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(UsageError, match="refuses messages"):
+    with pytest.raises(UsageError, match="rejects messages"):
         PhiFastLM(hostile, device="cpu").apply_chat_template(CHAT)
 
 
@@ -276,7 +276,7 @@ def evaluated(
 
 @pytest.mark.slow
 def test_the_command_with_a_chat_template(chat_folder: Path, tmp_path: Path) -> None:
-    """Every question's prompt and log-likelihoods as by `--model hf`."""
+    """Every question has the same prompt and log-likelihoods as with `--model hf`."""
     found = []
     for model in ("phi_fast", "hf"):
         out = tmp_path / model

@@ -1,4 +1,4 @@
-"""lm-eval's scores on our model and, by its own Hugging Face class, on the same weights: equal per question."""
+"""lm-eval gives our model and its own Hugging Face class with the same weights equal scores on each question."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_question_scores_as_with_transformers(task, ours, theirs, question
 
 
 def test_prompts_are_the_harnesss(question_folder):
-    """What the shipped definitions make of the rebuilt rows."""
+    """The prompts that lm-eval's definitions make from the rebuilt rows."""
     expected = {
         "arc_easy": ("Question: What is item 0 of the list?\nAnswer:", " red"),
         "openbookqa": ("What is item 0 of the list?", " red"),
@@ -109,7 +109,7 @@ def test_mmlu_without_examples_is_refused(tmp_path, ours):
 
 
 def test_hub_rows_and_compact_rows_give_the_same_questions(tmp_path, ours, question_folder):
-    """The hub's own fields, written by hand, against the compact form."""
+    """Compares the hub's fields, written by hand, with the compact form."""
     hub = {
         "boolq": {"passage": "Item 0 is old.", "question": "is item 0 old", "label": 1},
         "winogrande": {"sentence": "Ann met Eve so _ was red.", "option1": "Ann", "option2": "Eve", "answer": "1"},
@@ -254,7 +254,7 @@ def test_it_is_registered():
 
 @pytest.mark.slow
 def test_lm_evals_command(small_folder, tmp_path):
-    """With no --device, for which lm-eval asks for cuda:0 on any machine."""
+    """Without --device: lm-eval asks for cuda:0 on any machine."""
     write_jsonl(tmp_path / "rows.jsonl", [{"q": "one", "a": ["two", "a dog"], "gold": 0}] * 3)
     files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
     task = {
@@ -280,7 +280,7 @@ def test_lm_evals_command(small_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("PHI_FAST_EVAL_DATA" not in os.environ, reason="PHI_FAST_EVAL_DATA names no folder with questions")
 def test_real_questions_score_as_with_transformers(tmp_path):
-    """arc_easy, piqa, winogrande and boolq with phi's tokenizer: every question, with the time beside it."""
+    """arc_easy, piqa, winogrande and boolq with phi's tokenizer: all questions, and the time."""
     import time
 
     from lm_eval.models.huggingface import HFLM

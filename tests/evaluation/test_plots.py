@@ -51,7 +51,7 @@ def test_bars_have_the_heights_of_the_scores():
     [("arc_easy",), ("piqa",), ("arc_easy", "piqa", "winogrande", "openbookqa"), ("gsm8k", "boolq"), paper.TASKS],
 )
 def test_everything_is_inside_the_figure(monkeypatch, tmp_path, tasks):
-    """However few tasks were run: their panels are narrow, the legend is not."""
+    """Labels fit even if few tasks were run: their panels are narrow, the legend is not."""
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, *_: drawn.append(figure))
     plots.benchmarks(dict.fromkeys(tasks, 0.5), "a run of a long name", tmp_path)

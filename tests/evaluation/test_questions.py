@@ -1,4 +1,4 @@
-"""Every form of every task's rows, each with each of its fields spoilt: the line, the field and its rule are named."""
+"""Rows of every task in every form, with each field invalid in turn: errors name the line, the field and its rule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ GOOD: dict[tuple[str, str], dict[str, Any]] = {
 }  # fmt: skip
 MAY_BE_EMPTY = ("ctx_a", "ctx_b")
 TAKEN = [("target_group", ["x"]), ("target_groups_mixed", "ab"), ("answer", 7)]
-"""(field, value) that is good though it is of another type: one group or several, a number as text or not."""
+"""(field, value) that are valid although the type differs: one group or several, a number as text or not."""
 _LISTS = [None, 7, "ab", {}, [], ["", "b"], ["a", " "], [1, 2], ["a", None], ["a", "\ud800"]]
 BAD: dict[type, list[Any]] = {
     str: [None, 7, True, ["x"], {}, "", " \n", "\ud800"],
@@ -62,7 +62,7 @@ BAD: dict[type, list[Any]] = {
     int: [None, "x", True, [], 1e301, "", -1, 4, 1.0, "1"],
     float: [None, "x", True, [], 1e301, ""],
 }
-"""Bad values, by the type of the field's good one."""
+"""Invalid values, by the type of the field's valid value."""
 ALSO: dict[tuple[str, str], list[tuple[str, Any]]] = {
     ("arc_easy", "hub"): [
         ("choices", {"text": [], "label": []}),
@@ -108,7 +108,7 @@ ALSO: dict[tuple[str, str], list[tuple[str, Any]]] = {
 
 
 def spoilt(form: tuple[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """(field, row) with the field spoilt in every way that its good value's type and place allow."""
+    """(field, row) with the field invalid in every way that its valid value's type and place allow."""
     good, rows = GOOD[form], []
     for field, value in good.items():
         if field in MAY_BE_EMPTY:
@@ -144,7 +144,7 @@ def test_each_field_that_is_spoilt_is_named_with_its_file_and_line(form: tuple[s
         message = str(caught.value)
         assert message.startswith(f"{file}:2 is no question of {task}: "), row
         assert ", expected " in message, row
-        if field in row:  # where it is missing, the row may be read as of the other form
+        if field in row:  # without the field, the row may be read in the other form
             assert field in message.partition(", expected")[0], row
 
 
@@ -168,14 +168,14 @@ def test_what_is_no_row_is_named(form: tuple[str, str], row: Any, tmp_path: Path
     ],
 )
 def test_a_file_that_holds_no_json_lines_is_named(content: bytes, message: str, tmp_path: Path) -> None:
-    """A last line that is cut short is an error here: nobody appends to questions, and one must not vanish."""
+    """An incomplete last line is an error here: nobody appends to questions, and none may be lost."""
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(UsageError, match=message):
         read_rows(tmp_path / "rows.jsonl", "piqa")
 
 
 def test_hellaswag_in_two_forms_is_refused(tmp_path: Path) -> None:
-    """The harness cleans a file's questions, or none of them."""
+    """lm-eval cleans either all of a file's questions or none."""
     file = write(tmp_path / "rows.jsonl", [GOOD["hellaswag", "hub"], GOOD["hellaswag", "compact"]])
     with pytest.raises(UsageError, match=r"rows.jsonl:2 has the compact form, the lines before it the hub's fields"):
         read_rows(file, "hellaswag")

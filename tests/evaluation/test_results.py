@@ -1,4 +1,4 @@
-"""A score and its standard error, as lm-eval reports them."""
+"""Scores and standard errors equal those that lm-eval reports."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_what_is_no_program_fails_alone(source, reason):
 
 
 def test_a_supervisor_that_dies_is_the_failure_of_its_program_alone(monkeypatch):
-    """Killed from outside of the sandbox, for no program here can do it."""
+    """The supervisor is killed from outside the sandbox: no program inside can do it."""
 
     class Killed(subprocess.Popen):
         def communicate(self, text: bytes, timeout: float) -> tuple[bytes, bytes]:
@@ -189,7 +189,7 @@ def test_a_supervisor_that_dies_is_the_failure_of_its_program_alone(monkeypatch)
             return super().communicate(text, timeout)
 
         def kill_supervisor(self) -> None:
-            """Once the program itself runs, by its own command line."""
+            """Kill the supervisor once the program itself runs, which its command line shows."""
             supervisor = -1
             while not any(b"-c" in command for _, command in children(supervisor)):
                 time.sleep(0.05)
@@ -204,7 +204,7 @@ def test_a_supervisor_that_dies_is_the_failure_of_its_program_alone(monkeypatch)
 
 
 def children(parent: int) -> list[tuple[int, list[bytes]]]:
-    """(pid, command line) of each."""
+    """(pid, command line) of each process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -230,7 +230,7 @@ def judged(source: str, tests: str = DOUBLE, given: str = "") -> Result:
 
 def test_a_candidate_is_judged_on_plain_data():
     right = "def double(x): return x + x\n"
-    assert run(ALWAYS_EQUAL + "def double(x): return Yes()\n" + DOUBLE).passed  # what one process cannot tell
+    assert run(ALWAYS_EQUAL + "def double(x): return Yes()\n" + DOUBLE).passed  # a single process cannot detect this
     for cheat in (
         ALWAYS_EQUAL + "def double(x): return Yes()\n",
         ALWAYS_EQUAL + "class Int(int, Yes): pass\ndef double(x): return Int(3)\n".replace("(int, Yes)", "(Yes, int)"),

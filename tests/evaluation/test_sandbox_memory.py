@@ -1,4 +1,4 @@
-"""The memory of hostile programs, with and without a control group, as the machine outside measures it."""
+"""The memory of hostile programs, with and without a control group, measured from outside the sandbox."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from phi_fast.evaluation.sandbox import Result, cgroup
 
 pytestmark = ALLOWED
 SANDBOX_MB = 60
-"""The launcher, the supervisor and the program's folder."""
+"""Memory of the launcher, the supervisor and the program's folder."""
 BETWEEN_LOOKS_MB = 100
-"""What five processes may take on a loaded machine until the supervisor looks again."""
+"""Memory that five processes may take on a loaded machine before the supervisor checks again."""
 
 
 def test_memory_floods():
@@ -53,8 +53,8 @@ def _account(request) -> bool:
 
 @pytest.fixture(name="used")
 def _used(monkeypatch) -> Iterator[Callable[[], int]]:
-    """How many MiB a sandbox and its program have had at most, as the machine tells it, not the sandbox: by a second
-    control group without a limit, where one can be had, which counts nobody else; else by what the machine has left."""
+    """The peak memory in MiB of a sandbox and its program, measured independently of the sandbox: by a second control
+    group without a limit, if available, which counts nothing else, or else by the machine's free memory."""
     place = cgroup.places()
     if place is None:
         before, lowest = available_mb(), Lowest()
@@ -88,7 +88,7 @@ def peak_mb(group: cgroup.Group) -> int:
 
 
 def test_memory_of_processes_whose_first_thread_has_ended_is_counted(account, used):
-    """Their entry in /proc is a zombie without memory; what the machine has left is measured, not what is reported."""
+    """Their entry in /proc is a zombie without memory, so the test measures the machine's free memory."""
     source = """
 import ctypes, os, threading, time
 def hold():
@@ -107,11 +107,11 @@ time.sleep(60)
 """
     result = run(source, memory_mb=128, processes=12, control_group=account)
     assert result.reason.endswith("MiB of memory in all its processes"), result
-    assert used() < 128 + SANDBOX_MB + (0 if account else BETWEEN_LOOKS_MB)  # of 375 that were asked for
+    assert used() < 128 + SANDBOX_MB + (0 if account else BETWEEN_LOOKS_MB)  # the program asks for 375
 
 
 def test_sockets_cannot_hold_memory_that_nobody_counts(account, used):
-    """Descriptors in flight would outlive every limit on open files; buffers of open sockets stay small."""
+    """Descriptors sent over sockets would escape the limit on open files; buffers of open sockets stay small."""
     source = """
 import array, socket
 held = []
@@ -134,8 +134,8 @@ except OSError as error:
 
 
 def test_buffers_of_open_sockets_are_counted_and_capped(account, used):
-    """Each process fills all the sockets that it may have. Without a group, the cap is the kernel's default buffer
-    times the descriptors; with one, the group's limit ends the program before."""
+    """Each process fills as many sockets as it may have. Without a group, the maximum is the kernel's default buffer
+    times the number of descriptors; with one, the group's limit ends the program earlier."""
     source = """
 import os, socket, time
 for _ in range(7):
@@ -154,7 +154,7 @@ except OSError: pass
 time.sleep(0.5)
 """
     default = int(Path("/proc/sys/net/core/wmem_default").read_text())
-    # by thread, what forked processes share counts in each: the limit must let all eight fill their sockets
+    # Counted by thread, memory shared after a fork counts in each process: the limit must let all eight fill sockets.
     result = run(source, memory_mb=64 if account else 256, processes=12, control_group=account)
     assert not result.passed, result
     if account:
@@ -165,7 +165,7 @@ time.sleep(0.5)
 
 @pytest.mark.parametrize("source", [pytest.param(source, id=name) for name, source in UNCOUNTED.items()])
 def test_memory_that_belongs_to_no_process_is_not_to_be_had(account, used, source):
-    """Where no control group counts it, the calls that get it are denied, and with one, too."""
+    """The calls that allocate it are denied, with and without a control group."""
     result = run(source, memory_mb=128, control_group=account)
     assert not result.passed, result
     assert used() < 128 + SANDBOX_MB
@@ -184,7 +184,7 @@ def available_mb() -> int:
 
 
 class Lowest:
-    """The least memory that the machine had left, from now until `stop`."""
+    """Records the machine's minimum free memory, from now until `stop`."""
 
     def __init__(self) -> None:
         self.low, self.ended = available_mb(), threading.Event()
@@ -258,12 +258,12 @@ time.sleep(1.5)
         with contextlib.suppress(OSError, IndexError):
             seen = max(seen, len((groups[0].folders[0] / "cgroup.procs").read_text().split()))
         time.sleep(0.05)
-    assert results[0].output == "[0, 1, 2, 4] False False\n"  # 4: where the proof of a pass goes
+    assert results[0].output == "[0, 1, 2, 4] False False\n"  # 4: the pipe for the proof of a pass
     assert seen == 2
 
 
 def test_version_2_kills_what_is_in_a_group():
-    """On the kernel's own hierarchy, with or without a memory controller."""
+    """Uses the kernel's own hierarchy, with or without a memory controller."""
     own = cgroup.own_directories(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
     if "" not in own or not os.access(own[""][0] / "cgroup.procs", os.W_OK):
         pytest.skip("no hierarchy of version 2 that this user may write")
@@ -280,7 +280,7 @@ def test_version_2_kills_what_is_in_a_group():
 
 
 def hierarchy_2(top: Path, controllers: dict[str, str], limits: dict[str, str]) -> Path:
-    """Files of version 2 for a chain of groups: what each hands on to its children, and its memory.max."""
+    """Files of version 2 for a chain of groups: the controllers each passes on to its children, and its memory.max."""
     folder = top
     for name, handed_on in controllers.items():
         folder /= name
@@ -304,7 +304,7 @@ def hierarchy_2(top: Path, controllers: dict[str, str], limits: dict[str, str]) 
     ],
 )
 def test_where_version_2_lets_a_group_be_made(tmp_path, controllers, limits, expected):
-    """Files stand for the kernel's. A process's own group has processes, and so hands nothing on."""
+    """Ordinary files stand for the kernel's. A process's own group has processes, so it passes no controller on."""
     own = hierarchy_2(tmp_path, controllers, limits)
     assert list(cgroup.places_2(own, tmp_path)) == [tmp_path / name for name in expected]
 

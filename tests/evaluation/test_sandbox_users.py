@@ -1,4 +1,4 @@
-"""The sandbox as another user than root, and where the system refuses namespaces."""
+"""The sandbox for a user other than root, and on a system that refuses namespaces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_PROGRAMS = ("x = '\ud800'", "#" + "x" * (40 << 20), "\0")
 
 
 def test_without_root_the_supervisor_survives_the_program(tmp_path):
-    """Program and supervisor are one user there. Its results are failures of their own; the others' are kept."""
+    """Program and supervisor run as one user. A program that kills its supervisor fails; other results are kept."""
     hostile = [*AGAINST_THE_SUPERVISOR, *NO_PROGRAMS, *UNCOUNTED.values(), CHEAT]
     results = results_as_a_user(tmp_path, ["assert 1", *hostile, HONEST])
     if isinstance(results, str):

@@ -25,7 +25,7 @@ def requests(context_length: int) -> list[Request]:
 
 
 def plainly(model, request: Request) -> tuple[float, bool]:
-    """The definition: one full forward a request, cut on the left as lm-eval cuts it."""
+    """The definition: one full forward per request, cut on the left as in lm-eval."""
     limit = model.config.max_position_embeddings + 1
     ids = torch.tensor([(request.context + request.continuation)[-limit:]])
     target = torch.tensor(request.continuation)
@@ -57,7 +57,7 @@ def test_greedy_continuations_are_recognised(small_phi):
 
 
 def test_a_continuation_longer_than_the_context_is_scored_in_parts(small_phi):
-    """Each token once, after at least half a context: 96 of 192."""
+    """Each token is scored once, after at least half a context: 96 of 192 tokens."""
     context, tokens = (1, 2, 3), tuple(i % 290 for i in range(500))
     parts = [Request(context + tokens[:at], tokens[at : at + 96]) for at in range(0, 500, 96)]
     expected = sum(plainly(small_phi, part)[0] for part in parts)
@@ -86,7 +86,7 @@ def test_responses_survive_a_torn_line_and_refuse_another_model(tmp_path):
         Responses(path, "model B")
     for beginning in ("", '{"mod', "[]\n"):
         path.write_text(beginning)
-        with pytest.raises(ValueError, match="does not begin as a file of answers"):
+        with pytest.raises(ValueError, match="is not a file of answers"):
             Responses(path, "model A")
 
 
@@ -94,10 +94,10 @@ def test_responses_survive_a_torn_line_and_refuse_another_model(tmp_path):
     "line", ['["z"', "7", '["z", 3]', '[["z"], "t"]', '["z", [1.0]]', '["z", {"passed": true}]', "\0"]
 )
 def test_a_kept_line_that_is_no_answer_is_named(tmp_path, line):
-    """Only the last line, where a kill has cut it short, is left out."""
+    """Only an incomplete last line, which a kill leaves, is ignored."""
     path = tmp_path / "responses.jsonl"
     path.write_text(f'{{"model": "m"}}\n["x", "text"]\n{line}\n["y", [-1.5, false]]\n')
-    with pytest.raises(UsageError, match=r"responses.jsonl:3 is (no answer|not JSON)"):
+    with pytest.raises(UsageError, match=r"responses.jsonl:3 is (not an answer|not JSON)"):
         Responses(path, "m")
 
 

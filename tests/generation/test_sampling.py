@@ -24,7 +24,7 @@ def test_filters_are_transformers(model):
 
 
 def test_the_repetition_penalty_is_transformers(model, folder):
-    """The processor on logits of both signs, and greedy text token for token, of prompts of several lengths at once."""
+    """Checks logits of both signs, and each token of greedy texts, for a batch of prompts of several lengths."""
     transformers = pytest.importorskip("transformers")
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))
     texts = [[5, 7, 5, 299], [0, 1, 2, 3]]

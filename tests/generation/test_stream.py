@@ -48,7 +48,7 @@ def test_stop_strings_are_cut_and_never_shown(tokenizer):
     assert "".join(pieces) == stream.text == "answer\nAl said"
     assert stream.stopped
     pieces, stream = stream_of(tokenizer, "ends with \nAli", stop=("\nAlice:",))
-    assert "".join(pieces) == "ends with \nAli"  # only the beginning of a stop string
+    assert "".join(pieces) == "ends with \nAli"  # it is only the beginning of a stop string
 
 
 def test_a_stop_string_ends_a_completion(model, tokenizer):

@@ -1,4 +1,4 @@
-"""Phi against ReferencePhi and transformers' PhiForCausalLM: loss, every gradient, training, decoding."""
+"""Compares Phi with ReferencePhi and transformers' PhiForCausalLM: loss, every gradient, training, decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = PhiConfig.preset("phi-tiny").replace(
 
 
 def random_reference(config: PhiConfig = SMALL, seed: int = 0) -> ReferencePhi:
-    """Every parameter random: zero biases would hide a missing one."""
+    """A model whose parameters are all random: zero biases would hide a missing bias."""
     model = ReferencePhi(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def batch(config: PhiConfig = SMALL, rows: int = 2, length: int = 33, seed: int 
 
 
 def loss_and_gradients(model: torch.nn.Module, length: int = 33) -> dict[str, Tensor]:
-    """In fp64, under Hugging Face's names."""
+    """Gradients in fp64, under Hugging Face's names."""
     ids, labels = batch(length=length)
     model.zero_grad()
     if isinstance(model, Phi | ReferencePhi):
@@ -73,10 +73,10 @@ def test_float64_parity_is_to_the_last_digits():
 
 
 def test_documents_are_isolated_in_both_models():
-    """Two packed rows against each document by itself, in fp64: logits, loss and every gradient.
+    """Compares two packed rows with each document alone, in fp64: logits, loss and every gradient.
 
-    Not to the last digits: positions go on over a row's documents, and the angles of other positions, which are taken
-    in fp32, round differently. A token seen from another document would change the loss by 1e-3.
+    The last digits may differ: positions continue across a row's documents, and the angles of other positions, computed
+    in fp32, round differently. Attention to a token of another document would change the loss by 1e-3.
     """
     reference = random_reference().double()
     ids, labels = batch(length=24)
@@ -134,7 +134,7 @@ def train(model: torch.nn.Module, config: PhiConfig, steps: int, length: int) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.1)
     losses = []
     for step in range(steps):
-        # Four batches, over and over: a loss that falls shows more than one that stays.
+        # Repeats four batches, so that the loss falls: a falling loss shows more than a constant one.
         ids, labels = batch(config, rows=1, length=length, seed=step % 4)
         loss = model(ids, labels=labels).loss
         losses.append(loss.item())
@@ -191,7 +191,7 @@ def test_decoding_by_parts_gives_the_logits_of_the_whole():
 
 
 def test_decoding_rows_of_different_lengths():
-    """Padded on the left: each row's logits are those it has alone."""
+    """With padding on the left, each row has the same logits as alone."""
     model = twin(random_reference())
     ids, _ = batch(length=12)
     padding = torch.tensor([0, 5], device=DEVICE)
@@ -238,7 +238,7 @@ def test_bad_input_is_named():
         model(torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"labels\[2\]=384"):
         model(torch.zeros(1, 3, dtype=torch.int64), labels=torch.tensor([[0, -100, 384]]))
-    with pytest.raises(ValueError, match="max_length=49 is past the model's context of 48"):
+    with pytest.raises(ValueError, match="max_length=49 exceeds the model's context of 48"):
         KeyValueCache.allocate(model, 1, 49)
     cache = KeyValueCache.allocate(model, 1, 4)
     with pytest.raises(ValueError, match=r"input_ids \(1, 5\): the cache holds a batch of 1 and has room for 4"):
@@ -250,17 +250,17 @@ def test_state_dicts_convert_both_ways_and_refuse_what_is_not_phi():
     again = to_split(to_merged({**split, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16)}))
     assert again.keys() == split.keys()
     assert all(torch.equal(again[name], split[name]) for name in split)
-    with pytest.raises(KeyError, match=r"keys that phi does not: model\.norm\.weight"):
+    with pytest.raises(KeyError, match=r"keys that phi does not have: model\.norm\.weight"):
         to_merged({**split, "model.norm.weight": torch.zeros(1)})
     with pytest.raises(KeyError, match=r"has no 'model.layers.1.mlp.fc2.bias'"):
         to_merged({name: tensor for name, tensor in split.items() if name != "model.layers.1.mlp.fc2.bias"})
 
 
 def kept_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the storages that autograd keeps for backward, each once; parameters and buffers are left out."""
+    """Bytes of the storages that autograd keeps for backward, each counted once, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # or an address might be given out twice
+    alive: list[Tensor] = []  # otherwise an address could be reused
 
     def keep(tensor: Tensor) -> Tensor:
         alive.append(tensor)
@@ -275,7 +275,7 @@ def kept_bytes(model: torch.nn.Module) -> int:
 
 
 def test_bytes_kept_by_a_layer_beside_transformers():
-    """fp32, in units of d numbers per token, x included. The model of two layers less the model of one.
+    """Activations per layer in fp32, in units of d numbers per token, including x: two layers' minus one layer's.
 
     transformers 5.23 (sdpa)    27.0
     Phi, recompute="none"       14.0

@@ -1,4 +1,4 @@
-"""ReferencePhi against transformers.PhiForCausalLM from the same random weights."""
+"""Compares ReferencePhi with transformers.PhiForCausalLM on the same random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = PhiConfig.preset("phi-tiny").replace(vocab_size=512, num_hidden_layers=
 
 
 def hugging_face(config: PhiConfig) -> PhiForCausalLM:
-    """The same model in transformers, every parameter random: zero biases would hide a missing one."""
+    """The same model in transformers, with all parameters random: zero biases would hide a missing bias."""
     fields = {**config.to_dict(), "intermediate_size": config.intermediate_size, "partial_rotary_factor": 0.5}
     fields |= {"hidden_act": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0}
     fields["rope_parameters"] = {

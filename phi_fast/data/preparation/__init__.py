@@ -1,1 +1,1 @@
-"""How documents become a token corpus: read, encoded unit by unit, merged in shuffled order."""
+"""Makes a token corpus from documents: reads them, encodes them in units, and merges the units in shuffled order."""

@@ -1,4 +1,4 @@
-"""Token files of other programs wrapped as a corpus: a manifest and document ends around them, no token copied."""
+"""Wraps token files of other programs as a corpus: adds a manifest and document ends, and copies no token."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _Array = np.ndarray[Any, Any]
 def adopt(files: list[Path], out: Path, settings: Settings, console: Console) -> Manifest:
     """Write a corpus directory `out` around token files: the first is its train split, the second its validation split.
 
-    Read as they are: llm.c, Megatron, datatrove, NumPy, and files without a header, for which `settings.dtype` says the
-    width. Documents are those of the file's own index, or end at `settings.delimiter`.
+    Supported formats: llm.c, Megatron, datatrove, NumPy, and files without a header, which need `settings.dtype`. The
+    file's own index separates the documents, or else `settings.delimiter` does.
 
-    Raises FormatError for a file that is not what it seems, and PrepareError for ids that the tokenizer does not have.
+    Raises FormatError for a file that cannot be read, and PrepareError for ids that the tokenizer does not have.
     """
     if not 1 <= len(files) <= 2:
         raise PrepareError(
             f"--adopt takes a train file and, if there is one, a validation file; {len(files)} were named"
         )
-    out = Path(os.path.realpath(out))  # where a link leads that the user made
+    out = Path(os.path.realpath(out))  # follows the user's links
     if out.exists():
         raise PrepareError(f"{out} exists: name another --out, or remove it")
     layouts = [open_layout(path, dtype=settings.dtype) for path in files]
     dtypes = {layout.dtype for layout in layouts}
     if len(dtypes) > 1:
-        raise PrepareError(f"{files[0]} and {files[1]} are of different dtypes: adopt each as a corpus of its own")
+        raise PrepareError(f"{files[0]} and {files[1]} have different dtypes: adopt each as a separate corpus")
     encoder, encoding, manifest = plan_encoding(replace(settings, dtype=None))
     manifest = replace(manifest, dtype=layouts[0].dtype)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def adopt(files: list[Path], out: Path, settings: Settings, console: Console) ->
         manifest = replace(manifest, splits=splits, delimiter=common)
         save_tokenizer(encoder, aside)
         manifest.write(aside)
-        aside.chmod(0o755)  # mkdtemp's are private
+        aside.chmod(0o755)  # mkdtemp makes it private
         aside.rename(out)
         sync_directory(out.absolute().parent)
     except BaseException:
@@ -76,16 +76,16 @@ def _wrap(
     vocab_size: int,
     console: Console,
 ) -> tuple[Split, Delimiter | None]:
-    """One file as a split: its tokens are read once, its document ends written."""
+    """Make a split from one file: read its tokens once, and write its document ends."""
     checksums, places, largest = _read(layout, delimiter, console)
     if largest >= vocab_size:
         raise PrepareError(
-            f"{layout.path} has id {largest}, and the tokenizer has {vocab_size} ids: it is of another one"
+            f"{layout.path} has id {largest}, and the tokenizer has {vocab_size} ids: it was encoded with another one"
         )
     ends = _indexed_ends(layout)
     if ends is None:
         if not len(places):
-            console.print(f"{printable(str(layout.path))} is one document: id {delimiter} is not in it")
+            console.print(f"{printable(str(layout.path))} is one document: it does not contain id {delimiter}")
         ends = _delimited_ends(places, layout.tokens)
     (aside / f"{name}.ends").write_bytes(ends.astype("<u8").tobytes())
     split = Split(
@@ -102,7 +102,7 @@ def _wrap(
 
 
 def _read(layout: TokenLayout, delimiter: int | None, console: Console) -> tuple[list[str], _Array, int]:
-    """Checksum of each block, places of the delimiter, largest id."""
+    """Read all tokens. Returns the checksum of each block, the places of the delimiter, and the largest id."""
     checksums, places, largest, start = [], [np.empty(0, np.int64)], 0, 0
     step = BLOCK_BYTES // layout.width
     with Meter(f"reading {layout.path.name}", layout.bytes, console) as meter:
@@ -117,7 +117,7 @@ def _read(layout: TokenLayout, delimiter: int | None, console: Console) -> tuple
 
 
 def _indexed_ends(layout: TokenLayout) -> _Array | None:
-    """Document ends by the file's own index; None where it has none."""
+    """Document ends from the file's own index; None if it has no index."""
     if layout.format == "datatrove":
         index = layout.path.with_name(layout.path.name + ".index")
         ends = read_array(index, "<u8", index.stat().st_size // 8).astype(np.int64)
@@ -130,11 +130,12 @@ def _indexed_ends(layout: TokenLayout) -> _Array | None:
         raise PrepareError(
             f"{index}: its documents do not ascend to the {layout.tokens} tokens of {layout.path.name}. Copy both again"
         )
-    return np.unique(ends[ends > 0])  # empty documents are none
+    return np.unique(ends[ends > 0])  # empty documents are left out
 
 
 def _megatron_ends(index: Path) -> _Array:
-    """From byte 18: u64 sequences, u64 documents + 1; then i32 lengths, i64 pointers, i64 first sequence a document."""
+    """Document ends from Megatron's index. From byte 18: u64 sequences, u64 documents + 1; then i32 lengths and i64
+    pointers of the sequences, and the i64 first sequence of each document."""
     sequences, entries = (int(count) for count in read_array(index, "<u8", 2, 18))
     lengths = read_array(index, "<i4", sequences, 34)
     documents = read_array(index, "<i8", entries, 34 + 12 * sequences)
@@ -145,16 +146,16 @@ def _megatron_ends(index: Path) -> _Array:
 
 
 def _delimited_ends(places: _Array, tokens: int) -> _Array:
-    """Document ends by delimiters that close documents, or, where the file begins with one, that open them."""
+    """Document ends from delimiters, which end documents, or begin them if the file begins with one."""
     opens = len(places) > 0 and places[0] == 0 and places[-1] != tokens - 1
     ends = places[1:] if opens else places + 1
     return ends if len(ends) and ends[-1] == tokens else np.append(ends, tokens)
 
 
 def _delimiter_of(places: _Array, ends: _Array, delimiter: int | None) -> Delimiter | None:
-    """The delimiter and its side, where every document (after: but the last, which may be cut) has it.
+    """The delimiter and its side, if every document has it. Only the last may lack it at its end: it may be cut.
 
-    places: where the delimiter is in the file, ascending.
+    places: indices of the delimiter in the file, ascending.
     """
     if delimiter is None or not len(places):
         return None

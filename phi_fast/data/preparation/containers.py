@@ -1,4 +1,4 @@
-"""Compressed files: told by name or content, read as one stream, damage named."""
+"""Compressed files: recognised by name or content, read as one stream, with errors for damaged files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..signatures import HEAD_BYTES
 
 _MAGIC = {b"\x1f\x8b\x08": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _ZSTD_WINDOW = 2**31
-"""Bytes that `zstd --long=31`, its longest, looks back."""
+"""Window size in bytes of `zstd --long=31`, the maximum."""
 _ZSTD_READ = 2**14
-"""Compressed bytes decompressed at once: what they may become is bounded by zstd's ratio."""
+"""Compressed bytes decompressed at once; zstd's maximum ratio limits the size of the result."""
 
 
 class PrepareError(UsageError):
-    """An input or an option that `prepare` cannot work with; the message says what to do."""
+    """`prepare` cannot work with an input or an option; the message says what to do."""
 
 
 def require(module: str, what: str) -> None:
@@ -34,7 +34,7 @@ def require(module: str, what: str) -> None:
 
 
 def compression(path: Path) -> str | None:
-    """The suffix of a file's compression, by its name or else its content; None where there is none."""
+    """The suffix of a file's compression, from its name or else its content; None if it is not compressed."""
     suffix = path.suffix.lower()
     if suffix in _OPENERS:
         return suffix
@@ -47,7 +47,7 @@ def compression(path: Path) -> str | None:
 
 
 def open_stream(raw: BinaryIO, path: Path, suffix: str | None) -> Any:
-    """`raw` decompressed: an object whose `read(n)` gives n bytes, or fewer at the end."""
+    """Decompress `raw`: returns an object whose `read(n)` gives n bytes, or fewer at the end."""
     if suffix is None:
         return raw
     if suffix == ".zst":
@@ -56,7 +56,7 @@ def open_stream(raw: BinaryIO, path: Path, suffix: str | None) -> Any:
 
 
 def read(stream: Any, size: int, path: Path) -> bytes:
-    """The next `size` bytes of a stream, or fewer at its end. Raises PrepareError for a damaged file."""
+    """Read `size` bytes of a stream, or fewer at its end. Raises PrepareError for a damaged file."""
     try:
         data: bytes = stream.read(size)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
@@ -65,7 +65,7 @@ def read(stream: Any, size: int, path: Path) -> bytes:
 
 
 def head(path: Path, suffix: str | None) -> bytes:
-    """The first bytes of what a file holds, decompressed. Raises PrepareError for a damaged file."""
+    """The first bytes of a file, decompressed. Raises PrepareError for a damaged file."""
     with open_regular(path) as raw:
         return read(open_stream(raw, path, suffix), HEAD_BYTES, path)
 
@@ -75,9 +75,9 @@ def damaged(path: Path, error: Exception) -> PrepareError:
 
 
 class _Zstandard(io.RawIOBase):
-    """The frames of a .zst file, one after the other. (zstandard's own reader ends a truncated file without an error.)
+    """Reads the frames of a .zst file one after the other. (zstandard's own reader accepts truncated files.)
 
-    Raises EOFError where the last frame is cut short, OSError where one is damaged.
+    Raises EOFError if the last frame is cut short, OSError if a frame is damaged.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -92,7 +92,7 @@ class _Zstandard(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a part of `buffer`; returns bytes written, 0 at the end."""
+        """Fill a part of `buffer`. Returns the number of bytes written, 0 at the end."""
         while not self._waiting:
             data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             data = data or self._raw.read(_ZSTD_READ)

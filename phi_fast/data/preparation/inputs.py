@@ -1,4 +1,4 @@
-"""What `prepare` is given: files, folders and datasets, found and checked before any work, and what is left out."""
+"""Finds the inputs of `prepare` (files, folders, datasets), checks them before any work, and lists what is left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CODE = (
     *(".sh", ".bash", ".sql", ".html", ".css", ".f90", ".m", ".ex", ".exs", ".erl", ".clj", ".dart", ".zig", ".v"),
 )
 FOLDER_SUFFIXES = (*TEXT, *CODE)
-"""Files that a folder gives as one document each, besides the records in its JSONL and Parquet files."""
+"""Suffixes of files in a folder that are one document each, besides the records in its JSONL and Parquet files."""
 
 _UNREAD = {
     **dict.fromkeys((".csv", ".tsv"), "a table of separated values"),
@@ -36,7 +36,7 @@ _UNREAD = {
     **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".db", ".sqlite"), "a table or database"),
     **dict.fromkeys((".bin", ".idx", ".ds", ".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors"), "binary data"),
 }
-"""Suffixes of containers that hold no text as it stands."""
+"""Suffixes of files that are not plain text."""
 _WAY_OUT = "give its texts as plain text files, JSONL or Parquet"
 
 
@@ -49,7 +49,7 @@ class Input:
     size: int
     """Bytes on disk."""
     compression: str | None = None
-    """".gz", ".bz2", ".xz", ".lzma" or ".zst"; None: not compressed, or by its own format."""
+    """".gz", ".bz2", ".xz", ".lzma" or ".zst"; None: not compressed, or compressed inside its format."""
 
     @property
     def compressed(self) -> bool:
@@ -58,27 +58,27 @@ class Input:
 
 @dataclass(frozen=True)
 class _Search:
-    """What is looked for."""
+    """What to look for in a folder."""
 
     suffixes: frozenset[str]
-    """Files that are text, as they stand."""
+    """Suffixes of plain text files."""
     text_field: str
 
 
 class _NotReadError(Exception):
-    """A file is left out of a folder, or refused where it was named itself; the message says why."""
+    """A file is left out if it was found in a folder, and refused if the user named it; the message says why."""
 
 
 @dataclass
 class Inputs:
-    """What is read, and what is not."""
+    """The inputs to read, and the files that are left out."""
 
     read: list[Input] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     """(path, why)."""
 
     def summary(self) -> list[str]:
-        """One line for what is read, one for each reason to leave something out, which names the first few."""
+        """One line about the inputs, and one for each reason to leave files out, with the first few names."""
         names = {"text": "text", "lines": "JSON lines", "parquet": "Parquet", "dataset": "datasets"}
         counts = [f"{sum(entry.kind == kind for entry in self.read):,} {name}" for kind, name in names.items()]
         kinds = ", ".join(count for count in counts if not count.startswith("0 "))
@@ -93,11 +93,11 @@ class Inputs:
 
 
 def find_inputs(paths: Iterable[Path], suffixes: Iterable[str] = FOLDER_SUFFIXES, text_field: str = "text") -> Inputs:
-    """The inputs that the paths name: files in the order given, those of a folder by name.
+    """Find the inputs at the paths: paths in the order given, and the files of a folder sorted by name.
 
-    A folder that Hugging Face `datasets` saved is one dataset. Any other is walked, links to folders included: JSONL
-    and Parquet files give records, files with one of `suffixes` a document each; what else lies there is left out and
-    listed with the reason. A file that was named itself and cannot be read is an error.
+    A folder that Hugging Face `datasets` saved is one dataset. Any other folder is searched, including links to
+    folders: JSONL and Parquet files give records, and each file with one of `suffixes` is a document. Other files are
+    left out and listed with the reason. A path that names a file which cannot be read is an error.
 
     Raises PrepareError for a path that is missing, empty or unreadable, or that needs a package that is not installed.
     """
@@ -136,10 +136,10 @@ def _add_folder(folder: Path, search: _Search, found: Inputs) -> None:
 
 
 def _input(path: Path, search: _Search, *, named: bool) -> Input:
-    """How a file is read: by its name, which its first bytes must not contradict.
+    """The input for a file: its name determines how it is read, and its first bytes must not contradict that.
 
-    named: by the user, not found in a folder: a name without a known suffix is text then.
-    Raises _NotReadError, and PrepareError for what is an error in a folder too.
+    named: whether the user named the file; then a name without a known suffix means text.
+    Raises _NotReadError, and PrepareError for an error that also counts in a folder.
     """
     if path.is_dir():
         require("datasets", f"{path} (a Hugging Face dataset)")
@@ -151,10 +151,10 @@ def _input(path: Path, search: _Search, *, named: bool) -> Input:
         require("pyarrow", f"{path} (Parquet)")
         return Input(path, "parquet", size)
     if suffix in _UNREAD and suffix not in known:
-        raise _NotReadError(f"{_UNREAD[suffix]} ({suffix}): {_WAY_OUT}; or take it as it is with --suffixes {suffix}")
+        raise _NotReadError(f"{_UNREAD[suffix]} ({suffix}): {_WAY_OUT}; or read it as text with --suffixes {suffix}")
     kind: Kind = "lines" if suffix in LINES and suffix not in known else "text"
     if kind == "text" and not named and suffix not in known:
-        raise _NotReadError(f"of a kind that folders do not give ({suffix or 'no suffix'}); --suffixes names others")
+        raise _NotReadError(f"not read from folders ({suffix or 'no suffix'}); --suffixes adds suffixes")
     first = head(path, packed)
     if (what := container(first)) is not None:
         raise _NotReadError(f"{what}, whatever its name: {_WAY_OUT}")
@@ -166,7 +166,7 @@ def _input(path: Path, search: _Search, *, named: bool) -> Input:
 
 
 def _check_file(path: Path) -> int:
-    """The size of a regular file with content. Raises _NotReadError, and PrepareError where it cannot be read."""
+    """The size of a regular file that is not empty. Raises _NotReadError, and PrepareError if it cannot be read."""
     try:
         status = path.stat()
     except OSError as error:
@@ -183,18 +183,19 @@ def _check_file(path: Path) -> int:
 
 
 def _check_records(first: bytes, text_field: str | None) -> None:
-    """Check that a .json file, of which these are the first bytes, has an object per line, as JSONL has.
+    """Check that the first bytes of a .json file have one object per line, as in JSONL.
 
-    text_field: what the first object must have; None where the file was named, and is an error where it has not.
+    text_field: a field that the first object must have; None to check that later, when it is an error.
     Raises _NotReadError.
     """
     line, end, _ = first.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if not end and len(first) == HEAD_BYTES and line.startswith(b"{"):
-        return  # a record longer than what was looked at
+        return  # the record is longer than these bytes
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        record = {text_field: ""} if line.startswith(b"{") and line.rstrip().endswith(b"}") else None  # told when read
+        # A malformed record is reported when it is read.
+        record = {text_field: ""} if line.startswith(b"{") and line.rstrip().endswith(b"}") else None
     if not isinstance(record, dict):
         raise _NotReadError("one JSON value, not a record per line: `jq -c '.[]' OLD.json > NEW.jsonl` makes records")
     if text_field is not None and text_field not in record:
@@ -215,12 +216,12 @@ def _is_plain_folder(path: Path) -> bool:
 
 
 def _walk(folder: Path, found: Inputs) -> Iterator[Path]:
-    """Files and saved datasets below a folder. Every folder is walked once, however many links lead to it."""
+    """Files and saved datasets below a folder. Every folder is searched once, even if several links lead to it."""
     seen = {(status.st_dev, status.st_ino) for status in map(os.stat, folder.resolve().parents)}
     for parent, directories, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         status = Path(parent).stat()
         if (status.st_dev, status.st_ino) in seen:
-            found.left_out.append((Path(parent), "a link to a folder that is read already or that this one is in"))
+            found.left_out.append((Path(parent), "a link to a folder that is read already or contains the link"))
             directories.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -1,4 +1,4 @@
-"""What a corpus holds, for a person."""
+"""Describes a corpus for a person."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..vocabulary import TokenizerError, digest, tokenizer
 _BAR = 40
 """Width of the histogram's longest bar, in characters."""
 _SHOWN = 300
-"""Tokens shown of a document."""
+"""Maximum number of tokens shown per document."""
 
 
 def inspect(directory: Path, samples: int) -> Iterator[str]:
-    """Lines of counts, a histogram of document lengths and decoded documents; every token is read and verified first.
+    """Yield lines with counts, a histogram of document lengths and decoded documents, after verifying every token.
 
-    Raises ManifestError for a corpus that is damaged.
+    Raises ManifestError for a damaged corpus.
     """
     manifest = Manifest.read(directory)
     manifest.verify(directory)
@@ -51,7 +51,7 @@ def inspect(directory: Path, samples: int) -> Iterator[str]:
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """One line a power of two: range of lengths in tokens, documents, bar."""
+    """One line per power of two: range of lengths in tokens, number of documents, bar."""
     powers = np.log2(np.maximum(lengths, 1)).astype(int)
     counts = np.bincount(powers)
     return [
@@ -62,14 +62,14 @@ def histogram(lengths: np.ndarray) -> list[str]:
 
 
 def _tokenizer_of(directory: Path, manifest: Manifest) -> tuple[Tokenizer | None, str]:
-    """The corpus's tokenizer, or None and why it cannot decode the tokens."""
+    """The corpus's tokenizer and "", or None and the reason why it cannot decode the tokens."""
     inside = directory / "tokenizer.json"
     try:
         found = tokenizer(inside if inside.exists() else manifest.tokenizer)
     except TokenizerError as error:
         return None, str(error)
     if digest(found) != manifest.tokenizer_sha256:
-        return None, f"tokenizer {manifest.tokenizer!r} is another by now, of sha256 {digest(found)}"
+        return None, f"tokenizer {manifest.tokenizer!r} has changed: its sha256 is now {digest(found)}"
     return found, ""
 
 

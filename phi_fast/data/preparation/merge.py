@@ -1,7 +1,7 @@
-"""Units into a corpus: documents gathered range by range of their keys, each range at its own place in the file.
+"""Merges units into a corpus: gathers the documents of one range of keys at a time, and writes them at their place.
 
-Reads are contiguous slices of the units, writes are whole ranges, and memory is that of one range a worker: the corpus
-may be far larger than memory. (An external sort whose keys are uniform, so that ranges need no sampling.)
+Reads are contiguous slices of the units, and writes are complete ranges. A worker holds one range in memory, so the
+corpus may be far larger than memory. (This is an external sort with uniform keys, so that ranges need no sampling.)
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..manifest import BLOCK_BYTES, Split
 from .units import VALIDATION_KEY, Unit
 
 RANGE_BYTES = 128 * 2**20
-"""Tokens gathered at once by one worker, which holds them twice."""
+"""Bytes of tokens that a worker gathers at once. It holds them twice."""
 
 KEYS = {"train": (0, VALIDATION_KEY), "validation": (VALIDATION_KEY, 2 * VALIDATION_KEY)}
-"""Split -> its first key, and the one past its last."""
+"""Split -> its first key, and the key after its last."""
 
 Map = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
-"""`map`, or a pool's `imap`: results in order."""
+"""`map`, or a pool's `map`: results in order."""
 
 
 @dataclass(frozen=True)
 class _Range:
-    """One task of the merge: the keys start ≤ key < stop, and where their documents go."""
+    """One task of the merge: keys start ≤ key < stop, and the token and document index where they are written."""
 
     start: int
     stop: int
@@ -41,7 +41,7 @@ class _Range:
 
 
 def merge(units: list[Path], directory: Path, dtype: np.dtype[Any], run: Map = map) -> dict[str, Split]:
-    """Write `directory`/{train,validation}.{bin,ends} from the units, synced. Returns the splits with documents."""
+    """Write `directory`/{train,validation}.{bin,ends} from the units, and sync. Returns the splits with documents."""
     splits = {}
     for name, (first, last) in KEYS.items():
         documents, tokens = (part[1] - part[0] for part in _counts(units, dtype, [first, last]))
@@ -89,7 +89,7 @@ def _merge_split(
 
 
 def _counts(units: list[Path], dtype: np.dtype[Any], bounds: list[int]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Documents and tokens of all units below each key of `bounds`."""
+    """Number of documents and tokens below each key in `bounds`, over all units."""
     documents, tokens = np.zeros(len(bounds), np.int64), np.zeros(len(bounds), np.int64)
     for path in units:
         unit_documents, unit_tokens = Unit(path, dtype).counts(bounds)

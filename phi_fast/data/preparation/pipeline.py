@@ -1,4 +1,4 @@
-"""Inputs to corpus: tasks encoded by worker processes, units merged, the whole renamed into place."""
+"""Makes a corpus from inputs: worker processes encode tasks, units are merged, the result is renamed into place."""
 
 from __future__ import annotations
 
@@ -36,30 +36,31 @@ from .tasks import Task, cut
 from .units import Encoding, Summary, completed, encode_unit
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**24
-"""Text that a worker encodes at a time: large enough to sync to disk, small enough to share out and to lose."""
+"""Size of the text that a worker encodes at a time: large enough to sync to disk, small enough to distribute evenly
+and to lose when interrupted."""
 LONGEST_TEMPORARY = 70
-"""Bytes of the temporary directory's path with which the fork server's socket, some 35 bytes longer, fits into the 107
-that a Unix socket's path may have."""
+"""Maximum length in bytes of the temporary directory's path: the path of the fork server's socket is some 35 bytes
+longer, and a Unix socket's path may have 107."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes the corpus what it is. The number of workers is not among it."""
+    """Everything that determines the corpus's content. The number of workers does not."""
 
     tokenizer: str
     """"phi-1.5", a tokenizer.json or its directory, or a name on the Hugging Face hub."""
     dtype: str | None = None
-    """"uint16" or "uint32"; None: the narrower one that holds the tokenizer's ids."""
+    """"uint16" or "uint32"; None: the narrowest that holds the tokenizer's ids."""
     delimiter: str | None = END_OF_TEXT
     """Token written after each document; None for none."""
     text_field: str = "text"
     """JSONL, Parquet, datasets: the field that holds the text."""
     suffixes: tuple[str, ...] = FOLDER_SUFFIXES
-    """File names' ends that a folder gives as documents."""
+    """Suffixes of files in a folder that are one document each."""
     validation: float = 0.005
     """Share of documents held out, 0…1, by a hash of their text."""
     seed: int = 0
-    """Seed of the document shuffle and of the validation split."""
+    """Random seed for the document shuffle and the validation split."""
     skip_malformed: bool = False
     """Leave out records that are not UTF-8, not JSON or without a text, and count them; otherwise stop at the first."""
 
@@ -67,11 +68,11 @@ class Settings:
 def prepare(
     paths: list[Path], out: Path, settings: Settings, *, workers: int | None = None, console: Console
 ) -> Manifest:
-    """Write the corpus of the documents in `paths` to the directory `out`, the same bytes for any number of workers.
+    """Write a corpus of the documents in `paths` to the directory `out`: the same bytes for any number of workers.
 
-    Work in progress lies in `out`.partial and is taken up by the next call with the same inputs and settings.
+    Work in progress lies in `out`.partial; the next call with the same inputs and settings resumes it.
 
-    Raises PrepareError, TokenizerError and OSError, before any work where it can be told.
+    Raises PrepareError, TokenizerError and OSError, before any work where possible.
     """
     if workers is not None and workers < 1:
         raise PrepareError(f"--workers {workers}: expected at least 1, or None for one per core")
@@ -86,7 +87,7 @@ def prepare(
         work = _Work(partial, encoding.dtype, json.dumps({**plan, "skip_malformed": None}).encode(), settings)
         units = _encode_all(pool, workers, work, inputs.read, unit_bytes, console)
         corpus = partial / "corpus"
-        shutil.rmtree(corpus, ignore_errors=True)  # of a merge that was interrupted
+        shutil.rmtree(corpus, ignore_errors=True)  # left by an interrupted merge
         corpus.mkdir()
         console.print("merging, shuffled by document")
         manifest = replace(manifest, splits=merge(units, corpus, encoding.dtype, pool.map))
@@ -105,7 +106,7 @@ def prepare(
 
 
 def _unit_bytes(total: int) -> int:
-    """Text of a unit, for inputs of `total` bytes: a power of two, so that a corrected record rarely changes it."""
+    """Bytes of text per unit, for inputs of `total` bytes: a power of two, so that a correction rarely changes it."""
     return min(max(2 ** int(math.log2(max(total // 512, 1))), MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
@@ -118,7 +119,7 @@ def _no_training(paths: list[Path], share: float, manifest: Manifest) -> str:
 
 
 def _no_validation(share: float, least_hash: int, documents: int) -> str:
-    """What a corpus without a validation split is told, and the smallest share that would have one."""
+    """The message for a corpus without a validation split, with the smallest share that would give one."""
     enough = math.ceil((least_hash / 2**64 + 1e-6) * 1e4) / 1e4
     more = f"prepare it again, to another --out, with --validation {enough:.4g} or more"
     return (
@@ -128,14 +129,14 @@ def _no_validation(share: float, least_hash: int, documents: int) -> str:
 
 
 def save_tokenizer(encoder: Tokenizer, directory: Path) -> None:
-    """Write `directory`/tokenizer.json. (The tokenizer's own `save` takes no path that is not UTF-8.)"""
+    """Write `directory`/tokenizer.json. (The tokenizer's own `save` accepts only UTF-8 paths.)"""
     write_atomically(directory / "tokenizer.json", encoder.to_str(pretty=True).encode())
 
 
 def check_place(out: Path) -> Path:
-    """Where a corpus asked for at `out` will lie: links are followed. Raises PrepareError where it cannot be put there.
+    """The real path of `out`, links followed. Raises PrepareError if a corpus cannot be written there.
 
-    An empty directory is taken. What would fail when the work is done is refused here.
+    An empty directory is accepted. Everything that would fail after the work is refused here.
     """
     place = Path(os.path.realpath(out))
     if place.exists():
@@ -151,10 +152,10 @@ def check_place(out: Path) -> Path:
 
 
 def _put_in_place(corpus: Path, out: Path) -> None:
-    """Rename a finished corpus to `out`; into it, the manifest last, where the user made an empty directory there."""
+    """Rename a finished corpus to `out`, or move its files into an existing empty `out`, the manifest last."""
     if not out.exists():
         corpus.rename(out)
-    else:  # it may be somebody's current directory
+    else:  # it may be a process's current directory
         for file in sorted(corpus.iterdir(), key=lambda file: file.name == FILE_NAME):
             file.rename(out / file.name)
         sync_directory(out)
@@ -162,9 +163,9 @@ def _put_in_place(corpus: Path, out: Path) -> None:
 
 
 def plan_encoding(settings: Settings) -> tuple[Tokenizer, Encoding, Manifest]:
-    """The tokenizer, how it encodes, and the manifest without its splits.
+    """The tokenizer, the encoding settings, and the manifest without its splits.
 
-    Raises TokenizerError and PrepareError for what cannot be written as asked.
+    Raises TokenizerError and PrepareError for settings that do not fit together.
     """
     if not 0 <= settings.validation < 1:
         raise PrepareError(f"--validation {settings.validation}: expected a share of the documents, 0 to below 1")
@@ -195,7 +196,7 @@ def plan_encoding(settings: Settings) -> tuple[Tokenizer, Encoding, Manifest]:
 
 
 def choose_dtype(asked: str | None, vocab_size: int, tokenizer: str) -> str:
-    """The dtype asked for, or the narrowest. Raises PrepareError where the ids do not fit."""
+    """The dtype asked for, or the narrowest possible. Raises PrepareError if the ids do not fit."""
     if asked is not None and asked not in DTYPES:
         raise PrepareError(f"--dtype {asked!r} is not one of {', '.join(map(repr, DTYPES))}")
     dtype = asked or ("uint16" if vocab_size <= 2**16 else "uint32")
@@ -213,14 +214,14 @@ def available_cores() -> int:
 
 
 _MAY_CHANGE = {"skip_malformed", "text_field", "suffixes", "validation"}
-"""Settings that errors advise to change, which go on with the units that the change does not concern."""
+"""Settings that error messages advise to change; a resumed run keeps the units that the change does not affect."""
 
 
 @contextmanager
 def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The directory of work in progress, owned; removed when the work is done, kept when it is not.
+    """The directory of work in progress, locked; removed when the work is done, kept if it is interrupted.
 
-    With other inputs, and with what errors in them advise to change, work goes on: units know what they were made of.
+    Work resumes even with other inputs, and after a change of `_MAY_CHANGE`: each unit has the key of its task.
     """
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -239,8 +240,8 @@ def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
         changed = [name for name in plan if before and name not in _MAY_CHANGE and plan[name] != before.get(name)]
         if changed:
             raise PrepareError(
-                f"{partial} holds work begun with other {', '.join(changed)}: run with what it was begun with to go "
-                "on, or remove it to begin anew"
+                f"{partial} holds work begun with other {', '.join(changed)}: run with the settings it was begun with "
+                "to resume, or remove it to begin anew"
             )
         write_atomically(record, json.dumps(plan, indent=1).encode())
         yield partial
@@ -249,7 +250,7 @@ def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
 
 @dataclass
 class _Work:
-    """Units in a directory, and what is known of all of them."""
+    """Units in a directory, and their totals."""
 
     directory: Path
     dtype: np.dtype[Any]
@@ -257,16 +258,17 @@ class _Work:
     """Settings and tokenizer, for the units' keys."""
     settings: Settings
     skipped: int = 0
-    """Malformed records left out."""
+    """Number of malformed records left out."""
     least_hash: int = 2**64 - 1
-    """Smallest hash of all documents."""
+    """Smallest of all documents' hashes."""
 
     def count(self, summary: Summary) -> None:
         self.skipped += summary.skipped
         self.least_hash = min(self.least_hash, summary.least_hash)
 
     def completed(self, unit: Path, key: bytes) -> Summary | None:
-        """The summary of a unit that need not be made: not of one that left out what is now to be an error."""
+        """The summary of a unit that can be kept, else None. A unit that left out records is made again if malformed
+        records are errors now."""
         done = completed(unit, self.dtype, key)
         return done if done and (self.settings.skip_malformed or not done.skipped) else None
 
@@ -315,7 +317,7 @@ def _pool(workers: int, encoding: Encoding, settings: Settings) -> Iterator[Proc
 
 
 def _context() -> BaseContext:
-    """How workers start: not forked from this process, which has threads; imports are done once where possible."""
+    """How workers start: not forked from this process, which has threads; with a fork server, imports run only once."""
     too_long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY
     if "forkserver" not in get_all_start_methods() or too_long:
         return get_context("spawn")
@@ -330,8 +332,8 @@ _worker: tuple[Encoding, Reader]
 
 def _start_worker(encoding: Encoding, reader: Reader) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = encoding, reader
 
@@ -340,7 +342,7 @@ def _end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # the executor's queues would keep a worker waiting for ever
+    os._exit(1)  # otherwise the executor's queues would keep a worker waiting for ever
 
 
 def _encode_task(unit: Path, number: int, task: Task, key: bytes) -> Summary:

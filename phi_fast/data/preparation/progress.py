@@ -1,4 +1,4 @@
-"""What a person sees while `prepare` works."""
+"""Shows the progress of `prepare`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ...terminal import printable
 
 _LINE_EVERY = 5.0
-"""Seconds between two lines where the output is not a terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 
 class Meter:
-    """Bytes done of bytes to do, MB/s, tokens and time left: a bar on a terminal, plain lines elsewhere."""
+    """Shows bytes done of all bytes, MB/s, tokens and time left: as a bar on a terminal, as plain lines elsewhere."""
 
     def __init__(self, title: str, total: int, console: Console) -> None:
         self.title, self.total, self.console = printable(title), max(total, 1), console
         self.done = self.read = self.tokens = 0
-        """Bytes done; those of them done now, and not before an interruption; tokens."""
+        """Bytes done; bytes done since the start of this process; tokens."""
         self._start = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -43,7 +43,7 @@ class Meter:
             self.console.print(f"{self.title}: {self.status()}", soft_wrap=True)
 
     def advance(self, size: int, tokens: int = 0, *, before: bool = False) -> None:
-        """Count a task of `size` bytes; `before`: it was done before an interruption."""
+        """Count a task of `size` bytes. before: whether it was done before an interruption."""
         self.done += size
         self.tokens += tokens
         self.read += 0 if before else size

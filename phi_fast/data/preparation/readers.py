@@ -1,4 +1,4 @@
-"""Tasks read as documents."""
+"""Reads the documents of tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tasks import Task, open_dataset
 
 _SEPARATOR = re.compile(rb"\n?" + re.escape(END_OF_TEXT.encode()) + rb"\n?")
 _ROWS = 1024
-"""Rows of a table in memory at once."""
+"""Number of a table's rows in memory at once."""
 
 
 @dataclass
@@ -25,18 +25,18 @@ class Reader:
     text_field: str
     """JSONL, Parquet, datasets: the field that holds the text."""
     skip_malformed: bool = False
-    """Leave out what is not UTF-8, not JSON, or without a text; otherwise it is an error."""
+    """Leave out records that are not UTF-8, not JSON, or without a text; otherwise they are errors."""
     skipped: int = field(default=0, init=False)
-    """Records left out so far."""
+    """Number of records left out so far."""
 
     def documents(self, task: Task) -> Iterator[str]:
-        """The task's documents; those without any text are left out. Raises PrepareError naming a malformed record."""
+        """The task's documents, without empty ones. Raises PrepareError naming a malformed record."""
         records, parse = _READERS[task.kind]
         for place, record in records(task, self.text_field):
             try:
                 text = parse(record, self.text_field)
                 text.encode()  # JSON can escape half a surrogate pair
-            except (ValueError, TypeError, RecursionError) as error:  # the last: JSON nested without end
+            except (ValueError, TypeError, RecursionError) as error:  # RecursionError: deeply nested JSON
                 if not self.skip_malformed:
                     raise PrepareError(
                         f"{place}: {error}. Correct the file, or leave out what is malformed with --skip-malformed"
@@ -48,7 +48,7 @@ class Reader:
 
 
 def check_field(inputs: Iterable[Input], text_field: str) -> None:
-    """Check that tables have the text field, which can be told before any work. Raises PrepareError."""
+    """Check, before any work, that tables have the text field. Raises PrepareError."""
     for entry in inputs:
         if entry.kind == "parquet":
             import pyarrow.parquet
@@ -64,7 +64,7 @@ def check_field(inputs: Iterable[Input], text_field: str) -> None:
             continue
         if text_field not in names:
             raise PrepareError(
-                f"{entry.path} has no column {text_field!r}, but {', '.join(names)}: name the one with --text-field"
+                f"{entry.path} has no column {text_field!r}, but {', '.join(names)}: name one with --text-field"
             )
 
 
@@ -83,12 +83,12 @@ def _lines(task: Task, text_field: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _table(read: Callable[[Task, str], Iterator[tuple[str, object]]]) -> Callable[[Task, str], Iterator[Any]]:
-    """What a damaged table raises is told with its file's name."""
+    """Make a reader of tables report any exception of a damaged table as a PrepareError naming the file."""
 
     def named(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
         try:
             yield from read(task, text_field)
-        except Exception as error:  # whatever pyarrow and datasets make of it
+        except Exception as error:  # whatever pyarrow and datasets raise
             raise damaged(task.paths[0], error) from error
 
     return named
@@ -117,7 +117,7 @@ def _rows(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
 
 
 def _undecoded(column: Any) -> list[object]:
-    """A column's values, strings as bytes: one that is not UTF-8 is that record's fault, not the table's."""
+    """A column's values, strings as bytes: one that is not UTF-8 is an error in that record, not in the table."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):

@@ -1,7 +1,7 @@
-"""Inputs cut into tasks of about the same size, each read and encoded by one worker.
+"""Cuts inputs into tasks of about the same size; a worker reads and encodes each task.
 
-Tasks depend on the inputs and `unit_bytes` alone. What must be read in sequence (compressed files, long streams) is
-read and cut here by the parent; parsing is the workers' (`readers.py`).
+Tasks depend only on the inputs and `unit_bytes`. Inputs that must be read in sequence (compressed files, long streams)
+are read and cut here by the parent process; the workers parse them (`readers.py`).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from .containers import PrepareError, open_stream, read
 from .inputs import Input, Kind
 
 MAX_DOCUMENT_BYTES = 2**31
-"""The longest document in a stream of text or lines."""
+"""Maximum length of a document in a stream of text or lines."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some documents of the inputs."""
+    """A part of the inputs."""
 
     kind: Kind
     paths: tuple[Path, ...]
-    """Text without `data`: whole files. Otherwise the one file or dataset."""
+    """Text without `data`: complete files. Otherwise the one file or dataset."""
     size: int
-    """Bytes on disk that the task stands for: what progress counts."""
+    """Number of bytes on disk that the task covers, for the progress bar."""
     data: bytes | None = None
     """Text, lines: a part of the stream."""
     first: int = 0
     """Lines: the number of `data`'s first line. Parquet: the row group. Dataset: the first row."""
     last: int = 0
-    """Dataset: one past the last row."""
+    """Dataset: the row after the last."""
 
     def key(self, settings: bytes) -> bytes:
-        """32 bytes that tell this task's documents, encoded as `settings` says, from any others."""
+        """32 bytes that identify this task's documents, encoded with `settings`."""
         hashed = hashlib.blake2b(settings, digest_size=32)
         hashed.update(repr((self.kind, self.first, self.last)).encode())
         for path in self.paths:
@@ -53,7 +53,7 @@ class Task:
 
 
 def cut(inputs: list[Input], unit_bytes: int) -> Iterator[Task]:
-    """The inputs as tasks of about `unit_bytes` bytes of text each, in order.
+    """Cut the inputs into tasks of about `unit_bytes` bytes of text each, in order.
 
     Raises PrepareError for a damaged file and for a document longer than MAX_DOCUMENT_BYTES.
     """
@@ -79,12 +79,12 @@ def _whole_files(files: list[Input]) -> Task:
 
 @lru_cache(maxsize=4)
 def open_dataset(path: Path) -> Any:
-    """A dataset that Hugging Face `datasets` saved, memory-mapped. Raises PrepareError for one that cannot be read."""
+    """Open a dataset that Hugging Face `datasets` saved, memory-mapped. Raises PrepareError if it cannot be read."""
     import datasets
 
     try:
         return datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever json, pyarrow and datasets make of a damaged file
+    except Exception as error:  # whatever json, pyarrow and datasets raise for a damaged file
         raise PrepareError(
             f"{path} cannot be read as a dataset: {error}. Get it again, or save it with the `datasets` installed here"
         ) from error
@@ -96,7 +96,7 @@ def _cut_stream(entry: Input, unit_bytes: int) -> Iterator[Task]:
         stream = open_stream(raw, entry.path, entry.compression)
         pending, place, line = bytearray(), 0, 1
         while data := read(stream, unit_bytes, entry.path):
-            searched = max(0, len(pending) - len(END_OF_TEXT))  # what was there held no whole delimiter
+            searched = max(0, len(pending) - len(END_OF_TEXT))  # there is no complete delimiter before this
             pending += data
             end = find_end(pending, searched)
             if end > 0:
@@ -125,7 +125,7 @@ def _before_last_separator(data: bytearray, start: int) -> int:
 def _cut_row_groups(entry: Input, unit_bytes: int) -> Iterator[Task]:
     import pyarrow.parquet
 
-    with entry.path.open("rb") as file:  # a path that is not UTF-8 is not one for pyarrow
+    with entry.path.open("rb") as file:  # pyarrow does not accept a path that is not UTF-8
         groups = pyarrow.parquet.read_metadata(file).num_row_groups
     for group in range(groups):
         size = entry.size * (group + 1) // groups - entry.size * group // groups

@@ -1,9 +1,9 @@
-"""A unit: some documents encoded, and kept on disk in the order in which the corpus wants them.
+"""Units: encoded documents on disk, sorted in the order of the corpus.
 
-Every document has a 64-bit key: its top bit says whether it goes to validation, the others are its place in the
-shuffle. A unit's documents lie sorted by key, so the final corpus is a merge of units by ranges of keys (`merge.py`),
-in memory of one range. What a unit holds is a function of its documents, its number and the seed alone: not of who
-encoded it.
+Every document has a 64-bit key: the top bit is set for validation, the other bits are its place in the shuffle. A
+unit's documents are sorted by key, so the final corpus is a merge of the units by ranges of keys (`merge.py`), which
+needs memory for one range at a time. A unit's content depends only on its documents, its number and the seed, not on
+the worker that encoded it.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ VALIDATION_KEY = 1 << 63
 """The first key of a validation document."""
 
 LONG_DOCUMENT = 1 << 20
-"""Characters encoded in one call: the tokenizer's own memory is some 50 times that. Longer documents are cut at line
-breaks between words, where byte-level BPE starts a new word anyway."""
+"""Number of characters encoded in one call, for which the tokenizer needs some 50 times as much memory. Longer
+documents are cut at line breaks between words, where byte-level BPE starts a new word anyway."""
 
 _LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What makes tokens of documents, and says where each goes."""
+    """How documents are encoded, shuffled and split."""
 
     tokenizer: Tokenizer
     delimiter: int | None
     """Id written after every document; None for none."""
     dtype: np.dtype[Any]
     seed: int = 0
-    """Seed of the shuffle and of the validation split."""
+    """Random seed for the shuffle and the validation split."""
     validation: float = 0.0
     """Share of documents in the validation split, 0…1, by a hash of their text: equal documents stay together."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a unit's index ends with."""
+    """The end of a unit's index."""
 
     key: bytes
-    """`tasks.Task.key` of what it was made of: 32 bytes."""
+    """`tasks.Task.key` of its task: 32 bytes."""
     skipped: int
-    """Malformed records left out."""
+    """Number of malformed records left out."""
     least_hash: int
-    """The smallest of its documents' hashes, which decide on validation, and 2^64 - 1 where it has none."""
+    """The smallest of its documents' hashes, which choose validation documents; 2^64 - 1 if it has no documents."""
     tokens: int = 0
 
 
@@ -71,10 +71,10 @@ def encode_unit(
 ) -> Summary:
     """Encode the documents of unit `number` into `path`.tokens and `path`.index.
 
-    key: of the summary. skipped: returns the records left out, once all documents were read.
+    key: the summary's key. skipped: called after all documents were read; returns the number of records left out.
 
-    Special tokens' names in a document are encoded as the text they are: a delimiter in the corpus is always one that
-    stands between documents. The index is renamed into place last: a unit that has one is complete.
+    Names of special tokens in a document are encoded as ordinary text, so that a delimiter in the corpus is always
+    between documents. The index is renamed into place last: a unit that has one is complete.
     """
     encoding.tokenizer.encode_special_tokens = True
     encoded: list[_Array] = []
@@ -95,13 +95,13 @@ def encode_unit(
 
 
 class Unit:
-    """An encoded unit on disk. Nothing stays open between calls: a merge has thousands of units."""
+    """An encoded unit on disk. Files are closed after each call: a merge has thousands of units."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.path, self.dtype = path, dtype
 
     def range(self, start: int, stop: int) -> tuple[_Array, list[_Array]]:
-        """Documents with start <= key < stop: their keys (documents,), and the tokens of each."""
+        """Documents with start <= key < stop: their keys (documents,), and each document's tokens."""
         with self._open() as index:
             first, last = index.find([start, stop])
             keys, ends = index.keys(first, last), index.ends(first, last)
@@ -111,7 +111,7 @@ class Unit:
         return keys, np.split(tokens, ends.astype(np.int64) - begin)[:-1]
 
     def counts(self, bounds: Sequence[int]) -> tuple[_Array, _Array]:
-        """Documents and tokens below each key of `bounds`: two (len(bounds),) int64 arrays."""
+        """Number of documents and of tokens below each key in `bounds`: two (len(bounds),) int64 arrays."""
         with self._open() as index:
             documents = index.find(bounds)
             return np.array(documents, np.int64), np.array([index.end(count) for count in documents], np.int64)
@@ -123,7 +123,7 @@ class Unit:
 
 
 class _Index:
-    """A unit's index: the keys, the cumulative token counts, and the summary, read where they are asked for."""
+    """A unit's index: the keys, the cumulative token counts, and the summary, each read when needed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -138,11 +138,11 @@ class _Index:
         return self._numbers(self.documents + first, self.documents + last)
 
     def end(self, documents: int) -> int:
-        """Tokens of the first `documents` documents."""
+        """Number of tokens in the first `documents` documents."""
         return int(self.ends(documents - 1, documents)[0]) if documents else 0
 
     def find(self, bounds: Sequence[int]) -> list[int]:
-        """How many documents have a smaller key than each of `bounds`."""
+        """For each of `bounds`, the number of documents with a smaller key."""
         keys = self.keys(0, self.documents)
         return [len(keys) if key > 2**64 - 1 else int(np.searchsorted(keys, np.uint64(key))) for key in bounds]
 
@@ -155,11 +155,11 @@ class _Index:
 
 
 _TAIL = 7
-"""Numbers after the keys and ends: the task's key in four, records left out, the least hash, the documents."""
+"""Count of numbers after the keys and ends: the task's key (four), records left out, the least hash, documents."""
 
 
 def completed(path: Path, dtype: np.dtype[Any], key: bytes) -> Summary | None:
-    """The summary of a unit that was encoded to its end, of the task with this key; None where there is none."""
+    """The summary of a complete unit for the task with this key; None if there is no such unit."""
     stored = path.with_suffix(".tokens")
     try:
         with open_regular(path.with_suffix(".index")) as file:
@@ -171,7 +171,7 @@ def completed(path: Path, dtype: np.dtype[Any], key: bytes) -> Summary | None:
 
 
 def _encode(texts: list[str], encoding: Encoding) -> Iterator[_Array]:
-    """The tokens of each document, its delimiter included."""
+    """The tokens of each document, including its delimiter."""
     tokenizer = encoding.tokenizer
     tail = np.array([] if encoding.delimiter is None else [encoding.delimiter], encoding.dtype)
     short = [text for text in texts if len(text) <= LONG_DOCUMENT]
@@ -204,7 +204,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _hash(text: str, encoding: Encoding) -> int:
-    """64 bits that are equal for equal documents: those below the share asked for are validation."""
+    """A 64-bit hash, equal for equal documents. Documents with a hash below the share of validation belong to it."""
     hashed = hashlib.blake2b(
         text.encode("utf-8", "surrogatepass"), digest_size=8, salt=encoding.seed.to_bytes(8, "little")
     )

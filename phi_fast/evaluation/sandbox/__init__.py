@@ -1,7 +1,7 @@
-"""Run a program that a model wrote as if it were hostile: in its own processes, with limits on everything.
+"""Runs a program that a model wrote as if it were hostile: in its own processes, with limits on everything.
 
-The program gets its own process table, network (none), users, mounts and IPC (Linux namespaces): it sees a read-only
-Python and an empty temporary folder of bounded size, and nothing else. Where a system refuses namespaces nothing runs.
+Linux namespaces give the program its own process table, users, mounts and IPC, and no network. It sees a read-only
+Python and an empty temporary folder of limited size, and nothing else. On a system without namespaces no program runs.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from . import cgroup
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 STANDING = b"the sandbox stands\n"
-"""The launcher's first line, once the program runs: what goes wrong after it is the program's doing."""
-LAUNCHER_GRACE_SECONDS = 20.0  # beyond the program's wall time: the launcher's own start on a loaded machine
+"""The launcher writes this line once the program runs: any later failure was caused by the program."""
+LAUNCHER_GRACE_SECONDS = 20.0  # beyond the program's wall time: for the launcher's own start on a loaded machine
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself could not be set up: says nothing about the program."""
+    """The sandbox could not be set up, whatever the program."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resource limits of one program."""
 
     wall_seconds: float = 10.0
-    """Elapsed time, whatever the program does with it."""
+    """Elapsed time, whether or not the program uses the processor."""
     cpu_seconds: int = 10
     """Processor time of each process."""
     memory_mb: int = 1024
-    """Address space of each process, and memory of all of them together, MiB: as a control group counts it, with the
-    temporary folder and the kernel's buffers, where one can be had, else the resident memory of each process."""
+    """Address space of each process, and total memory of all processes, MiB. A control group counts the total, with the
+    temporary folder and kernel buffers; without one, the resident memory of the processes is added up."""
     disk_mb: int = 32
-    """The temporary folder and every file in it, MiB."""
+    """Size of the temporary folder, and of every file in it, MiB."""
     processes: int = 16
-    """Processes and threads at one time."""
+    """Maximum number of processes and threads at a time."""
     output_kb: int = 64
-    """Kept bytes of standard output and error together, KiB; more of it ends the program."""
+    """Standard output and error together, KiB; a program that writes more is ended."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a program."""
+    """Outcome of a program."""
 
     passed: bool
-    """The program ran to its last line, exited with 0, left no process behind and stayed within its limits."""
+    """Whether the program ran to its last line, exited with 0, left no process behind and stayed within its limits."""
     reason: str
     """"passed", or why not, e.g. "timeout", "exit code 1", "signal SIGXCPU", "left 1 process behind"."""
     output: str
@@ -68,20 +68,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate whose functions are called by tests in another process, which sees its results as plain data only.
+    """A candidate, and tests that call its functions from another process and see their results as plain data only.
 
-    Tests that need more than numbers, text, bytes, None, and lists, tuples, dicts, sets and iterators of them, such as
-    instances of the candidate's classes, cannot be written so: they run as one program with the candidate.
+    Plain data are numbers, text, bytes, None, and lists, tuples, dicts, sets and iterators of them. Tests that need
+    more, such as instances of the candidate's classes, must run as one program with the candidate.
     """
 
     source: str
-    """What the model wrote, with what it went on from."""
+    """The prompt and what the model wrote after it."""
     functions: tuple[str, ...]
-    """Names that the tests call."""
+    """Names of the functions that the tests call."""
     tests: str
-    """Source that raises where the candidate is wrong."""
+    """Source that raises an exception if the candidate is wrong."""
     given: str = ""
-    """Source that runs before the tests, beside them: imports, and helpers that are not the candidate's to change."""
+    """Source that runs in the tests' process before them: imports, and helpers that the candidate must not change."""
 
 
 Program = str | Judged
@@ -90,18 +90,18 @@ Program = str | Judged
 def run_program(program: Program, limits: Limits | None = None, *, control_group: bool = True) -> Result:
     """Run Python source text, or a candidate and its tests, in a sandbox and wait for it.
 
-    A program passes only if its last line was reached: `sys.exit(0)` or `os._exit(0)` before it is a failure. Source
-    text alone could forge that by walking interpreter frames, for it shares them with the code that proves it; a
+    A program passes only if its last line is reached: an earlier `sys.exit(0)` or `os._exit(0)` is a failure. Source
+    text could forge this through the interpreter's frames, which it shares with the code that reports the last line; a
     `Judged` candidate cannot.
 
-    control_group: False counts memory by thread even where a control group can be had.
+    control_group: False counts memory by thread even if a control group is available.
 
-    Raises SandboxError where the sandbox cannot be built, with what the system refused.
+    Raises SandboxError, naming what the system refused, if the sandbox cannot be built.
     """
     limits = limits or Limits()
     content: dict[str, Any] = {"source": program} if isinstance(program, str) else asdict(program)
     size = len(json.dumps(content))
-    if size > limits.disk_mb << 19:  # half of the folder that the program is written to
+    if size > limits.disk_mb << 19:  # half of the temporary folder, to which the program is written
         return Result(False, f"a program of {size >> 10:,} KiB", "", 0.0)
     settings = cgroup.settings(limits.memory_mb, limits.processes) if control_group else None
     try:
@@ -151,9 +151,9 @@ def run_programs(
     control_group: bool = True,
     done: Callable[[int, Result], None] = lambda index, result: None,
 ) -> list[Result]:
-    """`run_program` over a list, `workers` (default: half the processors) at a time; results in the list's order.
+    """Run a list of programs, `workers` (default: half the processors) at a time; results are in the list's order.
 
-    done: called from the working threads with each result as it comes, so that it can be kept.
+    done: called from the worker threads with the index and the result of each program as it ends.
     """
     workers = workers or max(1, (os.cpu_count() or 2) // 2)
 
@@ -168,9 +168,9 @@ def run_programs(
 
 @functools.cache
 def check() -> str:
-    """Build the sandbox once, on `pass`, and return who counts the memory of a program in it, as a phrase.
+    """Run `pass` in the sandbox once, and return a phrase that says how a program's memory is counted.
 
-    Raises SandboxError, with the way out, where this system cannot build the sandbox.
+    Raises SandboxError, with the way out, if this system cannot build the sandbox.
     """
     try:
         result = run_program("pass")
@@ -192,7 +192,7 @@ def check() -> str:
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    """End the launcher and its process group; a pid namespace dies with its first process."""
+    """Kill the launcher and its process group; the kernel ends a pid namespace with its first process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

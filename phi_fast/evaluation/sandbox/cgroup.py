@@ -1,9 +1,9 @@
-"""Control groups: the kernel counts and bounds the memory and processes of one hostile program as a whole.
+"""Control groups: the kernel counts and limits the total memory and number of processes of one hostile program.
 
-See cgroups(7). In version 1 a group is made below the one that this process is in. In version 2 a group with processes
-of its own may have no children with a memory limit, unless it is the root: there the next ancestor takes its place that
-hands the memory controller on, provided that nothing in between sets a limit, which the program would leave. No process
-is moved but the program. Standard library only.
+See cgroups(7). In version 1 the program's group is made below the group of this process. In version 2 a group that has
+processes cannot have children with a memory limit, unless it is the root. There the program's group is made below the
+nearest ancestor that passes the memory controller on, provided that no group in between sets a limit, since the program
+would escape it. Only the program is moved to another group. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ PREFIX = "phi-fast-sandbox-"
 REMOVAL_SECONDS = 5.0
 MEMORY_LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}
 EVENTS = {1: "memory.oom_control", 2: "memory.events"}
-"""Files with a line "oom_kill N": how many of a group's processes the kernel has killed for its memory limit."""
+"""Files with a line "oom_kill N": the number of processes that the kernel killed for the group's memory limit."""
 
 
 class Group:
-    """One program's control group: a directory in each hierarchy that takes part. `remove` kills whatever is in it.
+    """One program's control group: a directory in each hierarchy. `remove` kills every process in it.
 
-    A lock on each directory is held until then. The kernel releases it if this process dies; the next one to start
-    finds the directory without an owner and removes it.
+    Each directory is locked until then. If this process dies, the kernel releases the lock, and the next process that
+    makes a group removes the directory.
     """
 
     def __init__(self, settings: dict[Path, dict[str, str]]) -> None:
-        """settings: for each directory that gets a child, the child's files and what is written to them. The first
-        is required; others are left out where the kernel does not have them. Raises OSError."""
+        """settings: for each parent directory, the files of the new group and their contents. The first file is
+        required; others are skipped if the kernel does not have them. Raises OSError."""
         self.folders: list[Path] = []
         self._locks: list[int] = []
         try:
@@ -59,8 +59,8 @@ class Group:
                 return folder
 
     def remove(self) -> None:
-        """Kill what is left in the group and remove its directories. What the kernel cannot end is left to the next
-        start."""
+        """Kill the group's processes and remove its directories. A directory that cannot be removed in time is left to
+        `remove_leftovers`."""
         for folder in self.folders:
             remove(folder)
         for lock in self._locks:
@@ -69,7 +69,7 @@ class Group:
 
 
 def claim(folder: Path) -> int | None:
-    """A descriptor that locks a group's directory; None where another process holds it or has removed it."""
+    """Lock a group's directory and return the descriptor; None if another process has locked or removed it."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -85,8 +85,8 @@ def claim(folder: Path) -> int | None:
 
 
 def remove(folder: Path) -> None:
-    """End a group's processes and its directory. Version 1 has no way to kill a group at once: there the end of the
-    program's process table, which comes with its supervisor's, is waited for."""
+    """Kill a group's processes and remove its directory. Version 1 cannot kill a group; there this waits until the
+    program's processes have ended, which the kernel kills with their supervisor."""
     deadline = time.monotonic() + REMOVAL_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the groups of processes that died before they could."""
+    """Remove the groups that earlier processes left behind when they died."""
     for folder in parent.glob(f"{PREFIX}*"):
         lock = claim(folder)
         if lock is not None:
@@ -108,7 +108,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def settings(memory_mb: int, processes: int) -> dict[Path, dict[str, str]] | None:
-    """What `Group` needs for these limits; None where no control group for memory can be had."""
+    """The argument of `Group` for these limits; None if no control group for memory is available."""
     found = places()
     if found is None:
         return None
@@ -123,8 +123,8 @@ def settings(memory_mb: int, processes: int) -> dict[Path, dict[str, str]] | Non
 
 @functools.cache
 def places() -> tuple[int, Path, Path | None] | None:
-    """The version, and the directories in which groups for memory and for processes can be made, tried out with a
-    process that waits; None where the system has no such place, or does not let this user have one."""
+    """The version, and the directories in which groups for memory and for processes can be made (tested with a waiting
+    process); None if there is no such directory, or this user may not use it."""
     own = own_directories(Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text())
     if "memory" in own:
         version, candidates = 1, iter([own["memory"][0]])
@@ -144,9 +144,9 @@ def places() -> tuple[int, Path, Path | None] | None:
 
 
 def own_directories(cgroup: str, mountinfo: str) -> dict[str, tuple[Path, Path]]:
-    """This process's directory and that of the hierarchy's top, for each controller of version 1, and "" for version 2.
+    """For each controller of version 1, and "" for version 2: this process's directory, and the hierarchy's top.
 
-    cgroup, mountinfo: the texts of the files in /proc/self.
+    cgroup, mountinfo: the contents of these files in /proc/self.
     """
     paths: dict[str, str] = {}
     for line in cgroup.splitlines():
@@ -166,9 +166,9 @@ def own_directories(cgroup: str, mountinfo: str) -> dict[str, tuple[Path, Path]]
 
 
 def places_2(own: Path, top: Path) -> Iterator[Path]:
-    """Directories of version 2 that pass the memory controller on to their children, this process's first, then upwards
-    as long as nothing that is left behind sets a limit."""
-    if not (own / "cgroup.type").exists():  # only the root has no type, and both processes and children
+    """Directories of version 2 that pass the memory controller on to their children: this process's own, then its
+    ancestors, up to the first group that sets a limit."""
+    if not (own / "cgroup.type").exists():  # the root: it alone has no type, and may have both processes and children
         with contextlib.suppress(OSError):
             (own / "cgroup.subtree_control").write_text("+memory +pids")
     for folder in (own, *own.parents):
@@ -181,7 +181,7 @@ def places_2(own: Path, top: Path) -> Iterator[Path]:
 
 
 def tried(parent: Path, name: str, value: str) -> bool:
-    """Whether a group can be made in `parent`, limited by writing `value` to its file `name`, and entered."""
+    """Test whether a group can be made in `parent`, limited by writing `value` to its file `name`, and entered."""
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
     group = None
     try:

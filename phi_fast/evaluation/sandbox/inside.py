@@ -1,8 +1,8 @@
-"""What runs inside the sandbox, as the text of `python -c`: a program, or a candidate and the tests that judge it.
+"""Runs inside the sandbox, as the text of `python -c`: a program, or a candidate and the tests that judge it.
 
 A candidate's code runs in a process of its own. The tests run in another, where each of the candidate's functions is
 a stand-in that sends the arguments over a pipe and receives the result as plain data: numbers, text, bytes, None, and
-lists, tuples, dicts, sets and iterators of them. So no object whose `__eq__` says yes to everything meets an assertion,
+lists, tuples, dicts, sets and iterators of them. So the tests never compare an object whose `__eq__` is always true,
 and no frame of the candidate's process leads to the token that proves a pass. Standard library only.
 """
 
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-TOKEN_IN, TOKEN_OUT = 3, 4  # file descriptors that the supervisor gives
+TOKEN_IN, TOKEN_OUT = 3, 4  # file descriptors from the supervisor
 SEQUENCES: dict[type, Callable[[Any], Iterator[Any]]] = {
     list: list.__iter__,
     tuple: tuple.__iter__,
@@ -48,11 +48,11 @@ def read_token() -> bytes:
 
 
 class CandidateError(Exception):
-    """The candidate raised what is no built-in exception, or returned what is not plain data."""
+    """The candidate raised an exception that is not built in, or its process has ended."""
 
 
 class Candidate:
-    """The candidate's process, and calls into it."""
+    """Starts the candidate's process and calls its functions."""
 
     def __init__(self, source: str) -> None:
         requests, requests_end = os.pipe()
@@ -69,7 +69,7 @@ class Candidate:
         os.close(requests)
         os.close(answers_end)
         self.requests, self.answers = os.fdopen(requests_end, "wb"), os.fdopen(answers, "rb")
-        self.result()  # its source has run
+        self.result()  # waits until its source has run
 
     def function(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
@@ -97,7 +97,7 @@ class Candidate:
 
 
 def serve(source: str, requests: BinaryIO, answers: BinaryIO) -> None:
-    """Run, in the candidate's process, its source, then answer calls until there are no more."""
+    """Run the source in the candidate's process, then answer calls until the pipe is closed."""
     scope: dict[str, Any] = {"__name__": "__main__"}
 
     def answer(action: Callable[[], Any]) -> None:
@@ -125,7 +125,9 @@ def send(pipe: BinaryIO, message: Any) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """JSON for plain data, read by the built-in types' own methods, whatever a subclass overrides. Raises TypeError."""
+    """Convert plain data to JSON values, with the built-in types' own methods: a subclass may override them.
+
+    Raises TypeError for a value that is not plain data."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
@@ -155,7 +157,7 @@ def type_of(value: Any, kinds: tuple[type, ...]) -> str:
 
 
 def from_plain(value: Any) -> Any:
-    """What `to_plain` was given, in the built-in types."""
+    """Invert `to_plain`; every result has a built-in type."""
     if not isinstance(value, dict):
         return value
     [(kind, content)] = value.items()

@@ -1,8 +1,8 @@
 """The supervisor of one hostile program: builds the sandbox, starts the program, watches it, reports, kills.
 
-Run as a script by `run_program` (standard library only). Its specification is JSON on standard input; on standard
-output it writes a line once the program runs, then its report as JSON. The supervisor is process 1 of the program's
-process table: the program cannot signal it, and the kernel kills whatever is left when it exits.
+`run_program` runs it as a script (standard library only). It reads its specification as JSON from standard input. To
+standard output it writes a line once the program runs, then its report as JSON. The supervisor is process 1 of the
+program's process table: the program cannot signal it, and the kernel kills all other processes when it exits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # -I leaves the script's folder out
+sys.path.insert(0, str(Path(__file__).parent))  # python -I does not add the script's folder
 import cgroup
 import namespaces
 import seccomp
@@ -28,7 +28,7 @@ POLL_SECONDS = 0.02
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
 STANDING = "the sandbox stands"
-"""The line before the report, once the program runs: what goes wrong after it is the program's doing."""
+"""Written once the program runs: any later failure was caused by the program."""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         die_with_parent()
         proc = namespaces.enter_root(spec["folder"], spec["prefix"], spec["limits"]["disk_mb"])
         os.chdir("/tmp")
-        # Without root the program has this process's user: it must not read its memory or take its descriptors.
+        # Without root the program runs as this process's user: it must not read its memory or copy its descriptors.
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         report = Supervisor(spec, proc, group).run()
     except Exception as error:
@@ -58,7 +58,7 @@ def die_with_parent() -> None:
 
 
 class ControlGroup:
-    """The program's control groups, by descriptors from before the sandbox's root, in which there are none to see."""
+    """The program's control groups, as descriptors opened before the root is swapped: the sandbox cannot see them."""
 
     def __init__(self, folders: list[str]) -> None:
         self.entries = [os.open(f"{folder}/cgroup.procs", os.O_WRONLY) for folder in folders]
@@ -66,18 +66,18 @@ class ControlGroup:
         self.events = [os.open(file, os.O_RDONLY) for file in files if Path(file).exists()]
 
     def enter(self) -> None:
-        """Put the calling process into them, and all that it starts."""
+        """Move the calling process into the groups, and with it all processes that it will start."""
         for entry in self.entries:
             os.write(entry, b"0")
 
     def full(self) -> bool:
-        """Whether the kernel has killed one of its processes for the memory of all."""
+        """Whether the kernel has killed a process because of the group's memory limit."""
         lines = [line for file in self.events for line in os.pread(file, 4096, 0).splitlines()]
         return any(line.startswith(b"oom_kill ") and line != b"oom_kill 0" for line in lines)
 
 
 class Supervisor:
-    """One program: `run` starts it and returns the report."""
+    """Supervises one program: `run` starts it and returns the report."""
 
     def __init__(self, spec: dict, proc: int, group: ControlGroup) -> None:
         self.spec, self.limits, self.proc, self.group = spec, spec["limits"], proc, group
@@ -97,7 +97,7 @@ class Supervisor:
         return {"passed": reason == "passed", "reason": reason, "output": text, "seconds": time.monotonic() - start}
 
     def start(self) -> tuple[int, int]:
-        """Fork the program. Returns the reading ends of its output and of its proof."""
+        """Fork the program. Returns the read ends of its output and of its proof."""
         token_in, token_write = os.pipe()
         proof, token_out = os.pipe()
         output, output_write = os.pipe()
@@ -123,13 +123,13 @@ class Supervisor:
             os.close(end)
         if message := os.read(failure, 4096):
             raise RuntimeError(
-                f"the program could not be started: {message.decode()} (as root it runs as a user that owns nothing, "
-                "to whom the interpreter must be readable)"
+                f"the program could not be started: {message.decode()} (root runs it as a user that owns nothing, "
+                "which must be able to read the interpreter)"
             )
         return output, proof
 
     def confine(self) -> None:
-        """Confine the child: its own group, limits, an unprivileged user, the call filter."""
+        """Confine the child: its own session, limits, an unprivileged user, the system-call filter."""
         os.setsid()
         limits = self.limits
         mebibyte = 1 << 20
@@ -149,13 +149,13 @@ class Supervisor:
         seccomp.install()
 
     def watch(self, start: float, output: int) -> str:
-        """Wait for the end, or a broken limit. Returns "passed" for exit code 0, else what happened."""
+        """Wait until the program ends or exceeds a limit. Returns "passed" for exit code 0, else what happened."""
         kept = self.limits["output_kb"] * 1024
         poll = select.poll()
         poll.register(output, select.POLLIN)
         while True:
             if poll.poll(POLL_SECONDS * 1000) and not self.read(output, kept):
-                poll.unregister(output)  # closed by every process: poll would return at once from here on
+                poll.unregister(output)  # every process has closed it: poll would return at once from now on
                 time.sleep(POLL_SECONDS / 10)
             if len(self.output) > kept:
                 del self.output[kept:]
@@ -171,7 +171,7 @@ class Supervisor:
                 return "timeout"
 
     def memory(self) -> str:
-        """What is wrong with the memory of all processes; "" while they stay within their limit."""
+        """How the processes exceed the memory limit; "" while they stay within it."""
         limit = self.limits["memory_mb"]
         if self.group.events:
             return f"more than {limit} MiB of memory in all its processes" if self.group.full() else ""
@@ -184,7 +184,7 @@ class Supervisor:
         return bool(chunk)
 
     def reap(self) -> int | None:
-        """Collect ended processes (orphans come to process 1); the program's own wait status, once it has ended."""
+        """Collect ended processes, orphans included. Returns the program's own wait status once it has ended."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -205,14 +205,14 @@ class Supervisor:
         return "passed"
 
     def members(self) -> list[tuple[int, int]]:
-        """(pid, resident bytes) of the sandbox's live processes, without this one."""
+        """(pid, resident bytes) of the sandbox's live processes, except this one."""
         pids = [int(name) for name in self.list_proc(".") if name.isdigit() and name != "1"]
         resident = {pid: self.resident(pid) for pid in pids}
         return [(pid, size) for pid, size in resident.items() if size is not None]
 
     def resident(self, pid: int) -> int | None:
-        """Bytes of a process, None where none of its threads lives. A process whose first thread has ended looks like
-        a zombie without memory; its other threads hold the memory still, and only their own entries show it."""
+        """Resident bytes of a process, None if none of its threads is alive. A process whose first thread has ended
+        looks like a zombie without memory, but its other threads still hold the memory; only their entries show it."""
         for thread in self.list_proc(f"{pid}/task"):
             try:
                 fields = self.read_proc(f"{pid}/task/{thread}/stat").rpartition(")")[2].split()  # state, parent, ...
@@ -239,7 +239,7 @@ class Supervisor:
             return file.read()
 
     def kill(self) -> None:
-        """End whatever is left, so that it is not left to the kernel's emptying of the process table."""
+        """Kill the remaining processes and wait for them, before the kernel kills them at the supervisor's exit."""
         for _ in range(100):
             pids = [pid for pid, _ in self.members()]
             for pid in pids:

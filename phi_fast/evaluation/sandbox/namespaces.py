@@ -1,6 +1,6 @@
 """Linux namespaces for the sandbox, by direct system calls: users, processes, mounts, network, IPC, host name.
 
-Standard library only: imported by launcher.py, which runs without this package. See namespaces(7), pivot_root(2).
+Standard library only: launcher.py imports it and runs without this package. See namespaces(7), pivot_root(2).
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
@@ -29,8 +21,8 @@ MOUNT_SETATTR = 442
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store")
-DEVICES = ("/dev/null", "/dev/urandom", "/dev/random")  # a shared map of /dev/zero is memory that nobody counts
-FIRST_UID, UIDS = 61184, 4336  # the range that systemd keeps for short-lived users; fits 16-bit uid maps
+DEVICES = ("/dev/null", "/dev/urandom", "/dev/random")  # no /dev/zero: no limit counts the memory of its shared maps
+FIRST_UID, UIDS = 61184, 4336  # systemd's range for dynamic users; fits 16-bit uid maps
 
 
 def libc() -> ctypes.CDLL:
@@ -44,9 +36,9 @@ def check(result: int, what: str) -> None:
 
 
 def unshare() -> None:
-    """Leave every shared namespace; the next fork is process 1. Only root can do so without a user namespace."""
+    """Enter new namespaces; the next child is process 1. Without root this needs a user namespace as well."""
     if platform.machine() not in PIVOT_ROOT:
-        raise OSError(f"namespaces are set up on {' and '.join(PIVOT_ROOT)} only, not on {platform.machine()}")
+        raise OSError(f"the sandbox supports {' and '.join(PIVOT_ROOT)} only, not {platform.machine()}")
     flags = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     uid, gid = os.getuid(), os.getgid()
     if uid == 0:
@@ -59,7 +51,7 @@ def unshare() -> None:
 
 
 def become_nobody() -> None:
-    """Root: turn into a user that owns nothing, another one for (nearly) every sandbox. The exec drops capabilities."""
+    """Switch from root to a random user id that owns nothing. The following exec drops the capabilities."""
     uid = FIRST_UID + int.from_bytes(os.urandom(4), "little") % UIDS
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -67,9 +59,9 @@ def become_nobody() -> None:
 
 
 def enter_root(folder: str, prefix: str, disk_mb: int) -> int:
-    """Swap the root for a read-only one with Python, /tmp (`disk_mb` MiB) and three devices.
+    """Replace the root by a read-only one with Python, /tmp (`disk_mb` MiB) and three devices.
 
-    Returns a descriptor of the new process table's /proc, which is mounted nowhere: the program does not see it.
+    Returns a descriptor of the new process table's /proc, which is unmounted again: the program does not see it.
     """
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
@@ -95,7 +87,7 @@ def enter_root(folder: str, prefix: str, disk_mb: int) -> int:
 
 
 def show_read_only(source: str, folder: str) -> None:
-    """Make a folder of the machine visible at the same path under `folder`; a link stays a link."""
+    """Mount a folder of the machine read-only at the same path under `folder`; a link stays a link."""
     target = inside(folder, source)
     if not os.path.lexists(source) or os.path.lexists(target):
         return

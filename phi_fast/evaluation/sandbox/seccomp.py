@@ -1,4 +1,4 @@
-"""A system-call filter (classic BPF, seccomp(2)) for a hostile program: everything but what it could climb out with."""
+"""A system-call filter (classic BPF, seccomp(2)) for a hostile program: denies the calls that help it to escape."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import struct
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 LOAD, JUMP_EQUAL, JUMP_GREATER_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENT_0_OFFSET, ARGUMENT_3_OFFSET = (
-    0,
-    4,
-    16,
-    40,
-)  # struct seccomp_data, little endian
+# Offsets in struct seccomp_data, little endian.
+NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENT_0_OFFSET, ARGUMENT_3_OFFSET = 0, 4, 16, 40
 CLONE_NEWUSER = 0x10000000
 AF_UNIX = 1
 MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
@@ -41,7 +37,7 @@ DENIED = {
     "io_uring_setup": (425, 425),
     "add_key": (248, 217),
     "keyctl": (250, 219),
-    # memory that belongs to no process, and so to no limit
+    # memory that belongs to no process, so that no limit counts it
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -52,14 +48,14 @@ DENIED = {
     "inotify_init": (253, None),
     "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),
-    "socket": (41, 198),  # pairs remain: what a socket with an address holds outlives those who sent it
-    "setsockopt": (54, 208),  # larger buffers
-    # a candidate and the tests that judge it share a user: neither reaches into the other, or into the supervisor
+    "socket": (41, 198),  # socketpair stays: data in a socket with an address outlives the sender
+    "setsockopt": (54, 208),  # it could make buffers larger
+    # a candidate and its tests run as the same user: neither may access the other or the supervisor
     "pidfd_open": (434, 434),
     "pidfd_getfd": (438, 438),
     "process_madvise": (440, 440),
     "kcmp": (312, 272),
-    # descriptors in flight keep sockets and their buffers alive beyond any limit on open files
+    # descriptors sent over sockets keep sockets and their buffers alive beyond the limit on open files
     "sendmsg": (46, 211),
     "sendmmsg": (307, 269),
     "kill": (62, 129),
@@ -73,7 +69,7 @@ CLONE, CLONE3, SOCKETPAIR, PRLIMIT, MMAP = (56, 220), (435, 435), (53, 199), (30
 
 
 def filter_program() -> bytes:
-    """The BPF instructions: denied calls fail with EPERM; clone3 with ENOSYS, so that libc falls back to clone."""
+    """The BPF instructions. Denied calls fail with EPERM; clone3 with ENOSYS, so that libc falls back to clone."""
     column, architecture = ARCHITECTURES[platform.machine()]
     program = [
         (LOAD, 0, 0, ARCHITECTURE_OFFSET),
@@ -89,7 +85,7 @@ def filter_program() -> bytes:
     program += [
         (JUMP_EQUAL, 0, 1, CLONE3[column]),
         (RETURN, 0, 0, RET_ERRNO | errno.ENOSYS),
-        # clone: not into a new user namespace, where it would hold every capability
+        # clone: not into a new user namespace, where the process would have every capability
         (JUMP_EQUAL, 0, 4, CLONE[column]),
         (LOAD, 0, 0, ARGUMENT_0_OFFSET),
         (JUMP_SET, 0, 1, CLONE_NEWUSER),
@@ -101,7 +97,7 @@ def filter_program() -> bytes:
         (JUMP_EQUAL, 1, 0, 0),
         (RETURN, 0, 0, RET_ERRNO | errno.EPERM),
         (RETURN, 0, 0, RET_ALLOW),
-        # mmap: no memory that is shared and of no file, which stays when no process maps it any more
+        # mmap: no shared memory without a file
         (JUMP_EQUAL, 0, 5, MMAP[column]),
         (LOAD, 0, 0, ARGUMENT_3_OFFSET),
         (JUMP_SET, 0, 2, MAP_SHARED),
@@ -119,7 +115,7 @@ def filter_program() -> bytes:
 
 
 def install() -> None:
-    """Bind this process and all that it starts to the filter, for good. Raises OSError where the kernel refuses."""
+    """Install the filter for this process and all that it starts, irrevocably. Raises OSError if the kernel refuses."""
     code = filter_program()
     libc = ctypes.CDLL(None, use_errno=True)
 
