@@ -89,7 +89,8 @@ def _describe(name: str, target: str, precision: str, options: AttentionOptions,
     least, most = band(sequence, keys, causal, window)
     whole = most >= keys - 1 or (causal and most == 0)  # what the flag CAUSAL, or none, says too
     banded = keys != sequence or least > 1 - sequence or not whole
-    chosen = tile(name, target, head_dim, q.element_size(), cos is not None)
+    kind = {"rotary": cos is not None, "documents": cu_seqlens is not None}
+    chosen = tile(name, target, head_dim, q.element_size(), **kind)
     programs, block = (batch * key_heads, chosen.n) if name == "dkv" else (batch * heads, chosen.m)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     arguments = {

@@ -48,20 +48,29 @@ _HALF_PRECISION = {
     ("dq", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     ("dq", 128, True): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     ("dkv", 64, False): ((32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
-    ("dkv", 64, True): ((32, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
+    ("dkv", 64, True): ((32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
     ("dkv", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
-    ("dkv", 128, True): ((32, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+    ("dkv", 128, True): ((32, 32, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+}
+
+# With documents each program searches them, and beside the rotation each thread, for the place of every key.
+_DOCUMENTS = {
+    # (kernel, head_dim, rotary inside, architecture): a tile in the place of the one above
+    ("dq", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("dkv", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("dkv", 128, False, "sm_90"): (32, 64, 8, 2),
 }
 
 # fp32 operands take twice the room, and without TF32 the products run on the ordinary units from registers.
 _SINGLE_PRECISION = {64: (32, 32, 4, 2), 128: (16, 16, 4, 1)}
 
 
-def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: bool) -> Tile:
+def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, *, rotary: bool, documents: bool) -> Tile:
     """The tile of `kernel` ("forward", "dq" or "dkv") for elements of `itemsize` bytes."""
     if itemsize == 4:
         return Tile(*_SINGLE_PRECISION[head_dim])
-    return Tile(*_HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)])
+    usual = _HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)]
+    return Tile(*(_DOCUMENTS.get((kernel, head_dim, rotary, architecture), usual) if documents else usual))
 
 
 def architecture(device: torch.device) -> str:

@@ -41,7 +41,7 @@ def test_specimens_are_launched_with_the_tiles_of_their_architecture(architectur
         for specimen in specimens(architecture, torch.bfloat16)
         if specimen.name == "attention.dkv" and "head_dim 128" in specimen.note
     ]
-    expected = tiles.tile("dkv", architecture, 128, 2, False)
+    expected = tiles.tile("dkv", architecture, 128, 2, rotary=False, documents=False)
     actual = (launch.constants["M"], launch.constants["N"], launch.num_warps, launch.num_stages)
     assert actual == tuple(expected)
     assert launch.constants["GROUP"] == 4 and launch.arguments["dk_pointer"].shape == (2, 2048, 4, 128)
