@@ -264,7 +264,8 @@ def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
         options = AdamOptions(_empty(), lr, (0.9, 0.999), 1e-8, 0.1, decoupled, decoupled, scalar, scalar, scalar)
         weights, state = [_empty(2**20 + 5, dtype=dtype)], [_empty(2**20 + 5)]  # 5: a narrow launch beside the wide one
         note = f"{_words(dtype)}{', fp32 master' * master}{', L2 penalty' * (not decoupled)}{', scalars' * tensors}"
-        step = functools.partial(adam.step_, weights, weights, state, state, state if master else None, options)
+        lists = AdamLists(weights, weights, state, state, state if master else None)
+        step = functools.partial(adam.step_, lists, options)
         norm = functools.partial(adam.grad_norm_squared, weights)
         yield from _recorded(architecture, note, ("adam.step", step), ("adam.norm", norm))
     for dtype, form, with_bias, n in itertools.product(_DTYPES, ("tanh", "none"), (False, True), (320, 4096)):
