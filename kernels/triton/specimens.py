@@ -48,7 +48,7 @@ def specimens(architecture: str, dtype: torch.dtype) -> list[Specimen]:
         *_attention_specimens(architecture, dtype, ", rotary inside", rotary_dim=32),
         *_attention_specimens(architecture, dtype, ", documents", batch=1, documents=8),
         *_attention_specimens(
-            architecture, dtype, ", head_dim 128, 4 queries a key", heads=16, key_heads=4, head_dim=128
+            architecture, dtype, ", head_dim 128, 4 queries per key", heads=16, key_heads=4, head_dim=128
         ),
         *_bias_gelu_specimens(architecture, dtype),
         *_layer_norm_specimens(architecture, dtype),
@@ -208,6 +208,7 @@ def _rotary_specimens(
         yield Specimen(f"rotary.{name}", launch, moved, moved, note)
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MASKS: dict[str, dict[str, Any]] = {
     "": {},
     ", not causal": {"causal": False},
@@ -216,35 +217,24 @@ _MASKS: dict[str, dict[str, Any]] = {
 
 
 def _attention_variants(architecture: str) -> Iterator[Specimen]:
-    """fp16: all masks × documents × rotations × groups; bf16 and fp32: all that changes their code otherwise."""
+    """fp16: all masks × documents × rotations, and groups where a kernel loops over them; bf16 and fp32: every mask,
+    with all else and without."""
     choices = itertools.product(_DTYPES, (64, 128), _MASKS, (0, 8), (0, 32), (1, 4))
     for dtype, head_dim, mask, documents, rotary_dim, group in choices:
-        if dtype != torch.float16 and (group == 1) == bool(rotary_dim):
-            continue  # grouped queries with the rotation, and neither with the other
-        if dtype == torch.float32 and bool(documents) != bool(rotary_dim):
+        if dtype != torch.float16 and len({bool(documents), bool(rotary_dim), group > 1}) > 1:
             continue
         heads = 2048 // head_dim
-        yield from _attention_specimens(
-            architecture,
-            dtype,
-            f"{mask}{', documents' * bool(documents)}{', rotary inside' * bool(rotary_dim)}"
-            f"{f', {group} queries per key' * (group > 1)}",
-            batch=1,
-            heads=heads,
-            key_heads=heads // group,
-            head_dim=head_dim,
-            rotary_dim=rotary_dim,
-            documents=documents,
-            **_MASKS[mask],
-        )
+        words = f"{', documents' * bool(documents)}{', rotary inside' * bool(rotary_dim)}"
+        words += f", {group} queries per key" * (group > 1)
+        options: dict[str, Any] = {"rotary_dim": rotary_dim, "documents": documents, **_MASKS[mask]}
+        options |= {"batch": 1, "heads": heads, "key_heads": heads // group, "head_dim": head_dim}
+        found = _attention_specimens(architecture, dtype, mask + words, **options)
+        yield from (x for x in found if group == 1 or x.name == "attention.dkv" or dtype != torch.float16)
     for head_dim in (64, 128):
         shape: dict[str, Any] = {"heads": 2048 // head_dim, "head_dim": head_dim, "rotary_dim": head_dim}
         for note, more in (("", {}), (", documents", {"documents": 8}), (", 4096 keys", {"keys": 4096})):
             whole = f", {head_dim} dims rotated inside{note}"
             yield from _attention_specimens(architecture, torch.float16, whole, batch=1, **(shape | more))
-
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _recorded(architecture: str, note: str, *calls: tuple[str, Callable[[], Any]]) -> Iterator[Specimen]:
@@ -258,12 +248,11 @@ def _recorded(architecture: str, note: str, *calls: tuple[str, Callable[[], Any]
 
 def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
     """Adam, GELU and the rotation."""
-    for dtype, master, decoupled, tensors in itertools.product(_DTYPES, (False, True), (False, True), (False, True)):
-        scalar = _empty() if tensors else None
-        lr = _empty() if tensors else 1e-3
+    for dtype, master, tensors in itertools.product(_DTYPES, (False, True), (False, True)):
+        scalar, lr, decoupled = (_empty(), _empty(), True) if tensors else (None, 1e-3, False)
         options = AdamOptions(_empty(), lr, (0.9, 0.999), 1e-8, 0.1, decoupled, decoupled, scalar, scalar, scalar)
-        weights, state = [_empty(2**20 + 5, dtype=dtype)], [_empty(2**20 + 5)]  # 5: a narrow launch beside the wide one
-        note = f"{_words(dtype)}{', fp32 master' * master}{', L2 penalty' * (not decoupled)}{', scalars' * tensors}"
+        weights, state = [_empty(2**20, dtype=dtype)], [_empty(2**20)]
+        note = f"{_words(dtype)}{', fp32 master' * master}, {'scalars on the device' if tensors else 'L2 penalty'}"
         lists = AdamLists(weights, weights, state, state, state if master else None)
         step = functools.partial(adam.step_, lists, options)
         norm = functools.partial(adam.grad_norm_squared, weights)
@@ -284,7 +273,7 @@ def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
 
 def _row_variants(architecture: str) -> Iterator[Specimen]:
     """LayerNorm and cross entropy."""
-    for dtype, d, residual in itertools.product(_DTYPES, (768, 2048, 8192, 32768), (False, True)):
+    for dtype, d, residual in itertools.product(_DTYPES, (768, 2048, 8192), (False, True)):
         x, vector, row = _empty(TOKENS, d, dtype=dtype), _empty(d, dtype=dtype), _empty(TOKENS)
         stream = ResidualStream(residual=x, shift=vector, shifted=x) if residual else ResidualStream()
         note = f"({TOKENS}, {d}) {_words(dtype)}{', residual' * residual}"
