@@ -4,7 +4,7 @@ Bytes: forward, q, k, v and out once per pass, and k and v again for every block
 backward, dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
 
 Rotating inside saves the pass of 4d bytes per token each way, and costs registers and arithmetic: every block of rows
-rotates the keys again. Compiled for sm_90 it takes the forward from 124 to 231 registers per thread. Which is faster on
+rotates the keys again. Compiled for sm_90 it takes the forward from 124 to 177 registers per thread. Which is faster on
 a GPU was not measured; `fuse_rotary` chooses.
 """
 
@@ -89,7 +89,7 @@ def _describe(name: str, target: str, precision: str, options: AttentionOptions,
     least, most = band(sequence, keys, causal, window)
     whole = most >= keys - 1 or (causal and most == 0)  # what the flag CAUSAL, or none, says too
     banded = keys != sequence or least > 1 - sequence or not whole
-    chosen = tile(name, target, head_dim, q.element_size(), cos is not None)
+    chosen = tile(name, target, head_dim, q.element_size(), cos is not None, cu_seqlens is not None)
     programs, block = (batch * key_heads, chosen.n) if name == "dkv" else (batch * heads, chosen.m)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     arguments = {

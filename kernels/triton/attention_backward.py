@@ -110,8 +110,8 @@ def dq_kernel(
         end = tl.minimum(end, block_start + M + most)
 
     dq = tl.zeros((M, D), tl.float32)
-    if not VARLEN and not BANDED:
-        masked_start = (block_start if CAUSAL else keys) // N * N
+    if CAUSAL and not VARLEN and HALF == 0:  # as in the forward kernel
+        masked_start = block_start // N * N
         dq = _add_dq(
             dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
             rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
@@ -236,23 +236,14 @@ def dkv_kernel(
     dout_tile = dout_pointer + batch * stride_dout_b + head * stride_dout_h
     dout_tile += tl.arange(0, M)[:, None] * stride_dout_s + dims
     statistics = (batch * key_heads * GROUP + head) * sequence
-    # Rows past the block see every key of it, unless documents end between.
-    masked_end = end
-    if not VARLEN and not BANDED:
-        masked_end = tl.minimum(block_start + tl.cdiv(N, M) * M, sequence) if CAUSAL else start
+    # One loop, masked throughout: a second one, without the mask, for the rows that see every key would take up to 40
+    # more registers, and under Triton 3.6 wait for each product on sm_90.
     dk, dv = _add_dkv(
         dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
-        stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, masked_end, columns[:, None], first, last,
+        stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, end, columns[:, None], first, last,
         cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
-        GROUP, True, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION,
+        GROUP, CAUSAL or VARLEN or BANDED, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION,
     )  # fmt: skip
-    if not VARLEN and not BANDED:
-        dk, dv = _add_dkv(
-            dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
-            stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, masked_end, end, columns[:, None], first, last,
-            cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
-            GROUP, False, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION,
-        )  # fmt: skip
     dk *= scale
     if HALF > 0:
         dk = rotate(dk, columns, cos, sin, cu_seqlens, documents, search_steps, keys, True, VARLEN, HALF)

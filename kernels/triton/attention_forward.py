@@ -186,8 +186,11 @@ def forward_kernel(
     total = tl.zeros((M,), tl.float32)
     maximum = tl.full((M,), float("-inf"), tl.float32)
     accumulator = tl.zeros((M, D), tl.float32)
-    if not VARLEN and not BANDED:  # blocks that every row sees whole need no mask
-        masked_start = (block_start if CAUSAL else keys) // N * N
+    # Blocks that every row sees whole need no mask, which takes a loop of their own. That pays where there are many and
+    # the second loop is no burden: beside the rotation it costs up to 100 registers, and where only the last block has
+    # keys to hide, ptxas waits for each of sm_90's products in both loops.
+    if CAUSAL and not VARLEN and HALF == 0:
+        masked_start = block_start // N * N
         accumulator, total, maximum = _attend(
             accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
             rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,

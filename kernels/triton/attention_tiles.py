@@ -1,9 +1,9 @@
 """Tile sizes of the attention kernels, chosen by hand: nothing is timed when a program starts.
 
 What decides, in this order; `python -m phi_fast.kernels.codegen` shows each figure:
-1. no register spills in 16 bits, with documents or with the rotation inside the loads, which costs 50 to 100 registers
-   a thread. Some do spill that are not among the specimens: both at once on sm_80 (up to 360 bytes per thread), the
-   rotation with grouped heads (up to 100), and fp32 with the rotation (up to 500);
+1. no register spills in 16 bits, with any mask, documents, rotation and group of heads (`--check` compiles them all).
+   The rotation inside the loads costs 50 to 100 registers a thread, and with documents each thread searches them for
+   the place of its keys, hence smaller tiles. fp32 with the rotation does spill (up to 500 bytes per thread);
 2. two or more blocks on a multiprocessor where they fit, so that one block's softmax hides behind another's products;
 3. shared memory within 99 KB for sm_80's, which consumer cards of compute capability 8.x and 12.x also run (the same
    mma.sync instructions); 227 KB for sm_90 and sm_100; 64 KB for gfx942;
@@ -48,20 +48,30 @@ _HALF_PRECISION = {
     ("dq", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     ("dq", 128, True): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     ("dkv", 64, False): ((32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
-    ("dkv", 64, True): ((32, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
+    ("dkv", 64, True): ((32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
     ("dkv", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
-    ("dkv", 128, True): ((32, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+    ("dkv", 128, True): ((32, 32, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
+}
+
+# With documents each program searches them, and beside the rotation each thread, for the place of every key.
+_DOCUMENTS = {
+    # (kernel, head_dim, rotary inside, architecture): a tile in the place of the one above
+    ("dq", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("dkv", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("dkv", 128, False, "sm_90"): (32, 64, 8, 2),
+    ("dkv", 128, False, "sm_100"): (32, 64, 8, 2),
 }
 
 # fp32 operands take twice the room, and without TF32 the products run on the ordinary units from registers.
 _SINGLE_PRECISION = {64: (32, 32, 4, 2), 128: (16, 16, 4, 1)}
 
 
-def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: bool) -> Tile:
+def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: bool, documents: bool) -> Tile:
     """The tile of `kernel` ("forward", "dq" or "dkv") for elements of `itemsize` bytes."""
     if itemsize == 4:
         return Tile(*_SINGLE_PRECISION[head_dim])
-    return Tile(*_HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)])
+    usual = _HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)]
+    return Tile(*(_DOCUMENTS.get((kernel, head_dim, rotary, architecture), usual) if documents else usual))
 
 
 def architecture(device: torch.device) -> str:

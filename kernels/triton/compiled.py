@@ -96,6 +96,12 @@ class Compiled:
     """Tensor-core instructions in the code, by kind."""
     products: bool
     """The source multiplies matrices in 16 bits: there should be tensor-core instructions."""
+    wide_products: bool = False
+    """The source multiplies matrices in fp32."""
+    serialised: bool = False
+    """Each wgmma is waited for before the next is issued, as ptxas's warning C7515 says."""
+    unread: tuple[str, ...] = ()
+    """Loads and stores of tiles that stand in the compiler's output and could not be read."""
 
 
 def compile_launch(launch: Launch, architecture: Architecture) -> Compiled:
@@ -105,13 +111,14 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Compiled:
     binary = triton.compile(source, target=architecture.target, options=options)
     if architecture.target.backend == "cuda":
         assembly = binary.asm["ptx"]
-        registers, spilled = _cubin_resources(binary.asm["cubin"])
+        registers, spilled, serialised = _cubin_resources(binary.asm["cubin"])
         widths = _widths_in_llvm(binary.asm["llir"])
     else:
         assembly = binary.asm["amdgcn"]
-        registers, spilled = _amdgcn_resources(assembly)
+        (registers, spilled), serialised = _amdgcn_resources(assembly), False
         widths = _widths_in_assembly(assembly)
     threads = launch.num_warps * architecture.target.warp_size
+    accesses, unread = _accesses(binary.asm["ttgir"], widths, threads)
     occupancy, limit = _occupancy(architecture, launch.num_warps, registers, binary.metadata.shared)
     return Compiled(
         registers=registers,
@@ -119,24 +126,37 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Compiled:
         shared=binary.metadata.shared,
         occupancy=occupancy,
         limit=limit,
-        accesses=_accesses(binary.asm["ttgir"], widths, threads),
+        accesses=accesses,
         tensor_core={
             kind: len(found) for kind, pattern in _TENSOR_CORE.items() if (found := re.findall(pattern, assembly))
         },
         products=bool(re.search(r"tt\.dot .*x(f16|bf16)> \*", binary.asm["ttir"])),
+        wide_products=bool(re.search(r"tt\.dot .*xf32> \*", binary.asm["ttir"])),
+        serialised=serialised,
+        unread=unread,
     )
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+def _cubin_resources(cubin: bytes) -> tuple[int, int, bool]:
+    """Registers, spilled bytes, and whether wgmma instructions are serialised."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", printed)
     if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage!r}")
-    return int(found[1]), int(found[2]) + int(found[3])
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {printed[:1000]!r}")
+    return int(found[1]), int(found[2]) + int(found[3]), _serialised(printed)
+
+
+def _serialised(sass: str) -> bool:
+    """Whether each wgmma is waited for: ptxas's C7515, read from the code itself, since Triton keeps no warnings.
+
+    A product takes several (one for 16 of the inner dimension), and one wait where they overlap.
+    """
+    issued, waits = (len(re.findall(rf"\b{name}\b", sass)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR"))
+    return 0 < issued <= waits
 
 
 def _amdgcn_resources(assembly: str) -> tuple[int, int]:
@@ -159,11 +179,18 @@ def _occupancy(architecture: Architecture, num_warps: int, registers: int, share
     return min(blocks.values()) * num_warps / architecture.warps, limit
 
 
-def _accesses(ttgir: str, widths: Widths, threads: int) -> tuple[Access, ...]:
-    """Tiles from the compiler's own view of the source, widths from its output, joined by source line."""
+_ACCESS = r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|amdg(?:pu)?\.buffer_\w+) "
+
+
+def _accesses(ttgir: str, widths: Widths, threads: int) -> tuple[tuple[Access, ...], tuple[str, ...]]:
+    """Tiles from the compiler's own view of the source, widths from its output, joined by source line; and the accesses
+    that could not be read."""
     found: dict[tuple[str, bool], Access] = {}
-    for source, store, shape, element in _tiles(ttgir):
-        bits = widths.get((source, store), set())
+    tiles, unread = _tiles(ttgir)
+    for source, store, shape, element in tiles:
+        bits = widths.get((source, store))
+        if not bits:  # an instruction that LLVM made of several lines bears line 0
+            bits = widths.get((f"{source.partition(':')[0]}:0", store), set())
         dims = [int(dim) for dim in shape.split("x")]
         size = int(re.sub(r"\D", "", element)) // 8
         elements = 1
@@ -173,23 +200,29 @@ def _accesses(ttgir: str, widths: Widths, threads: int) -> tuple[Access, ...]:
         known = found.get((source, store))
         if known is None or access.bytes_each > known.bytes_each:
             found[source, store] = access
-    return tuple(found.values())
+    return tuple(found.values()), tuple(unread)
 
 
-def _tiles(ttgir: str) -> list[tuple[str, bool, str, str]]:
-    """(file:line, is a store, shape, element) of every access to a tile in global memory; scalars are left out."""
+_ACCESS = r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|amdg(?:pu)?\.buffer_\w+) "
+
+
+def _tiles(ttgir: str) -> tuple[list[tuple[str, bool, str, str]], list[str]]:
+    """(file:line, is a store, shape, element) of every access to a tile in global memory, and the lines of those that
+    could not be read. Scalars are left out."""
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.MULTILINE))
-    without_attributes = re.sub(r" \{[^{}]*\}", "", ttgir)
-    operations = re.findall(
-        r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|amdg\.buffer_\w+) .*?"
-        r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)[>,].*loc\((#loc\d*)\)$",
-        without_attributes,
-        re.MULTILINE,
-    )
-    return [
-        (_source_line(locations, location), operation.endswith("store"), shape.rstrip("x"), element)
-        for operation, shape, element, location in operations
-    ]
+    tiles, unread = [], []
+    # Without {...} inside a line; the body of a loop, which begins with a brace at the end of one, stays.
+    for line in re.sub(r" \{[^{}\n]*\}", "", ttgir).splitlines():
+        operation = re.search(_ACCESS, line)
+        if operation is None or "tensor<" not in line:
+            continue
+        tile = re.search(r"tensor<((?:\d+x)+)(?:!tt\.ptr<)?(\w+)[>,].*loc\((#loc\d*)\)$", line[operation.end() :])
+        if tile is None or tile[3] not in locations:
+            unread.append(line.strip())
+            continue
+        is_store = operation[1].endswith("store")
+        tiles.append((_source_line(locations, tile[3]), is_store, tile[1].rstrip("x"), tile[2]))
+    return tiles, unread
 
 
 def _source_line(locations: dict[str, str], name: str) -> str:

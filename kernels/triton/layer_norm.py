@@ -23,7 +23,7 @@ from .launching import launch
 from .rounding import narrow
 
 PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
-WIDEST = 32768  # elements of a row that registers hold
+WIDEST = 32768  # elements of a row that registers hold; the backward's five rows spill beyond 8192 (1.3 KB per thread)
 
 
 @triton.jit

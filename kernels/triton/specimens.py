@@ -6,8 +6,11 @@ the bytes that each must move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +33,9 @@ class Specimen:
     """op.pass, for example "layer_norm.backward"."""
     launch: Launch
     bytes_moved: int
-    """Global bytes read and written by the whole launch, each tensor once a pass over it."""
+    """Global bytes read and written by the whole launch, each tensor once per pass over it; 0 for `variants`."""
     bytes_bound: int
-    """The design's bound for this work."""
+    """The design's bound for this work; 0 for `variants`."""
     note: str = ""
     """What the reader must know of the shape: "(tokens, d) fp16"."""
 
@@ -45,13 +48,28 @@ def specimens(architecture: str, dtype: torch.dtype) -> list[Specimen]:
         *_attention_specimens(architecture, dtype, ", rotary inside", rotary_dim=32),
         *_attention_specimens(architecture, dtype, ", documents", batch=1, documents=8),
         *_attention_specimens(
-            architecture, dtype, ", head_dim 128, 4 queries a key", heads=16, key_heads=4, head_dim=128
+            architecture, dtype, ", head_dim 128, 4 queries per key", heads=16, key_heads=4, head_dim=128
         ),
         *_bias_gelu_specimens(architecture, dtype),
         *_layer_norm_specimens(architecture, dtype),
         *_linear_cross_entropy_specimens(architecture, dtype),
         *_rotary_specimens(architecture, dtype),
     ]
+
+
+def variants(architecture: str) -> list[Specimen]:
+    """What else the ops accept, each compiled launch once: the dtypes, and every option that the kernels know."""
+    found: dict[Any, Specimen] = {}
+    for specimen in (
+        *_attention_variants(architecture),
+        *_elementwise_variants(architecture),
+        *_row_variants(architecture),
+    ):
+        launch = specimen.launch
+        tile = (launch.num_warps, launch.num_stages)
+        compiled = (launch.signature(), launch.constexprs(), launch.attributes(), tile)
+        found.setdefault((launch.kernel, str(compiled)), specimen)
+    return list(found.values())
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,8 +109,10 @@ def _attention_specimens(
     documents: int = 0,
     causal: bool = True,
     window: tuple[int, int] | None = None,
+    keys: int = 0,
 ) -> Iterator[Specimen]:
-    """Both passes on q, k and v as slices of the parallel block's packed buffer. key_heads 0: as many as heads."""
+    """Both passes on q, k and v as slices of the parallel block's packed buffer. key_heads 0: as many as heads; keys,
+    where they are not as many as rows, lie in a buffer of their own."""
     width, key_width = heads * head_dim, (key_heads or heads) * head_dim
 
     def split(packed: Tensor) -> list[Tensor]:
@@ -101,10 +121,12 @@ def _attention_specimens(
 
     q, k, v = split(_empty(batch, sequence, 5 * width + 2 * key_width, dtype=dtype))
     dq, dk, dv = split(_empty(batch, sequence, 5 * width + 2 * key_width, dtype=dtype))
+    if keys:
+        k, v, dk, dv = (_empty(batch, keys, key_heads or heads, head_dim, dtype=dtype) for _ in range(4))
     out = _empty(batch, sequence, heads, head_dim, dtype=dtype)
     dout = _empty(batch, sequence, 5 * width, dtype=dtype)[..., :width].unflatten(-1, (heads, head_dim))
     cu_seqlens = _empty(documents + 1, dtype=torch.int32) if documents else None
-    cos = sin = _empty(sequence, rotary_dim // 2) if rotary_dim else None
+    cos = sin = _empty(keys or sequence, rotary_dim // 2) if rotary_dim else None
     options = AttentionOptions(head_dim**-0.5, causal, window, cu_seqlens, cos, sin)
     with recording(architecture) as launches:
         _, lse = attention.forward(q, k, v, options, out=out)
@@ -184,3 +206,95 @@ def _rotary_specimens(
     note = f"q, k of ({TOKENS}, {7 * WIDTH}) {_words(dtype)}"
     for name, launch in zip(("forward", "backward"), launches, strict=True):
         yield Specimen(f"rotary.{name}", launch, moved, moved, note)
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MASKS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", not causal": {"causal": False},
+    ", window": {"window": (256, 0)},
+}
+
+
+def _attention_variants(architecture: str) -> Iterator[Specimen]:
+    """fp16: all masks × documents × rotations, and groups where a kernel loops over them; bf16 and fp32: every mask,
+    with all else and without."""
+    choices = itertools.product(_DTYPES, (64, 128), _MASKS, (0, 8), (0, 32), (1, 4))
+    for dtype, head_dim, mask, documents, rotary_dim, group in choices:
+        if dtype != torch.float16 and len({bool(documents), bool(rotary_dim), group > 1}) > 1:
+            continue
+        heads = 2048 // head_dim
+        words = f"{', documents' * bool(documents)}{', rotary inside' * bool(rotary_dim)}"
+        words += f", {group} queries per key" * (group > 1)
+        options: dict[str, Any] = {"rotary_dim": rotary_dim, "documents": documents, **_MASKS[mask]}
+        options |= {"batch": 1, "heads": heads, "key_heads": heads // group, "head_dim": head_dim}
+        found = _attention_specimens(architecture, dtype, mask + words, **options)
+        yield from (x for x in found if group == 1 or x.name == "attention.dkv" or dtype != torch.float16)
+    for head_dim in (64, 128):
+        shape: dict[str, Any] = {"heads": 2048 // head_dim, "head_dim": head_dim, "rotary_dim": head_dim}
+        for note, more in (("", {}), (", documents", {"documents": 8}), (", 4096 keys", {"keys": 4096})):
+            whole = f", {head_dim} dims rotated inside{note}"
+            yield from _attention_specimens(architecture, torch.float16, whole, batch=1, **(shape | more))
+
+
+def _recorded(architecture: str, note: str, *calls: tuple[str, Callable[[], Any]]) -> Iterator[Specimen]:
+    """Each call's launches, under its name."""
+    for name, call in calls:
+        with recording(architecture) as launches:
+            call()
+        for launch in launches:
+            yield Specimen(name, launch, 0, 0, note)
+
+
+def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
+    """Adam, GELU and the rotation."""
+    for dtype, master, tensors in itertools.product(_DTYPES, (False, True), (False, True)):
+        scalar, lr, decoupled = (_empty(), _empty(), True) if tensors else (None, 1e-3, False)
+        options = AdamOptions(_empty(), lr, (0.9, 0.999), 1e-8, 0.1, decoupled, decoupled, scalar, scalar, scalar)
+        weights, state = [_empty(2**20, dtype=dtype)], [_empty(2**20)]
+        note = f"{_words(dtype)}{', fp32 master' * master}, {'scalars on the device' if tensors else 'L2 penalty'}"
+        lists = AdamLists(weights, weights, state, state, state if master else None)
+        step = functools.partial(adam.step_, lists, options)
+        norm = functools.partial(adam.grad_norm_squared, weights)
+        yield from _recorded(architecture, note, ("adam.step", step), ("adam.norm", norm))
+    for dtype, form, with_bias, n in itertools.product(_DTYPES, ("tanh", "none"), (False, True), (320, 4096)):
+        x, bias = _empty(TOKENS, n, dtype=dtype), _empty(n, dtype=dtype) if with_bias else None
+        note = f"({TOKENS}, {n}) {_words(dtype)}, {form}{', bias' * with_bias}"
+        forward = functools.partial(bias_gelu.forward, x, bias, approximate=form)
+        backward = functools.partial(bias_gelu.backward, x, x, bias, approximate=form)
+        yield from _recorded(architecture, note, ("bias_gelu.forward", forward), ("bias_gelu.backward", backward))
+    for dtype, half, interleaved, inverse in itertools.product(_DTYPES, (16, 32, 64), (False, True), (False, True)):
+        x, table = _empty(4, 2048, 32, 128, dtype=dtype), _empty(4096, half)
+        note = f"{2 * half} of 128 dims, {_words(dtype)}{', interleaved' * interleaved}, positions"
+        positions = _empty(4, 2048, dtype=torch.int64)
+        turn = functools.partial(rotary.rotate_, x, table, table, positions, interleaved=interleaved, inverse=inverse)
+        yield from _recorded(architecture, note, (f"rotary.{'backward' if inverse else 'forward'}", turn))
+
+
+def _row_variants(architecture: str) -> Iterator[Specimen]:
+    """LayerNorm and cross entropy."""
+    for dtype, d, residual in itertools.product(_DTYPES, (768, 2048, 8192), (False, True)):
+        x, vector, row = _empty(TOKENS, d, dtype=dtype), _empty(d, dtype=dtype), _empty(TOKENS)
+        stream = ResidualStream(residual=x, shift=vector, shifted=x) if residual else ResidualStream()
+        note = f"({TOKENS}, {d}) {_words(dtype)}{', residual' * residual}"
+        forward = functools.partial(layer_norm.forward, x, vector, vector, 1e-5, stream)
+        backward = functools.partial(layer_norm.backward, x, x, vector, row, row, residual_grad=x if residual else None)
+        yield from _recorded(architecture, note, ("layer_norm.forward", forward), ("layer_norm.backward", backward))
+    name = "linear_cross_entropy"
+    objectives = {
+        "": Objective(),
+        ", smoothing, z-loss": Objective(label_smoothing=0.1, z_loss=1e-4),
+        ", class weights, smoothing": Objective(label_smoothing=0.1, class_weight=_empty(VOCABULARY)),
+        ", capped": Objective(softcap=30.0),
+    }
+    for dtype, (words, objective), by_row in itertools.product(_DTYPES, objectives.items(), (False, True)):
+        logits, bias = _empty(1024, VOCABULARY, dtype=dtype), _empty(VOCABULARY, dtype=dtype) if by_row else None
+        note = f"(1024, {VOCABULARY}) {_words(dtype)}{words}{', bias, scale per row' * by_row}"
+        labels, scale = _empty(1024, dtype=torch.int64), _empty(1024) if by_row else _empty()
+        given: dict[str, Any] = {"objective": objective, "scale": scale}
+        cross_entropy = functools.partial(linear_cross_entropy.cross_entropy_, logits, labels, bias, **given)
+        loss, gradient = (functools.partial(cross_entropy, need_grad=wanted) for wanted in (False, True))
+        yield from _recorded(architecture, note, (f"{name}.loss", loss), (f"{name}.loss_and_gradient", gradient))
+        sums = functools.partial(cross_entropy, need_grad=True, dbias=_empty(VOCABULARY))
+        *_, last = _recorded(architecture, note, (f"{name}.bias_gradient", sums))
+        yield last

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from phi_fast.kernels.triton.compiled import (
     Compiled,
     _accesses,
     _occupancy,
+    _serialised,
     _source_line,
     _width,
     _widths_in_assembly,
@@ -96,11 +98,30 @@ def test_widths_by_source_line() -> None:
 
 def test_accesses_join_tiles_and_instructions() -> None:
     widths = {("helper.py:3", False): {64, 128}, ("kernel.py:13", True): {32}, ("kernel.py:12", False): {32}}
-    assert _accesses(TTGIR, widths, threads=128) == (
+    accesses, unread = _accesses(TTGIR, widths, threads=128)
+    assert accesses == (
         Access("helper.py:3", False, "64x64xf16", 64.0, (64, 128)),
         Access("kernel.py:13", True, "128xf32", 4.0, (32,)),
         Access("kernel.py:14", False, "2048xf16", 32.0, ()),  # no instruction has this line
     )
+    assert not unread
+    merged, _ = _accesses(TTGIR, {**widths, ("kernel.py:0", False): {96}}, threads=128)
+    assert merged[2].bits == (96,), "LLVM made one instruction of several lines"
+
+
+def test_accesses_inside_a_loop_are_read_and_others_said() -> None:
+    """The body of a loop stands in braces, as attributes do."""
+    loop = """
+#loc = loc("kernel.py":1:1)
+  %r = scf.for %i = %c0 to %n step %c1 iter_args(%a = %zero) -> (tensor<2048xf32>) : i32 {
+    %x = tt.load %p, %m {isVolatile = false} : tensor<2048x!tt.ptr<f16>, #blocked> loc(#loc)
+    %y = tt.load %q {tt.divisibility = dense<16> : tensor<1xi32>} : !tt.ptr<i64> loc(#loc)
+    tt.store %strange : tensor<*x!tt.ptr<f16>> loc(#loc)
+  } loc(#loc)
+"""
+    accesses, unread = _accesses(loop, {("kernel.py:1", False): {128}}, threads=256)
+    assert accesses == (Access("kernel.py:1", False, "2048xf16", 16.0, (128,)),)
+    assert unread == ("tt.store %strange : tensor<*x!tt.ptr<f16>> loc(#loc)",)
 
 
 def test_a_location_without_a_line_is_left_as_it_is() -> None:
@@ -143,8 +164,36 @@ def test_problems_name_what_is_wrong() -> None:
         "stores 64x64xf16 by 16 bits at k.py:7",
         "loads 64x64xf16 at k.py:8 by no instruction that could be found",
     )
-    good = Compiled(64, 0, 0, 1.0, "warps", (), {"wgmma": 4}, True)
+    wide = Access("k.py:7", True, "64x64xf16", 64.0, (128,))
+    good = Compiled(64, 0, 0, 1.0, "warps", (wide,), {"wgmma": 4}, True)
     assert codegen.problems(good, ARCHITECTURES["sm_90"]) == ()
+    assert codegen.problems(replace(good, serialised=True), ARCHITECTURES["sm_90"]) == (
+        "waits for each wgmma before the next (ptxas C7515)",
+    )
+    assert codegen.problems(replace(good, accesses=()), ARCHITECTURES["sm_90"]) == (
+        "moves no tile that could be found: its widths were not checked",
+    )
+    assert codegen.problems(replace(good, unread=("tt.load %x",)), ARCHITECTURES["sm_90"]) == (
+        "has an access that could not be read: tt.load %x",
+    )
+
+
+def test_spills_in_fp32_products_are_remarked() -> None:
+    """fp32 attention multiplies on the ordinary units, from registers: what spills there is said, and no failure."""
+    wide = Access("k.py:7", True, "16x128xf32", 64.0, (128,))
+    single = Compiled(255, 424, 0, 0.1, "registers", (wide,), {}, False, wide_products=True)
+    assert codegen.problems(single, ARCHITECTURES["sm_80"]) == ()
+    assert codegen.remarks(single) == ("spills 424 bytes per thread, in fp32",)
+    for spilling in (replace(single, products=True), replace(single, wide_products=False)):
+        assert "spills 424 bytes per thread" in codegen.problems(spilling, ARCHITECTURES["sm_80"])
+        assert codegen.remarks(spilling) == ()
+
+
+@pytest.mark.parametrize(("waits", "serialised"), [(8, True), (2, False)])
+def test_a_wait_for_each_wgmma_is_seen(waits: int, serialised: bool) -> None:
+    sass = "  HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;\n" * 8 + "  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n" * waits
+    assert _serialised(sass) == serialised
+    assert not _serialised("  HMMA.16816.F32 R4, R8, R12, R4 ;\n")
 
 
 def test_forward_attention_on_hopper(tmp_path: Path) -> None:
@@ -201,7 +250,7 @@ def test_the_target_is_read_before_any_warp_writes_gradients_over_it() -> None:
 
 def test_offsets_of_heads_are_64_bits_wide() -> None:
     """transformers' heads lie a whole sequence apart: 64 heads of 128 dims and 262,144 tokens reach 2**31 elements."""
-    shape = "(2, 2048, 16, 128) float16, head_dim 128, 4 queries a key"
+    shape = "(2, 2048, 16, 128) float16, head_dim 128, 4 queries per key"
     names = [f"attention.{name} {shape}" for name in ("forward", "dq", "dkv")]
     found = code(*names, "rotary.forward")
     assert len(found) == 4
@@ -221,6 +270,7 @@ def test_what_cannot_be_compiled_is_said(interpret: str, message: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_kernel_passes_on_every_architecture() -> None:
-    done = run("--check")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_that_the_ops_accept_compiles_without_a_problem(architecture: str) -> None:
+    done = run("--check", "--arch", architecture)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr

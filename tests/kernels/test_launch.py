@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from phi_fast.kernels.reference.adam import AdamOptions
+from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
@@ -79,7 +79,7 @@ def turn(batch: int, sequence: int, heads: int) -> None:
 
 def step(elements: int) -> None:
     x, scalar = [empty(elements, dtype=torch.float32)], empty(dtype=torch.float32)
-    adam.step_(x, x, x, x, None, AdamOptions(scalar, 1.0, (0.9, 0.9), 1.0, 0.0, True))
+    adam.step_(AdamLists(x, x, x, x), AdamOptions(scalar, 1.0, (0.9, 0.9), 1.0, 0.0, True))
     adam.grad_norm_squared(x)
 
 

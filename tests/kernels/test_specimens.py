@@ -15,7 +15,7 @@ import phi_fast.kernels.triton as package
 from phi_fast.kernels.triton import rotary
 from phi_fast.kernels.triton.common import recording
 from phi_fast.kernels.triton.compiled import ARCHITECTURES
-from phi_fast.kernels.triton.specimens import specimens
+from phi_fast.kernels.triton.specimens import specimens, variants
 
 
 def test_every_kernel_has_a_specimen() -> None:
@@ -41,7 +41,7 @@ def test_specimens_are_launched_with_the_tiles_of_their_architecture(architectur
         for specimen in specimens(architecture, torch.bfloat16)
         if specimen.name == "attention.dkv" and "head_dim 128" in specimen.note
     ]
-    expected = tiles.tile("dkv", architecture, 128, 2, False)
+    expected = tiles.tile("dkv", architecture, 128, 2, False, False)
     actual = (launch.constants["M"], launch.constants["N"], launch.num_warps, launch.num_stages)
     assert actual == tuple(expected)
     assert launch.constants["GROUP"] == 4 and launch.arguments["dk_pointer"].shape == (2, 2048, 4, 128)
@@ -57,3 +57,31 @@ def test_meta_tensors_are_launched_only_where_launches_are_recorded() -> None:
     assert [launch.constants["INVERSE"] for launch in (*launches, *inner)] == [False, True]
     with pytest.raises(RuntimeError, match=r"meta tensors, which have no memory: move them with \.to_empty\(\)"):
         rotary.rotate_(x, table, table, 0)
+
+
+def test_variants_are_what_the_ops_accept() -> None:
+    """Every value of every compile-time flag is compiled, and each dtype; no launch twice."""
+    found = variants("sm_90")
+    flags: dict[str, set] = {}
+    dtypes: dict[str, set[str]] = {}
+    for specimen in found:
+        launch, name = specimen.launch, specimen.name
+        for flag, value in launch.constants.items():
+            flags.setdefault(f"{name} {flag}", set()).add(value)
+        dtypes.setdefault(name, set()).update(launch.signature().values())
+    assert len({(specimen.name, specimen.note) for specimen in found}) == len(found)
+    for name in ("forward", "dq", "dkv"):
+        assert flags[f"attention.{name} D"] == {64, 128}
+        assert flags[f"attention.{name} HALF"] == {0, 16, 32, 64}
+        assert flags[f"attention.{name} GROUP"] == {1, 4}
+        for flag in ("CAUSAL", "VARLEN", "BANDED"):
+            assert flags[f"attention.{name} {flag}"] == {False, True}, (name, flag)
+    for key in (
+        *("adam.step HAS_MASTER", "adam.step LR_IS_TENSOR", "adam.step DECOUPLED", "adam.step BIAS_CORRECTION"),
+        *("bias_gelu.forward TANH", "bias_gelu.backward TANH", "rotary.forward INTERLEAVED"),
+        *(f"linear_cross_entropy.loss_and_gradient {flag}" for flag in ("SMOOTH", "CAPPED", "SCALE_BY_ROW")),
+    ):
+        assert flags[key] == {False, True}, key
+    for name, types in dtypes.items():
+        assert name.startswith("adam") or {"*fp16", "*bf16", "*fp32"} <= types, name
+    assert {str(value) for value in flags["adam.step PARAM"]} == {"fp16", "bf16", "fp32"}
