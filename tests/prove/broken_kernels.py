@@ -20,6 +20,8 @@ from torch import Tensor
 from ttsem import memory
 from ttsem.sanitize import KernelFault
 
+from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
+from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy
 from prove.semantics import Tally, session
 
@@ -61,19 +63,19 @@ def column_sums(module: ModuleType) -> None:
 
 
 def adam_step(module: ModuleType) -> None:
-    params, grads, first, second = ([normal(4000 + i)] for i in (0, 0, 0, 0))
-    options = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "decoupled": True}
-    module.step_(params, grads, first, [second[0].abs()], None, step=torch.ones(()), lr=1e-3, **options)
+    lists = AdamLists([normal(4000)], [normal(4000)], [normal(4000)], [normal(4000).abs()])
+    module.step_(lists, AdamOptions(torch.ones(()), 1e-3, (0.9, 0.95), 1e-8, 0.1, decoupled=True))
 
 
 def attention_passes(**kernels: object) -> None:
     q, k, v, dout = (normal(1, 70, 2, 64) for _ in range(4))
+    options = AttentionOptions(0.125, True, None, None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         for name, kernel in kernels.items():
             patch.setitem(attention._KERNELS, name, kernel)
-        out, lse = attention.forward(q, k, v, scale=0.125, causal=True)
-        gradients = {f"d{name}": torch.empty_like(q) for name in "qkv"}
-        attention.backward(dout, q, k, v, out, lse, **gradients, scale=0.125, causal=True)
+        out, lse = attention.forward(q, k, v, options)
+        dq, dk, dv = (torch.empty_like(q) for _ in "qkv")
+        attention.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
 
 
 BREAKS = {
@@ -131,8 +133,8 @@ BREAKS = {
     ),
     "row blocks share their statistics": Break(
         "attention_backward",
-        "    statistics = tl.program_id(0).to(tl.int64) * sequence + rows",
-        "    statistics = tl.program_id(0).to(tl.int64) * sequence + tl.arange(0, M)",
+        "    statistics = batch_head.to(tl.int64) * sequence + rows",
+        "    statistics = batch_head.to(tl.int64) * sequence + tl.arange(0, M)",
         "race",
         lambda broken: attention_passes(dq=broken.dq_kernel),
         at="    tl.store(delta_pointer + statistics, delta, mask=rows < sequence)",

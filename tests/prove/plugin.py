@@ -18,8 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from phi_fast.kernels import codegen
 from phi_fast.kernels.triton import attention, attention_tiles
+from phi_fast.kernels.triton.specimens import specimens
 from prove.semantics import Tally, kernel_name, session
 
 ATTENTION = "test_attention"
@@ -97,5 +97,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _unlaunched() -> list[str]:
     """Kernels of the specimens, which are all that a model launches, that no test launched."""
-    launches = [specimen.launch for specimen in codegen.specimens("sm_90", torch.float16)]
+    launches = [specimen.launch for specimen in specimens("sm_90", torch.float16)]
     return sorted({kernel_name(launch.kernel) for launch in launches} - set(_tallies))

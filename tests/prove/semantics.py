@@ -36,6 +36,7 @@ from torch import Tensor
 from ttsem import _fakedriver, harness, memory, mlir, ops, sanitize, values
 
 from phi_fast.kernels import backend
+from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.triton import adam
 
 COMPUTE_CAPABILITY = 90
@@ -162,14 +163,17 @@ def _product(a: np.ndarray, b: np.ndarray, c: np.ndarray, accumulator: type) -> 
 def session(tallies: dict[str, Tally], test: Callable[[], str], adam: ModuleType = adam) -> Iterator[None]:
     """While open, Triton's launches are executed by ttsem on CPU tensors and counted in `tallies` by kernel. `test`
     names the running test, `adam` is the module whose kernels take addresses."""
-    original_split = adam._split
     tables: list[Tensor] = []
     compiled: dict[Any, str] = {}
     running = Tally()
 
-    def split(lists: Sequence[Sequence[Tensor]]) -> Any:
-        tables[:] = [tensor for tensors in lists for tensor in tensors]
-        return original_split(lists)
+    def step_(lists: AdamLists, options: AdamOptions, original: Callable[..., None] = adam.step_) -> None:
+        tables[:] = [tensor for tensors in lists.tensors if tensors is not None for tensor in tensors]
+        original(lists, options)
+
+    def grad_norm_squared(grads: Sequence[Tensor], original: Callable[..., Tensor] = adam.grad_norm_squared) -> Tensor:
+        tables[:] = grads
+        return original(grads)
 
     def generic_ir(record: harness.LaunchRecord, stage: str, target: Any) -> str:
         nonlocal running
@@ -199,7 +203,8 @@ def session(tallies: dict[str, Tally], test: Callable[[], str], adam: ModuleType
         mlir.enable_generic_printing()
         replaced = [(owner, name, _filled(getattr(owner, name))) for owner, name in ALLOCATORS]
         replaced += [
-            (adam, "_split", split),
+            (adam, "step_", step_),
+            (adam, "grad_norm_squared", grad_norm_squared),
             (backend, "triton_takes_cpu_tensors", lambda: True),
             (harness, "Memory", Checked),
             (harness, "ir_for_launch", generic_ir),
