@@ -8,13 +8,14 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow test-kernels lint format docs wheel bench sanitize attack clean
+.PHONY: help train test test-slow test-kernels prove lint format docs wheel bench sanitize attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --tokens ...")'
 	@echo 'make test       run the tests'
 	@echo 'make test-slow  run the tests marked slow'
 	@echo 'make test-kernels  test the kernels with another torch and Triton (TORCH="2.8.*" TRITON="3.4.*" PYTHON=python3.12)'
+	@echo 'make prove      execute the kernels as Triton compiled them: bounds, races, unwritten memory (Python 3.12 or 3.13, no GPU)'
 	@echo 'make lint       check with ruff, mypy and clang-format'
 	@echo 'make format     format with ruff and clang-format'
 	@echo 'make docs       build the documentation site in build/site; warnings are errors'
@@ -48,6 +49,28 @@ test-kernels:
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OTHER)/constraints.txt \
 		'torch==$(TORCH)' 'triton==$(TRITON)' pytest pytest-xdist hypothesis rich tyro transformers accelerate peft --editable .
 	$(OTHER)/bin/python -m pytest -n 2 -m "not slow" tests/kernels $(ARGS)
+
+# Triton's kernels as compiled, executed on the CPU by ttsem, in an environment of its own. pyenv's commands fail for
+# versions that are not selected: its folder is looked through too.
+PROVE := .venv-prove
+PROVE_PYTHON ?= $(shell for python in python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.1[23].*/bin/python); do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2> /dev/null && echo $$python && break; done)
+
+prove: export OMP_NUM_THREADS = 1
+prove: export TRITON_INTERPRET = 0
+prove: export PYTHONPATH = tests
+prove: $(PROVE)/.installed
+	$(PROVE)/bin/python -m pytest -n 2 -m "not slow" -p prove.plugin -k "triton and not test_backend and not test_codegen" \
+		tests/kernels tests/prove/broken_kernels.py $(ARGS)
+
+$(PROVE)/.installed: tests/prove/requirements.txt pyproject.toml setup.py $(SOURCES)
+	@$(or $(PROVE_PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { \
+		echo "make prove needs Python 3.12 or 3.13, which ttsem runs on. Install one, or say where it is:" \
+			"make prove PROVE_PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PROVE_PYTHON) -m venv $(PROVE)
+	$(PROVE)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/prove/requirements.txt
+	$(PROVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
