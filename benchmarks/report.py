@@ -54,6 +54,20 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def benchmark_files(results: Path) -> list[Path]:
+    """The files of `pytest benchmarks --benchmark`. A day of `make gpu` has stages, and a page of its own."""
+    return [file for file in sorted(results.glob("*.json")) if "stages" not in _parsed(file)]
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one for a file that `read` will refuse by name."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def machine_line(document: dict[str, Any]) -> str:
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version[0].isdigit())
@@ -105,7 +119,7 @@ def newest(documents: dict[str, dict[str, Any]]) -> list[str]:
 def write(results: Path, root: Path) -> None:
     """Write the page, the plots and the picture. Raises UsageError without results, or without markers in the
     README."""
-    files = sorted(results.glob("*.json"))
+    files = benchmark_files(results)
     if not files:
         raise UsageError(f"no results in {results}; measure first: make bench, or pytest benchmarks --benchmark")
     readme = root / "README.md"
