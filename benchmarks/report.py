@@ -56,16 +56,15 @@ def read(path: Path) -> dict[str, Any]:
 
 def benchmark_files(results: Path) -> list[Path]:
     """The files of `pytest benchmarks --benchmark`. A day of `make gpu` has stages, and a page of its own."""
-    return [file for file in sorted(results.glob("*.json")) if "stages" not in _parsed(file)]
+    return [file for file in sorted(results.glob("*.json")) if not _of_a_gpu_day(file)]
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one for a file that `read` will refuse by name."""
+def _of_a_gpu_day(path: Path) -> bool:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
+        document = read_json(path)
+    except (OSError, UsageError):
+        return False  # `read` refuses it by name
+    return isinstance(document, dict) and "stages" in document
 
 
 def machine_line(document: dict[str, Any]) -> str:
