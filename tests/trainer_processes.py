@@ -1,7 +1,8 @@
 """Trainer processes that start in a fraction of a second: forks of a server that has imported everything once.
 
 The server has no thread, no process group and no open file of a run, so that a fork of it is as good as a fresh start.
-It is this file run as a program; the functions for tests talk to it.
+It is this file run as a program; the functions for tests talk to it. It sees no GPU: several ranks, which a machine
+with one GPU has no room for, run on CPUs everywhere.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TINY = {
     "sample-tokens": 0,
     "val-every": 0,
     "precision": "fp32",
+    "device": "cpu",
 }
 
 
@@ -169,7 +171,11 @@ def _ask(request: dict[str, Any]) -> Any:
         environment = of_no_launcher()
         pipe = subprocess.PIPE
         _server = subprocess.Popen(
-            [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment | {"OMP_NUM_THREADS": "1"}
+            [sys.executable, __file__],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
     assert _server.stdin
     assert _server.stdout
