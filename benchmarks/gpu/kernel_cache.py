@@ -7,7 +7,9 @@ stands in for: `triton.compile` alone would store them under other keys. TRITON_
 
 from __future__ import annotations
 
+import json
 import sys
+from base64 import b32encode
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -70,8 +72,8 @@ def _meta_as_a_gpu() -> Iterator[None]:
         yield
 
 
-def compile_all(found: Iterator[Launch]) -> int:
-    """Compile each launch as the JIT does at its first run; how many there were."""
+def compile_all(found: Iterator[Launch]) -> list[str]:
+    """Compile each launch as the JIT does at its first run; the folders of the cache that hold them."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -80,13 +82,13 @@ def compile_all(found: Iterator[Launch]) -> int:
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
     driver.set_active(stub)
-    count = 0
+    folders = {}
     for launch in found:
         arguments = {name: _stand_in(value) for name, value in launch.arguments.items()}
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        launch.kernel.warmup(grid=launch.grid, **arguments, **launch.constants, **options)
-        count += 1
-    return count
+        kernel = launch.kernel.warmup(grid=launch.grid, **arguments, **launch.constants, **options)
+        folders[b32encode(bytes.fromhex(kernel.hash)).decode().rstrip("=")] = None
+    return list(folders)
 
 
 def _stand_in(value: Any) -> Any:
@@ -98,4 +100,4 @@ def _stand_in(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(compile_all(launches()))
+    print(json.dumps(compile_all(launches())))

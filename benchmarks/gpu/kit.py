@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -101,8 +100,7 @@ def compile_ahead(kit: Path) -> str | None:
         print(f"without kernels compiled ahead: {sys.executable} has no {', '.join(missing)}")
         return None
     with tempfile.TemporaryDirectory() as folder:
-        site, cache = Path(folder) / "site", ROOT / "build" / "gpu-kit-compiled"
-        shutil.rmtree(cache, ignore_errors=True)
+        site, cache = Path(folder) / "site", ROOT / "build" / "gpu-kit-compiled"  # what did not change is there already
         install(sorted((kit / "wheels").glob("*.whl")), site)
         paths = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "PYTHONSAFEPATH": "1"}
         environment = os.environ | paths | {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
@@ -110,9 +108,11 @@ def compile_ahead(kit: Path) -> str | None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()[-3000:]}")
+        kernels = json.loads(done.stdout)
         with tarfile.open(archive, "w:xz") as file:
-            file.add(cache, arcname=".")
-    print(f"{done.stdout.strip()} launches compiled ahead")
+            for kernel in kernels:
+                file.add(cache / kernel, arcname=kernel)
+    print(f"{len(kernels)} kernels compiled ahead", flush=True)
     return importlib.metadata.version("triton")
 
 

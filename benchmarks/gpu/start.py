@@ -53,7 +53,8 @@ def unpack(kit: Path, site: Path, cache: Path) -> dict[str, str]:
         raise Unusable(f"{kit} was made of other sources than these: make gpu-kit, which builds only what changed")
     stamp = site / "kit.json"
     if not stamp.exists() or json.loads(stamp.read_text(encoding="utf-8")) != described:
-        shutil.rmtree(site, ignore_errors=True)
+        for folder in (site, cache):
+            shutil.rmtree(folder, ignore_errors=True)
         install(sorted((kit / "wheels").glob("*.whl")), site)
         stamp.write_text(json.dumps(described), encoding="utf-8")
     environment = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), "PYTHONSAFEPATH": "1"}
@@ -82,6 +83,12 @@ def compiled(kit: Path, cache: Path, described: dict[str, Any]) -> dict[str, str
     if not cache.exists():
         with tarfile.open(archive) as file:
             file.extractall(cache, filter="data")
+        for group in cache.glob("*/__grp__*.json"):
+            members = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+            here = {
+                name: str(group.parent / name) for name in members
+            }  # Triton keeps whole paths, of where it compiled
+            group.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
     return {"TRITON_CACHE_DIR": str(cache)}
 
 

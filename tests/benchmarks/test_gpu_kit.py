@@ -34,6 +34,8 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wheel.writestr("of_the_kit-1.0.dist-info/RECORD", "")
     (tmp_path / "hash").mkdir()
     (tmp_path / "hash" / "kernel.cubin").write_bytes(b"compiled")
+    group = {"child_paths": {"kernel.cubin": "/another/machine/hash/kernel.cubin"}}
+    (tmp_path / "hash" / "__grp__kernel.json").write_text(json.dumps(group))
     with tarfile.open(kit / "triton-cache.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "hash", arcname="hash")
     write(kit)
@@ -51,6 +53,8 @@ def test_a_kit_is_unpacked_and_comes_before_the_repository(kit: Path, tmp_path: 
     environment = start.unpack(kit, tmp_path / "site", tmp_path / "cache")
     assert environment["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
     assert (Path(environment["TRITON_CACHE_DIR"]) / "hash" / "kernel.cubin").read_bytes() == b"compiled"
+    group = json.loads((tmp_path / "cache" / "hash" / "__grp__kernel.json").read_text())
+    assert group["child_paths"] == {"kernel.cubin": str(tmp_path / "cache" / "hash" / "kernel.cubin")}
     code = "import sys, of_the_kit, benchmarks; print(of_the_kit.WHERE); assert '' not in sys.path"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True
