@@ -85,9 +85,7 @@ def compiled(kit: Path, cache: Path, described: dict[str, Any]) -> dict[str, str
             file.extractall(cache, filter="data")
         for group in cache.glob("*/__grp__*.json"):
             members = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
-            here = {
-                name: str(group.parent / name) for name in members
-            }  # Triton keeps whole paths, of where it compiled
+            here = {name: str(group.parent / name) for name in members}  # Triton keeps whole paths
             group.write_text(json.dumps({"child_paths": here}), encoding="utf-8")
     return {"TRITON_CACHE_DIR": str(cache)}
 
