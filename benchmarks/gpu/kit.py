@@ -29,7 +29,7 @@ TRAINER = (
 )
 """What `pip install 'phi-fast[train]'` brings beyond what torch and transformers do."""
 PEERS = ("liger-kernel", "megatron-core", "litgpt", "jsonargparse", "lightning", "lightning-utilities", "torchmetrics")
-PEERS += ("cut-cross-entropy",)
+PEERS += ("cut-cross-entropy", "accelerate", "peft")  # the last two for the tests
 BUILT = ("deepspeed",)
 """Not to be had as wheels."""
 LIMIT = 60 * 2**20

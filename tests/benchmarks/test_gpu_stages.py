@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -130,22 +131,10 @@ def test_the_profile_is_by_the_work_that_is_counted() -> None:
 
 def test_every_kernel_of_this_project_has_its_place_in_the_profile() -> None:
     """By the names that Triton gives them: those of their functions."""
-    import ast
-    import re
+    pytest.importorskip("triton")
+    from phi_fast.kernels.triton.specimens import specimens
 
-    folder = Path(profile.__file__).parents[2] / "kernels" / "triton"
-    launched = set()
-    for path in folder.glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        jitted = {
-            node.name
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
-        }
-        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        called = {function.id for function in calls if isinstance(function, ast.Name)}
-        launched |= jitted - called
-    launched -= {"rotate", "dot", "visible", "document_of", "narrow"}  # called from other files' kernels
+    launched = {specimen.launch.kernel.fn.__name__ for specimen in specimens("sm_90", torch.float16)}
     assert {"forward_kernel", "_adam", "_layer_norm_forward"} <= launched
     for name in launched:
         groups = [group for group, pattern in profile.GROUPS.items() if re.search(pattern, name)]
@@ -196,6 +185,21 @@ def test_tests_that_fail_are_counted_and_named(tmp_path: Path, monkeypatch: pyte
     assert found["failures"][0]["test"].endswith("test_some.py::test_wrong")
     assert "assert 1 == 2" in found["failures"][0]["error"]
     assert found["all ended"] is True
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+def test_a_file_that_cannot_be_imported_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+) -> None:
+    """On a bare machine a package that one file imports may be missing."""
+    (tmp_path / "test_right.py").write_text("def test_right():\n    pass\n")
+    (tmp_path / "test_needs.py").write_text("import no_such_package\n")
+    monkeypatch.setattr(cuda_tests, "DRY", (str(tmp_path), *workers))
+    given, found = session(tmp_path)
+    with pytest.raises(cuda_tests.TestsFailed, match="1 tests failed"):
+        cuda_tests.run(given)
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 0}
+    assert "no_such_package" in found["failures"][0]["error"]
 
 
 def test_tests_that_cannot_be_collected_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
