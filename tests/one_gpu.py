@@ -85,7 +85,8 @@ class OneGpu(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if name in ("device", "_parse_to"):  # names of devices, and nothing on them
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            return (CUDA, *found[1:]) if first is not None and self.claims(first) else found
         if func == Tensor.device.__get__:
             return CUDA if self.claims(first) else func(*args)
         if func == Tensor.is_cuda.__get__:

@@ -19,6 +19,8 @@ from benchmarks.gpu.runner import NotMeasured, Session
 from benchmarks.gpu.stages import stages
 from phi_fast import PhiConfig
 
+ROOT = Path(command.__file__).parents[2]
+
 MEMCHECK = """========= COMPUTE-SANITIZER
 ok rotary, q
 attention, causal
@@ -285,3 +287,22 @@ def test_nvidia_smi_is_asked_for_what_is_shown(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(place.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(place.subprocess, "run", run)
     assert place.smi(("driver_version", "power.limit")) == {"driver_version": "580.1", "power.limit": "700.00 W"}
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_dry(tmp_path: Path) -> None:
+    """Every stage but the tiles, whose tuner there may not be, ends well on this machine."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.gpu import __main__ as command; "
+        "command.ROOT = Path(sys.argv[1]); sys.exit(command.main(['--dry', '--budget', '900']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(next(tmp_path.rglob("*.json")).read_text())
+    states = {name: (stage["state"], stage["reason"]) for name, stage in document["stages"].items()}
+    tiles = states.pop("tiles")
+    assert tiles[0] in ("done", "not measured")
+    assert states == dict.fromkeys(states, ("done", ""))
+    rows = document["stages"]["trainer"]["results"]["steps computed twice"]
+    assert [row["the same, bit for bit"] for row in rows] == [True] * 3
+    assert next(tmp_path.rglob("*.md")).read_text().count("\n## ") == len(document["stages"])
