@@ -136,6 +136,6 @@ def group_of(kernel: Kernel) -> str:
 
 def shape(config: PhiConfig, rows: int, dtype: torch.dtype) -> Shape:
     """The micro-batch as `plan` counts it."""
-    inside = backend.name("attention", timing.device()) in ("triton", "cpp")
+    inside = backend.rotary_inside(timing.device())
     itemsize = torch.finfo(dtype).bits // 8
     return Shape(config, config.max_position_embeddings, rows, itemsize, "norm_gelu", inside)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
-from unittest import mock
 
 import torch
 
@@ -19,6 +15,7 @@ from benchmarks.harness import compare
 from benchmarks.ops import DTYPES
 from benchmarks.subjects import Row, Subject
 from phi_fast import PhiConfig
+from phi_fast.kernels import backend, fuse_rotary
 from phi_fast.peaks import peak_flops
 
 ROWS = (32, 16, 8, 4, 2, 1)
@@ -46,9 +43,9 @@ def measure(session: Session) -> None:
     size = add("phi_fast", ours, fitting)
     smaller = tuple(rows for rows in fitting if rows <= size)
     profile.measure(session, config, size, DTYPES[dtype])
-    inside = not rotates_inside()
-    with rotation(inside=inside):
-        add(f"phi_fast, rotation {'inside' if inside else 'apart from'} attention", ours, (size,))
+    inside = not backend.rotary_inside(timing.device())
+    with fuse_rotary(inside):
+        add(f"phi_fast, RoPE {'inside' if inside else 'apart from'} attention", ours, (size,))
     add("transformers eager", eager, smaller)
     add("transformers torch.compile", compiled if not session.dry else left_out, smaller)
 
@@ -115,31 +112,3 @@ def with_rates(row: Row, config: PhiConfig, rows: int) -> Row:
     if sizes.GPU:
         row.extra["allocated at most, MB"] = torch.cuda.max_memory_allocated() >> 20
     return row
-
-
-def rotates_inside() -> bool:
-    """Whether the block's default is to rotate q and k inside attention, on this machine."""
-    chosen: list[bool] = []
-    module = sys.modules["phi_fast.kernels.parallel_block"]
-    plain = module.Options  # type: ignore[attr-defined]
-
-    def watch(*values: Any) -> Any:
-        options = plain(*values)
-        chosen.append(options.rotary_inside)
-        return options
-
-    config = models.small(PhiConfig.preset("phi-tiny"))
-    dtype = torch.float16 if sizes.GPU else torch.float32
-    with mock.patch.object(module, "Options", watch):
-        model = steps.Phi(config).to(timing.device(), dtype)
-        model(models.data(config, 1, timing.device())[0])
-    return chosen[0]
-
-
-@contextmanager
-def rotation(*, inside: bool) -> Iterator[None]:
-    """Let the parallel block rotate inside attention, or apart from it, whatever its default is."""
-    module = sys.modules["phi_fast.kernels.parallel_block"]
-    plain = module.Options  # type: ignore[attr-defined]
-    with mock.patch.object(module, "Options", lambda *values: plain(*values)._replace(rotary_inside=inside)):
-        yield

@@ -169,13 +169,6 @@ def test_a_micro_batch_that_does_not_fit_is_halved() -> None:
     assert "does not fit" in row.note
 
 
-def test_rotation_can_be_put_apart_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = step.rotates_inside()
-    with step.rotation(inside=not inside):
-        assert step.rotates_inside() is not inside
-    assert step.rotates_inside() is inside
-
-
 def test_tests_that_fail_are_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "test_some.py"
     file.write_text("def test_right():\n    pass\n\ndef test_wrong():\n    assert 1 == 2\n")
