@@ -58,6 +58,8 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0 after the day, whatever the stages found; 2 where it could not begin."""
     tolerate_encodings()
+    # torch asks the driver's library whether there is a GPU, not CUDA, which no fork could use after that.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.gpu", description=__doc__)
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is touched by a dry run, where there is one

@@ -102,8 +102,6 @@ def main(arguments: list[str]) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         began += ["--commit", json.loads((KIT / "kit.json").read_text(encoding="utf-8"))["commit"]]
-    # torch asks the driver's library whether there is a GPU, not CUDA, which no process could use after a fork.
-    environment |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     sys.stdout.flush()
     os.chdir(ROOT)
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *arguments, *began], environment)

@@ -14,8 +14,8 @@ from benchmarks.gpu.runner import Session
 from phi_fast.data import stdlib_corpus
 from phi_fast.json_files import read_lines
 
-SAVED, LAST = 3, 6
-"""The step after which a checkpoint is saved, and the one that both runs must reach."""
+STEPS = 3
+"""Steps after the checkpoint that are computed twice."""
 COMPARED = ("loss", "grad_norm", "loss_scale", "lr")
 
 
@@ -33,13 +33,14 @@ def check(session: Session) -> None:
     stdlib_corpus.prepare(data)
     command = [sys.executable, "-m", "phi_fast.train", *options(data, run, dry=session.dry)]
     began = time.monotonic()
-    before = until_killed(command, run, session)
+    # Saving goes on beside the next steps: the checkpoint is there some steps after its own.
+    before = until_killed(command, session, run, lambda: saved(run) and saved(run) + STEPS)
     session.put("trainer", {"seconds until the kill": time.monotonic() - began} | speed(before))
-    began = time.monotonic()
+    began, start = time.monotonic(), saved(run)
     (run / "metrics.jsonl").rename(run / "before.jsonl")
-    after = until_killed([*command, "--resume"], run, session)
+    after = until_killed([*command, "--resume"], session, run, lambda: start + STEPS)
     session.put("resumed", {"seconds until the same step": time.monotonic() - began})
-    rows = compared(before, after)
+    rows = compared(before, after, start)
     session.put("steps computed twice", rows)
     if wrong := [row["step"] for row in rows if not row["the same, bit for bit"]]:
         raise Differs(f"steps {', '.join(map(str, wrong))} differ after the resume")
@@ -47,7 +48,8 @@ def check(session: Session) -> None:
 
 def options(data: Path, run: Path, *, dry: bool) -> list[str]:
     """phi-1.5 on the standard library's corpus; in a dry run a model of one layer."""
-    words = ["--data", str(data), "--run-dir", str(run), "--save-every", str(SAVED), "--save-minutes", "0"]
+    every = 20 if dry else 4  # so that no second checkpoint is whole before the kill
+    words = ["--data", str(data), "--run-dir", str(run), "--save-every", str(every), "--save-minutes", "0"]
     words += ["--val-every", "0", "--sample-tokens", "0", "--keep-last", "1", "--tokens", "1e9", "--log-every", "1"]
     if dry:
         shape = {"hidden-size": 64, "num-attention-heads": 1, "num-hidden-layers": 1}
@@ -64,21 +66,29 @@ def options(data: Path, run: Path, *, dry: bool) -> list[str]:
     return words
 
 
-def until_killed(command: list[str], run: Path, session: Session) -> dict[int, dict[str, Any]]:
-    """Run the trainer until it has told of step `LAST`, then end it by SIGKILL: its records by step."""
+def until_killed(command: list[str], session: Session, run: Path, last: Callable[[], int]) -> dict[int, dict[str, Any]]:
+    """Run the trainer until it has told of step `last()` (0: not known yet), then end it by SIGKILL: its records."""
     log = session.scratch / "trainer.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
     try:
-        while LAST not in (found := records(run)):
+        while not (step := last()) or step not in records(run):
             if process.poll() is not None:
                 end = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-                raise TrainerEnded(f"status {process.returncode} before step {LAST}: {end}")
+                raise TrainerEnded(f"status {process.returncode} before step {step or 'of a checkpoint'}: {end}")
             time.sleep(0.1)
     finally:
         process.kill()
         process.wait()
-    return found
+    return records(run)
+
+
+def saved(run: Path) -> int:
+    """The step of the newest complete checkpoint; 0: there is none."""
+    try:
+        return int((run / "checkpoints" / "latest").read_text(encoding="utf-8").rpartition("-")[2])
+    except FileNotFoundError:
+        return 0
 
 
 def environment() -> dict[str, str]:
@@ -94,14 +104,17 @@ def records(run: Path) -> dict[int, dict[str, Any]]:
         return {}
 
 
-def compared(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps after the checkpoint, that the resumed run computed again."""
-    same: Callable[[int], bool] = lambda step: all(before[step][n] == after[step][n] for n in COMPARED)  # noqa: E731
-    steps = range(SAVED + 1, LAST + 1)
-    return [{"step": s, "loss": before[s]["loss"], "the same, bit for bit": s in after and same(s)} for s in steps]
+def compared(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], start: int) -> list[dict[str, Any]]:
+    """The steps after the checkpoint of step `start`, which the resumed run computed again."""
+
+    def same(step: int) -> bool:
+        return step in before and step in after and all(before[step][n] == after[step][n] for n in COMPARED)
+
+    steps = range(start + 1, start + STEPS + 1)
+    return [{"step": s, "loss": before.get(s, {}).get("loss"), "the same, bit for bit": same(s)} for s in steps]
 
 
 def speed(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """What the trainer itself says of its last step."""
-    last = found[LAST]
+    last = found[max(found)]
     return {"tokens/s": last["tokens_per_s"], "ms per step": last["step_ms"], "MFU, attention in full": last["mfu"]}

@@ -93,18 +93,41 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_resume_is_right_only_bit_for_bit() -> None:
-    before = {n: record(n) for n in range(1, 7)}
-    rows = trainer.compared(before, {n: record(n) for n in range(4, 7)})
+    before = {n: record(n) for n in range(1, 9)}
+    rows = trainer.compared(before, {n: record(n) for n in range(4, 7)}, 3)
     assert [(row["step"], row["the same, bit for bit"]) for row in rows] == [(4, True), (5, True), (6, True)]
     after = {4: record(4), 5: record(5, grad_norm=1.5000001)}
-    assert [row["the same, bit for bit"] for row in trainer.compared(before, after)] == [True, False, False]
+    assert [row["the same, bit for bit"] for row in trainer.compared(before, after, 3)] == [True, False, False]
+    assert [row["the same, bit for bit"] for row in trainer.compared({}, after, 3)] == [False] * 3
 
 
 def test_a_trainer_that_ends_by_itself_is_no_kill(tmp_path: Path) -> None:
     given, _ = session(tmp_path)
     command = [sys.executable, "-c", "print('error: no such corpus'); raise SystemExit(2)"]
-    with pytest.raises(trainer.TrainerEnded, match="status 2 before step 6: error: no such corpus"):
-        trainer.until_killed(command, tmp_path / "run", given)
+    with pytest.raises(trainer.TrainerEnded, match="status 2 before step of a checkpoint: error: no such corpus"):
+        trainer.until_killed(command, given, tmp_path / "run", lambda: 0)
+
+
+def test_the_kill_waits_for_the_checkpoint_which_is_saved_beside_later_steps(tmp_path: Path) -> None:
+    code = """
+import json, sys, time
+from pathlib import Path
+run = Path(sys.argv[1])
+(run / "checkpoints").mkdir(parents=True)
+for step in range(1, 10**6):
+    with (run / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": step}), file=file)
+    if step == 9:
+        (run / "checkpoints" / "latest").write_text("step-4")
+    time.sleep(0.05)
+"""
+    given, _ = session(tmp_path)
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", code, str(run)]
+    found = trainer.until_killed(command, given, run, lambda: trainer.saved(run) and trainer.saved(run) + 3)
+    assert max(found) >= 9
+    assert trainer.saved(run) == 4
+    assert set(range(1, 8)) <= set(found)
 
 
 def test_the_profile_is_by_the_work_that_is_counted() -> None:
