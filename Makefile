@@ -8,7 +8,7 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow test-kernels prove lint format docs wheel bench sanitize attack clean
+.PHONY: help train test test-slow test-kernels prove lint format docs wheel bench gpu gpu-kit sanitize attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --tokens ...")'
@@ -21,6 +21,8 @@ help:
 	@echo 'make docs       build the documentation site in build/site; warnings are errors'
 	@echo 'make wheel      build wheel and sdist in build/dist'
 	@echo 'make bench      run the benchmarks, each with its peers'
+	@echo 'make gpu        test and measure everything on the GPU within BUDGET=600 seconds (DRY=1: a trial on a CPU)'
+	@echo 'make gpu-kit    collect what make gpu needs on a machine without network, in build/gpu-kit'
 	@echo 'make sanitize   run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make attack     test with random kills, damaged files, hostile programs and op calls for an hour (ARGS="--minutes ... --seed ...")'
 
@@ -91,6 +93,23 @@ wheel: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark $(ARGS)
+
+# On a machine without .venv a kit is used where there is one, with the Python that has torch; nothing is installed.
+BUDGET ?= 600
+GPU_OPTIONS = --budget $(BUDGET) $(if $(DRY),--dry) $(ARGS)
+
+ifeq ($(wildcard $(BIN)/python)$(wildcard build/gpu-kit/kit.json),build/gpu-kit/kit.json)
+gpu: PYTHON = $(shell command -v python3)
+gpu:
+	$(PYTHON) benchmarks/gpu/start.py --kit $(GPU_OPTIONS)
+else
+gpu: $(if $(DRY),$(VENV)/.dev,$(VENV)/.bench)
+	$(BIN)/python benchmarks/gpu/start.py $(GPU_OPTIONS)
+endif
+
+KIT_PYTHON ?= python3.12
+gpu-kit:
+	$(KIT_PYTHON) benchmarks/gpu/kit.py $(ARGS)
 
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/sanitize.py

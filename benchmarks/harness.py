@@ -6,6 +6,7 @@ A benchmark passes its contenders by name to `compare`, and the subject that thi
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -32,36 +33,72 @@ def compare(
     repeats: int,
     warmup: int = 1,
     budget: float | None = None,
+    kernels: bool = False,
 ) -> Subject:
     """Time every contender once per round, in turn, for `repeats` rounds, so that a drift of the machine affects all.
 
     A contender that is a string could not be set up; the string says why. A peer that raises in its first, untimed call
     also becomes a row without times; an exception from this project's own contenders is passed on. budget: seconds
-    after which no further round begins, once three are done.
+    after which no further round begins, once three are done. kernels: the contenders are single kernels, and the time
+    that Python takes to launch them is no part of what is measured on a GPU.
     """
     where = timing.device()
-    measure = timing.timer(where)
+    measure = timing.kernel_timer(where) if kernels else timing.timer(where)
     rows = {label: _row(label, contender) for label, contender in contenders.items()}
     present = {label: c for label, c in contenders.items() if not isinstance(c, str)}
     running = {label: c if isinstance(c, Contender) else Contender(c) for label, c in present.items()}
-    for label, contender in list(running.items()):
-        if not _first_call(rows[label], contender, where):
-            del running[label]
-    for _ in range(warmup - 1):
-        for contender in running.values():
-            measure(contender.run)
-    times: dict[str, list[float]] = {label: [] for label in running}
-    begin = time.perf_counter()
-    for done in range(repeats):
-        if budget is not None and done >= 3 and time.perf_counter() - begin > budget:
-            break
-        for label, contender in running.items():
-            times[label].append(measure(contender.run))
+    with timing.on_stream(measure):
+        for label, contender in list(running.items()):
+            if not _first_call(rows[label], contender, where):
+                del running[label]
+            elif isinstance(measure, timing.KernelTimer) and not measure.replayed(contender.run):
+                rows[label].extra["launched from"] = "Python"
+        for _ in range(warmup - 1):
+            for contender in running.values():
+                measure(contender.run)
+        times: dict[str, list[float]] = {label: [] for label in running}
+        begin = time.perf_counter()
+        for done in range(repeats):
+            if budget is not None and done >= 3 and time.perf_counter() - begin > budget:
+                break
+            for label, contender in running.items():
+                times[label].append(measure(contender.run))
     for label, seconds in times.items():
         rows[label].seconds = seconds
     subject = Subject(name, config, list(rows.values()))
     _hold_against_bounds(subject)
     return subject
+
+
+def compare_apart(
+    name: str, makers: Mapping[str, Callable[[], Contender | str]], *, config: dict[str, Any], **options: Any
+) -> Subject:
+    """As `compare`, one contender after the other: each is made when its turn comes and freed after it, for those that
+    do not fit into a GPU's memory together."""
+    rows = []
+    for label, make in makers.items():
+        rows += compare(name, {label: _made(label, make)}, config=config, **options).rows
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    subject = Subject(name, config, rows)
+    _hold_against_bounds(subject)
+    return subject
+
+
+def _made(label: str, make: Callable[[], Contender | str]) -> Contender | str:
+    """A contender, or why there is none: a peer may not fit into the memory that this project's leaves free."""
+    try:
+        return make()
+    except Exception as error:  # as in `_first_call`: what a peer raised is its row
+        if kind(label) == "ours":
+            raise
+        return f"cannot be set up here: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line[:120]}"
 
 
 def _row(label: str, contender: Contender | Callable[[], object] | str) -> Row:
@@ -80,8 +117,7 @@ def _first_call(row: Row, contender: Contender, where: torch.device) -> bool:
     except Exception as error:  # a peer's compiler or driver may raise anything; the row shows what it raised
         if kind(row.name) == "ours":
             raise
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        row.note = f"does not run here: {type(error).__name__}: {first_line[:120]}"
+        row.note = f"does not run here: {_said(error)}"
         return False
     seconds = time.perf_counter() - begin
     if seconds > SLOW_START:

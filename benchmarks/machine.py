@@ -15,7 +15,7 @@ from phi_fast._C import cpu
 
 PACKAGES = (
     *("torch", "triton", "transformers", "deepspeed", "liger-kernel", "litgpt", "flash-attn", "megatron-core", "grain"),
-    *("numpy", "tokenizers"),
+    *("numpy", "tokenizers", "cut-cross-entropy"),
 )
 
 

@@ -13,8 +13,18 @@ from transformers import PhiForCausalLM
 from phi_fast import PhiConfig
 from phi_fast.conversion.hf_config import phi_config
 
-Preset = Literal["phi-small", "phi-tiny", "small phi-small", "small phi-tiny"]
-"""A preset's name; with "small " before it, the smaller model of the run that only tests the benchmark."""
+Preset = Literal[
+    *("phi-small", "phi-tiny", "small phi-small", "small phi-tiny"),
+    *("a quarter of phi-1.5", "small a quarter of phi-1.5"),
+]
+"""A name that `of` knows; with "small " before it, the smaller model of the run that only tests the benchmark."""
+
+
+def of(preset: str) -> PhiConfig:
+    """The model of a preset's name, or six of phi-1.5's layers: several optimizers of those fit into one GPU."""
+    if preset == "a quarter of phi-1.5":
+        return PhiConfig.preset("phi-1.5").replace(num_hidden_layers=6)
+    return PhiConfig.preset(preset)
 
 
 def hugging_face(config: PhiConfig) -> nn.Module:

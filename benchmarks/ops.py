@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import yardsticks
+from benchmarks import sizes, yardsticks
 from benchmarks.harness import Results, compare
 from benchmarks.subjects import Contender, Subject, kind
 from phi_fast.kernels import use
@@ -112,6 +112,7 @@ def measure(
             config=config | {"bytes": cost.moved, "FLOPs": cost.flops},
             repeats=repeats if full else 1,
             budget=budget if full else None,
+            kernels=True,
         )
         results.add(subject)
         subjects.append(subject)
@@ -124,7 +125,7 @@ def bounds(cost: Cost, like: Tensor, full: bool) -> dict[str, Contender]:
     if cost.moved:
         found["copy"] = yardsticks.copy(min(cost.moved, MOST), like.device)
     if cost.flops:
-        found["matrix product"] = yardsticks.product(2048 if full else 64, like.dtype, like.device)
+        found["matrix product"] = yardsticks.product(sizes.PRODUCT if full else 64, like.dtype, like.device)
     return found
 
 

@@ -17,6 +17,7 @@ INSTALL = {
     "litgpt": "make bench installs it, or: pip install --no-deps litgpt, and lightning",
     "megatron": "make bench installs it, or: pip install megatron-core",
     "grain": "make bench installs it, or: pip install grain",
+    "cut_cross_entropy": "pip install cut-cross-entropy",
     "flash_attn": "needs a GPU and nvcc: pip install flash-attn",
     "amp_C": "NVIDIA's apex is built from its source tree on a GPU machine; PyPI's package of that name is another one",
 }
@@ -25,7 +26,12 @@ INSTALL = {
 _MODULES = {"flash-attn": "flash_attn", "apex": "amp_C"}
 """Back end -> the module it needs."""
 
-_NEED_A_GPU = {"liger_kernel": "its kernels are in Triton", "flash_attn": "it is CUDA", "amp_C": "it is CUDA"}
+_NEED_A_GPU = {
+    "liger_kernel": "its kernels are in Triton",
+    "cut_cross_entropy": "its kernels are in Triton",
+    "flash_attn": "it is CUDA",
+    "amp_C": "it is CUDA",
+}
 
 
 def absent(module: str) -> str | None:

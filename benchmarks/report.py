@@ -54,6 +54,19 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def benchmark_files(results: Path) -> list[Path]:
+    """The files of `pytest benchmarks --benchmark`. A day of `make gpu` has stages, and a page of its own."""
+    return [file for file in sorted(results.glob("*.json")) if not _of_a_gpu_day(file)]
+
+
+def _of_a_gpu_day(path: Path) -> bool:
+    try:
+        document = read_json(path)
+    except (OSError, UsageError):
+        return False  # `read` refuses it by name
+    return isinstance(document, dict) and "stages" in document
+
+
 def machine_line(document: dict[str, Any]) -> str:
     machine = document["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version[0].isdigit())
@@ -105,7 +118,7 @@ def newest(documents: dict[str, dict[str, Any]]) -> list[str]:
 def write(results: Path, root: Path) -> None:
     """Write the page, the plots and the picture. Raises UsageError without results, or without markers in the
     README."""
-    files = sorted(results.glob("*.json"))
+    files = benchmark_files(results)
     if not files:
         raise UsageError(f"no results in {results}; measure first: make bench, or pytest benchmarks --benchmark")
     readme = root / "README.md"

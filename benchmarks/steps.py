@@ -22,7 +22,7 @@ from phi_fast.kernels.adam import grad_norm_squared, unscale_and_clip
 from phi_fast.recipes import RECIPES
 from phi_fast.training.zero import parameter_groups
 
-ROWS = {"phi-tiny": 8, "phi-small": 4}
+ROWS = {"phi-tiny": 8, "phi-small": 4, "phi-1.5": 4, "a quarter of phi-1.5": 4}
 RECIPE = RECIPES["tiny"]
 FLOOR = "matrix products and SDPA alone"
 LEFT_OUT = "left out because it takes long: measured in bf16, and with phi-tiny"
@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor]
 def shape(preset: models.Preset) -> tuple[PhiConfig, int]:
     """(configuration, rows per step) of a preset; "small NAME" gives those of the small run."""
     name = preset.removeprefix("small ")
-    config = PhiConfig.preset(name)
+    config = models.of(name)
     return (config, ROWS[name]) if name == preset else (models.small(config), 1)
 
 

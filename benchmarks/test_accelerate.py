@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks import models
+from benchmarks import models, sizes
 from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES
 from benchmarks.peers import absent, compiled
@@ -24,8 +24,9 @@ from phi_fast import PhiConfig
 from phi_fast.kernels import accelerate
 
 BEFORE, AFTER = "transformers", "phi_fast accelerate"
-NOT_COMPILED = "compiled in the full run, for phi-tiny only"
-ROWS, LENGTH = {"phi-tiny": 8, "pythia-70m": 4, "llama": 8}, 256
+NOT_COMPILED = "compiled in the full run, for phi only"
+ROWS = {"phi-tiny": 8, "pythia-70m": 4, "llama": 8} | {"phi 2048 wide": 4, "neox 2048 wide": 4, "llama 2048 wide": 4}
+LENGTH = 2048 if sizes.GPU else 256
 
 
 def phi_tiny(full: bool) -> PreTrainedModel:
@@ -60,12 +61,54 @@ def llama(full: bool) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
 
 
-MODELS: dict[str, Callable[[bool], PreTrainedModel]] = {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama}
+def phi_wide(full: bool) -> PreTrainedModel:
+    """Six of phi-1.5's layers."""
+    config = models.of("a quarter of phi-1.5")
+    return models.hugging_face(config if full else models.small(config))
+
+
+def neox_wide(full: bool) -> PreTrainedModel:
+    """Six layers of EleutherAI/pythia-1.4b's shape, of random weights."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16} if full else SMALL
+    vocabulary = 50304 if full else 512
+    layers = 6 if full else 1
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            **shape, vocab_size=vocabulary, num_hidden_layers=layers, max_position_embeddings=2048, use_cache=False
+        )
+    )
+
+
+def llama_wide(full: bool) -> PreTrainedModel:
+    """Six layers of TinyLlama-1.1B's shape, of random weights."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32} if full else SMALL
+    vocabulary = 32000 if full else 512
+    layers, groups = (6, 4) if full else (1, 2)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **shape,
+            vocab_size=vocabulary,
+            num_hidden_layers=layers,
+            num_key_value_heads=groups,
+            max_position_embeddings=2048,
+            use_cache=False,
+        )
+    )
+
+
+SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
+"""The small run's shape of the wide models."""
+MODELS: dict[str, Callable[[bool], PreTrainedModel]] = (
+    {"phi 2048 wide": phi_wide, "neox 2048 wide": neox_wide, "llama 2048 wide": llama_wide}
+    if sizes.GPU
+    else {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama}
+)
+"""On a GPU models that fill it: Python takes longer to launch the kernels of the others than it takes to run them."""
 
 
 def liger(name: str, model: PreTrainedModel) -> PreTrainedModel | str:
     """The model patched by Liger-Kernel, without its rotary, which would replace that of every model here."""
-    if name != "llama":
+    if not name.startswith("llama"):
         return f"does not cover {type(model).__name__}"
     if reason := absent("liger_kernel"):
         return reason
@@ -82,7 +125,7 @@ def training_step(model: PreTrainedModel, ids: torch.Tensor, run: Callable[..., 
     return bare_step(model, optimizer, lambda: call(input_ids=ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None:
     rows, length = (ROWS[name], LENGTH) if full else (1, 32)
@@ -95,7 +138,7 @@ def test_accelerate(name: str, dtype: str, full: bool, results: Results) -> None
         BEFORE: training_step(plain, ids),
         AFTER: training_step(accelerated, ids),
         "transformers torch.compile": training_step(for_compiler, ids, compiled(for_compiler, full))
-        if full and name == "phi-tiny"
+        if full and name.startswith("phi")
         else NOT_COMPILED,
         "Liger-Kernel": patched if isinstance(patched, str) else training_step(patched, ids),
     }

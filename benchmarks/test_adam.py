@@ -114,6 +114,7 @@ def test_adam_fp32(full: bool, results: Results) -> None:
         config={"parameters": n, "bytes per parameter": 28},
         repeats=11 if full else 1,
         budget=10,
+        kernels=True,
     )
     results.add(subject)
 
@@ -141,6 +142,7 @@ def test_whole_update_of_bf16_weights(full: bool, results: Results) -> None:
         config={"parameters": n, "bytes per parameter": 30, "clip": CLIP},
         repeats=11 if full else 1,
         budget=10,
+        kernels=True,
     )
     results.add(subject)
 

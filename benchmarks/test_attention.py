@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.phi.modeling_phi import eager_attention_forward
 
+from benchmarks import sizes
 from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
@@ -23,8 +25,14 @@ from phi_fast.kernels import attention
 pytestmark = pytest.mark.usefixtures("kept_memory")
 
 HEAD_DIM = 64
-SHAPES = {"sequence 512": (4, 512, 8), "sequence 2048": (1, 2048, 8)}
-"""Name -> (batch, sequence, heads): phi-small's shape, and phi-1.5's length."""
+ONLY_ON_A_GPU = "a back end of torch's for GPUs"
+SHAPES = (
+    {"sequence 2048": (4, 2048, 32), "sequence 512": (16, 512, 32)}
+    if sizes.GPU
+    else {"sequence 512": (4, 512, 8), "sequence 2048": (1, 2048, 8)}
+)
+"""Name -> (batch, sequence, heads). On a GPU phi-1.5's heads and 8192 tokens, which fill its multiprocessors; on a CPU
+phi-small's shape, and phi-1.5's length."""
 
 
 def by_head(packed: Tensor) -> list[Tensor]:
@@ -50,6 +58,12 @@ class Module(nn.Module):
     num_key_value_groups, is_causal = 1, True
 
 
+def chosen_sdpa(backend: SDPBackend, packed: Tensor) -> Tensor:
+    """torch's SDPA by one of its back ends alone."""
+    with sdpa_kernel(backend):
+        return sdpa(packed)
+
+
 def transformers_sdpa(packed: Tensor) -> Tensor:
     return sdpa_attention_forward(Module(), *by_head(packed), None, scaling=HEAD_DIM**-0.5)[0]
 
@@ -64,7 +78,7 @@ def flash_attn(packed: Tensor) -> Tensor:
     return flash_attn_qkvpacked_func(packed, causal=True)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None:
     where = device()
@@ -76,13 +90,15 @@ def test_attention(shape: str, dtype: str, full: bool, results: Results) -> None
     def of(function: Callable[[Tensor], Tensor], note: str = "") -> Op:
         return Op(lambda: function(packed), [packed], note=note)
 
-    fast = compiled(eager, full and shape == "sequence 512")
+    fast = compiled(eager, full and (shape == "sequence 512" or sizes.GPU))
     ops: dict[str, Op | str] = {
         label: Op(lambda: attention(*packed.unbind(2)), [packed], backend=("attention", name))
         for label, name in backends("attention", where).items()
     }
     ops |= {
         "torch SDPA": of(sdpa, "also litgpt's"),
+        "torch SDPA flash": of(lambda x: chosen_sdpa(SDPBackend.FLASH_ATTENTION, x)) if sizes.GPU else ONLY_ON_A_GPU,
+        "torch SDPA cuDNN": of(lambda x: chosen_sdpa(SDPBackend.CUDNN_ATTENTION, x)) if sizes.GPU else ONLY_ON_A_GPU,
         "torch eager": of(eager),
         "torch.compile": of(fast) if fast else NOT_COMPILED if not full else "measured at sequence 512",
         "transformers sdpa": of(transformers_sdpa),

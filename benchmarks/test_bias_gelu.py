@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from benchmarks import sizes
 from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
@@ -51,7 +52,7 @@ def in_given_memory(x: Tensor, dout: Tensor) -> tuple[dict, dict]:
     return {"phi_fast, into given memory": forward}, {"phi_fast, into given memory": backward}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 def test_bias_gelu(dtype: str, full: bool, results: Results) -> None:
     where = device()
     rows, n = (4096, 8192) if full else (32, 256)

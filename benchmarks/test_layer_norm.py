@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import sizes
 from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
@@ -58,7 +59,7 @@ def in_given_memory(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor) -> tu
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 def test_layer_norm(dtype: str, full: bool, results: Results) -> None:
     where = device()
     rows, d = (8192, 2048) if full else (64, 128)

@@ -1,4 +1,4 @@
-"""lm_head and loss at phi-small's vocabulary, and the loss alone on one chunk of logits.
+"""lm_head and loss at phi-small's sizes, on a GPU at phi-1.5's, and the loss alone on one chunk of logits.
 
 FLOPs: three matrix products, for the logits and for the gradients of hidden and weight. This project and Liger compute
 the gradients in the forward, so forward and backward are timed together. Bytes of the loss alone: the logits are read
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from benchmarks import sizes
 from benchmarks.harness import Results, compare
 from benchmarks.ops import DTYPES, Cost, agree, bounds, leaf
 from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
@@ -55,6 +56,13 @@ def liger(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tenso
     return liger_fused_linear_cross_entropy(hidden, weight, labels, bias)
 
 
+def cut(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """Apple's cut cross entropy: the logits never leave the chip."""
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    return cut_cross_entropy(hidden, weight, labels, bias=bias)
+
+
 def ours(name: str) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
         with use(name, op="linear_cross_entropy"):
@@ -74,13 +82,14 @@ def contenders(full: bool, where: torch.device) -> dict[str, Loss | str]:
         "transformers": transformers,
         "litgpt chunked_cross_entropy": peer("litgpt", lambda: litgpt),
         "Liger-Kernel": peer("liger_kernel", lambda: liger),
+        "cut-cross-entropy": peer("cut_cross_entropy", lambda: cut),
     }
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 def test_linear_cross_entropy(dtype: str, full: bool, results: Results) -> None:
     where = device()
-    rows, d, vocab = (1024, 512, 51200) if full else (16, 32, 512)
+    rows, d, vocab = ((8192, 2048, 51200) if sizes.GPU else (1024, 512, 51200)) if full else (16, 32, 512)
     scales = {"hidden": 1.0, "weight": d**-0.5, "bias": 0.02}
     shapes = {"hidden": (rows, d), "weight": (vocab, d), "bias": (vocab,)}
     inputs = [leaf(*shapes[n], dtype=DTYPES[dtype], device=where, scale=scales[n]) for n in shapes]
@@ -103,11 +112,12 @@ def test_linear_cross_entropy(dtype: str, full: bool, results: Results) -> None:
         config={"rows": rows, "width": d, "vocabulary": vocab, "FLOPs": cost.flops},
         repeats=5 if full else 1,
         budget=12,
+        kernels=True,
     )
     results.add(subject)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 def test_cross_entropy_of_a_chunk(dtype: str, full: bool, results: Results) -> None:
     where = device()
     rows, vocab = (1024, 51200) if full else (8, 512)
@@ -136,5 +146,6 @@ def test_cross_entropy_of_a_chunk(dtype: str, full: bool, results: Results) -> N
         config={"rows": rows, "vocabulary": vocab, "bytes": cost.moved},
         repeats=11 if full else 1,
         budget=4,
+        kernels=True,
     )
     results.add(subject)

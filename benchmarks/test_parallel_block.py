@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import sizes
 from benchmarks.harness import Results
 from benchmarks.models import hugging_face, litgpt, small
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
@@ -97,7 +98,7 @@ def alone(config: PhiConfig, x: Tensor, costs: tuple[Cost, Cost]) -> tuple[dict,
     return {ALONE: Contender(forward, flops=costs[0].flops)}, {ALONE: Contender(backward, flops=costs[1].flops)}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 def test_parallel_block(dtype: str, full: bool, results: Results) -> None:
     where = device()
     config = PhiConfig.preset("phi-small" if where.type == "cpu" else "phi-1.5")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 
+from benchmarks import sizes
 from benchmarks.harness import Results
 from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
@@ -71,7 +72,7 @@ def ours(x: Tensor, cos: Tensor, sin: Tensor, name: str) -> Op:
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
 def test_rotary(dtype: str, full: bool, results: Results) -> None:
     where = device()
     batch, sequence, heads = (4, 2048, 32) if full else (2, 16, 4)

@@ -182,3 +182,21 @@ def _require_triton(op: str, device: torch.device) -> None:
             f"{op}: Triton needs a GPU and these tensors are on the CPU. Set TRITON_INTERPRET=1 before Python starts "
             f"to run it in Triton's interpreter (slow), or use('auto', op={op!r})"
         )
+    if device.type == "cpu":
+        _require_a_pair_that_interprets(op)
+
+
+def _require_a_pair_that_interprets(op: str) -> None:
+    """Triton before 3.9 makes an index of an array with one dim, which numpy refuses from 2.4 on: a loop whose end is
+    known only when it runs would fail inside the interpreter."""
+    import numpy
+    import triton
+
+    def of(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if of(triton.__version__) < (3, 9) and of(numpy.__version__) >= (2, 4):
+        raise BackendUnavailable(
+            f"{op}: Triton {triton.__version__}'s interpreter does not work with numpy {numpy.__version__}: "
+            f"pip install 'numpy<2.4' (or a Triton from 3.9 on), or use('auto', op={op!r})"
+        )

@@ -312,7 +312,7 @@ def figure_and_unit(name: str, row: dict[str, Any]) -> tuple[float, str]:
     return float(np.median(row["seconds"])) * 1000, "ms"
 
 
-COMMITTED = sorted(RESULTS.glob("*.json"))
+COMMITTED = report.benchmark_files(RESULTS)
 NEWEST = max(COMMITTED, key=lambda path: path.stem[-10:])
 
 

@@ -1,7 +1,8 @@
 """Trainer processes that start in a fraction of a second, as forks of a server that has imported everything once.
 
 The server has no threads, no process group and no open files of a run, so that a fork behaves like a fresh process.
-This file run as a program is the server; the functions for tests talk to it.
+This file run as a program is the server; the functions for tests talk to it. It sees no GPU: a machine with one GPU has no
+room for several ranks, so they run on CPUs everywhere.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TINY = {
     "sample-tokens": 0,
     "val-every": 0,
     "precision": "fp32",
+    "device": "cpu",
 }
 
 
@@ -173,7 +175,11 @@ def _ask(request: dict[str, Any]) -> Any:
         environment = without_launcher()
         pipe = subprocess.PIPE
         _server = subprocess.Popen(
-            [sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=environment | {"OMP_NUM_THREADS": "1"}
+            [sys.executable, __file__],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
     assert _server.stdin
     assert _server.stdout

@@ -27,7 +27,7 @@ WIDEST = 32768  # elements of a row that registers hold; the backward's five row
 
 
 @triton.jit
-def _forward(
+def _layer_norm_forward(
     x,  # (rows, d)
     weight,  # (d,)
     bias,  # (d,)
@@ -71,7 +71,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _layer_norm_backward(
     dy,  # (rows, d)
     x,  # (rows, d)
     weight,  # (d,)
@@ -140,7 +140,7 @@ def _forward_launch(
     rows, d = x.shape
     block = _block(d)
     return Launch(
-        _forward,
+        _layer_norm_forward,
         (rows,),
         {
             "x": x,
@@ -180,7 +180,7 @@ def _backward_launch(
     block = _block(d)
     programs = partial.shape[1]
     return Launch(
-        _backward,
+        _layer_norm_backward,
         (programs,),
         {
             "dy": dy,

@@ -77,13 +77,15 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
     """Join the launcher's process group, or make one for a single process.
 
     timeout: seconds that a rank waits for the others, here and in every later collective, before it fails.
-    Raises UsageError if `device` is "cuda" and no GPU is visible, or some of a launcher's variables are missing.
+    Raises UsageError if `device` is "cuda" and no GPU is visible, if this machine has more ranks than GPUs, or if some
+    of a launcher's variables are missing.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     rank, size, local_rank, local_size = _place()
     if kind == "cuda":
+        _check_gpus(max(local_size, local_rank + 1))
         torch.cuda.set_device(local_rank)
     else:
         keep_freed_memory()
@@ -103,6 +105,15 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 600.0
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=own)
         module.init_distributed(backend, auto_mpi_discovery=False, timeout=limit)
     return World(rank, size, local_rank, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def _check_gpus(ranks: int) -> None:
+    """Raises UsageError, on every rank alike, where this machine has fewer GPUs than ranks."""
+    if ranks > (gpus := torch.cuda.device_count()):
+        raise UsageError(
+            f"{ranks} ranks on this machine, and torch sees {gpus} GPU{'s' * (gpus != 1)} here: each rank needs one. "
+            f"Start {gpus} (--nproc_per_node {gpus}), or train with --device cpu"
+        )
 
 
 def _place() -> tuple[int, int, int, int]:

@@ -22,10 +22,10 @@ LOSS_SCALE = 1024.0  # keeps the small model's fp16 gradients out of fp16's subn
 
 
 def cases(device: torch.device) -> list[Case]:
-    """List the cases, with ragged shapes: a real model's on a GPU, and small ones on a CPU, where 16-bit products and
+    """List the cases, with ragged shapes: of phi-1.5's width on a GPU, and small ones on a CPU, where 16-bit products and
     Triton's interpreter are slow."""
     large = device.type == "cuda"
-    batch, length, heads, rows = (2, 1000, 16, 2001) if large else (2, 70, 2, 37)
+    batch, length, heads, rows = (2, 1000, 32, 2001) if large else (2, 70, 2, 37)
     d = heads * 64
     return [
         _rotary(batch, length if large else 19, heads),
@@ -33,7 +33,10 @@ def cases(device: torch.device) -> list[Case]:
         _bias_gelu(rows, 4 * d),
         _attention(batch, length, heads, heads),
         _attention(batch, length, heads, heads // 2),
+        _attention(batch, length, heads // 2, heads // 2, head_dim=128),
+        _attention(batch, length, heads, heads, causal=False),
         _documents([length // 3, 1, length // 2], heads),
+        _documents([length // 3, 1, length // 2], heads, rotating=True),
         _linear_cross_entropy(rows, d, 51200 if large else 1003, 0.0, 0.0),
         _linear_cross_entropy(rows, d, 1003, 0.1, 1e-4),
         _adam(2**22 + 3 if large else 70_003),
@@ -94,37 +97,49 @@ def _bias_gelu(rows: int, n: int) -> Case:
     return _named("bias_gelu", f"({rows}, {n})", inputs, bias_gelu, plain)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention on (batch, length, heads, 64) with torch, which uses its plain version in float64."""
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Compute attention on (batch, length, heads, head_dim) with torch, which uses its plain version in float64."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
-def _attention(batch: int, length: int, heads: int, key_heads: int) -> Case:
+def _attention(batch: int, length: int, heads: int, key_heads: int, head_dim: int = 64, causal: bool = True) -> Case:
     def inputs(generator: Generator) -> Tensors:
         shapes = {"q": heads, "k": key_heads, "v": key_heads}
-        return {name: _draw(generator, batch, length, n, 64) for name, n in shapes.items()}
+        return {name: _draw(generator, batch, length, n, head_dim) for name, n in shapes.items()}
 
-    name = f"({batch}, {length}, {heads}, 64)" + (f", {key_heads} key heads" if key_heads != heads else "")
-    return _named("attention", name, inputs, attention, _plain_attention)
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal=causal)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _plain_attention(q, k, v, causal)
+
+    name = f"({batch}, {length}, {heads}, {head_dim})" + (f", {key_heads} key heads" if key_heads != heads else "")
+    return _named("attention", name if causal else f"{name}, not causal", inputs, ours, plain)
 
 
-def _documents(lengths: list[int], heads: int) -> Case:
-    total = sum(lengths)
+def _documents(lengths: list[int], heads: int, rotating: bool = False) -> Case:
+    """rotating: RoPE inside the op, on positions that go on over the whole length."""
+    total, config = sum(lengths), PhiConfig()
 
     def inputs(generator: Generator) -> Tensors:
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         return {**{name: _draw(generator, 1, total, heads, 64) for name in "qkv"}, "cu_seqlens": ends}
 
     def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return attention(q, k, v, cu_seqlens=cu_seqlens)
+        table = rotary_table(total, config.rotary_dim, config.rope_theta, q.device) if rotating else (None, None)
+        return attention(q, k, v, cu_seqlens=cu_seqlens, cos=table[0], sin=table[1])
 
     def plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if rotating:
+            table = rotary_cos_sin(config, total, q.device, q.dtype)
+            q, k = (rotate(x.transpose(1, 2), *table).transpose(1, 2) for x in (q, k))
         documents = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
         return torch.cat([_plain_attention(*document) for document in documents], 1)
 
-    return _named("attention", f"documents of {', '.join(map(str, lengths))}", inputs, ours, plain)
+    name = f"documents of {', '.join(map(str, lengths))}" + (", rotated" if rotating else "")
+    return _named("attention", name, inputs, ours, plain)
 
 
 def _linear_cross_entropy(rows: int, d: int, vocab: int, smoothing: float, z: float) -> Case:

@@ -53,7 +53,7 @@ def gradients(function: Callable[..., Tensor], inputs: dict[str, Tensor], dout: 
         for name, x in inputs.items()
     }
     out = function(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
+    grads = torch.autograd.grad(out, list(leaves.values()), dout.to(out))  # also to the device of out
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,22 @@ def test_a_back_end_that_cannot_run_says_what_to_do(monkeypatch):
         bias_gelu(torch.zeros(1, 2))
     with use("cpp", op="bias_gelu"), pytest.raises(BackendUnavailable, match=r"these are on meta; use\('triton'"):
         backend.implementation("bias_gelu", torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.5.5", False), ("3.8.1", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.9.0", "2.10.0", True)],
+)
+def test_an_interpreter_that_numpy_breaks_is_refused_before_it_runs(triton, numpy, works, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", triton)
+    monkeypatch.setattr(np, "__version__", numpy)
+    with use("triton", op="bias_gelu"):
+        if works:
+            backend.implementation("bias_gelu", torch.device("cpu"))
+        else:
+            with pytest.raises(BackendUnavailable, match=r"does not work with numpy .*pip install 'numpy<2\.4'"):
+                backend.implementation("bias_gelu", torch.device("cpu"))
 
 
 def test_import_needs_neither_triton_nor_a_gpu():

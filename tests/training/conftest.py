@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from samples import compact_questions, write_jsonl
 from trainer_processes import make_corpora
 
@@ -22,3 +23,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in ("arc_easy", "piqa"):
         write_jsonl(folder / f"{task}.jsonl", compact_questions()[task])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train on CPUs on every machine, here and in the processes that a test starts: one GPU has no room for several
+    ranks, and the expected losses are a CPU's. `make gpu` trains on a GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
