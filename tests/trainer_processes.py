@@ -1,8 +1,8 @@
 """Trainer processes that start in a fraction of a second, as forks of a server that has imported everything once.
 
 The server has no threads, no process group and no open files of a run, so that a fork behaves like a fresh process.
-This file run as a program is the server; the functions for tests talk to it. It sees no GPU: a machine with one GPU has no
-room for several ranks, so they run on CPUs everywhere.
+This file run as a program is the server; the functions for tests talk to it. It sees no GPU: one GPU has no room for
+several ranks, so they run on CPUs everywhere.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LOSS_SCALE = 1024.0  # keeps the small model's fp16 gradients out of fp16's subn
 
 
 def cases(device: torch.device) -> list[Case]:
-    """List the cases, with ragged shapes: of phi-1.5's width on a GPU, and small ones on a CPU, where 16-bit products and
+    """List the cases, with ragged shapes: phi-1.5's width on a GPU, and small ones on a CPU, where 16-bit products and
     Triton's interpreter are slow."""
     large = device.type == "cuda"
     batch, length, heads, rows = (2, 1000, 32, 2001) if large else (2, 70, 2, 37)
