@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import UsageError
+from ..kernels.backend import ROTARY_INSIDE
 from ..recipes import Recipe
 from ..training.deferred_gradients import sums_fit
 from .communication import Communication, communication
@@ -27,7 +28,7 @@ class Job:
     """None: the largest that fits."""
     price: float | None = None
     """Price of a device hour; None: the device's default."""
-    rotary_inside: bool = True
+    rotary_inside: bool = ROTARY_INSIDE["triton"]
 
     @property
     def on_gpu(self) -> bool:

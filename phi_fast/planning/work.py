@@ -32,7 +32,7 @@ class Shape:
     """Bytes per weight or activation: 2 or 4."""
     recompute: Recompute
     rotary_inside: bool
-    """True if the attention kernel rotates q and k while it reads them (Triton's does)."""
+    """True if the attention kernel rotates q and k while it reads them (`kernels.fuse_rotary`)."""
     on_cpu: bool = False
     """On a CPU the loss has a larger minimum chunk of logits (`rows_of_a_chunk`)."""
 

@@ -23,7 +23,7 @@ from ..kernels import FusedAdam
 from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from ..precision import Precision
 from ..recipes import Recipe, decays
-from .deferred_gradients import DeferredGradients
+from .deferred_gradients import DeferredGradients, reduces_to_owners
 from .distributed import World, deepspeed
 from .local_gradients import LocalGradients
 from .spikes import SpikeFilter
@@ -370,8 +370,7 @@ def _config(
             "contiguous_gradients": True,
             "overlap_comm": world.device.type == "cuda",
             "reduce_bucket_size": bucket,
-            # Each part of a bucket is reduced to the rank that owns it, with half the bytes of an all-reduce.
-            "use_multi_rank_bucket_allreduce": False,
+            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world.size),
             "allgather_bucket_size": bucket,
             "round_robin_gradients": False,
         },
