@@ -39,7 +39,7 @@ class Tile(NamedTuple):
 
 _HALF_PRECISION = {
     # (kernel, head_dim, rotary inside): a tile by architecture, in the order of ARCHITECTURES
-    ("forward", 64, False): ((128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 1)),
+    ("forward", 64, False): ((128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 1)),
     ("forward", 64, True): ((128, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 1)),
     ("forward", 128, False): ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 4, 1)),
     ("forward", 128, True): ((64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
