@@ -56,10 +56,11 @@ _HALF_PRECISION = {
 # With documents each program searches them, and beside the rotation each thread, for the place of every key.
 _DOCUMENTS = {
     # (kernel, head_dim, rotary inside, architecture): a tile in the place of the one above
+    ("forward", 64, False, "sm_100"): (128, 64, 8, 3),
     ("dq", 64, True, "sm_80"): (32, 32, 4, 2),
     ("dkv", 64, True, "sm_80"): (32, 32, 4, 2),
     ("dkv", 128, False, "sm_90"): (32, 64, 8, 2),
-    ("dkv", 128, False, "sm_100"): (32, 64, 8, 2),
+    ("dkv", 128, False, "sm_100"): (64, 64, 8, 2),
 }
 
 # fp32 operands take twice the room, and without TF32 the products run on the ordinary units from registers.
