@@ -4,7 +4,7 @@ Bytes: forward, q, k, v and out once per pass, and k and v again for every block
 backward, dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
 
 Rotating inside saves the pass of 4d bytes per token each way, and costs registers and arithmetic: every block of rows
-rotates the keys again. Compiled for sm_90 it takes the forward from 124 to 177 registers per thread. Which is faster on
+rotates the keys again. Compiled for sm_90 it takes the forward from 128 to 177 registers per thread. Which is faster on
 a GPU was not measured; `fuse_rotary` chooses.
 """
 

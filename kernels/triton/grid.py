@@ -11,4 +11,5 @@ import triton.language as tl
 def split_program(parts):
     """(i, part) of this program, where every i has `parts` programs. Programs that start together share their part."""
     each = tl.num_programs(0) // parts
-    return tl.program_id(0) % each, tl.program_id(0) // each
+    part = tl.program_id(0) // each
+    return tl.program_id(0) - part * each, part
