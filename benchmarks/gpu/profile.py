@@ -35,7 +35,8 @@ OTHER = "copies and other kernels of torch"
 
 def measure(session: Session, config: PhiConfig, rows: int, dtype: torch.dtype) -> None:
     """Profile one step after two others, and put the table, the launches and the memory."""
-    step = steps.ours(config, models.data(config, rows, timing.device()), dtype)
+    with timing.device():
+        step = steps.ours(config, models.data(config, rows, timing.device()), dtype)
     for _ in range(2):
         step()
     if not sizes.GPU:
