@@ -89,7 +89,8 @@ def compare_apart(
 def _made(label: str, make: Callable[[], Contender | str]) -> Contender | str:
     """A contender, or why there is none: a peer may not fit into the memory that this project's leaves free."""
     try:
-        return make()
+        with timing.device():  # a model's weights are drawn there, not on one core
+            return make()
     except Exception as error:  # as in `_first_call`: what a peer raised is its row
         if kind(label) == "ours":
             raise

@@ -31,6 +31,7 @@ from .planning.devices import Figure, find_device
 from .planning.estimate import Job, Plan, plan
 from .planning.host import probe
 from .planning.measure import Judged, judge
+from .planning.measured import measured_device
 from .planning.published import Comparison, compare
 from .planning.scaling import Scaling, scaling
 from .planning.work import Recompute, Shape
@@ -77,6 +78,8 @@ class Options:
     """Price of a device hour, in dollars. Default: a round figure per GPU, printed as an assumption."""
     matmul_efficiency: float | None = None
     """Share of the data sheet's FLOP/s that large matrix products reach. Default: a figure per GPU, printed."""
+    measured: Path | None = None
+    """A results file that `make gpu` wrote: its efficiencies take the place of the assumed ones."""
     measure: bool = False
     """On a CPU, also take real training steps and measure the memory kept for the backward pass."""
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None
@@ -96,6 +99,8 @@ class Options:
             raise UsageError(f"matmul_efficiency={self.matmul_efficiency}: must be above 0 and at most 1")
         if self.device == "gpu" and self.precision == "fp32":
             raise UsageError("precision=fp32: GPUs are planned for fp16 and bf16; use one of them, or --device cpu")
+        if self.device == "cpu" and self.measured is not None:
+            raise UsageError("--measured: a CPU's own rates are measured when the plan is made; leave it out")
         if self.device == "gpu" and self.measure:
             raise UsageError("--measure: only this machine can be measured; add --device cpu, or leave it out")
 
@@ -137,6 +142,8 @@ def run(options: Options) -> Report:
     if options.device == "cpu":
         return _cpu_report(options, recipe)
     device = find_device(options.gpu, options.memory, options.flops, options.bandwidth)
+    if options.measured is not None:
+        device = measured_device(device, options.measured)
     if options.matmul_efficiency is not None:
         stated = Figure(options.matmul_efficiency, "", "--matmul-efficiency")
         device = replace(device, efficiency={**device.efficiency, "product": stated})

@@ -17,8 +17,8 @@ from pathlib import Path
 import tyro
 
 from benchmarks import machine
-from benchmarks.gpu.day import Day, unused
-from benchmarks.gpu.page import page
+from benchmarks.gpu.day import NOT_MEASURED, Day, unused
+from benchmarks.gpu.page import page, predictions
 from benchmarks.gpu.place import describe
 from benchmarks.gpu.predicted import predicted
 from benchmarks.gpu.runner import run
@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="phi-fast-gpu-", ignore_cleanup_errors=True) as scratch:
         run(chosen, day, budget=options.budget, began=began, scratch=Path(scratch), dry=options.dry, tell=tell)
+    for name, expected, measured in predictions(day.document):
+        print(f"{name}: measured ÷ predicted {NOT_MEASURED if measured is None else f'{measured / expected:.2f}'}")
     tell(f"[{time.monotonic() - began:4.0f} s] wrote {day.path} and {written}")
     return 0
 

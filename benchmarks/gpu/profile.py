@@ -35,14 +35,17 @@ OTHER = "copies and other kernels of torch"
 
 def measure(session: Session, config: PhiConfig, rows: int, dtype: torch.dtype) -> None:
     """Profile one step after two others, and put the table, the launches and the memory."""
-    step = steps.ours(config, models.data(config, rows, timing.device()), dtype)
+    with timing.device():
+        step = steps.ours(config, models.data(config, rows, timing.device()), dtype)
     for _ in range(2):
         step()
     if not sizes.GPU:
         session.put("profile", [{"kernel": "all", "ms": None, "launches": None, "bound ms": None, "of bound": None}])
         return
     events, wall = trace(step)
-    session.put("profile", table(events, bounds(config, rows, dtype)))
+    rows_of_groups = table(events, bounds(config, rows, dtype))
+    session.put("profile", rows_of_groups)
+    session.put("efficiencies", efficiencies(rows_of_groups))
     session.put("step under the profiler", gaps(events, wall))
     planned = memory(shape(config, rows, dtype), 1, gpu=True, accumulating=False)
     held = planned.peak - planned.context - planned.fragmentation
@@ -89,6 +92,23 @@ def table(events: list[tuple[str, float, float]], least: dict[str, float]) -> li
             }
         )
     return rows
+
+
+KINDS = {"matrix products": "product", "attention forward": "attention forward"}
+KINDS |= {"attention backward": "attention backward"}
+"""Groups that are bound by arithmetic -> their kind in `planning.devices`. All others move memory."""
+
+
+def efficiencies(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of the data sheet's rate that each kind of work reached in the step: what `plan --measured` reads."""
+    bound: dict[str, float] = defaultdict(float)
+    taken: dict[str, float] = defaultdict(float)
+    for row in rows:
+        if row["bound ms"] is not None and row["kernel"] != OTHER:
+            kind = KINDS.get(row["kernel"], "memory")
+            bound[kind] += row["bound ms"]
+            taken[kind] += row["ms"]
+    return {kind: round(bound[kind] / taken[kind], 4) for kind in bound}
 
 
 def gaps(events: list[tuple[str, float, float]], wall: float) -> dict[str, float]:

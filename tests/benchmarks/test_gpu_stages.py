@@ -154,6 +154,17 @@ def test_the_profile_is_by_the_work_that_is_counted() -> None:
     assert found["launches"] == 5
 
 
+def test_efficiencies_are_the_bounds_over_the_times_by_kind() -> None:
+    rows: list[dict[str, Any]] = [
+        {"kernel": "matrix products", "ms": 10.0, "bound ms": 7.0},
+        {"kernel": "layer_norm", "ms": 3.0, "bound ms": 2.0},
+        {"kernel": "adam", "ms": 1.0, "bound ms": 1.0},
+        {"kernel": "embedding", "ms": 5.0, "bound ms": None},
+        {"kernel": profile.OTHER, "ms": 5.0, "bound ms": 1.0},
+    ]
+    assert profile.efficiencies(rows) == {"product": 0.7, "memory": 0.75}
+
+
 def test_every_kernel_of_this_project_has_its_place_in_the_profile() -> None:
     """By the names that Triton gives them: those of their functions."""
     pytest.importorskip("triton")
@@ -280,7 +291,7 @@ def test_a_dry_run_never_writes_among_the_results(tmp_path: Path, monkeypatch: p
 
 
 def test_a_day_is_written_among_the_results_and_its_page_in_docs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = {"device": "NVIDIA H100 80GB HBM3", "versions": {}, "gpu": {"L2 MB": 50}}
     monkeypatch.setattr(command, "ROOT", tmp_path)
@@ -292,6 +303,7 @@ def test_a_day_is_written_among_the_results_and_its_page_in_docs(
     assert command.main([]) == 0
     (file,) = (tmp_path / "results").iterdir()
     assert file.name.startswith("nvidia-h100-80gb-hbm3-2")
+    assert "rotary on NVIDIA H100 80GB HBM3: measured ÷ predicted not measured" in capsys.readouterr().out
     assert "rotary on NVIDIA H100" in (tmp_path / "docs" / "gpu-nvidia-h100-80gb-hbm3.md").read_text()
 
 
