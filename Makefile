@@ -8,7 +8,7 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow test-kernels lint format docs wheel bench sanitize attack clean
+.PHONY: help train test test-slow test-kernels lint format docs wheel bench sanitize mutants attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --steps ...")'
@@ -21,6 +21,7 @@ help:
 	@echo 'make wheel      wheel and sdist, in build/dist'
 	@echo 'make bench      the benchmarks, each beside its peers'
 	@echo 'make sanitize   the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make mutants    faults seeded into the Triton kernels, one at a time: which of them the tests see (ARGS="--only rotary")'
 	@echo 'make attack     kills, flipped bits, damaged headers, hostile programs and op calls, for an hour (ARGS="--minutes ... --seed ...")'
 
 train: $(VENV)/.run
@@ -72,6 +73,10 @@ bench: $(VENV)/.bench
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/sanitize.py
 	PYTHON=$(BIN)/python sh csrc/cpu/sanitize.sh
+
+mutants: export PYTHONPATH = tests
+mutants: $(VENV)/.dev
+	$(BIN)/python -m mutants $(ARGS)
 
 attack: export PYTHONPATH = tests
 attack: $(VENV)/.dev
