@@ -8,7 +8,7 @@ SETUP := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: help train test test-slow test-kernels prove lint format docs wheel bench gpu gpu-kit sanitize attack clean
+.PHONY: help train test test-slow test-kernels prove lint format docs wheel bench gpu gpu-kit sanitize mutants attack clean
 
 help:
 	@echo 'make train      train the recipe `tiny` on real text (options: make train ARGS="--recipe ... --tokens ...")'
@@ -24,6 +24,7 @@ help:
 	@echo 'make gpu        test and measure everything on the GPU within BUDGET=600 seconds (DRY=1: a trial on a CPU)'
 	@echo 'make gpu-kit    collect what make gpu needs on a machine without network, in build/gpu-kit'
 	@echo 'make sanitize   run the C++ under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make mutants    seed faults into the Triton kernels, one at a time, and list those that no test finds (ARGS="--only rotary")'
 	@echo 'make attack     test with random kills, damaged files, hostile programs and op calls for an hour (ARGS="--minutes ... --seed ...")'
 
 train: $(VENV)/.run
@@ -114,6 +115,10 @@ gpu-kit:
 sanitize: $(VENV)/.dev
 	$(BIN)/python tests/sanitize.py
 	PYTHON=$(BIN)/python sh csrc/cpu/sanitize.sh
+
+mutants: export PYTHONPATH = tests
+mutants: $(VENV)/.dev
+	$(BIN)/python -m mutants $(ARGS)
 
 attack: export PYTHONPATH = tests
 attack: $(VENV)/.dev

@@ -1,0 +1,139 @@
+"""Triton's kernels access nothing beside a tensor: each tensor lies between pages that end the process.
+
+Triton's interpreter reads and writes the addresses that a kernel computes, where the masks allow it. Operands, results
+and what a launcher allocates in between end just before such pages, or begin just after them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from guarded import Guarded, ends_by
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("triton")
+from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
+from phi_fast.kernels.reference.attention import AttentionOptions
+from phi_fast.kernels.reference.layer_norm import ResidualStream
+from phi_fast.kernels.reference.linear_cross_entropy import Objective
+from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect by Linux's C library"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's addresses are the CPU's"),
+]
+
+Draw = Callable[..., Tensor]
+
+
+class Guarding(TorchFunctionMode):
+    """What is allocated inside lies between the pages too."""
+
+    ALLOCATING = (torch.empty, torch.empty_like, torch.tensor, Tensor.new_empty)
+
+    def __init__(self, guard: Guarded) -> None:
+        super().__init__()
+        self._guard = guard
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self._guard(result) if func in self.ALLOCATING else result
+
+
+def turn(draw: Draw) -> None:
+    """Six pairs, of eight lanes; a position beyond either end of the table."""
+    cos, sin = draw(7, 6), draw(7, 6)
+    positions = draw(2, 5).long()
+    positions.copy_(torch.tensor([[-1, 0, 1, 5, 6], [7, 2, 3, 4, 6]]))
+    for interleaved in (False, True):
+        rotary.rotate_(draw(2, 5, 3, 12), cos, sin, 2, interleaved=interleaved)
+        rotary.rotate_(draw(2, 5, 3, 12), cos, sin, positions, interleaved=interleaved, inverse=True)
+
+
+def normalise(draw: Draw) -> None:
+    """Five rows for two programs, one with three of them."""
+    layer_norm.PROGRAMS = 2  # of this process, a child
+    x, weight, bias = draw(5, 5), draw(5), draw(5)
+    stream = ResidualStream(draw(5, 5), None, draw(5), draw(5, 5))
+    _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5, stream)
+    layer_norm.backward(draw(5, 5), x, weight, mean, rstd, residual_grad=draw(5, 5), dx=draw(5, 5))
+
+
+def activate(draw: Draw) -> None:
+    """Columns for two tiles, the second of them in part, and beside them columns to copy."""
+    for n in (600, 1100):
+        x, bias, carry = draw(5, n), draw(n), (draw(5, 9), draw(5, 9))
+        bias_gelu.forward(x, bias, carry=carry)
+        bias_gelu.backward(draw(5, n), x, bias, activation=draw(5, n), carry=carry)
+
+
+def cross_entropy(draw: Draw) -> None:
+    """Two blocks of columns, the second of one column, and a row of each kind: labelled, ignored, wrong label."""
+    labels = draw(4).long()
+    labels.copy_(torch.tensor([4096, -100, 4097, -1]))
+    objective = Objective(label_smoothing=0.1, z_loss=1e-3, class_weight=draw(4097), softcap=5.0)
+    for scale in (draw(4), draw(4)[0]):
+        linear_cross_entropy.cross_entropy_(
+            draw(4, 4097), labels, draw(4097), objective=objective, scale=scale, need_grad=True, dbias=draw(4097)
+        )
+
+
+def step(draw: Draw) -> None:
+    """Tensors with a wide part, a remainder, or only that."""
+    lists = [[draw(n).abs() for n in (37, 5, 2064)] for _ in range(5)]
+    one = draw(1).fill_(1.0)
+    options = AdamOptions(one[0], 0.1, (0.9, 0.99), 1e-8, 0.1, True, True, one[0], draw(1).zero_()[0], one[0])
+    adam.step_(AdamLists(*lists), options)
+    adam.grad_norm_squared(lists[1])
+
+
+def attend(draw: Draw, sequence: int, keys: int, documents: list[int] | None = None, half: int = 0, **options) -> None:
+    """Rows and keys that fill their last block in part."""
+    q, k, v = draw(1, sequence, 2, 64), draw(1, keys, 1, 64), draw(1, keys, 1, 64)
+    if documents:
+        options["cu_seqlens"] = draw(len(documents)).to(torch.int32)
+        options["cu_seqlens"].copy_(torch.tensor(documents))
+    if half:
+        options["cos"], options["sin"] = draw(keys, half), draw(keys, half)
+    chosen = AttentionOptions(0.125, **options)
+    out, lse = attention.forward(q, k, v, chosen)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    attention.backward(draw(1, sequence, 2, 64), q, k, v, out, lse, chosen, dq=dq, dk=dk, dv=dv)
+
+
+CASES: dict[str, Callable[[Draw], None]] = {
+    "rotary": turn,
+    "layer_norm": normalise,
+    "bias_gelu": activate,
+    "linear_cross_entropy": cross_entropy,
+    "adam": step,
+    "attention": lambda draw: attend(draw, 37, 37, half=16),
+    "attention, full": lambda draw: attend(draw, 37, 37, causal=False),
+    "attention, documents": lambda draw: attend(draw, 37, 37, [0, 3, 20, 37], half=32),
+    "attention, more keys, window": lambda draw: attend(draw, 35, 41, half=16, window=(9, 0)),
+    "attention, fewer keys": lambda draw: attend(draw, 41, 35, causal=False),
+}
+
+
+@contextmanager
+def guarded(at_end: bool) -> Iterator[Draw]:
+    """A function that draws tensors which are guarded, as are those that are allocated inside."""
+    guard, generator = Guarded(at_end), torch.Generator().manual_seed(0)
+    with Guarding(guard):
+        yield lambda *shape: guard(torch.randn(shape, generator=generator))
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_beside_a_tensor_is_touched(name: str, at_end: bool) -> None:
+    def call() -> None:
+        with guarded(at_end) as draw:
+            CASES[name](draw)
+
+    assert ends_by(call) == 0

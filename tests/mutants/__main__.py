@@ -1,0 +1,233 @@
+"""Seeds faults into the Triton kernels, one at a time, and asks which of them the tests see: `make mutants`.
+
+A fault that no test sees survives. Each must then get a test or, where it cannot change a result, a line with the
+reason in equivalent.json. Works on a copy of the package in a temporary folder. Results are kept in
+build/mutants.jsonl: a run that was stopped goes on, and one after a change tries only what the change concerns. Ends
+with status 1 where a fault survived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .faults import KINDS, Fault, chosen, diff, faults
+
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = ROOT / "kernels" / "triton"
+TESTS = ROOT / "tests" / "kernels"
+RESULTS = ROOT / "build" / "mutants.jsonl"
+EQUIVALENT = Path(__file__).parent / "equivalent.json"
+PER_KIND = 3
+CPU_FACTOR, CPU_SECONDS = 5, 30
+"""A run that takes this many times the CPU time of the tests without a fault, and as long again, hangs: killed."""
+
+BACKENDS, ALL = "triton and not cpp", ""
+ATTENTION = (
+    "triton and not opcheck and not spreads and not hundreds and not two_backward and not by_stride"
+    " and not (errs and float16 and not bfloat16) and not (errs and bfloat16 and not (grouped or 128))"
+)
+"""Every case in fp32, and some in bf16."""
+SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "adam": (BACKENDS, ("triton_guard_pages", "adam", "adam_options")),
+    "attention_forward": (ATTENTION, ("triton_guard_pages", "attention")),
+    "attention_backward": (ATTENTION, ("triton_guard_pages", "attention")),
+    "bias_gelu": (BACKENDS, ("triton_guard_pages", "bias_gelu")),
+    "common": (ALL, ("specimens", "launch", "launching", "codegen")),
+    "grid": (ATTENTION, ("bias_gelu", "rotary", "attention")),
+    "layer_norm": (BACKENDS, ("triton_guard_pages", "layer_norm")),
+    "linear_cross_entropy": (
+        BACKENDS,
+        ("triton_guard_pages", "linear_cross_entropy", "linear_cross_entropy_options"),
+    ),
+    "rotary": (BACKENDS, ("triton_guard_pages", "rotary")),
+    "rounding": (BACKENDS, ("bias_gelu", "layer_norm", "rotary")),
+}
+"""Module of kernels/triton -> pytest's -k, and the files of tests/kernels, the fast ones first."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tests made of one fault."""
+
+    outcome: str
+    """killed, or survived."""
+    by: str
+    """The test that failed first, or how the run ended."""
+    seconds: float
+    """CPU time."""
+
+
+class Copy:
+    """The package and the tests in a temporary folder, where a fault may be written into a kernel."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "phi_fast", folder / "phi_fast", ignore=ignored)
+        shutil.copytree(ROOT / "kernels", folder / "phi_fast" / "kernels", ignore=ignored)
+        shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",  # a fault of the same length in the same second would not be read
+            "PYTHONPATH": os.pathsep.join(map(str, (folder, folder / "tests"))),
+            "TRITON_INTERPRET": "1",
+        }
+        self.worker = subprocess.Popen(
+            [sys.executable, "-m", "mutants.worker"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self.worker.stdin.close()
+        self.worker.wait()
+
+    def test(self, kernel: str, cpu_seconds: int) -> dict[str, Any]:
+        """The worker's answer on the kernel's tests."""
+        expression, names = SELECTIONS[kernel]
+        guards = f"not guard_pages or {kernel.removesuffix('_forward').removesuffix('_backward')}"
+        arguments = [f"tests/kernels/test_{name}.py" for name in names if (TESTS / f"test_{name}.py").exists()]
+        arguments += ["-m", "not slow", *(["-k", f"({expression}) and ({guards})"] if expression else [])]
+        self.worker.stdin.write(json.dumps({"arguments": arguments, "cpu_seconds": cpu_seconds}) + "\n")
+        self.worker.stdin.flush()
+        answer = self.worker.stdout.readline()
+        if not answer:
+            sys.exit("mutants: the process that runs the tests died; its last output is above")
+        return json.loads(answer)
+
+    def output(self) -> str:
+        return (self.folder / "output").read_text(errors="replace")
+
+    def test_kernel(self, kernel: str) -> Result:
+        """The kernel's tests without a fault, which they must pass."""
+        answer = self.test(kernel, 3600)
+        if answer["status"]:
+            sys.exit(f"mutants: the tests of {kernel} fail without a fault:\n{self.output()}")
+        print(f"{kernel}: {answer['seconds']:.1f} s without a fault", flush=True)
+        return Result("survived", "", answer["seconds"])
+
+    def try_fault(self, fault: Fault, cpu_seconds: int) -> Result:
+        source = ROOT / fault.path
+        place = self.folder / "phi_fast" / fault.path
+        place.write_bytes(fault.applied(source.read_bytes()))
+        try:
+            answer = self.test(place.stem, cpu_seconds)
+        finally:
+            shutil.copy(source, place)
+        status = answer["status"]
+        if status not in (0, 1, 2) and status >= 0:  # 1: a test failed; 2: a module did not import
+            sys.exit(f"mutants: pytest ended with status {status}:\n{self.output()}")
+        ended = answer["failed"] or (f"signal {-status}" if status < 0 else "")
+        return Result("survived" if status == 0 else "killed", ended, answer["seconds"])
+
+
+def main() -> int:
+    options = parse()
+    kernels = options.only or list(SELECTIONS)
+    sources = {f"kernels/triton/{name}.py": (KERNELS / f"{name}.py").read_bytes() for name in kernels}
+    everything = [fault for path, source in sources.items() for fault in faults(path, source)]
+    everything = [fault for fault in everything if fault.kind in (options.kinds or KINDS)]
+    seeded = everything if options.every else chosen(everything, options.per_kind)
+    print(f"{len(seeded)} of {len(everything)} faults", flush=True)
+    results = known()
+    untried = [fault for fault in seeded if fault.key not in results]
+    if untried:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Copy(Path(folder))
+            for i, fault in enumerate(untried):
+                kernel = Path(fault.path).stem
+                if kernel not in results:
+                    results[kernel] = copy.test_kernel(kernel)
+                    keep(kernel, kernel, results[kernel])
+                limit = int(CPU_FACTOR * results[kernel].seconds) + CPU_SECONDS
+                result = results[fault.key] = copy.try_fault(fault, limit)
+                keep(fault.key, kernel, result)
+                print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
+            copy.close()
+    return report(seeded, results, sources)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("make mutants", description=__doc__)
+    parser.add_argument("--per-kind", type=int, default=PER_KIND, help="faults of each kernel and kind")
+    parser.add_argument("--every", action="store_true", help="all faults there are; takes hours")
+    parser.add_argument("--only", nargs="+", choices=SELECTIONS, help="kernels")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of faults")
+    return parser.parse_args()
+
+
+def digest(paths: list[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
+
+
+def depends_on(kernel: str, by: str) -> str:
+    """Digest of the files that a result holds for: the kernels, and the test that killed or all that did not."""
+    test = by.partition("::")[0].rpartition("/")[2]
+    tests = [test] if test.startswith("test_") else [f"test_{name}.py" for name in SELECTIONS[kernel][1]]
+    return digest([*KERNELS.glob("*.py"), *(TESTS / name for name in tests if (TESTS / name).exists())])
+
+
+def keep(key: str, kernel: str, result: Result) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        line = {"key": key, "kernel": kernel, "depends_on": depends_on(kernel, result.by), **vars(result)}
+        file.write(json.dumps(line) + "\n")
+
+
+def known() -> dict[str, Result]:
+    """Results of earlier runs that still hold: by the fault's key, or by the kernel's name for no fault."""
+    results = {}
+    for line in map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else []):
+        if depends_on(line["kernel"], line["by"]) == line["depends_on"]:
+            results[line["key"]] = Result(line["outcome"], line["by"], line["seconds"])
+    return results
+
+
+def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, bytes]) -> int:
+    """Prints the table and the survivors; returns the exit status."""
+    equivalent = {entry["fault"]: entry["reason"] for entry in json.loads(EQUIVALENT.read_text())}
+    counts: dict[str, Counter[tuple[str, str]]] = {}
+    survivors = [fault for fault in seeded if results[fault.key].outcome == "survived"]
+    for fault in seeded:
+        outcome = results[fault.key].outcome
+        outcome = "equivalent" if outcome == "survived" and fault.key in equivalent else outcome
+        for row in (Path(fault.path).stem, "all"):
+            for column in (fault.kind, "all"):
+                counts.setdefault(row, Counter())[column, outcome] += 1
+    print("\nkilled / seeded; = cannot change a result\n")
+    print("| kernel | " + " | ".join((*KINDS, "all")) + " |")
+    print("|---" * (len(KINDS) + 2) + "|")
+    for row in (*(name for name in SELECTIONS if name in counts), "all"):
+        print(f"| {row} | " + " | ".join(cell(counts[row], kind) for kind in (*KINDS, "all")) + " |")
+    for fault in survivors:
+        print("\n" + diff(fault, sources[fault.path]))
+        print("equivalent: " + equivalent[fault.key] if fault.key in equivalent else f"survived: {fault.key}")
+    killed, same = counts["all"]["all", "killed"], counts["all"]["all", "equivalent"]
+    print(f"\n{killed} of {len(seeded) - same} killed, {100 * killed / (len(seeded) - same):.1f}%; {same} equivalent")
+    return 1 if counts["all"]["all", "survived"] else 0
+
+
+def cell(counts: Counter[tuple[str, str]], kind: str) -> str:
+    killed, survived, same = (counts[kind, outcome] for outcome in ("killed", "survived", "equivalent"))
+    return f"{killed} / {killed + survived}" + (f" + {same} =" if same else "") if killed + survived + same else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
