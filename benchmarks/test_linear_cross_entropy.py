@@ -23,6 +23,7 @@ from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
 from benchmarks.subjects import Contender
 from benchmarks.timing import device
 from phi_fast.kernels import backend, linear_cross_entropy, use
+from phi_fast.kernels.reference.linear_cross_entropy import Objective
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
 
@@ -124,7 +125,7 @@ def test_cross_entropy_of_a_chunk(dtype: str, full: bool, results: Results) -> N
     logits = torch.randn(rows, vocab, device=where).to(DTYPES[dtype])
     scratch, labels = logits.clone(), torch.randint(vocab, (rows,), device=where)
     dbias, one = torch.zeros(vocab, device=where), torch.ones((), device=where)
-    options = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "scale": one, "need_grad": True}
+    options = {"objective": Objective(), "scale": one, "need_grad": True}
     kernel = backend.implementation("linear_cross_entropy", where)
 
     def theirs() -> None:
