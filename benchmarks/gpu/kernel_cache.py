@@ -34,7 +34,7 @@ META, CUDA = torch.device("meta"), torch.device("cuda")
 
 def launches() -> Iterator[Launch]:
     """What `verify` launches on a GPU, and what a training step of phi-1.5 does."""
-    with _meta_as_a_gpu(), use("triton"), recording(ARCHITECTURE) as found:
+    with meta_as_a_gpu(), use("triton"), recording(ARCHITECTURE) as found:
         for dtype in DTYPES.values():
             for case in cases(CUDA):
                 with META:
@@ -61,7 +61,7 @@ def _step(dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _meta_as_a_gpu() -> Iterator[None]:
+def meta_as_a_gpu() -> Iterator[None]:
     """Let the ops run their kernels on meta tensors, which they else hand to torch's library for their shapes."""
     adam = sys.modules["phi_fast.kernels.adam"]
     with ExitStack() as stack:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from phi_fast import PhiConfig
+from phi_fast.kernels import use
 from phi_fast.model.output import Output
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.precision import DTYPES
@@ -258,3 +260,31 @@ def test_accumulation_gives_the_whole_batchs_step(world: World) -> None:
 def test_another_deepspeed_is_refused_by_name(world: World) -> None:
     with pytest.raises(RuntimeError, match=r"has no bit16_groups, .*deepspeed>=0\.19\.8,<0\.20.*--zero-step deepspeed"):
         _require_internals(object(), world)
+
+
+def test_the_host_waits_for_the_device_once_per_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever takes a tensor's value to the host waits until the device has computed it."""
+    waits: list[str] = []
+    with use("reference"):  # the C++ kernels take scalars by value, which waits for nothing on a CPU
+        zero = zero2(model().half(), RECIPE, world, precision="fp16", accumulation=2)
+        data = batches(4)
+        for counted in (False, True):
+            if counted:
+                for name in ("tolist", "item", "__float__", "__int__", "__bool__", "__index__", "cpu", "numpy"):
+                    monkeypatch.setattr(Tensor, name, counting(waits, name))
+            for input_ids, labels in (data.pop(), data.pop()):
+                zero.backward(zero.loss(input_ids, labels))
+            zero.step(1e-3)
+        monkeypatch.undo()
+    assert waits == ["tolist"]
+
+
+def counting(waits: list[str], name: str) -> Callable[..., object]:
+    """Tensor's method of that name, which also notes each call."""
+    method = getattr(Tensor, name)
+
+    def call(self: Tensor, *arguments: object, **options: object) -> object:
+        waits.append(name)
+        return method(self, *arguments, **options)
+
+    return call
