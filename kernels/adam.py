@@ -1,7 +1,7 @@
 """Adam and AdamW in one pass over many tensors: unscale, clip and skip are read from device scalars in that pass.
 
-`adam_step_` is a step on lists, as of pieces of a flat ZeRO partition; `FusedAdam` (`fused_adam.py`) is the optimizer.
-`grad_norm_squared` and `unscale_and_clip` make the scalars that steer both. None waits for the GPU.
+`adam_step_` steps lists of tensors, such as the pieces of a flat ZeRO partition; `FusedAdam` (`fused_adam.py`) is the
+optimizer. `grad_norm_squared` and `unscale_and_clip` compute the scalars that control both. None waits for the GPU.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def adam_step_(
 ) -> None:
     """One AdamW step (`decoupled`; else Adam with an L2 penalty) on lists of tensors of any shapes, in place.
 
-    params: one dtype of fp32, fp16, bf16. grads: likewise, maybe another. exp_avgs, exp_avg_sqs: fp32.
+    params: one dtype of fp32, fp16, bf16. grads: one of these too, or another. exp_avgs, exp_avg_sqs: fp32.
     masters: fp32 copies that are stepped, then rounded into the 16-bit params; None: the params are stepped themselves.
-    All contiguous, or with the strides of their parameter, whose memory has no gaps (channels_last). The tensors of a
-    DTensor parameter are DTensors placed as it is; each rank steps its local part.
+    All contiguous, or with the strides of their parameter, whose memory has no gaps (channels_last). The other tensors
+    of a DTensor parameter must be DTensors with its placement; each rank steps its local part.
     step: fp32 scalar tensor, how many steps were taken so far; counted up here.
     lr: a float, or an fp32 scalar tensor on the device (then a CUDA graph can replay with another value).
     bias_correction: divide the moments by 1 - β^t, as Adam does; False: take them as they are.
     grad_scale: fp32 scalar tensor that every gradient is multiplied by: 1 / (loss scale × clip factor).
     found_inf: fp32 scalar tensor; where it is not 0 nothing changes: no tensor, and not `step`.
     nonfinite: fp32 scalar tensor on the device, set to 1 where a weight as it is stored, or a moment, is not finite
-        after the step, else left as it was. It comes from the same pass and makes nobody wait.
+        after the step, else left as it was. It is found in the same pass, without waiting for the GPU.
     Autograd sees what is written: a backward pass that still needs the old params raises, as after torch.optim's step.
     Raises ValueError for lists whose tensors do not fit together, or that have no memory (FakeTensor, meta).
     """
@@ -78,9 +78,9 @@ def grad_norm_squared(grads: Tensor | Sequence[Tensor]) -> Tensor:
     """Sum of squares of every element of one gradient or many: an fp32 scalar tensor on their device.
 
     grads: fp32, fp16 or bf16, without gaps in memory. Not finite where any element is not finite: it is the overflow
-    check too. Deterministic. Of DTensors it is the norm of the whole gradient, the same on every rank: a collective
-    that all ranks of their mesh take part in. Of other tensors that are parts of something, as of a ZeRO partition, it
-    is this rank's; sum it over ranks before the root. Raises ValueError for other grads.
+    check too. Deterministic. For DTensors it is the squared norm of the whole gradient, the same on every rank: a
+    collective in which all ranks of their mesh must take part. For other partial tensors, such as a ZeRO partition, it
+    covers this rank's part: sum it over the ranks before taking the root. Raises ValueError for other grads.
     """
     grads = [grads] if isinstance(grads, Tensor) else list(grads)
     if not grads:
@@ -107,7 +107,7 @@ def unscale_and_clip(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_scale, found_inf, norm) for `adam_step_`, from the squared norm of the gradients as they are stored.
 
-    loss_scale: what the loss was multiplied by when THESE gradients were formed. max_norm: the norm of the unscaled
+    loss_scale: the factor on the loss when these gradients were computed. max_norm: the norm of the unscaled
     gradients is clipped to it; None: no clipping. All three are fp32 scalar tensors on the device; norm is unscaled and
     unclipped.
     """

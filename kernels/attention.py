@@ -36,16 +36,16 @@ def attention(
     Rows are aligned with the last keys, as in flash-attention from version 2.1 on: row i stands at key
     i + keys - sequence.
     causal: a row sees the key it stands at and those before it.
-    window (left, right): of these, only so many keys before and behind the one it stands at; -1 leaves a side open.
+    window (left, right): of these, at most so many keys before and after the one it stands at; -1: no limit.
     Blocks of keys that no row of a block of rows sees are skipped, forward and backward. A row that sees no key gives
     0, and its gradient is 0.
-    scale: head_dim ** -0.5 where None.
+    scale: None means head_dim ** -0.5.
     cu_seqlens: (documents + 1,) int32, 0 = first <= ... <= last = sequence = keys, with batch 1: documents joined end
-    to end, none of which sees another. On a GPU its values are the caller's word: checking them would wait for it.
+    to end, none of which sees another. On a GPU its values are not checked, which would wait for the GPU.
     cos, sin: (positions, rotary_dim / 2) fp32 from `rotary_table`: the first rotary_dim of each head's dims of q and k
     are rotated in half-split pairs while they are read, a key by its place in its document, a row by that of the key
-    it stands at; the gradients come back unrotated. The table must reach the longest document; on a GPU, where the
-    documents are not looked at, all keys; and sequence <= keys.
+    it stands at; the gradients come back unrotated. The table must cover the longest document (on a GPU, where
+    cu_seqlens is not read, all keys), and sequence <= keys.
 
     Under torch.autocast q, k and v are cast to its dtype, as torch's scaled_dot_product_attention does.
     The backward is deterministic: no atomics, so two runs give the same bits. A second derivative is refused

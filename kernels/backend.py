@@ -39,7 +39,7 @@ class BackendUnavailable(RuntimeError):
 
 
 def isa_problem() -> str | None:
-    """What is wrong with PHI_FAST_ISA, which the first op in C++ on a CPU would raise; None where nothing is."""
+    """Return the error that the first op in C++ would raise for PHI_FAST_ISA; None if its value is usable."""
     from phi_fast._C import cpu
 
     try:
@@ -53,7 +53,7 @@ _chosen: dict[str, Any] = {**dict.fromkeys((*OPS, *PRODUCTS), "auto"), "rotary_i
 
 
 class _Choice:
-    """What `use` returns: the choice already holds; as a context manager it is taken back at the end."""
+    """What `use` returns: the choice already holds; as a context manager it restores the previous one at the end."""
 
     def __init__(self, previous: dict[str, Any]) -> None:
         self._previous = previous

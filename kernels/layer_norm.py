@@ -24,14 +24,14 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim.
 
-    x (..., d); weight, bias (d,) or None; fp16, bf16, fp32 or fp64 (Triton: not fp64). The result has x's dtype. Where
-    another tensor has another one, all is computed in the promoted dtype and rounded once. Under torch.autocast on a
+    x (..., d); weight, bias (d,) or None; fp16, bf16, fp32 or fp64 (Triton: not fp64). The result has x's dtype. If
+    the dtypes differ, everything is computed in the promoted dtype and rounded once. Under torch.autocast on a
     GPU the result is at least fp32, as F.layer_norm's. Rows at any stride; where x cannot be viewed as (rows, d) with
     last stride 1 it is copied. Statistics and arithmetic are fp32.
 
-    residual, shaped as x: returns (layer_norm(x + residual), x + residual) from one pass, for blocks that carry the sum
-    on; without it, the normalised tensor alone. The sum has torch's dtype of x + residual. Gradients of both outputs
-    meet in the one backward pass.
+    residual, shaped as x: returns (layer_norm(x + residual), x + residual) from one pass, for blocks that continue
+    with the sum; without it, the normalised tensor alone. The sum has torch's dtype of x + residual. One backward pass
+    takes the gradients of both outputs.
 
     The backward is deterministic: weight gradients are partial sums of fixed rows, added in a fixed order. A second
     derivative is refused (NotImplementedError).

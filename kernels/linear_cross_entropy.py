@@ -2,7 +2,7 @@
 
 Never more than one chunk of logits exists. Its gradient overwrites it in place (as in Liger-Kernel, arXiv 2410.10989)
 and is multiplied into the gradients of hidden and weight before the next chunk: the gradients are formed in the forward
-pass, before the loss scale arrives. What that takes in fp16:
+pass, before the loss scale arrives. In fp16 this requires:
 
 - dlogits = softmax - onehot are stored times a power of two, without the 1/N of the mean (`storage_scale`);
 - the gradients of hidden, weight and bias stay fp32 until the backward pass: the products accumulate in fp32 and are
@@ -50,18 +50,18 @@ def linear_cross_entropy(
     hidden: (..., d); weight: (V, d); bias: (V,) or None: all fp32, fp16 or bf16 (the reference back end: or fp64).
     labels: (...) int64, `ignore_index` where a position does not count.
     label_smoothing: ε in [0, 1]: the target is (1-ε)·onehot + ε/V. z_loss: z >= 0 adds z·logsumexp² to each position.
-    class_weight: (V,), what a position counts by its label, as `weight` in torch's cross_entropy (label smoothing
-        weighs each class with its own, the mean divides by the sum of the labels' weights); z-loss counts likewise.
-        Converted to fp32. No gradient.
+    class_weight: (V,), the weight of a position by its label, as `weight` in torch's cross_entropy (label smoothing
+        weighs each class with its own, and the mean divides by the sum of the labels' weights); it applies to the
+        z-loss too. Converted to fp32. No gradient.
     softcap: c > 0: the logits are c·tanh(logits / c), as in Gemma 2 (arXiv 2408.00118).
     reduction: "mean" over the positions that count (by a device scalar: no host sync), "sum", or "none" for each
         position's loss, (...) like labels, 0 where it does not count. With "none" the backward pass forms the logits
         again, chunk by chunk: it costs one more product, and keeps no gradient until then.
-    loss_scale: what fp16 dlogits are multiplied by while they are stored; it is divided out again and changes no result
-        but what underflows. None: the largest power of two that cannot overflow. fp32 and bf16 need none, nor does
-        "none", where the incoming gradient holds the place.
-    chunk_size: rows of logits held at a time. None: as many as cost the bytes of weight's fp32 gradient, but at least
-        256, on a CPU 1024.
+    loss_scale: factor on fp16 dlogits while they are stored; it is divided out again, and affects only what
+        underflows. None: the largest power of two that cannot overflow. fp32 and bf16 need none, nor does "none", whose
+        incoming gradient takes its place.
+    chunk_size: rows of logits held at a time. None: as many as take the memory of weight's fp32 gradient, but at least
+        256 (on a CPU 1024).
     Returns the loss: fp32 (fp64 for fp64), a scalar unless reduction is "none". The mean is NaN where no
         position counts, with zero gradients, as in torch.
 

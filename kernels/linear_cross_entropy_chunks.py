@@ -32,8 +32,8 @@ def working_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def rows_of_a_chunk(tokens: int, d: int, itemsize: int, *, on_cpu: bool, limit: int | None = None) -> int:
-    """Rows of logits held at a time, in equal chunks of at most `limit`; None: as many as cost the bytes of weight's
-    fp32 gradient, and at least 256, on a CPU 1024: its products pack their operands anew for every chunk."""
+    """Return the rows of logits held at a time, in equal chunks of at most `limit`. None: as many as take the memory of
+    weight's fp32 gradient, but at least 256, or 1024 on a CPU, whose products pack their operands for every chunk."""
     limit = limit or max(1024 if on_cpu else 256, 4 * d // itemsize)
     return math.ceil(tokens / max(1, math.ceil(tokens / limit)))
 
@@ -42,9 +42,9 @@ def storage_scale(dtype: torch.dtype, objective: Objective, labels: Tensor) -> T
     """The power of two under which dlogits are stored, a scalar on the device of `labels`; `dtype`: the logits'.
 
     |p·(1 + 2·z·L) - target| <= 1 + 2·z·|L|, and |L| <= 65504 + log(V) < 65536 where the logits are finite in fp16. The
-    largest power of two that keeps this below 65504 is 2^15 without z-loss. Scaled plain autograd stores dlogits · loss
-    scale / N, which overflows beyond 65504 just so: what it can keep is kept here, to within a factor of 2. The place
-    of the 1 is taken by class weights: the labels' own, and with smoothing every class's.
+    largest power of two that keeps this below 65504 is 2^15 without z-loss. Plain autograd stores dlogits · loss scale
+    / N, which overflows beyond 65504 too: whatever it can represent is representable here, to within a factor of 2.
+    With class weights, the largest of them takes the place of the 1: of the labels', and with smoothing of all classes.
     """
     wide = torch.promote_types(dtype, torch.float32)
     _, smoothing, z, weight, _ = objective

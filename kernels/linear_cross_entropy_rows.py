@@ -1,9 +1,9 @@
 """linear_cross_entropy with reduction="none": a loss for each row, and a gradient that arrives for each row.
 
-Gradients of weight and bias are sums over rows times what arrives for each, which the forward pass does not know. So it
-keeps nothing, and the backward pass forms the logits again, chunk by chunk, as Apple's ml-cross-entropy does (arXiv
-2411.09009). In fp16 dlogits are stored times what arrives for their row, divided by the largest of it and times the
-power of two that cannot overflow: an element underflows only where plain autograd loses it too.
+The gradients of weight and bias are sums over rows, each times the row's incoming gradient, which the forward pass does
+not know. So it keeps nothing, and the backward pass forms the logits again, chunk by chunk, as Apple's ml-cross-entropy
+does (arXiv 2411.09009). In fp16, dlogits are stored times their row's incoming gradient, divided by the largest of
+these and times the power of two that cannot overflow: an element underflows only where plain autograd loses it too.
 """
 
 from __future__ import annotations

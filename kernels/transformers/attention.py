@@ -1,8 +1,8 @@
 """Rotary embedding and attention in place of transformers' own.
 
-The replacement lives in the modules, never in the config, which models share and users read and set. In each call the
-config says which attention is wanted, and a replaced module runs this library's op only where that is transformers'
-sdpa or the model's eager one and the mask is causal and nothing else.
+The replacement is made in the modules, never in the config, which models share and users read and set. In each call the
+config names the attention to use, and a replaced module runs this library's op only if that is transformers' sdpa or
+the model's eager attention, and the mask is exactly causal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CAUSAL = "_phi_fast_causal"
 
 
 def masks(base: type[nn.Module]) -> Forward:
-    """Base model's forward that tells its layers when eager's mask is causal and nothing else.
+    """Build a base model's forward that tells its layers when eager's mask is exactly causal.
 
     transformers gives sdpa no mask then. To eager it gives a tensor, in which the layers could find that out only by
     its values; so the tensor is made here, with an attribute, and handed in: transformers takes a mask of four dims as
@@ -98,24 +98,23 @@ def _is_causal(config: PreTrainedConfig) -> bool:
 
 
 def interface(config: PreTrainedConfig, base: type[nn.Module]) -> tuple[Any, bool]:
-    """The attention function that the config names at this moment, for a class of a model's module, and whether this
-    library's may stand before it: it is transformers' sdpa or the model's own eager one, not another that somebody
-    registered."""
+    """Return the attention function that the config names at this moment, and whether this library's may replace it:
+    only if it is transformers' sdpa or the model's own eager one, not one that somebody else registered."""
     eager, name = sys.modules[base.__module__].eager_attention_forward, config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS.get(name, eager if name == "eager" else None)
     return function, function is eager or function is sdpa_attention_forward
 
 
 def causal(module: Any, mask: Tensor | None) -> bool:
-    """The mask hides what causality hides and no more. sdpa reads None so, eager does not."""
+    """Whether the mask is exactly causal. None means so to sdpa, but not to eager."""
     if mask is None:
         return module.config._attn_implementation == "sdpa" and _is_causal(module.config)
     return hasattr(mask, _CAUSAL)
 
 
 def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
-    """The attention in use takes heads of that size, and turns so many of their dims itself. Triton's is written for
-    `HEAD_DIMS` and a rotary_dim that divides them; the others take any."""
+    """Whether the attention in use takes heads of that size, and can rotate that many of their dims itself. Triton's is
+    written for `HEAD_DIMS` and a rotary_dim that divides them; the others take any."""
     return backend.name("attention", device) != "triton" or (head_dim in HEAD_DIMS and head_dim % rotary_dim == 0)
 
 

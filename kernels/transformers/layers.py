@@ -21,7 +21,7 @@ _APPROXIMATE = {
 
 
 def approximate(activation: nn.Module) -> str:
-    """ "tanh" or "none", as `bias_gelu` names GELU's forms. The activation is one that `why_no_gelu` lets through."""
+    """ "tanh" or "none", as `bias_gelu` names GELU's forms. `why_no_gelu` has accepted the activation."""
     return _APPROXIMATE[type(activation)]
 
 

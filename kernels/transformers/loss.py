@@ -82,7 +82,7 @@ def _loss(
     ignore_index: int = IGNORED,
     shift_labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss of transformers' ForCausalLMLoss: position t is held to the label of t + 1; the sum over
+    """The loss of transformers' ForCausalLMLoss: position t is compared with the label of t + 1; the sum over
     `num_items_in_batch` (what gradient accumulation counted), or the mean."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -35,7 +35,7 @@ class LazyLogits:
 
 
 def _weights(head: nn.Linear) -> list[tuple[int, int, int]]:
-    """What tells the parameters from changed ones, without reading them: object, version, bytes that they hold."""
+    """Identify the parameters' present values without reading them, by object, version and bytes held."""
     return [(id(p), 0 if p.is_inference() else p._version, p.untyped_storage().nbytes()) for p in head.parameters()]
 
 
@@ -54,9 +54,9 @@ logits again; an entry lives as long as the loss."""
 class CausalLMOutput(CausalLMOutputWithPast):
     """CausalLMOutputWithPast of a step that has a loss and no logits yet.
 
-    `.logits`, `["logits"]`, a position other than 0, a slice, `to_tuple()` and pickle form them, once. What only goes
-    over keys and items (Trainer, autocast's conversion to fp32, DDP, FSDP) does not: until then they are not among
-    them.
+    `.logits`, `["logits"]`, a position other than 0, a slice, `to_tuple()` and pickle form them, once. Code that only
+    iterates over keys and items (Trainer, autocast's conversion to fp32, DDP, FSDP) does not form them: they are not
+    listed until then.
     """
 
     _form: Callable[[], Tensor] | None = None

@@ -19,22 +19,22 @@ def accelerate(model: nn.Module, *, keep_logits: bool = False) -> Report:
     model: an instance of transformers' Phi, GPT-NeoX (Pythia), GPT-J, StableLM, Phi-3, Llama or Qwen2, with any head,
     or a PEFT model around one. Parameters and their names, state_dict, the config and the arguments of `forward` stay
     as they were; so do Trainer, PEFT, gradient checkpointing, padding masks, generation and KV caches. No other model
-    changes, even where it shares the config. What the ops cannot do runs as before: the report says what was replaced,
-    what was left and why, and when the model's own code runs. What the config says at a call (attention implementation,
-    output_attentions, is_causal) is what that call does.
+    changes, even if it shares the config. What the ops cannot do runs as before: the report lists what was replaced,
+    what was left and why, and when the model's own code runs. Each call follows the config as it is at that time
+    (attention implementation, output_attentions, is_causal).
 
     Logits: in training mode with labels the loss is computed without them (batch × sequence × vocab_size elements that
     are never whole in memory). `output.logits`, `output["logits"]`, `output[1]`, `output.to_tuple()` and pickle form
-    them at that moment, differentiable as the model's own; keys() and items() do not have them until then. They are to
-    be read before the optimizer's step; where they can no longer be formed (lm_head changed or sharded, an output
-    gathered by DataParallel), reading them raises RuntimeError with the way out. Under torch.compile they are None. The
-    tuple of return_dict=False has them in their place, and in eval mode, as in Trainer's evaluation, every output has.
+    them at that moment, differentiable like the model's own; keys() and items() do not list them until then. Read
+    them before the optimizer's step: if they can no longer be formed (lm_head changed or sharded, an output gathered by
+    DataParallel), reading them raises RuntimeError with the way out. Under torch.compile they are None. The tuple of
+    return_dict=False contains them, and in eval mode, as in Trainer's evaluation, so does every output.
     keep_logits: leave the head and the loss to the model, so that each output has its logits from the start.
 
     A second derivative, which the ops do not have, raises NotImplementedError.
 
-    A model is accelerated once, before it is wrapped in FSDP2 or compiled; `restore` undoes it. pickle (torch.save of
-    the model itself, not of its state_dict) wants it restored.
+    A model is accelerated once, before it is wrapped in FSDP2 or compiled; `restore` undoes it. Restore it before
+    pickling the model itself (torch.save of the model, not of its state_dict).
 
     Returns a `Report`. Raises TypeError for another model, ValueError for one that is accelerated already.
     """

@@ -1,4 +1,4 @@
-"""Phi's decoder layer as `parallel_block`: the model keeps its separate projections, each pass merges them anew.
+"""Phi's decoder layer as `parallel_block`: the model keeps its separate projections, and each pass merges them.
 
 Merging copies the layer's weights: 0.3% of a bf16 step of phi-tiny at 2048 tokens on one CPU thread. It is done once
 more in the backward pass, so that no merged copy lives from one to the other.
@@ -84,7 +84,7 @@ def _merged(inputs: tuple[Tensor, ...]) -> Inputs:
 
 
 class _MergedBlock(torch.autograd.Function):
-    """parallel_block's two passes between the merging of weights and the parting of their gradients."""
+    """Merges the weights, runs parallel_block's two passes, and splits the weights' gradients."""
 
     @staticmethod
     def forward(ctx, options, *inputs):
