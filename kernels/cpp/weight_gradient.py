@@ -1,7 +1,7 @@
 """The gradient of a weight; the contract is `reference/weight_gradient.py`'s.
 
-bf16 where the processor multiplies tiles (AMX) is summed in C++, which packs both operands straight into tiles where
-oneDNN first turns one of them. Every other product is torch's.
+On a processor that multiplies tiles (AMX), bf16 products are computed in C++, which packs both operands straight into
+tiles; oneDNN transposes one operand first. Every other product is torch's.
 """
 
 from __future__ import annotations

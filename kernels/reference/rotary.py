@@ -18,9 +18,9 @@ def rotate_(
     """Rotates the first 2 * cos.shape[1] dims of every head of x in place; the others are not read or written.
 
     x (batch, sequence, heads, head_dim), any strides. cos, sin (max_positions, rotary_dim / 2), fp32 or fp64.
-    positions: an int p (row s takes position p + s), or an integer tensor (batch, sequence). Dim i turns with dim
-    i + rotary_dim / 2 (half-split, as in GPT-NeoX), or, interleaved, dim 2i with 2i + 1 (as in GPT-J). inverse turns
-    the other way: the gradient. The arithmetic is fp32 (fp64 for fp64), rounded once.
+    positions: an int p (row s takes position p + s), or an integer tensor (batch, sequence). Dim i is rotated
+    with dim i + rotary_dim / 2 (half-split, as in GPT-NeoX) or, interleaved, dim 2i with 2i + 1 (as in GPT-J). inverse
+    rotates the other way, which is the gradient. The arithmetic is fp32 (fp64 for fp64), rounded once.
     """
     half = cos.shape[1]
     if isinstance(positions, int):

@@ -321,7 +321,7 @@ def step_(lists: AdamLists, options: AdamOptions) -> None:
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
-    """`reference.adam.grad_norm_squared`: a partial sum a program, added up in fp64 in a fixed order."""
+    """`reference.adam.grad_norm_squared`: one partial sum per program, added up in fp64 in a fixed order."""
     device, partials = grads[0].device, []
     for dtype in dict.fromkeys(g.dtype for g in grads):
         for rows, wide in zip(_split([[g for g in grads if g.dtype == dtype]]), (True, False), strict=True):

@@ -2,14 +2,14 @@
 
 What decides, in this order; `python -m phi_fast.kernels.codegen` shows each figure:
 1. no register spills in 16 bits, with any mask, documents, rotation and group of heads (`--check` compiles them all).
-   The rotation inside the loads costs 50 to 100 registers a thread, and with documents each thread searches them for
+   The rotation inside the loads costs 50 to 100 registers per thread, and with documents each thread searches them for
    the place of its keys, hence smaller tiles. fp32 with the rotation does spill (up to 500 bytes per thread);
 2. two or more blocks on a multiprocessor where they fit, so that one block's softmax hides behind another's products;
 3. shared memory within 99 KB for sm_80's, which consumer cards of compute capability 8.x and 12.x also run (the same
    mma.sync instructions); 227 KB for sm_90 and sm_100; 64 KB for gfx942;
 4. sm_80: 32 rows per warp in the forward, since a warp reads every key from shared memory, and with 16 rows that alone
    takes as long as its tensor-core instructions. sm_90's wgmma and sm_100's tcgen05 read shared memory themselves, 64
-   or 128 rows a time, so 8 warps share a tile. gfx942 has 512 registers a lane and no asynchronous copies: stages = 1.
+   or 128 rows at a time, so 8 warps share a tile. gfx942 has 512 registers per lane and no asynchronous copies: stages = 1.
 None of these tiles was timed on a GPU yet.
 """
 
@@ -29,7 +29,7 @@ HEAD_DIMS = (64, 128)
 
 
 class Tile(NamedTuple):
-    """Rows of q (m) and of k (n) a step, and how many warps and pipeline stages run them."""
+    """Rows of q (m) and of k (n) per step, and how many warps and pipeline stages run them."""
 
     m: int
     n: int

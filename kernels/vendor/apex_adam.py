@@ -1,7 +1,7 @@
 """Adam by NVIDIA's apex (github.com/NVIDIA/apex, `amp_C`'s capturable kernels), found when it is first asked for.
 
 apex takes gradients of the parameters' dtype, and 16-bit parameters only with fp32 masters. It writes the unscaled
-gradient back, so where there is a scale it works on a copy.
+gradient back; so if there is a scale, it works on a copy.
 """
 
 from __future__ import annotations

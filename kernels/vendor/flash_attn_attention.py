@@ -1,6 +1,7 @@
 """Attention by the flash-attn package (https://github.com/Dao-AILab/flash-attention): GPUs, fp16 and bf16.
 
-Called below its autograd, so that out and log-sum-exp are saved once. It does not rotate: q and k are copied, rotated.
+Called below its autograd, so that out and log-sum-exp are saved once. It does not rotate: q and k are copied and
+rotated first.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _options(scale: float, causal: bool, window: tuple[int, int] | None) -> dict
 
 
 def _documents(cu_seqlens: Tensor, length: int) -> dict[str, object]:
-    # The longest document's length would be a wait for the device; the joined length is a bound that serves.
+    # Reading the longest document's length would wait for the device; the joined length is a valid bound.
     return {
         "cu_seqlens_q": cu_seqlens,
         "cu_seqlens_k": cu_seqlens,

@@ -1,7 +1,7 @@
 """Attention by torch's own fused kernels, called below autograd so that out and log-sum-exp are saved once.
 
-On a CPU: the flash kernel of ATen. On a GPU: FlashAttention as torch ships it, so fp16 or bf16. Neither knows documents
-or the rotation: a document at a time, and q and k are rotated into copies first.
+On a CPU: the flash kernel of ATen. On a GPU: FlashAttention as torch ships it, so fp16 or bf16. Neither takes
+documents or rotates: each document is a call of its own, and q and k are first copied and rotated.
 """
 
 from __future__ import annotations
