@@ -9,9 +9,9 @@ of them writes it. This module adds five things:
 - Memory that nobody wrote is filled with NaNs (integers: a large number) of a bit pattern of our own, and a load of it
   is a fault at the kernel's line. With ttsem alone only the NaN in the result would tell.
 - A kernel is compiled once per signature, as by Triton. ttsem alone compiles and parses it for every launch.
-- A matrix product of tiles is summed in float64 and rounded once, so that the kernel's own rounding remains. ttsem alone
-  adds one product after another, as the fp32 units of a GPU do. But the bound of the tests is plain PyTorch's error on
-  the same device, which is the CPU, whose BLAS adds in shorter chains.
+- A matrix product of tiles is summed in float64 and rounded once, so that only the kernel's own rounding remains. ttsem
+  alone adds one product after another, as the fp32 units of a GPU do. But the bound of the tests is plain PyTorch's
+  error on the same device, here the CPU, whose BLAS adds in shorter chains.
 
 The names used here are internal to ttsem; requirements.txt pins its version.
 """
