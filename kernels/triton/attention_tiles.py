@@ -9,7 +9,8 @@ What decides, in this order; `python -m phi_fast.kernels.codegen` shows each fig
    mma.sync instructions); 227 KB for sm_90 and sm_100; 64 KB for gfx942;
 4. sm_80: 32 rows per warp in the forward, since a warp reads every key from shared memory, and with 16 rows that alone
    takes as long as its tensor-core instructions. sm_90's wgmma and sm_100's tcgen05 read shared memory themselves, 64
-   or 128 rows at a time, so 8 warps share a tile. gfx942 has 512 registers per lane and no asynchronous copies: stages = 1.
+   or 128 rows at a time, so 8 warps share a tile. gfx942 has 512 registers per lane and no asynchronous copies: stages
+   is 1.
 None of these tiles was timed on a GPU yet.
 """
 

@@ -1,20 +1,19 @@
-"""Kernels as Triton compiled them, executed on CPU tensors by `ttsem`: what it needs to know of this project.
+"""Executes Triton kernels as compiled, on CPU tensors, by `ttsem`, and tells it what is particular to this project.
 
-ttsem replaces Triton's launch: it compiles the kernel to TTIR for a GPU that is not there, executes that, and raises
-at the kernel's line where an access leaves the tensors it was given, or where two programs touch one element and one
-of them writes it. Five things are added.
+ttsem replaces Triton's launch. It compiles the kernel to TTIR for a GPU that is not there, executes that, and raises at
+the kernel's line where an access leaves the tensors that were passed, or where two programs touch an element and one
+of them writes it. This module adds five things:
 
-- Adam's kernels take addresses in a table, of which ttsem cannot know whose memory they are.
-- A tensor is a slice of a packed buffer as often as not: an access beside the slices passed is a fault too, where
-  ttsem alone looks at the buffer's ends.
-- Memory that nobody wrote is filled with NaNs (integers: a large number) of bits of our own, and a load of such bits
-  is a fault of the kernel's line; ttsem alone only lets the NaN reach the result.
-- A launch is compiled once per signature, as by Triton; ttsem alone compiles and parses it at every launch.
-- A matrix product of tiles is summed in float64 and rounded once, which leaves the kernel's own rounding. ttsem alone
-  adds one product after another, as the fp32 units of a GPU do. The tests' bound is the error of plain PyTorch on the
-  same device, and the CPU's BLAS, which is plain PyTorch here, adds in shorter chains.
+- The memory behind Adam's tables of addresses, which ttsem cannot know.
+- An access beside the slices that were passed of a packed buffer is a fault. ttsem alone checks the buffer's ends.
+- Memory that nobody wrote is filled with NaNs (integers: a large number) of a bit pattern of our own, and a load of it
+  is a fault at the kernel's line. With ttsem alone only the NaN in the result would tell.
+- A kernel is compiled once per signature, as by Triton. ttsem alone compiles and parses it for every launch.
+- A matrix product of tiles is summed in float64 and rounded once, so that only the kernel's own rounding remains. ttsem
+  alone adds one product after another, as the fp32 units of a GPU do. But the bound of the tests is plain PyTorch's
+  error on the same device, here the CPU, whose BLAS adds in shorter chains.
 
-These names are internal to ttsem, whose version requirements.txt pins.
+The names used here are internal to ttsem; requirements.txt pins its version.
 """
 
 from __future__ import annotations
