@@ -26,8 +26,12 @@ from phi_fast.training import options
 ROOT = Path(__file__).parents[1]
 ROOMS = {"phi_fast": "phi_fast", "kernels": "phi_fast.kernels", "benchmarks": "benchmarks"}
 """Folder -> the package name of its modules."""
-NOT_FOR_PEOPLE = {"phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"}
-"""The sandbox's two processes. Only the sandbox starts them, in a separate root, and they print JSON."""
+NOT_FOR_PEOPLE = {
+    *("phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"),
+    *(f"benchmarks.gpu.{name}" for name in ("start", "kit", "kernel_cache", "small_launches")),
+}
+"""The sandbox's two processes, which only the sandbox starts, in a separate root, and which print JSON; and what
+`make gpu` and `make gpu-kit` start, by another Python than this one."""
 RESULTS = "before → after.json"
 MISSING_MODEL = ["--model", "phi_fast", "--model_args", "pretrained=no → model", "--tasks", "arc_easy"]
 PRINTING: dict[str, list[list[str]]] = {
@@ -52,6 +56,7 @@ PRINTING: dict[str, list[list[str]]] = {
         ["--device", "cpu", "--checkpoint", "no → checkpoint"],
     ],
     "phi_fast.kernels.codegen": [["--only", "no → kernel"], ["--arch", "sm_90", "--only", "layer_norm.forward"]],
+    "benchmarks.gpu.__main__": [["--budget", "0"], ["--only", "no → stage"]],
     "benchmarks.report": [
         ["--compare", RESULTS, RESULTS],
         ["--compare", RESULTS, "slower → é.json"],

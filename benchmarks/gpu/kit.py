@@ -42,13 +42,13 @@ def main() -> None:
     kit = parser.parse_args().kit
     wheels = kit / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
+    made_of = {"sources": sources(), "commit": commit()}  # before the minutes that the rest takes
     fetch(wheels)
     own(wheels)
     described = {
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "triton": compile_ahead(kit),
-        "sources": sources(),
-        "commit": commit(),
+        **made_of,
         "wheels": sorted(file.name for file in wheels.glob("*.whl")),
     }
     (kit / "kit.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
