@@ -140,9 +140,8 @@ def main() -> int:
     kernels = options.only or list(SELECTIONS)
     sources = {f"kernels/triton/{name}.py": (KERNELS / f"{name}.py").read_bytes() for name in kernels}
     everything = [fault for path, source in sources.items() for fault in faults(path, source)]
-    everything = [fault for fault in everything if fault.kind in (options.kinds or KINDS)]
     seeded = everything if options.every else chosen(everything, options.per_kind)
-    seeded = [fault for fault in seeded if options.match in fault.key]
+    seeded = [fault for fault in seeded if fault.kind in (options.kinds or KINDS) and options.match in fault.key]
     print(f"{len(seeded)} of {len(everything)} faults", flush=True)
     results = known()
     untried = [fault for fault in seeded if fault.key not in results]
@@ -159,7 +158,15 @@ def main() -> int:
                 keep(fault.key, kernel, result, copy)
                 print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
             copy.close()
+    missing = {entry["fault"] for entry in equivalents() if entry["fault"].partition(":")[0] in sources}
+    for key in sorted(missing - {fault.key for fault in everything}):
+        print(f"equivalent.json lists a fault that the kernels no longer have: {key}")
     return report(seeded, results, sources)
+
+
+def equivalents() -> list[dict[str, str]]:
+    """The faults that cannot change a result, and why."""
+    return json.loads(EQUIVALENT.read_text())
 
 
 def parse() -> argparse.Namespace:
@@ -201,7 +208,7 @@ def known() -> dict[str, Result]:
 
 def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, bytes]) -> int:
     """Prints the table and the survivors; returns the exit status."""
-    equivalent = {entry["fault"]: entry["reason"] for entry in json.loads(EQUIVALENT.read_text())}
+    equivalent = {entry["fault"]: entry["reason"] for entry in equivalents()}
     counts: dict[str, Counter[tuple[str, str]]] = {}
     survivors = [fault for fault in seeded if results[fault.key].outcome == "survived"]
     for fault in seeded:
@@ -218,8 +225,13 @@ def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, b
     for fault in survivors:
         print("\n" + diff(fault, sources[fault.path]))
         print("equivalent: " + equivalent[fault.key] if fault.key in equivalent else f"survived: {fault.key}")
+    for fault in seeded:
+        if fault.key in equivalent and results[fault.key].outcome == "killed":
+            print(f"listed as equivalent, but killed by {results[fault.key].by}: {fault.key}")
     killed, same = counts["all"]["all", "killed"], counts["all"]["all", "equivalent"]
-    print(f"\n{killed} of {len(seeded) - same} killed, {100 * killed / (len(seeded) - same):.1f}%; {same} equivalent")
+    print(
+        f"\n{killed} of {len(seeded) - same} killed, {100 * killed / max(1, len(seeded) - same):.1f}%; {same} equivalent"
+    )
     return 1 if counts["all"]["all", "survived"] else 0
 
 
