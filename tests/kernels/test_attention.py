@@ -198,6 +198,36 @@ def test_blocks_outside_the_window_are_not_touched(name: str, device: str) -> No
         assert x[:, 256:].isfinite().all(), tensor
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_blocks_that_causality_hides_are_not_touched(name: str, device: str) -> None:
+    """Keys after a row, and rows before a key, are skipped: a product with one of their NaNs would show."""
+    case = Case(torch.float32, device, sequence=160)
+    for tensor in ("k", "v"):
+        case.inputs[tensor][:, 128:] = float("nan")
+    later = run(name, case, case)
+    case = Case(torch.float32, device, sequence=160)
+    for x in (case.inputs["q"], case.dout):
+        x[:, :32] = float("nan")
+    earlier = run(name, case, case)
+    assert all(later[tensor][:, :64].isfinite().all() for tensor in ("out", "q"))
+    assert all(earlier[tensor][:, 96:].isfinite().all() for tensor in ("k", "v"))
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_that_end_beside_the_ends_of_blocks(name: str, causal: bool, device: str) -> None:
+    """The keys that a block of rows sees are those of its first row's document to those of its last."""
+    documents = [0, 1, 31, 32, 63, 65, 95, 97, 127, 128]
+    case = Case(torch.float32, device, sequence=128, heads=1, key_heads=1, causal=causal, documents=documents)
+    assert_case(name, case)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_two_rotated_dims(name: str, device: str) -> None:
+    """The fewest that can turn: one pair per head."""
+    assert_case(name, Case(torch.float32, device, sequence=20, rotary_dim=2))
+
+
 @pytest.mark.parametrize("name", [*OURS, "reference"])
 @pytest.mark.parametrize("keys", [0, 3])
 def test_rows_that_see_nothing_give_zero(name: str, keys: int, device: str) -> None:

@@ -25,7 +25,6 @@ from .faults import KINDS, Fault, chosen, diff, faults
 
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = ROOT / "kernels" / "triton"
-TESTS = ROOT / "tests" / "kernels"
 RESULTS = ROOT / "build" / "mutants.jsonl"
 EQUIVALENT = Path(__file__).parent / "equivalent.json"
 PER_KIND = 3
@@ -40,18 +39,18 @@ ATTENTION = (
 """Every case in fp32, and some in bf16."""
 SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "adam": (BACKENDS, ("triton_guard_pages", "adam", "adam_options")),
-    "attention_forward": (ATTENTION, ("triton_guard_pages", "attention")),
-    "attention_backward": (ATTENTION, ("triton_guard_pages", "attention")),
-    "bias_gelu": (BACKENDS, ("triton_guard_pages", "bias_gelu")),
-    "common": (ALL, ("specimens", "launch", "launching", "codegen")),
-    "grid": (ATTENTION, ("bias_gelu", "rotary", "attention")),
-    "layer_norm": (BACKENDS, ("triton_guard_pages", "layer_norm")),
+    "attention_forward": (ATTENTION, ("triton_guard_pages", "triton_far_rows", "attention")),
+    "attention_backward": (ATTENTION, ("triton_guard_pages", "triton_far_rows", "attention")),
+    "bias_gelu": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "bias_gelu")),
+    "common": (ALL, ("launch_description", "launch", "launching", "specimens")),
+    "grid": (BACKENDS, ("bias_gelu", "rotary")),
+    "layer_norm": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "layer_norm")),
     "linear_cross_entropy": (
         BACKENDS,
-        ("triton_guard_pages", "linear_cross_entropy", "linear_cross_entropy_options"),
+        ("triton_guard_pages", "triton_far_rows", "linear_cross_entropy", "linear_cross_entropy_options"),
     ),
-    "rotary": (BACKENDS, ("triton_guard_pages", "rotary")),
-    "rounding": (BACKENDS, ("bias_gelu", "layer_norm", "rotary")),
+    "rotary": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "rotary")),
+    "rounding": (ALL, ("rounding",)),
 }
 """Module of kernels/triton -> pytest's -k, and the files of tests/kernels, the fast ones first."""
 
@@ -102,8 +101,8 @@ class Copy:
     def test(self, kernel: str, cpu_seconds: int) -> dict[str, Any]:
         """The worker's answer on the kernel's tests."""
         expression, names = SELECTIONS[kernel]
-        guards = f"not guard_pages or {kernel.removesuffix('_forward').removesuffix('_backward')}"
-        arguments = [f"tests/kernels/test_{name}.py" for name in names if (TESTS / f"test_{name}.py").exists()]
+        guards = f"not (guard_pages or far_rows) or {kernel.removesuffix('_forward').removesuffix('_backward')}"
+        arguments = [f"tests/kernels/test_{name}.py" for name in names]
         arguments += ["-m", "not slow", *(["-k", f"({expression}) and ({guards})"] if expression else [])]
         self.worker.stdin.write(json.dumps({"arguments": arguments, "cpu_seconds": cpu_seconds}) + "\n")
         self.worker.stdin.flush()
@@ -124,13 +123,11 @@ class Copy:
         return Result("survived", "", answer["seconds"])
 
     def try_fault(self, fault: Fault, cpu_seconds: int) -> Result:
-        source = ROOT / fault.path
         place = self.folder / "phi_fast" / fault.path
-        place.write_bytes(fault.applied(source.read_bytes()))
-        try:
-            answer = self.test(place.stem, cpu_seconds)
-        finally:
-            shutil.copy(source, place)
+        source = place.read_bytes()
+        place.write_bytes(fault.applied(source))
+        answer = self.test(place.stem, cpu_seconds)
+        place.write_bytes(source)
         status = answer["status"]
         if status not in (0, 1, 2) and status >= 0:  # 1: a test failed; 2: a module did not import
             sys.exit(f"mutants: pytest ended with status {status}:\n{self.output()}")
@@ -143,8 +140,8 @@ def main() -> int:
     kernels = options.only or list(SELECTIONS)
     sources = {f"kernels/triton/{name}.py": (KERNELS / f"{name}.py").read_bytes() for name in kernels}
     everything = [fault for path, source in sources.items() for fault in faults(path, source)]
-    everything = [fault for fault in everything if fault.kind in (options.kinds or KINDS)]
     seeded = everything if options.every else chosen(everything, options.per_kind)
+    seeded = [fault for fault in seeded if fault.kind in (options.kinds or KINDS) and options.match in fault.key]
     print(f"{len(seeded)} of {len(everything)} faults", flush=True)
     results = known()
     untried = [fault for fault in seeded if fault.key not in results]
@@ -155,13 +152,21 @@ def main() -> int:
                 kernel = Path(fault.path).stem
                 if kernel not in results:
                     results[kernel] = copy.test_kernel(kernel)
-                    keep(kernel, kernel, results[kernel])
+                    keep(kernel, kernel, results[kernel], copy)
                 limit = int(CPU_FACTOR * results[kernel].seconds) + CPU_SECONDS
                 result = results[fault.key] = copy.try_fault(fault, limit)
-                keep(fault.key, kernel, result)
+                keep(fault.key, kernel, result, copy)
                 print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
             copy.close()
+    missing = {entry["fault"] for entry in equivalents() if entry["fault"].partition(":")[0] in sources}
+    for key in sorted(missing - {fault.key for fault in everything}):
+        print(f"equivalent.json lists a fault that the kernels no longer have: {key}")
     return report(seeded, results, sources)
+
+
+def equivalents() -> list[dict[str, str]]:
+    """The faults that cannot change a result, and why."""
+    return json.loads(EQUIVALENT.read_text())
 
 
 def parse() -> argparse.Namespace:
@@ -169,25 +174,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-kind", type=int, default=PER_KIND, help="faults of each kernel and kind")
     parser.add_argument("--every", action="store_true", help="all faults there are; takes hours")
     parser.add_argument("--only", nargs="+", choices=SELECTIONS, help="kernels")
+    parser.add_argument("--match", default="", help="of the chosen faults, those with this text")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of faults")
     return parser.parse_args()
 
 
-def digest(paths: list[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
-
-
-def depends_on(kernel: str, by: str) -> str:
+def depends_on(kernel: str, by: str, package: Path, root: Path) -> str:
     """Digest of the files that a result holds for: the kernels, and the test that killed or all that did not."""
+    folder = root / "tests" / "kernels"
     test = by.partition("::")[0].rpartition("/")[2]
     tests = [test] if test.startswith("test_") else [f"test_{name}.py" for name in SELECTIONS[kernel][1]]
-    return digest([*KERNELS.glob("*.py"), *(TESTS / name for name in tests if (TESTS / name).exists())])
+    kernels = sorted((package / "kernels" / "triton").glob("*.py"))
+    files = [*kernels, *(folder / name for name in sorted(tests))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def keep(key: str, kernel: str, result: Result) -> None:
+def keep(key: str, kernel: str, result: Result, copy: Copy) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
+    files = depends_on(kernel, result.by, copy.folder / "phi_fast", copy.folder)
     with RESULTS.open("a") as file:
-        line = {"key": key, "kernel": kernel, "depends_on": depends_on(kernel, result.by), **vars(result)}
+        line = {"key": key, "kernel": kernel, "depends_on": files, **vars(result)}
         file.write(json.dumps(line) + "\n")
 
 
@@ -195,14 +201,14 @@ def known() -> dict[str, Result]:
     """Results of earlier runs that still hold: by the fault's key, or by the kernel's name for no fault."""
     results = {}
     for line in map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else []):
-        if depends_on(line["kernel"], line["by"]) == line["depends_on"]:
+        if depends_on(line["kernel"], line["by"], ROOT, ROOT) == line["depends_on"]:
             results[line["key"]] = Result(line["outcome"], line["by"], line["seconds"])
     return results
 
 
 def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, bytes]) -> int:
     """Prints the table and the survivors; returns the exit status."""
-    equivalent = {entry["fault"]: entry["reason"] for entry in json.loads(EQUIVALENT.read_text())}
+    equivalent = {entry["fault"]: entry["reason"] for entry in equivalents()}
     counts: dict[str, Counter[tuple[str, str]]] = {}
     survivors = [fault for fault in seeded if results[fault.key].outcome == "survived"]
     for fault in seeded:
@@ -219,8 +225,13 @@ def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, b
     for fault in survivors:
         print("\n" + diff(fault, sources[fault.path]))
         print("equivalent: " + equivalent[fault.key] if fault.key in equivalent else f"survived: {fault.key}")
+    for fault in seeded:
+        if fault.key in equivalent and results[fault.key].outcome == "killed":
+            print(f"listed as equivalent, but killed by {results[fault.key].by}: {fault.key}")
     killed, same = counts["all"]["all", "killed"], counts["all"]["all", "equivalent"]
-    print(f"\n{killed} of {len(seeded) - same} killed, {100 * killed / (len(seeded) - same):.1f}%; {same} equivalent")
+    print(
+        f"\n{killed} of {len(seeded) - same} killed, {100 * killed / max(1, len(seeded) - same):.1f}%; {same} equivalent"
+    )
     return 1 if counts["all"]["all", "survived"] else 0
 
 
