@@ -229,9 +229,8 @@ def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, b
         if fault.key in equivalent and results[fault.key].outcome == "killed":
             print(f"listed as equivalent, but killed by {results[fault.key].by}: {fault.key}")
     killed, same = counts["all"]["all", "killed"], counts["all"]["all", "equivalent"]
-    print(
-        f"\n{killed} of {len(seeded) - same} killed, {100 * killed / max(1, len(seeded) - same):.1f}%; {same} equivalent"
-    )
+    counted = len(seeded) - same
+    print(f"\n{killed} of {counted} killed, {100 * killed / max(1, counted):.1f}%; {same} equivalent")
     return 1 if counts["all"]["all", "survived"] else 0
 
 
