@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -188,9 +189,7 @@ def _accesses(ttgir: str, widths: Widths, threads: int) -> tuple[tuple[Access, .
     found: dict[tuple[str, bool], Access] = {}
     tiles, unread = _tiles(ttgir)
     for source, store, shape, element in tiles:
-        bits = widths.get((source, store))
-        if not bits:  # an instruction that LLVM made of several lines bears line 0
-            bits = widths.get((f"{source.partition(':')[0]}:0", store), set())
+        bits = widths.get((source, store), set())
         dims = [int(dim) for dim in shape.split("x")]
         size = int(re.sub(r"\D", "", element)) // 8
         elements = 1
@@ -200,7 +199,16 @@ def _accesses(ttgir: str, widths: Widths, threads: int) -> tuple[tuple[Access, .
         known = found.get((source, store))
         if known is None or access.bytes_each > known.bytes_each:
             found[source, store] = access
-    return tuple(found.values()), tuple(unread)
+    return tuple(_merged(access, found.values()) for access in found.values()), tuple(unread)
+
+
+def _merged(access: Access, others: Iterable[Access]) -> Access:
+    """Where two branches end with the same instruction, LLVM keeps one, with the line of one: the other has its widths
+    too."""
+    if access.bits:
+        return access
+    alike = (other.bits for other in others if (other.store, other.tile) == (access.store, access.tile))
+    return replace(access, bits=max(alike, key=len))
 
 
 _ACCESS = r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|amdg(?:pu)?\.buffer_\w+) "

@@ -105,8 +105,18 @@ def test_accesses_join_tiles_and_instructions() -> None:
         Access("kernel.py:14", False, "2048xf16", 32.0, ()),  # no instruction has this line
     )
     assert not unread
-    merged, _ = _accesses(TTGIR, {**widths, ("kernel.py:0", False): {96}}, threads=128)
-    assert merged[2].bits == (96,), "LLVM made one instruction of several lines"
+
+
+def test_accesses_of_two_branches_share_the_instruction_that_llvm_keeps() -> None:
+    branches = """
+#loc1 = loc("kernel.py":1:1)
+#loc2 = loc("kernel.py":2:1)
+    tt.store %p, %a, %m : tensor<4x1024x!tt.ptr<f16>, #blocked> loc(#loc1)
+    tt.store %q, %b, %m : tensor<4x1024x!tt.ptr<f16>, #blocked> loc(#loc2)
+    %c = tt.load %q, %m : tensor<4x1024x!tt.ptr<f16>, #blocked> loc(#loc2)
+"""
+    accesses, _ = _accesses(branches, {("kernel.py:1", True): {64}}, threads=256)
+    assert [access.bits for access in accesses] == [(64,), (64,), ()], "a load is no store"
 
 
 def test_accesses_inside_a_loop_are_read_and_others_said() -> None:
