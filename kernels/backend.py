@@ -182,7 +182,7 @@ def _require_triton(op: str, device: torch.device) -> None:
             f"{op}: Triton needs a GPU and these tensors are on the CPU. Set TRITON_INTERPRET=1 before Python starts "
             f"to run it in Triton's interpreter (slow), or use('auto', op={op!r})"
         )
-    if device.type == "cpu":
+    if device.type == "cpu" and interpreting():
         _require_a_pair_that_interprets(op)
 
 

@@ -48,6 +48,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("tiles_of", attention_tiles.ARCHITECTURES, indirect=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what would be run twice: the tiles of fp32 are one for all architectures."""
+    first = attention_tiles.ARCHITECTURES[0]
+    twice = [item for item in items if _parameter(item, "tiles_of", first) != first]
+    twice = [item for item in twice if _parameter(item, "dtype", None) == torch.float32]
+    config.hook.pytest_deselected(items=twice)
+    left_out = set(twice)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _parameter(item: pytest.Item, name: str, default: Any) -> Any:
+    return item.callspec.params.get(name, default) if hasattr(item, "callspec") else default
+
+
 @pytest.fixture
 def tiles_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention in the tiles of one architecture; on CPU tensors it would always take those of sm_80."""
