@@ -150,10 +150,11 @@ def main() -> int:
             copy = Copy(Path(folder))
             for i, fault in enumerate(untried):
                 kernel = Path(fault.path).stem
-                if kernel not in results:
-                    results[kernel] = copy.test_kernel(kernel)
-                    keep(kernel, kernel, results[kernel], copy)
-                limit = int(CPU_FACTOR * results[kernel].seconds) + CPU_SECONDS
+                tests = " ".join(SELECTIONS[kernel][1])
+                if tests not in results:
+                    results[tests] = copy.test_kernel(kernel)
+                    keep(tests, kernel, results[tests], copy)
+                limit = int(CPU_FACTOR * results[tests].seconds) + CPU_SECONDS
                 result = results[fault.key] = copy.try_fault(fault, limit)
                 keep(fault.key, kernel, result, copy)
                 print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
@@ -198,7 +199,7 @@ def keep(key: str, kernel: str, result: Result, copy: Copy) -> None:
 
 
 def known() -> dict[str, Result]:
-    """Results of earlier runs that still hold: by the fault's key, or by the kernel's name for no fault."""
+    """Results of earlier runs that still hold: by the fault's key, or by the tests' names for no fault."""
     results = {}
     for line in map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else []):
         if depends_on(line["kernel"], line["by"], ROOT, ROOT) == line["depends_on"]:
@@ -229,9 +230,8 @@ def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, b
         if fault.key in equivalent and results[fault.key].outcome == "killed":
             print(f"listed as equivalent, but killed by {results[fault.key].by}: {fault.key}")
     killed, same = counts["all"]["all", "killed"], counts["all"]["all", "equivalent"]
-    print(
-        f"\n{killed} of {len(seeded) - same} killed, {100 * killed / max(1, len(seeded) - same):.1f}%; {same} equivalent"
-    )
+    able = len(seeded) - same
+    print(f"\n{killed} of {able} killed, {100 * killed / max(1, able):.1f}%; {same} equivalent")
     return 1 if counts["all"]["all", "survived"] else 0
 
 
