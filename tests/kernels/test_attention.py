@@ -214,6 +214,15 @@ def test_blocks_that_causality_hides_are_not_touched(name: str, device: str) -> 
 
 
 @pytest.mark.parametrize("name", OURS)
+def test_rows_past_the_window_of_a_key_are_not_touched(name: str, device: str) -> None:
+    case = Case(torch.float32, device, sequence=160, window=(30, 0))
+    for x in (case.inputs["q"], case.dout):
+        x[:, 128:] = float("nan")
+    gradient = run(name, case, case)
+    assert all(gradient[tensor][:, :64].isfinite().all() for tensor in ("k", "v"))
+
+
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_that_end_beside_the_ends_of_blocks(name: str, causal: bool, device: str) -> None:
     """The keys that a block of rows sees are those of its first row's document to those of its last."""
