@@ -214,6 +214,23 @@ def test_blocks_that_causality_hides_are_not_touched(name: str, device: str) -> 
 
 
 @pytest.mark.parametrize("name", OURS)
+def test_rows_past_the_window_of_a_key_are_not_touched(name: str, device: str) -> None:
+    case = Case(torch.float32, device, sequence=160, window=(30, 0))
+    for x in (case.inputs["q"], case.dout):
+        x[:, 128:] = float("nan")
+    gradient = run(name, case, case)
+    assert all(gradient[tensor][:, :64].isfinite().all() for tensor in ("k", "v"))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_tables_in_float64_rotate_as_those_in_fp32(name: str, device: str) -> None:
+    case = Case(torch.bfloat16, device, sequence=20, rotary_dim=32)
+    expected = run(name, case, case)
+    case.cos, case.sin = case.cos.double(), case.sin.double()
+    assert all(torch.equal(x, expected[tensor]) for tensor, x in run(name, case, case).items())
+
+
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_that_end_beside_the_ends_of_blocks(name: str, causal: bool, device: str) -> None:
     """The keys that a block of rows sees are those of its first row's document to those of its last."""
