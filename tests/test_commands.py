@@ -29,9 +29,10 @@ ROOMS = {"phi_fast": "phi_fast", "kernels": "phi_fast.kernels", "benchmarks": "b
 NOT_FOR_PEOPLE = {
     *("phi_fast.evaluation.sandbox.launcher", "phi_fast.evaluation.sandbox.inside"),
     *(f"benchmarks.gpu.{name}" for name in ("start", "kit", "kernel_cache", "small_launches")),
+    "benchmarks.gpu.predictions",
 }
-"""The sandbox's two processes, which only the sandbox starts, in a separate root, and which print JSON; and what
-`make gpu` and `make gpu-kit` start, by another Python than this one."""
+"""The sandbox's two processes, which only the sandbox starts, in a separate root, and which print JSON; what `make gpu`
+and `make gpu-kit` start, by another Python than this one; and the writer of a page, which prints nothing."""
 RESULTS = "before → after.json"
 MISSING_MODEL = ["--model", "phi_fast", "--model_args", "pretrained=no → model", "--tasks", "arc_easy"]
 PRINTING: dict[str, list[list[str]]] = {

@@ -8,6 +8,7 @@ compiled code (docs/codegen.md: registers, occupancy, instructions) and from wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from phi_fast import PhiConfig
@@ -139,4 +140,5 @@ Milliseconds in fp16 or bf16, at phi-1.5's width and 8192 tokens; the training s
 """
 
 if __name__ == "__main__":
-    print(page(), end="")
+    path = Path(__file__).parents[2] / "docs" / "predicted-h100.md"
+    path.write_text(page(), encoding="utf-8")
