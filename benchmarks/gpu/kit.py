@@ -109,9 +109,11 @@ def compile_ahead(kit: Path) -> str | None:
         if done.returncode:
             sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr.strip()[-3000:]}")
         kernels = json.loads(done.stdout)
-        with tarfile.open(archive, "w:xz") as file:
+        partial = archive.with_suffix(".partial")
+        with tarfile.open(partial, "w:xz") as file:
             for kernel in kernels:
                 file.add(cache / kernel, arcname=kernel)
+        partial.replace(archive)
     print(f"{len(kernels)} kernels compiled ahead", flush=True)
     return importlib.metadata.version("triton")
 
