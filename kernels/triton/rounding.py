@@ -17,5 +17,5 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         # Without the low half cleared, 0 would reach the interpreter's cast as a subnormal, which it turns into 1e-38.
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        x = tl.where(x != x, x, rounded)  # NaN stays
+        x = tl.where(x != x, float("nan"), rounded)  # cut off, a NaN of low bits alone would be infinite
     return x.to(DTYPE)

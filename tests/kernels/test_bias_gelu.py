@@ -149,3 +149,14 @@ def test_bad_input_is_named(arguments, options, error, message):
 def test_triton_names_what_it_cannot_do(device):
     with use("triton", op="bias_gelu"), pytest.raises(TypeError, match=r"float64; use\('reference', op='bias_gelu'\)"):
         bias_gelu(X.double().to(device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_writes_the_activation_again_with_the_same_bits(dtype: torch.dtype, device: str) -> None:
+    """Both passes round to the nearest, where a store alone would cut bf16 off in the interpreter."""
+    kernels = pytest.importorskip("phi_fast.kernels.triton.bias_gelu")
+    x = torch.randn(9, 70, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    for approximate in ("tanh", "none"):
+        activation = torch.empty_like(x)
+        kernels.backward(torch.ones_like(x), x, None, activation=activation, approximate=approximate)
+        assert torch.equal(activation, kernels.forward(x, None, approximate=approximate))
