@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from transformers import PhiConfig as HuggingFaceConfig
 from transformers import PhiForCausalLM
@@ -46,6 +47,7 @@ def contenders(config: PhiConfig, batch: int) -> dict[str, Callable[[], object] 
     return {"phi_fast": ours, "transformers": transformers}
 
 
+@pytest.mark.slow
 def test_greedy_decoding(results: Results, full: bool) -> None:
     for batch in (1, 8):
         for preset in ("phi-tiny", "phi-small") if full else ("phi-tiny",):

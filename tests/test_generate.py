@@ -259,7 +259,7 @@ def test_a_models_escapes_reach_a_file_and_no_terminal(tokenizer):
 
 
 @pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "latin-1"])
-@pytest.mark.parametrize("module", ["generate", "convert"])
+@pytest.mark.parametrize("module", [pytest.param("generate", marks=pytest.mark.slow), "convert"])
 def test_any_encoding_of_the_terminal(folder, tmp_path, module, encoding):
     """Help and names with characters outside the encoding, and names that look like markup."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding}

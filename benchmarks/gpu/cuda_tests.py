@@ -34,7 +34,9 @@ def run(session: Session) -> None:
     command += ["--continue-on-collection-errors"]  # or one file that needs an absent package would stop them all
     command += ["-m", "not slow", *(["-n", str(workers), "--dist", "worksteal"] if workers else [])]
     command += DRY if session.dry else TESTS
-    environment = os.environ | {"PHI_FAST_OUTCOMES": str(outcomes), "OMP_NUM_THREADS": "1"}
+    # Not the variables of a pytest that runs this: its workers leave the outcomes to their controller.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"PHI_FAST_OUTCOMES": str(outcomes), "OMP_NUM_THREADS": "1"}
     log = session.scratch / "tests.log"
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)

@@ -186,6 +186,7 @@ def test_all_counted_work_has_a_bound() -> None:
     assert {"matrix products", "attention forward", "attention backward", "layer_norm", "gelu"} <= groups
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_does_not_fit_is_halved() -> None:
     config = PhiConfig(512, 64, 1, 1, 32)
     tried = []
@@ -216,7 +217,7 @@ def test_tests_that_fail_are_counted_and_named(tmp_path: Path, monkeypatch: pyte
     assert found["all ended"] is True
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "1"], marks=pytest.mark.slow)])
 def test_a_file_that_cannot_be_imported_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
@@ -231,6 +232,7 @@ def test_a_file_that_cannot_be_imported_stops_no_other(
     assert "no_such_package" in found["failures"][0]["error"]
 
 
+@pytest.mark.slow
 def test_tests_that_cannot_be_collected_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_tests, "DRY", (str(tmp_path / "test_absent.py"),))
     with pytest.raises(cuda_tests.TestsFailed, match=r"(?s)pytest ended with status 4: .*file or directory not found"):

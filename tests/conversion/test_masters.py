@@ -32,10 +32,10 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
-        (1, {"precision": "bf16"}),
+        pytest.param(1, {"precision": "bf16"}, marks=pytest.mark.slow),
         (2, {"precision": "fp16", "decay": "all", "initial_loss_scale": 256}),
         (2, {"precision": "bf16", "implementation": "reference", "model.num-hidden-layers": 2}),
-        (1, {"precision": "bf16", "zero_step": "deepspeed"}),
+        pytest.param(1, {"precision": "bf16", "zero_step": "deepspeed"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

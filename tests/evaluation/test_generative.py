@@ -75,6 +75,7 @@ def human_eval_rows() -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_canonical_solutions_pass_and_broken_ones_fail(sandboxed):
     rows = [question("humaneval", row, "row") for row in human_eval_rows()]
     model = Scripted(*(row["canonical_solution"] for row in rows))
