@@ -370,7 +370,7 @@ def _config(
             "contiguous_gradients": True,
             "overlap_comm": world.device.type == "cuda",
             "reduce_bucket_size": bucket,
-            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world.size),
+            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world.size, world.device.type),
             "allgather_bucket_size": bucket,
             "round_robin_gradients": False,
         },

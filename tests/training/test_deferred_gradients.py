@@ -21,7 +21,7 @@ from phi_fast.recipes import RECIPES
 from phi_fast.training.deferred_gradients import reduces_once
 from phi_fast.training.distributed import World, join, leave
 from phi_fast.training.options import Options
-from phi_fast.training.zero import Zero2, parameter_groups
+from phi_fast.training.zero import Zero2, _config, parameter_groups
 
 CONFIG = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
 RECIPE = RECIPES["tiny"].replace(model=CONFIG, gradient_clipping=0.5, initial_loss_scale=2.0**10)
@@ -136,11 +136,17 @@ def test_in_16_bits_both_ways_are_as_near_to_fp32(found: dict, precision: str) -
 
 
 def test_elements_sent(found: dict) -> None:
-    """Each gradient goes once to the rank that owns it: once per step, or once per micro-batch. The rest is scalars."""
+    """Each gradient is all-reduced once per step, or once per micro-batch. The rest is scalars."""
     parameters = sum(p.numel() for p in Late().parameters())
     for precision in ("fp32", "bf16", "fp16"):
-        assert found[precision, True][3] == pytest.approx(parameters, rel=0.01)
-        assert found[precision, False][3] == pytest.approx(MICRO_BATCHES * parameters, rel=0.01)
+        assert found[precision, True][3] == pytest.approx(2 * parameters, rel=0.01)
+        assert found[precision, False][3] == pytest.approx(2 * MICRO_BATCHES * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(("device", "ranks", "expected"), [("cuda", 8, False), ("cuda", 64, True), ("cpu", 2, True)])
+def test_buckets_are_all_reduced_among_many_ranks_and_by_gloo(device: str, ranks: int, expected: bool) -> None:
+    config = _config(RECIPE, World(0, ranks, 0, torch.device(device)), "bf16", 2, 1, 1000)
+    assert config["zero_optimization"]["use_multi_rank_bucket_allreduce"] is expected
 
 
 @pytest.mark.parametrize(
