@@ -72,6 +72,7 @@ def test_training_step(preset: str, dtype: str, full: bool, results: Results) ->
     results.add(with_rates(subject, rows * config.max_position_embeddings))
 
 
+@pytest.mark.slow
 def test_peak_memory(full: bool, results: Results) -> None:
     """Peak resident size of a process that takes two steps, with the imports, whose share the row shows."""
     if device().type != "cpu":

@@ -102,6 +102,7 @@ def test_what_one_gpu_refuses(tmp_path: Path) -> None:
     assert "backend 'cpp' runs on CPU tensors, these are on cuda:0" in output
 
 
+@pytest.mark.slow
 def test_what_one_gpu_allows(tmp_path: Path) -> None:
     (tmp_path / "test_right.py").write_text(RIGHT)
     output = run(str(tmp_path / "test_right.py"))

@@ -95,6 +95,7 @@ def test_masters_of_another_model_or_order_are_refused(run: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_where_there_are_none_it_is_said(run: Path, tmp_path: Path) -> None:
     copy = copy_of(run, tmp_path)
     for rank in (0, 1):

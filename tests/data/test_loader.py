@@ -266,6 +266,7 @@ EXITS = {
 }
 
 
+@pytest.mark.slow
 def test_python_exits_however_the_loader_was_left(mixture):
     """No hang, no crash, no output on stderr. Each way to exit runs in its own process, forked from one with torch."""
     program = f"""

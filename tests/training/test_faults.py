@@ -228,6 +228,7 @@ def test_one_rank_that_cannot_write_fails_the_save_on_both(data: Path, tmp_path:
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_saving_does_not_hold_up_the_steps(data: Path, tmp_path: Path) -> None:
     """Steps go on while a slow disk takes 0.3 s per sync, and the exit waits for the save."""
     run = tmp_path / "run"

@@ -90,6 +90,7 @@ def test_a_hangup_saves(data: Path, tmp_path: Path) -> None:
     assert latest(run).name == f"step-{len(losses(run))}"
 
 
+@pytest.mark.slow
 def test_a_stop_while_joining_ends_at_once(data: Path, tmp_path: Path) -> None:
     """The second rank never joins, and the first waits in C++ code, where Python's signal handlers do not run."""
     trainers = start(

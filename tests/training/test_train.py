@@ -202,7 +202,7 @@ def test_the_reference_model_trains_and_the_header_says_what_runs(
     assert "─ sample ─" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(stdlib: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = start(arguments(stdlib, run, 100_000))
