@@ -132,15 +132,14 @@ class FusedAdam(torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             steady = self._steady.get(number)
             if steady is not None and steady.holds(group, self.state):
-                steps = [(step, [(work, work.now()) for work in works]) for step, works in steady.steps]
+                steps = steady.steps
             else:
-                found = self._look(group)
-                self._steady[number] = Steady(group, self.state, found)
-                steps = [(step, [(work, work.lists) for work in works]) for step, works in found]
+                steps = self._look(group)
+                self._steady[number] = Steady(group, self.state, steps)
             for step, works in steps:
                 count(step, found_inf)
-                for work, lists in works:
-                    launch(lists, _options(group, step, grad_scale, found_inf))
+                for work in works:
+                    launch(work.now(), _options(group, step, grad_scale, found_inf))
                     mark_written(work.params, *work.states)
         return loss
 

@@ -23,8 +23,8 @@ class Work(NamedTuple):
     """The optimizer's own tensors: `lists` holds their local parts, or views of them."""
 
     def now(self) -> AdamLists:
-        """`lists` with the gradients that the parameters have now, at the addresses that they had before."""
-        return replace(self.lists, grads=[p.grad for p in self.params])  # type: ignore[misc]
+        """Return `lists`; where `Steady` left its gradients out, with those that the parameters have now."""
+        return self.lists if self.lists.grads else replace(self.lists, grads=[p.grad for p in self.params])  # type: ignore[misc]
 
 
 class Steady:

@@ -107,7 +107,7 @@ def begin(options: Options) -> Day:
 
 
 def page_of(day: Day) -> Path:
-    """Where the page of a results file goes: beside it after a dry run, else docs/gpu-DEVICE.md."""
+    """Path of the page of a results file: beside it after a dry run, else docs/gpu-DEVICE.md."""
     if day.document["dry"]:
         return day.path.with_suffix(".md")
     return ROOT / "docs" / f"gpu-{machine.slug(day.document['machine'])}.md"

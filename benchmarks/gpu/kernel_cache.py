@@ -33,7 +33,7 @@ META, CUDA = torch.device("meta"), torch.device("cuda")
 
 
 def launches() -> Iterator[Launch]:
-    """What `verify` launches on a GPU, and what a training step of phi-1.5 does."""
+    """Yield the launches of `verify` on a GPU, and of a training step of phi-1.5."""
     with meta_as_a_gpu(), use("triton"), recording(ARCHITECTURE) as found:
         for dtype in DTYPES.values():
             for case in cases(CUDA):
@@ -92,7 +92,7 @@ def compile_all(found: Iterator[Launch]) -> list[str]:
 
 
 def _stand_in(value: Any) -> Any:
-    """What the JIT looks at in a tensor: its dtype, and whether its address is a multiple of 16."""
+    """Stands in for a tensor with what the JIT looks at: its dtype, and whether its address is a multiple of 16."""
     if not isinstance(value, Tensor):
         return value
     offset = value.storage_offset() * value.element_size()

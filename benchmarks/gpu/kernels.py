@@ -53,7 +53,7 @@ class Kept(Results):
 
 
 def benchmarks() -> list[Benchmark]:
-    """What is measured, most important first: one dtype whole, then the next."""
+    """List the benchmarks, most important first: all of one dtype, then the next."""
     attention = importlib.import_module("benchmarks.test_attention")
     found = []
     for dtype in sizes.DTYPES:

@@ -27,7 +27,7 @@ TRAINER = (
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("tensorboard", "tensorboard-data-server", "absl-py", "grpcio", "markdown", "werkzeug", "protobuf", "pillow"),
 )
-"""What `pip install 'phi-fast[train]'` brings beyond what torch and transformers do."""
+"""Packages of `phi-fast[train]` that torch and transformers do not bring."""
 PEERS = ("liger-kernel", "megatron-core", "litgpt", "jsonargparse", "lightning", "lightning-utilities", "torchmetrics")
 PEERS += ("cut-cross-entropy", "accelerate", "peft")  # the last two for the tests
 BUILT = ("deepspeed",)
@@ -129,7 +129,7 @@ def normal(name: str) -> str:
 
 
 def commit() -> str:
-    """As `benchmarks.machine.commit`."""
+    """Describe the commit, as `benchmarks.machine.commit` does, which cannot be imported here."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference.attention import AttentionOptions, band
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
-from .attention_tiles import HEAD_DIMS, architecture, tile
+from .attention_tiles import HEAD_DIMS, Tile, architecture, tile
 from .common import Launch
 from .launching import launch
 
@@ -49,7 +49,7 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
     elif q.numel():
-        launch(_describe, "forward", architecture(q.device), _precision(), options, q, k, v, out, lse)
+        launch(_describe, "forward", _tile("forward", q, options), _precision(), options, q, k, v, out, lse)
     return out, lse
 
 
@@ -73,13 +73,18 @@ def backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
     else:
-        target, precision, read = architecture(q.device), _precision(), (dout, q, k, v, lse, delta)
-        launch(_describe, "dq", target, precision, options, *read, out, dq)  # writes delta, which dkv reads
-        launch(_describe, "dkv", target, precision, options, *read, dk, dv)
+        precision, read = _precision(), (dout, q, k, v, lse, delta)
+        launch(_describe, "dq", _tile("dq", q, options), precision, options, *read, out, dq)  # writes delta for dkv
+        launch(_describe, "dkv", _tile("dkv", q, options), precision, options, *read, dk, dv)
 
 
-def _describe(name: str, target: str, precision: str, options: AttentionOptions, *operands: Tensor) -> Launch:
-    """The launch of kernel `name` on its `_OPERANDS`, for the architecture `target`."""
+def _tile(name: str, q: Tensor, options: AttentionOptions) -> Tile:
+    rotary, documents = options.cos is not None, options.cu_seqlens is not None
+    return tile(name, architecture(q.device), q.shape[3], q.element_size(), rotary, documents)
+
+
+def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions, *operands: Tensor) -> Launch:
+    """Describe the launch of kernel `name` on its `_OPERANDS`, with the tile that was chosen."""
     scale, causal, window, cu_seqlens, cos, sin = options
     kernel = _KERNELS[name]
     tensors = dict(zip(_OPERANDS[name], operands, strict=True))
@@ -89,7 +94,6 @@ def _describe(name: str, target: str, precision: str, options: AttentionOptions,
     least, most = band(sequence, keys, causal, window)
     whole = most >= keys - 1 or (causal and most == 0)  # what the flag CAUSAL, or none, says too
     banded = keys != sequence or least > 1 - sequence or not whole
-    chosen = tile(name, target, head_dim, q.element_size(), cos is not None, cu_seqlens is not None)
     programs, block = (batch * key_heads, chosen.n) if name == "dkv" else (batch * heads, chosen.m)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     arguments = {

@@ -20,7 +20,6 @@ from .common import Launch
 MOST = 4096
 """Launches that are kept. Generation with ever new lengths would otherwise keep ever more of them."""
 
-
 _HIP = torch.version.hip is not None
 
 
@@ -31,7 +30,7 @@ class Varying(float):
 class _Ready(NamedTuple):
     run: Callable[..., None]
     arguments: list[Any]
-    places: list[tuple[int, int]]
+    places: list[tuple[int, Any]]
     """(index among the arguments, index among the values that `launch` reads)."""
     device: int
 
@@ -55,8 +54,9 @@ def launch(build: Callable[..., Launch], *arguments: Any) -> None:
     `Varying`. A launch with a tensor that `build` made itself is described anew each time.
     """
     key: list[Any] = [build]
+    changing: list[Tensor | Varying] = []
     values: list[Any] = []
-    _read(arguments, key, values)
+    _read(arguments, key, changing, values)
     known = tuple(key)
     ready = _ready.get(known)
     if ready is not None:
@@ -65,23 +65,26 @@ def launch(build: Callable[..., Launch], *arguments: Any) -> None:
     described = build(*arguments)
     compiled = described()
     if isinstance(compiled, CompiledKernel):  # not in the interpreter, and not where a launch is only recorded
-        _keep(known, described, compiled, arguments)
+        _keep(known, described, compiled, changing)
 
 
 def forget() -> None:
-    """Describe every launch anew: for those who change what the descriptions read, as tile tables."""
+    """Describe every launch anew, after a change to what a description reads beside its arguments."""
     _ready.clear()
 
 
-def _read(arguments: Sequence[Any], key: list[Any], values: list[Any]) -> None:
+def _read(arguments: Sequence[Any], key: list[Any], changing: list[Tensor | Varying], values: list[Any]) -> None:
+    """Sort `arguments` into what decides the launch, and what is new each time with the value that the kernel gets."""
     for x in arguments:
         if isinstance(x, Tensor):
             address = x.data_ptr()
             key.append((x.shape, x.stride(), x.dtype, address % 16 == 0, x.get_device(), _HIP and _small(x)))
+            changing.append(x)
             values.append(address)
         elif isinstance(x, tuple | list):
-            _read(x, key, values)
+            _read(x, key, changing, values)
         elif type(x) is Varying:
+            changing.append(x)
             values.append(x)
         else:
             key.append(x)
@@ -92,27 +95,16 @@ def _small(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() < 2**31
 
 
-def _flat(arguments: Sequence[Any]) -> list[Any]:
-    """The tensors and `Varying` of `arguments`, in the order of `_read`'s values."""
-    found = []
-    for x in arguments:
-        if isinstance(x, tuple | list):
-            found += _flat(x)
-        elif isinstance(x, Tensor | Varying):
-            found.append(x)
-    return found
-
-
-def _keep(key: tuple, described: Launch, compiled: CompiledKernel, arguments: Sequence[Any]) -> None:
-    given = {id(x): index for index, x in enumerate(_flat(arguments))}
+def _keep(key: tuple, described: Launch, compiled: CompiledKernel, changing: list[Tensor | Varying]) -> None:
+    given = {id(x): index for index, x in enumerate(changing)}
     bound = {**described.arguments, **described.constants}
-    values = [bound[name] for name in described.kernel.arg_names]
-    changing = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor | Varying)]
-    if any(id(x) not in given for _, x in changing):
+    arguments = [bound[name] for name in described.kernel.arg_names]
+    places = [(i, given.get(id(x))) for i, x in enumerate(arguments) if isinstance(x, Tensor | Varying)]
+    if any(value is None for _, value in places):
         return
-    device = next(x for _, x in changing if isinstance(x, Tensor)).get_device()
+    for i, _ in places:
+        arguments[i] = None
     if len(_ready) >= MOST:
         forget()
-    template = [None if isinstance(x, Tensor | Varying) else x for x in values]
-    run = compiled[(*described.grid, 1, 1)]
-    _ready[key] = _Ready(run, template, [(i, given[id(x)]) for i, x in changing], device)
+    device = next(x for x in changing if isinstance(x, Tensor)).get_device()
+    _ready[key] = _Ready(compiled[(*described.grid, 1, 1)], arguments, places, device)

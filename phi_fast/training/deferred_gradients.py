@@ -43,7 +43,7 @@ class DeferredGradients:
         if parameter in self._sums:
             self._sums[parameter][1].add_(gradient)
         else:
-            self._sums[parameter] = group, gradient.to(torch.float32, copy=True)
+            self._sums[parameter] = group, gradient.float()
 
     def _hand_over(self, parameter: nn.Parameter, group: int) -> None:
         self._zero.micro_step_id = 0  # DeepSpeed would add a later micro-batch to the first one's reduced gradients

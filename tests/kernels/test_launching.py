@@ -15,7 +15,16 @@ from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import adam, attention, bias_gelu, launching, layer_norm, linear_cross_entropy, rotary
+from phi_fast.kernels.triton import (
+    adam,
+    attention,
+    attention_tiles,
+    bias_gelu,
+    launching,
+    layer_norm,
+    linear_cross_entropy,
+    rotary,
+)
 from phi_fast.kernels.triton.common import Launch
 
 MODULES = (adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary)
@@ -190,6 +199,20 @@ def test_what_the_description_depends_on_is_compared(ready: list[tuple], other: 
     assert len(built) == 1 and len(ready) == 1
     launching.launch(build, *other)
     assert len(built) == 2 and len(ready) == 1, why
+
+
+def test_a_launch_with_another_tile_is_described_anew(ready: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles come from a table, which may be changed after launches were kept."""
+    options = AttentionOptions(0.125)
+    for _ in range(2):
+        attend(options)
+    assert len(ready) == 3, "forward, dq and dkv"
+    monkeypatch.setattr(attention, "tile", lambda *_: attention_tiles.Tile(16, 16, 4, 1))
+    attend(options)
+    assert len(ready) == 3
+    attend(options)
+    constants = [dict(zip(kernel.arg_names, given, strict=True)) for kernel, _, given in ready[3:]]
+    assert [(values["M"], values["N"]) for values in constants] == [(16, 16)] * 3
 
 
 def test_a_tensor_that_the_description_makes_is_made_each_time(ready: list[tuple]) -> None:
