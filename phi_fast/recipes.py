@@ -119,6 +119,9 @@ class Recipe:
 
     model: PhiConfig = field(default_factory=lambda: _shape("phi-1.5"))
     """Shape of the model. Its special tokens come from the tokenizer; a given one must agree with it."""
+    init_from: str | None = None
+    """Start from these weights instead of random ones: a run directory, a checkpoint, a model folder in any layout, or
+    OWNER/NAME on the Hugging Face hub. The model has their shape, and the optimizer starts anew."""
     data: Path = Path("data")
     """Directory with one prepared corpus (`phi_fast.prepare`) per mixture entry, under the entry's name."""
     mixture: Mixture = field(default_factory=dict)
@@ -131,9 +134,10 @@ class Recipe:
     """Let no token attend to another document of its row. The report does not state it; rows are documents joined end
     to end, as in GPT-3 (arXiv 2005.14165), separated only by the delimiter."""
     tokenizer: str = "phi-1.5"
-    """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), or a path to a tokenizer."""
+    """"phi-1.5" (50295 ids), "stdlib" (the 8192-id BPE made with the default corpus), "data" (the one that the corpora
+    were prepared with; the default with --init-from), or a path to a tokenizer."""
     tokens: Count | None = None
-    """Tokens to train on, rounded up to whole steps."""
+    """Tokens to train on, rounded up to whole steps; 0: measure the validation loss, and train no step."""
     sequence_length: int = 2048
     """Tokens per row: section 2.1, "context length 2048"."""
     global_batch_size: int = 2048
@@ -216,8 +220,8 @@ class Recipe:
         for name in ("sequence_length", "global_batch_size", "loss_scale_window", "loss_scale_hysteresis"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.steps < 1:
-            raise UsageError(f"tokens={self.tokens}: must be at least 1")
+        if min(self.steps, self.tokens or 0) < 0:
+            raise UsageError(f"tokens={self.tokens}: must be at least 1, or 0 for the validation loss alone")
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0, and finite")

@@ -27,6 +27,8 @@ import torch
 import tyro
 from torch.distributed.run import parse_args as torchrun_options
 
+from phi_fast.config import PhiConfig
+from phi_fast.conversion.source import Source
 from phi_fast.training.distributed import deepspeed
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +165,8 @@ def parse_only(module: str, options: list[str], monkeypatch: pytest.MonkeyPatch)
 
         return parse_and_stop
 
+    # --init-from's weights set the default shape, so they are opened before the options are read.
+    monkeypatch.setattr(Source, "open", lambda name: SimpleNamespace(config=PhiConfig()))
     monkeypatch.setattr(tyro, "cli", stop_after(tyro.cli))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
     monkeypatch.setattr(sys, "argv", [module, *options])

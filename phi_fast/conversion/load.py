@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ..errors import UsageError
 from ..model.phi import Phi
+from ..model.reference import ReferencePhi
 from ..precision import DTYPES
 from . import published_layouts
 from .folder import find_tokenizer, token_ids
@@ -59,8 +60,14 @@ def load(
     with torch.device("meta"):
         model = Phi(source.config.replace(bos_token_id=ids.beginning, eos_token_id=ids.end))
     model = model.to(choose_dtype(dtype, target)).to_empty(device=target)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, joined in published_layouts.layout("merged", source.config).items():
-            parameters[name].copy_(source.read_joined(joined))
+    fill(model, source)
     return model.eval(), found
+
+
+@torch.no_grad()
+def fill(model: Phi | ReferencePhi, source: Source) -> None:
+    """Read a source's weights into a model of its shape, one tensor at a time, rounded to the parameters' dtype."""
+    parameters = dict(model.named_parameters())
+    layout = "merged" if isinstance(model, Phi) else "hf"
+    for name, joined in published_layouts.layout(layout, source.config).items():
+        parameters[name].copy_(source.read_joined(joined))

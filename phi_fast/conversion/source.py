@@ -61,6 +61,11 @@ class Source:
                 return Source(_latest(path), path)
             run = path.absolute().parent.parent if (path / "state.json").exists() else None
             return Source(path, run if run and path.absolute().parent.name == "checkpoints" else None)
+        if path.exists():
+            raise ConversionError(
+                f"{path} is a file, expected a folder (a run, a checkpoint, a Hugging Face model): name the folder "
+                f"that holds it, {path.parent}"
+            )
         if str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "~")):
             return Source(_download(str(name_or_path)), None)
         raise ConversionError(

@@ -35,15 +35,14 @@ class Corpora:
             if world.is_main:
                 stdlib_corpus.prepare(recipe.data, progress=lambda line: console.print(line, highlight=False))
             world.barrier()
-        self.tokenizer: Tokenizer = tokenizer(recipe.data if recipe.tokenizer == "stdlib" else recipe.tokenizer)
         self.paths: dict[str, Path] = {name: recipe.data / name for name in recipe.mixture}
+        places = {"stdlib": recipe.data, "data": next(iter(self.paths.values()), recipe.data)}
+        if recipe.tokenizer == "data":
+            self._need(*next(iter(self.paths.items())))
+        self.tokenizer: Tokenizer = tokenizer(places.get(recipe.tokenizer, recipe.tokenizer))
         self.manifests: dict[str, Manifest] = {}
         for name, path in self.paths.items():
-            if not (path / "manifest.json").exists():
-                raise FileNotFoundError(
-                    f"corpus {name!r} is not at {path}; make it with `python -m phi_fast.prepare INPUTS --tokenizer "
-                    f"{recipe.tokenizer} --out {path}`, or name other corpora with --data and --mixture"
-                )
+            self._need(name, path)
             self.manifests[name] = Manifest.read(path)
             if self.manifests[name].tokenizer_sha256 != digest(self.tokenizer):
                 raise TokenizerError(
@@ -58,6 +57,17 @@ class Corpora:
                 )
         self.model = self._with_token_ids(recipe.model)
         """The recipe's model with the token ids that begin and end a text in these corpora."""
+
+    def _need(self, name: str, path: Path) -> None:
+        """Raise FileNotFoundError if there is no corpus at `path`."""
+        if not (path / "manifest.json").exists():
+            made_with = self.recipe.tokenizer
+            if made_with == "data":
+                made_with = self.recipe.init_from or "TOKENIZER"
+            raise FileNotFoundError(
+                f"corpus {name!r} is not at {path}; make it with `python -m phi_fast.prepare INPUTS --tokenizer "
+                f"{made_with} --out {path}`, or name other corpora with --data and --mixture"
+            )
 
     def _with_token_ids(self, model: PhiConfig) -> PhiConfig:
         """Set both ids to the corpora's delimiter, else the tokenizer's `<|endoftext|>`, else None.

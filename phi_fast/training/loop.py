@@ -17,6 +17,7 @@ from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .display import Display
+from .initial import open_initial
 from .metrics import Meter, MetricsLog
 from .options import Options
 from .run_directory import Run
@@ -49,7 +50,8 @@ class Trainer:
         self.options = options = run.options = replace(setup.options, model=self.corpora.model)
         self.setup = setup = setup._replace(options=options)
         self.run, self.signals, self.console, self.trouble = run, signals, console, Trouble(world)
-        self.model = build_model(setup)
+        initial = open_initial(options, self.corpora.tokenizer, console) if run.source is None else None
+        self.model = build_model(setup, initial)
         self.zero = Zero2(
             self.model,
             options,

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..recipes import RECIPES, Names, Recipe, RecipeName
 
 MUST_AGREE = (
-    *("model", "implementation", "decay"),
+    *("model", "init_from", "implementation", "decay"),
     *("mixture", "mixture_stages", "document_isolation", "sequence_length", "global_batch_size", "seed", "tokenizer"),
 )
 """Options that a resumed run cannot change, because the model or the order of the data would be different."""
@@ -122,24 +122,35 @@ def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
     default: values of the options that are not given; None: the recipe's.
     """
     arguments = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
-    if default is None:
-        name = _recipe_name(arguments)
-        recipe = RECIPES[name]
-        default = Options(recipe=name, **{field.name: getattr(recipe, field.name) for field in fields(Recipe)})
     return tyro.cli(
-        Options, args=arguments, default=default, prog="python -m phi_fast.train", config=(tyro.conf.AvoidSubcommands,)
+        Options,
+        args=arguments,
+        default=default or defaults(arguments),
+        prog="python -m phi_fast.train",
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 
-def _recipe_name(arguments: Sequence[str]) -> RecipeName:
-    """Find --recipe, which sets the other options' defaults and so is read first; tyro itself refuses bad values."""
+def defaults(arguments: Sequence[str]) -> Options:
+    """Return the options of the recipe that the command line names."""
+    name = _recipe_name(arguments)
+    return Options(recipe=name, **{field.name: getattr(RECIPES[name], field.name) for field in fields(Recipe)})
+
+
+def named(arguments: Sequence[str], option: str) -> str | None:
+    """Find the value of an option that sets other options' defaults, and so is read before tyro parses them all."""
+    value = None
     for i, argument in enumerate(arguments):
-        name = argument.removeprefix("--recipe=") if argument.startswith("--recipe=") else None
-        if argument == "--recipe" and i + 1 < len(arguments):
-            name = arguments[i + 1]
-        if name in RECIPES:
-            return cast(RecipeName, name)
-    return "tiny"
+        name, equals, text = argument.partition("=")
+        if name.replace("_", "-") == f"--{option}":
+            value = text if equals else next(iter(arguments[i + 1 : i + 2]), None)
+    return value
+
+
+def _recipe_name(arguments: Sequence[str]) -> RecipeName:
+    """Return the recipe that --recipe names; tyro itself refuses bad values."""
+    name = named(arguments, "recipe")
+    return cast(RecipeName, name) if name in RECIPES else "tiny"
 
 
 def plan_batch(options: Options, ranks: int) -> tuple[int, int]:

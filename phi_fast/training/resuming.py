@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PhiConfig
+from ..conversion.source import Source
 from ..errors import UsageError
 from ..json_files import Fields, read_object
 from ..recipes import Recipe
-from .options import MUST_AGREE, Options, parse, plain
+from .initial import parse_on
+from .options import MUST_AGREE, Options, named, parse, plain
 from .ownership import newest_run
 
 OF_ONE_START = ("run_dir", "resume", "elastic", "allow_change", "stop_after")
@@ -28,6 +30,8 @@ def parse_command(arguments: Sequence[str]) -> Options:
 
     Raises UsageError if there is no run to resume.
     """
+    if (init_from := named(arguments, "init-from")) is not None and "--resume" not in arguments:
+        return _of_initial_shape(arguments, init_from)
     options = parse(arguments)
     if not options.resume:
         return options
@@ -36,6 +40,18 @@ def parse_command(arguments: Sequence[str]) -> Options:
     if saved is not None and (saved.recipe == options.recipe or not _names_recipe(arguments)):
         options = parse(arguments, saved)
     return replace(options, run_dir=directory)
+
+
+def _of_initial_shape(arguments: Sequence[str], init_from: str) -> Options:
+    """Parse the command line of a run that starts from weights, whose shape they set; see `initial.parse_on`.
+
+    An --elastic start that goes on from a checkpoint does not need those weights any more.
+    """
+    run = named(arguments, "run-dir")
+    before = saved_options(Path(run)) if run is not None and "--elastic" in arguments else None
+    if before is not None and before.init_from == init_from:
+        return parse_on(before.model, arguments, init_from)
+    return parse_on(Source.open(init_from).config, arguments, init_from)
 
 
 def saved_options(directory: Path) -> Options | None:

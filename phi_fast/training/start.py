@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ..conversion.source import Source
 from ..errors import MachineError, UsageError
 from ..kernels import BackendUnavailable, in_use, layer_norm, use
 from ..kernels.backend import OPS, implementation
@@ -18,6 +19,7 @@ from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .display import back_ends, show
 from .distributed import World
+from .initial import initial_model
 from .options import Options, plan_batch
 from .run_directory import Run
 
@@ -62,10 +64,12 @@ def choose_kernels(choice: str, world: World) -> None:
         raise MachineError(str(error)) from None
 
 
-def build_model(setup: Setup) -> nn.Module:
-    """Build the model from the seed, the same on every rank, in the training dtype."""
+def build_model(setup: Setup, initial: Source | None = None) -> nn.Module:
+    """Build the model in the training dtype, the same on every rank: from `initial`'s weights, else from the seed."""
     options = setup.options
     torch.manual_seed(options.seed)
+    if initial is not None:
+        return initial_model(options, initial, DTYPES[setup.precision], setup.world.device)
     if options.implementation == "reference":
         model: nn.Module = ReferencePhi(options.model)
     else:
@@ -88,6 +92,7 @@ def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int
         "recipe": f"{options.recipe} → {run.directory}",
         "model": f"{config.num_parameters():,} parameters: {config.num_hidden_layers} layers, "
         f"width {config.hidden_size}, vocabulary {config.vocab_size}, {options.implementation}",
+        **({"weights": f"from {options.init_from}"} if options.init_from and not done else {}),
         "data": corpora.summary(),
         "device": f"{world.size} × {device}{threads}, {setup.precision}, DeepSpeed ZeRO-2, {options.zero_step} step",
         "kernels": back_ends(used),
