@@ -1,4 +1,7 @@
-"""`python -m phi_fast.evaluate --model M --tasks paper`: run the report's evaluations and compare with its figures."""
+"""`python -m phi_fast.evaluate --model M --tasks paper`: run the report's evaluations and compare with its figures.
+
+`--text FILE` computes the model's perplexity and bits per byte on a text instead.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,13 @@ from rich.table import Table
 
 from . import paper
 from .conversion.folder import find_tokenizer
+from .conversion.load import load
 from .conversion.source import Source
 from .data import vocabulary
 from .errors import PhiFastError, UsageError
-from .evaluation import generative, multiple_choice, plots, results, sandbox
+from .evaluation import generative, multiple_choice, perplexity, plots, results, sandbox
 from .evaluation.local_data import find_file, read_rows
+from .evaluation.perplexity import TextScore
 from .evaluation.responses import Responses
 from .evaluation.results import TaskResult
 from .evaluation.sandbox import SandboxError
@@ -49,6 +54,11 @@ class EvaluateOptions:
     """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
     tasks: Names = ("paper",)
     """Tasks, separated by commas or spaces, or the suites "paper" (the report's fourteen) and "cheap"."""
+    text: Path | None = None
+    """Compute perplexity and bits per byte of this text file (UTF-8, up to 64 MiB) instead of running tasks."""
+    stride: int | None = None
+    """Tokens by which the windows of --text advance, each as long as the model's context. Default: half of the context;
+    the context itself gives disjoint windows, with which fewer tokens have a long context."""
     data: Path | None = None
     """Folder with the questions in files TASK.jsonl (docs/evaluation.md). Default: the data sets of the Hugging Face
     hub."""
@@ -82,7 +92,10 @@ def main() -> int:
     try:
         if problem := isa_problem():
             raise UsageError(problem)
-        evaluate(options, console)
+        if options.text is None:
+            evaluate(options, console)
+        else:
+            evaluate_text(options, options.text, console)
     except (PhiFastError, SandboxError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -140,6 +153,33 @@ def evaluate(options: EvaluateOptions, console: Console) -> dict[str, TaskResult
     return done
 
 
+def evaluate_text(options: EvaluateOptions, text: Path, console: Console) -> TextScore:
+    """Compute the model's perplexity on a text file, print it and write it beside the results of tasks.
+
+    Raises UsageError for options that do not fit, before the model is loaded.
+    """
+    _check(options)
+    perplexity.read_text(text)
+    source = Source.open(options.model)
+    model, tokenizer = load(source, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer)
+    score = perplexity.score_text(
+        text, model, tokenizer, stride=options.stride, batch_tokens=options.batch_tokens, console=console
+    )
+    out = perplexity.write(score, options.out or _default_out(source, options.model))
+    lines = {
+        "text": f"{score.text}: {score.bytes:,} bytes, {score.words:,} words, {score.tokens:,} predicted tokens",
+        "windows": f"of {score.window:,} tokens, advancing by {score.stride:,}: after the first window each token is "
+        f"predicted from at least {score.window - score.stride + 1:,} before it",
+        "bits per byte": f"{score.bits_per_byte:.4f}",
+        "nats per token": f"{score.nats_per_token:.4f}",
+        "perplexity": ", ".join(f"{value:,.4g} per {unit}" for unit, value in score.perplexities.items()),
+        "written to": str(out),
+    }
+    for name, line in lines.items():
+        screen(soft_wrap=True).print(f"{name:>14}  {line}")
+    return score
+
+
 def plan(options: EvaluateOptions) -> tuple[list[str], dict[str, str]]:
     """Return the tasks to run, and the tasks of a suite that cannot be run, with the reason.
 
@@ -161,6 +201,10 @@ def _check(options: EvaluateOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if options.text is not None and options.tasks != EvaluateOptions.tasks:
+        raise UsageError("--text and --tasks exclude each other: give one")
+    if options.text is None and options.stride is not None:
+        raise UsageError(f"--stride {options.stride} is for the windows of --text: add --text FILE, or leave it out")
     unknown = [task for task in options.tasks if task not in SUITES and task not in SUITES["paper"]]
     if unknown:
         raise UsageError(

@@ -39,6 +39,8 @@ from .precision import Precision, auto_precision
 from .recipes import RECIPES, Count, Recipe, RecipeName
 from .startup import tolerate_encodings
 from .terminal import table_console
+from .training import options as training
+from .training.options import named
 
 LEVELS: tuple[Recompute, ...] = ("none", "norm_gelu", "all")
 
@@ -49,6 +51,8 @@ class Options:
 
     recipe: RecipeName | None = None
     """Recipe to plan for. Default: "phi-1.5"; on a CPU "tiny"."""
+    config: Path | None = None
+    """Plan for the run that this configuration file of `phi_fast.train` describes; options given here override it."""
     device: Literal["gpu", "cpu"] = "gpu"
     """gpu: the GPU named by --gpu. cpu: this machine, whose rates are measured first."""
     gpu: str = "H100"
@@ -173,7 +177,9 @@ def _cpu_report(options: Options, recipe: Recipe) -> Report:
 
 
 def _recipe(options: Options) -> Recipe:
-    recipe = RECIPES[options.recipe or ("phi-1.5" if options.device == "gpu" else "tiny")]
+    recipe: Recipe = RECIPES[options.recipe or ("phi-1.5" if options.device == "gpu" else "tiny")]
+    if options.config is not None:
+        recipe = _training(options.config, options.recipe)
     if options.model is not None:
         config = PhiConfig.preset(options.model)
         recipe = recipe.replace(model=config, sequence_length=config.max_position_embeddings)
@@ -188,16 +194,28 @@ def _levels(job: Job) -> dict[Recompute, Plan]:
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    return tyro.cli(Options, args=arguments, prog="python -m phi_fast.plan", description=__doc__)
+    """Parse the command line. Raises UsageError for a file of --config that is not valid."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    default = Options()
+    if (file := named(arguments, "config")) is not None:
+        run = _training(Path(file), None)
+        default = replace(
+            default, micro_batch_size=run.micro_batch_size, recompute=run.recompute, precision=run.precision
+        )
+    return tyro.cli(Options, args=arguments, default=default, prog="python -m phi_fast.plan", description=__doc__)
+
+
+def _training(file: Path, recipe: str | None) -> training.Options:
+    """Read the options of `phi_fast.train` from a configuration file; recipe: one that overrides the file's."""
+    return training.parse(["--config", str(file), *(["--recipe", recipe] if recipe else [])])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     tolerate_encodings()
-    options = parse(arguments)
     console = table_console(soft_wrap=False)
     try:
+        options = parse(arguments)
         if options.device == "cpu" and (problem := backend.isa_problem()):
             raise UsageError(problem)
         report = run(options)

@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
 from .config import PhiConfig
@@ -87,8 +88,9 @@ Count = Annotated[
         is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
         str_from_instance=lambda value: [str(value)],
     ),
+    BeforeValidator(lambda value: parse_count(str(value))),
 ]
-"""An integer, on the command line also as 1e9."""
+"""An integer, on the command line and in a configuration file also as 1e9."""
 
 Names = Annotated[
     tuple[str, ...],

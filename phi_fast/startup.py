@@ -8,7 +8,17 @@ import signal
 import sys
 from typing import Any
 
-TRAIN_EXTRA = ("deepspeed", "filelock", "rich", "safetensors", "tensorboard", "tokenizers", "tyro")
+TRAIN_EXTRA = (
+    "deepspeed",
+    "filelock",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tensorboard",
+    "tokenizers",
+    "tomli_w",
+    "tyro",
+)
 """Packages that `pip install 'phi-fast[train]'` adds; every command needs them."""
 
 

@@ -9,7 +9,7 @@ from .json_files import Fields, read_lines
 
 COUNTS = ("step", "tokens")
 FLAGS = ("skipped",)
-GROUPS = ("val_losses", "tasks")
+GROUPS = ("val_losses", "val_bpbs", "tasks")
 """Fields that map the name of a corpus or a task to a number."""
 
 

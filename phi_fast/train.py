@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from .errors import INTERRUPTED, PhiFastError
 from .startup import tolerate_encodings
 from .terminal import console
+from .training.config_file import as_toml
 from .training.distributed import join, leave, lost_rank
 from .training.loop import train
 from .training.resuming import parse_command
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Signals() as signals:
             options = parse_command(sys.argv[1:] if arguments is None else arguments)
             options.check()
+            if options.print_config:
+                print(as_toml(options) if is_main else "", end="")
+                return 0
             signals.world = join(options.device, options.rank_timeout)
             return train(options, signals, console(quiet=not is_main, soft_wrap=True))
     except (PhiFastError, OSError, RuntimeError) as raised:

@@ -30,6 +30,7 @@ from torch.distributed.run import parse_args as torchrun_options
 from phi_fast.config import PhiConfig
 from phi_fast.conversion.source import Source
 from phi_fast.training.distributed import deepspeed
+from phi_fast.training.options import parse as parse_training
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -276,6 +277,37 @@ def test_the_quick_start_works_whole_in_twenty_minutes(tmp_path: Path, stdlib: P
     printed = run_quick_start(tmp_path, stdlib, "")
     assert time.perf_counter() - start < 20 * 60
     check_quick_start(tmp_path, printed)
+
+
+AT_SCALE = ROOT / "docs" / "at-scale.md"
+
+
+@pytest.mark.slow
+def test_the_sweep_trains_and_is_drawn(tmp_path: Path, stdlib: Path) -> None:
+    """The page's file, and its loop over that file and a second one."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "stdlib").symlink_to(stdlib)
+    (tmp_path / "sweep").mkdir()
+    [file], [loop] = blocks(AT_SCALE, "toml"), blocks(AT_SCALE, "bash")
+    small = "\nval_every = 0\nsample_tokens = 0\nglobal_batch_size = 2\nsequence_length = 64\n"
+    text = file.text.replace("2e5", "512") + small.replace(
+        "\nv", "\nmodel.hidden_size = 64\nmodel.num_attention_heads = 1\nv"
+    )
+    (tmp_path / "sweep" / "low.toml").write_text(text, encoding="utf-8")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", loop.text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
+    assert "learning_rate" in page and "0.001" in page and "0.003" in page
+
+
+def test_the_file_of_the_sweep_is_read(tmp_path: Path) -> None:
+    [file] = blocks(AT_SCALE, "toml")
+    (tmp_path / "low.toml").write_text(file.text, encoding="utf-8")
+    options = parse_training(["--config", str(tmp_path / "low.toml")])
+    options.check()
+    assert (options.tokens, options.mixture, options.model.num_hidden_layers) == (200_000, {"docs": 50, "code": 50}, 2)
+    assert options.mixture_stages == ((80, {"docs": 1}),)
 
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"

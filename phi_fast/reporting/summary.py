@@ -22,15 +22,18 @@ class Chart:
 def charts(runs: list[RunData]) -> list[Chart]:
     """Choose the charts, with one curve per run.
 
-    The loss scale is drawn only if it changed or a step was skipped in some run, the accuracies by task only if some
-    run measured them.
+    The loss scale is drawn only if it changed or a step was skipped in some run, bits per byte and the accuracies by
+    task only if some run measured them.
     """
     validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
     validation += _members(runs, "val_losses")
+    bits = [Series(run.name, i, run.curve("val_bpb")) for i, run in enumerate(runs)] + _members(runs, "val_bpbs")
+    measured = any(value is not None for one in bits for value in one.curve[1])
     tasks = _members(runs, "tasks")
     return [
         Chart("Loss, nats per token", "loss", _all(runs, "loss", smooth=True)),
         Chart("Validation loss, nats per token", "val_loss", validation),
+        *([Chart("Validation loss, bits per byte", "val_bpb", bits)] if measured else []),
         Chart("Gradient norm before clipping", "grad_norm", _all(runs, "grad_norm"), log=True),
         *([Chart("Loss scale", "loss_scale", _all(runs, "loss_scale"), log=True)] if _scaled(runs) else []),
         Chart("Throughput, tokens/s", "tokens_per_s", _all(runs, "tokens_per_s")),
@@ -44,6 +47,7 @@ def figures(run: RunData) -> dict[str, str]:
     last = run.records[-1]
     skipped = sum(bool(record.get("skipped")) for record in run.records)
     validation = [value for value in run.curve("val_loss")[1] if value is not None]
+    bits = [value for value in run.curve("val_bpb")[1] if value is not None]
     rates = [value for value in run.curve("tokens_per_s")[1] if value is not None]
     times = [value for value in run.curve("step_ms")[1] if value is not None]
     mfu = [value for value in run.curve("mfu")[1] if value is not None]
@@ -52,6 +56,7 @@ def figures(run: RunData) -> dict[str, str]:
         "tokens": f"{last['tokens']:,}" if "tokens" in last else "–",
         "last loss": _loss(last["loss"]) if "loss" in last else "–",
         "best validation loss": _loss(min(validation)) if validation else "not measured",
+        "best bits per byte": _loss(min(bits)) if bits else "not measured",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "–",
         "MFU, median": f"{100 * statistics.median(mfu):.1f}%" if mfu else "not measured",
         "time in steps": _duration(sum(times) / 1000),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ..config import PhiConfig
 from ..data import Mixture, TokenLoader, count_rows, documents, sequential_rows, stdlib_corpus
 from ..data.manifest import Manifest
+from ..data.token_bytes import token_bytes
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
 from ..recipes import RECIPES, Recipe
@@ -123,6 +126,14 @@ class Corpora:
             max_token_id=recipe.model.vocab_size - 1,
         )
 
+    @cached_property
+    def token_bytes(self) -> Tensor:
+        """Bytes of text per token id, (vocabulary of the model,) int64; see `data.token_bytes`."""
+        table = torch.zeros(self.model.vocab_size, dtype=torch.int64)
+        found = torch.from_numpy(token_bytes(self.tokenizer))
+        table[: len(found)] = found
+        return table
+
     def validation(self, rows: int, batch: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
         """Read this rank's share of the first `rows` validation rows of each corpus.
 
@@ -143,11 +154,6 @@ class Corpora:
                     max_token_id=self.recipe.model.vocab_size - 1,
                 ):
                     yield name, input_ids, labels, documents(input_ids, delimiter.id) if delimiter else None
-
-    def weighted(self, losses: dict[str, float], step: int) -> float:
-        """Average the losses by corpus with the mixture's weights in step `step`."""
-        weights = {name: weight for name, weight in self.recipe.mixture_at(step).items() if name in losses}
-        return sum(weight * losses[name] for name, weight in weights.items()) / sum(weights.values())
 
     def summary(self) -> str:
         """Describe the mixture in one line: each corpus's share and training tokens, then later stages' shares."""

@@ -21,7 +21,7 @@ SMOOTHING = 0.9
 """Decay per step of the exponential average of tokens/s."""
 BAR_WIDTH = 6
 """Least width of the progress bar, in columns; other parts of the line are dropped to make room for it."""
-DROPPED_FIRST = ("ms", "lr", "norm", "scale", "mfu", "tasks", "rate", "val")
+DROPPED_FIRST = ("ms", "lr", "norm", "scale", "mfu", "tasks", "rate", "bpb", "val")
 """Parts of the live line in the order in which a narrow terminal drops them; step, loss and ETA always stay."""
 
 
@@ -38,6 +38,7 @@ class Display:
         """Tokens and seconds of the steps so far, each step weighted by SMOOTHING ** (steps since)."""
         self._first_validation: float | None = None
         self._validation: float | None = None
+        self._bits_per_byte: float | None = None
         self._parts: dict[str, str] = {"loss": "the first step has begun"}
         self._eta = ""
         self._live = Live(console=console, get_renderable=self._line) if console.is_terminal else None
@@ -51,15 +52,15 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def validation_before(self, val_loss: float) -> None:
+    def validation_before(self, val_loss: float, val_bpb: float | None = None) -> None:
         """Show the validation loss before the first step."""
         self._first_validation = self._validation = val_loss
-        self.line(f"before training | val {val_loss:.4f}")
+        self.line(" | ".join(["before training", *_validation(val_loss, val_bpb).values()]))
 
     def step(self, record: StepRecord, seconds_left: float) -> None:
         self._rates.append(record.tokens_per_s)
         if record.val_loss is not None:
-            self._validation = record.val_loss
+            self._validation, self._bits_per_byte = record.val_loss, record.val_bpb
         self._done, self._eta = record.step, _duration(seconds_left)
         self._parts = _parts(record, self._smoothed(record))
         measured = record.val_loss is not None or record.tasks is not None
@@ -79,7 +80,8 @@ class Display:
             facts["speed"] = f"{statistics.median(self._rates):,.0f} tokens/s, median of {len(self._rates):,} steps"
         if self._validation is not None:
             first = "" if self._first_validation is None else f"{self._first_validation:.4f} → "
-            facts["val loss"] = f"{first}{self._validation:.4f} nats per token"
+            bits = "" if self._bits_per_byte is None else f", {self._bits_per_byte:.4f} bits per byte"
+            facts["val loss"] = f"{first}{self._validation:.4f} nats per token{bits}"
         facts["saved"] = str(saved)
         show(self._console, facts)
         self._console.print()
@@ -150,7 +152,7 @@ def fitting(parts: Mapping[str, str], width: int) -> list[str]:
 def _parts(record: StepRecord, tokens_per_s: float) -> dict[str, str]:
     parts = {"loss": f"loss {record.loss:.4f}"}
     if record.val_loss is not None:
-        parts["val"] = f"val {record.val_loss:.4f}"
+        parts |= _validation(record.val_loss, record.val_bpb)
     if record.tasks:
         parts["tasks"] = " | ".join(f"{task} {100 * score:.1f}%" for task, score in record.tasks.items())
     parts["lr"] = f"lr {record.lr:.2e}"
@@ -167,6 +169,11 @@ def _parts(record: StepRecord, tokens_per_s: float) -> dict[str, str]:
     if record.mfu is not None:
         parts["mfu"] = f"mfu {100 * record.mfu:.1f}%"
     return parts
+
+
+def _validation(val_loss: float, val_bpb: float | None) -> dict[str, str]:
+    bits = {} if val_bpb is None else {"bpb": f"{val_bpb:.4f} bits/byte"}
+    return {"val": f"val {val_loss:.4f}", **bits}
 
 
 def _duration(seconds: float) -> str:

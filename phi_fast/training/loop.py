@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -93,12 +94,9 @@ class Trainer:
                 signals.agree(save=run.save_due, failed=run.save_failed, broken=outcome.broken, ended=self.trouble.here)
                 seconds = time.perf_counter() - tick
                 self.refuse_to_diverge(outcome, lr)
-                losses = self.validate() if self.is_due(options.val_every) else {}
+                validation = self.validate() if self.is_due(options.val_every) else {}
                 scores = self.score() if self.is_due(options.eval_every) else None
-                val_loss = self.corpora.weighted(losses, self.done - 1) if losses else None
-                record = self.meter.record(
-                    self.done, outcome, lr, seconds, val_loss=val_loss, val_losses=losses or None, tasks=scores
-                )
+                record = self.meter.record(self.done, outcome, lr, seconds, tasks=scores, **validation)
                 if self.log:
                     with self.trouble.kept():
                         self.log.write(record)
@@ -137,21 +135,21 @@ class Trainer:
             kept = self.run.last_checkpoint()
             raise Diverged(explain(found, self.done, outcome.loss, outcome.loss_scale, self.setup.precision, kept))
 
-    def validate(self) -> dict[str, float]:
-        """Compute the validation loss by corpus; empty if the run is about to stop."""
+    def validate(self) -> dict[str, Any]:
+        """Measure the fields of StepRecord that a validation has; none if the run is about to stop."""
         rows, batch = self.options.val_rows, self.setup.micro_batch_size
-        return validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
+        found = validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
+        return {} if found is None else found.fields(self.options.mixture_at(max(0, self.done - 1)))
 
     def validate_before(self, display: Display) -> None:
         """Show and log the validation loss before the first step."""
-        losses = self.validate()
-        if not losses:
+        validation = self.validate()
+        if not validation:
             return
-        val_loss = self.corpora.weighted(losses, 0)
-        display.validation_before(val_loss)
+        display.validation_before(validation["val_loss"], validation["val_bpb"])
         if self.log:
             with self.trouble.kept():
-                self.log.validation_before(val_loss, losses)
+                self.log.validation_before(**validation)
 
     def score(self) -> dict[str, float] | None:
         """Score the model on --eval-tasks: accuracy by task, or None after an error, which every rank gets."""

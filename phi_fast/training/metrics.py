@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,24 @@ class StepRecord:
     """Mean cross entropy over the validation rows, weighted by corpus like the mixture; null if not measured."""
     val_losses: dict[str, float] | None = None
     """Mean cross entropy over the validation rows by corpus; null if not measured."""
+    val_bpb: float | None = None
+    """The validation loss in bits per byte of text: `val_loss` ÷ ln 2 ÷ mean bytes per predicted token, with the same
+    weights. Comparable across tokenizers; null if not measured."""
+    val_bpbs: dict[str, float | None] | None = None
+    """The validation loss in bits per byte by corpus; null if not measured."""
     tasks: dict[str, float] | None = None
     """Accuracy by task, a fraction of 1; null if not measured (--eval-every)."""
 
+
+OPTIONAL = {field.name for field in fields(StepRecord) if field.default is None}
+"""Fields that a line has only where they were measured."""
 
 TAGS = {
     "loss": "loss/train",
     "val_loss": "loss/validation",
     "val_losses": "loss/validation",
+    "val_bpb": "loss/bits_per_byte",
+    "val_bpbs": "loss/bits_per_byte",
     "tasks": "tasks",
     "lr": "optimizer/lr",
     "grad_norm": "optimizer/grad_norm",
@@ -117,13 +127,12 @@ class MetricsLog:
     def _writing(self) -> AbstractContextManager[None]:
         return writing(self._path, "make room, and go on from the newest checkpoint with --resume")
 
-    def validation_before(self, val_loss: float, val_losses: Mapping[str, float]) -> None:
-        """Write the validation loss before the first step, as step 0."""
-        self._write({"step": 0, "tokens": 0, "val_loss": val_loss, "val_losses": dict(val_losses)})
+    def validation_before(self, val_loss: float, val_losses: Mapping[str, float], **measured: Any) -> None:
+        """Write the validation before the first step, as step 0; measured: other fields of StepRecord."""
+        self._write({"step": 0, "tokens": 0, "val_loss": val_loss, "val_losses": dict(val_losses), **measured})
 
     def write(self, record: StepRecord) -> None:
-        optional = ("val_loss", "val_losses", "tasks")
-        self._write({key: value for key, value in asdict(record).items() if key not in optional or value is not None})
+        self._write({key: value for key, value in asdict(record).items() if key not in OPTIONAL or value is not None})
 
     def _write(self, line: dict[str, Any]) -> None:
         with self._writing():
@@ -161,7 +170,7 @@ def _finite(value: object) -> object:
 def _members(tag: str, value: Any) -> list[tuple[str, float]]:
     """List (tag, scalar) for a record's value: one pair, one per member of a dict, or none for null."""
     if isinstance(value, dict):
-        return [(f"{tag}/{name}", float(one)) for name, one in value.items()]
+        return [(f"{tag}/{name}", float(one)) for name, one in value.items() if one is not None]
     return [] if value is None else [(tag, float(value))]
 
 

@@ -11,7 +11,9 @@ from typing import Any, Literal, cast
 import tyro
 
 from ..errors import UsageError
+from ..files import check_names
 from ..recipes import RECIPES, Names, Recipe, RecipeName
+from .config_file import overlay, read_config
 
 MUST_AGREE = (
     *("model", "init_from", "implementation", "decay"),
@@ -29,6 +31,10 @@ class Options(Recipe):
 
     recipe: RecipeName = "tiny"
     """The recipe that sets the other defaults: "tiny", or one of the paper's three."""
+    config: Path | None = None
+    """Read options from a TOML file, or from the config.json of a run; options given here override the file's."""
+    print_config: bool = False
+    """Print every option as a TOML file for --config, and end."""
     run_dir: Path | None = None
     """Run directory: configuration, metrics, checkpoints. Default: runs/RECIPE, or the next free runs/RECIPE-N."""
     resume: bool = False
@@ -94,6 +100,7 @@ class Options(Recipe):
     def check(self) -> None:
         """Check the recipe's fields and the trainer's own."""
         super().check()
+        check_names(self)
         if not 0 < self.rank_timeout <= 1e9:
             raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")
         if not 0 <= self.save_minutes < math.inf:
@@ -117,23 +124,26 @@ class Options(Recipe):
 
 
 def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
-    """Parse the command line; exits with status 2 and a message if it is not valid.
+    """Parse the command line and the file that --config names; exits with status 2 and a message if it is not valid.
 
-    default: values of the options that are not given; None: the recipe's.
+    default: values of the options that neither gives; None: the recipe's.
+    Raises UsageError for a file that cannot be read or holds what is not an option.
     """
     arguments = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
+    default = overlay(default or defaults(arguments), from_file(arguments), str(named(arguments, "config")))
     return tyro.cli(
         Options,
         args=arguments,
-        default=default or defaults(arguments),
+        default=default,
         prog="python -m phi_fast.train",
         config=(tyro.conf.AvoidSubcommands,),
     )
 
 
 def defaults(arguments: Sequence[str]) -> Options:
-    """Return the options of the recipe that the command line names."""
-    name = _recipe_name(arguments)
+    """Return the options of the recipe that the command line or the file of --config names."""
+    name = named(arguments, "recipe") or from_file(arguments).get("recipe")
+    name = cast(RecipeName, name if name in RECIPES else "tiny")  # tyro itself refuses a bad one
     return Options(recipe=name, **{field.name: getattr(RECIPES[name], field.name) for field in fields(Recipe)})
 
 
@@ -147,10 +157,10 @@ def named(arguments: Sequence[str], option: str) -> str | None:
     return value
 
 
-def _recipe_name(arguments: Sequence[str]) -> RecipeName:
-    """Return the recipe that --recipe names; tyro itself refuses bad values."""
-    name = named(arguments, "recipe")
-    return cast(RecipeName, name) if name in RECIPES else "tiny"
+def from_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the options that the file of --config sets; none without one. Raises as `config_file.read_config` does."""
+    file = named(arguments, "config")
+    return {} if file is None else read_config(Path(file), Options)
 
 
 def plan_batch(options: Options, ranks: int) -> tuple[int, int]:

@@ -7,17 +7,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import PhiConfig
 from ..conversion.source import Source
 from ..errors import UsageError
 from ..json_files import Fields, read_object
 from ..recipes import Recipe
+from .config_file import OF_ONE_START, ConfigFileError, overlay, typed
 from .initial import parse_on
-from .options import MUST_AGREE, Options, named, parse, plain
+from .options import MUST_AGREE, Options, from_file, named, parse, plain
 from .ownership import newest_run
 
-OF_ONE_START = ("run_dir", "resume", "elastic", "allow_change", "stop_after")
-"""Options that apply to a single start, and that --resume does not take over."""
 AS_IT_GOES = (
     *("skip_spikes", "gradient_clipping", "initial_loss_scale"),
     *("loss_scale_window", "loss_scale_hysteresis", "min_loss_scale"),
@@ -30,25 +28,28 @@ def parse_command(arguments: Sequence[str]) -> Options:
 
     Raises UsageError if there is no run to resume.
     """
-    if (init_from := named(arguments, "init-from")) is not None and "--resume" not in arguments:
-        return _of_initial_shape(arguments, init_from)
+    file = from_file(arguments)
+    init_from = named(arguments, "init-from") or file.get("init_from")
+    if init_from is not None and not ("--resume" in arguments or file.get("resume")):
+        return _of_initial_shape(arguments, file, init_from)
     options = parse(arguments)
     if not options.resume:
         return options
     directory = newest_run(options)
     saved = saved_options(directory)
-    if saved is not None and (saved.recipe == options.recipe or not _names_recipe(arguments)):
+    if saved is not None and (saved.recipe == options.recipe or named(arguments, "recipe") is None):
         options = parse(arguments, saved)
     return replace(options, run_dir=directory)
 
 
-def _of_initial_shape(arguments: Sequence[str], init_from: str) -> Options:
+def _of_initial_shape(arguments: Sequence[str], file: dict[str, Any], init_from: str) -> Options:
     """Parse the command line of a run that starts from weights, whose shape they set; see `initial.parse_on`.
 
     An --elastic start that goes on from a checkpoint does not need those weights any more.
     """
-    run = named(arguments, "run-dir")
-    before = saved_options(Path(run)) if run is not None and "--elastic" in arguments else None
+    run = named(arguments, "run-dir") or file.get("run_dir")
+    elastic = "--elastic" in arguments or file.get("elastic")
+    before = saved_options(Path(run)) if run is not None and elastic else None
     if before is not None and before.init_from == init_from:
         return parse_on(before.model, arguments, init_from)
     return parse_on(Source.open(init_from).config, arguments, init_from)
@@ -74,19 +75,12 @@ def saved_options(directory: Path) -> Options | None:
 
 
 def _options(found: Fields) -> Options:
-    known = [field.name for field in fields(Options) if field.name not in OF_ONE_START]
-    values: dict[str, Any] = {name: found.values[name] for name in known if name in found.values}
+    known = {field.name for field in fields(Options)} - {*OF_ONE_START}
+    found.inner("model")  # without it the model would be the default one
     try:
-        model = PhiConfig(**values.pop("model"))
-        for name in ("betas", "eval_tasks"):
-            values[name] = tuple(values[name])
-        values["mixture_stages"] = tuple(
-            (int(step), dict(weights)) for step, weights in values.get("mixture_stages", ())
-        )
-        for name in ("data", "eval_data"):
-            values[name] = None if values.get(name) is None else Path(values[name])
-        return Options(model=model, **values)
-    except (KeyError, TypeError, ValueError) as error:
+        values = typed(Options, {name: value for name, value in found.values.items() if name in known}, found.where)
+        return overlay(Options(), values, found.where)
+    except ConfigFileError as error:
         raise UsageError(f"{found.where} does not hold a run's options ({error}). {found.way_out}") from None
 
 
@@ -113,7 +107,3 @@ def changes(then: dict[str, Any], options: Options, step: int) -> list[str]:
             "before, or add --allow-change"
         )
     return list(lines.values())
-
-
-def _names_recipe(arguments: Sequence[str]) -> bool:
-    return any(word == "--recipe" or word.startswith("--recipe=") for word in arguments)

@@ -1,0 +1,54 @@
+"""The validation loss in bits per byte: of each corpus, of the mixture, and on several ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trainer_processes import arguments, finish
+
+from phi_fast.training.validation import Validation
+
+ROWS, LENGTH = 20, 16
+
+
+def bytes_and_labels(corpus: Path) -> tuple[int, int]:
+    """Count from the token file: in the tests' corpora every token is one byte, but the delimiter, which has id 0."""
+    ids = np.fromfile(corpus / "validation.bin", "<u2")[1 : ROWS * LENGTH + 1]
+    return int((ids != 0).sum()), len(ids)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bits_per_byte_are_the_losses_over_the_bytes_of_the_rows(data: Path, tmp_path: Path, ranks: int) -> None:
+    words = arguments(data, tmp_path / "run", 3, val_every=2, val_rows=ROWS, mixture="docs=3,code=1")
+    output = finish(words, tmp_path, ranks=ranks)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = [record for record in records if "val_loss" in record]
+    assert [record["step"] for record in measured] == [0, 2, 3]
+    nats, size = 0.0, 0.0
+    for record in measured:
+        for name, weight in (("docs", 3), ("code", 1)):
+            text, labels = bytes_and_labels(data / name)
+            assert 0 < text < labels
+            loss = record["val_losses"][name]
+            assert record["val_bpbs"][name] == pytest.approx(loss * labels / text / math.log(2), rel=1e-6)
+            nats, size = nats + weight * loss * labels, size + weight * text
+        assert record["val_bpb"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
+        nats, size = 0.0, 0.0
+    assert all("val_bpb" not in record for record in records if "val_loss" not in record)
+    assert f"{measured[-1]['val_bpb']:.4f} bits per byte" in output
+    assert f"{measured[1]['val_bpb']:.4f} bits/byte" in output
+
+
+def test_rows_without_text_have_no_bits_per_byte() -> None:
+    found = Validation({"docs": 2.0, "code": 4.0}, {"docs": 0.0, "code": 2.0})
+    assert found.fields({"docs": 1}) == {
+        "val_loss": 2.0,
+        "val_losses": {"docs": 2.0, "code": 4.0},
+        "val_bpb": None,
+        "val_bpbs": {"docs": None, "code": pytest.approx(2 / math.log(2))},
+    }
+    assert found.fields({"docs": 1, "code": 1, "absent": 5})["val_bpb"] == pytest.approx(3 / math.log(2))
