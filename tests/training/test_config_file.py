@@ -132,7 +132,7 @@ def test_the_last_recipe_given_decides() -> None:
             "[model]\nhiden_size = 64",
             "model.hiden_size is not an option of phi_fast.train; did you mean model.hidden_size?",
         ),
-        ("xyzzy = 1", "xyzzy is not an option of phi_fast.train; it has model, data, mixture"),
+        ("xyzzy = 1", "xyzzy is not an option of phi_fast.train; it has model, "),
         ('config = "other.toml"', "config is not an option"),
         ("learning_rate = 'fast'", "learning_rate is 'fast', expected a valid number"),
         ("learning_rate = true", "learning_rate is True, expected a valid number"),
