@@ -146,10 +146,13 @@ class Recipe:
     """Rows per step over all ranks and micro-batches: section 2.3, "batch size 2048" (× 2048 tokens: 4.19 M tokens)."""
     learning_rate: float = 2e-4
     """Peak learning rate: section 2.3, "constant learning rate 2e-4"."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warmup: section 2.3, "constant"; the others fall to `final_learning_rate`."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Learning rate after the warmup: section 2.3, "constant"; the others fall to `final_learning_rate`: "linear" and
+    "cosine" from the warmup on, "wsd" (warmup-stable-decay, arXiv 2404.06395) linearly in the last `decay_steps`."""
+    decay_steps: int = 0
+    """Steps at the end of "wsd" in which the learning rate falls; 0 for the other schedules."""
     final_learning_rate: float = 0.0
-    """Final learning rate of "linear" and "cosine"; not used by "constant"."""
+    """Final learning rate of "linear", "cosine" and "wsd"; not used by "constant"."""
     warmup_steps: int = 0
     """Steps of linear warmup: section 2.3, "no warm up"."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -170,9 +173,15 @@ class Recipe:
     """Overflows tolerated before the fp16 loss scale halves. NOT STATED by the report; DeepSpeed's default."""
     min_loss_scale: float = 1.0
     """Smallest fp16 loss scale. NOT STATED by the report; DeepSpeed's default."""
+    z_loss: float = 0.0
+    """Factor z of an auxiliary loss z · log²(sum of exp(logits)) per token, which keeps the logits from growing (PaLM,
+    arXiv 2204.02311, has 1e-4). The training loss includes it, the validation loss does not. 0: none, as in the
+    report."""
     skip_spikes: float | None = None
     """Skip the update of a step whose loss lies more than this many standard deviations above the running mean (of
     about the last 64 steps). None: skip no step, as in the report."""
+    skip_norm_spikes: float | None = None
+    """The same for the gradient norm before clipping."""
     seed: int = 1337
     """Seed of the initialisation and of the data order. NOT STATED by the report."""
 
@@ -191,10 +200,11 @@ class Recipe:
         """Compute the learning rate of step `step` (counted from 0)."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
+        begin = self.steps - self.decay_steps if self.schedule == "wsd" else self.warmup_steps
+        if self.schedule == "constant" or (self.schedule == "wsd" and step <= begin):
             return self.learning_rate
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-        share = 1 - done if self.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        done = min(1.0, (step - begin) / max(1, self.steps - begin))
+        share = (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1 - done
         return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
 
     @property
@@ -227,11 +237,15 @@ class Recipe:
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0, and finite")
-        if self.skip_spikes is not None and not self.skip_spikes > 0:
-            raise UsageError(f"skip_spikes={self.skip_spikes}: must be greater than 0")
+        for name in ("skip_spikes", "skip_norm_spikes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UsageError(f"{name}={getattr(self, name)}: must be greater than 0")
         for name in ("weight_decay", "gradient_clipping", "warmup_steps", "final_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.z_loss < math.inf:
+            raise UsageError(f"z_loss={self.z_loss}: must not be negative, and finite")
+        self._check_decay()
         if self.initial_loss_scale < 1 or math.frexp(self.initial_loss_scale)[0] != 0.5:
             raise UsageError(f"initial_loss_scale={self.initial_loss_scale}: must be a power of two, as 65536")
         if not 0 < self.min_loss_scale <= self.initial_loss_scale:
@@ -244,6 +258,21 @@ class Recipe:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas={self.betas}: each must be in [0, 1)")
         self._check_mixture()
+
+    def _check_decay(self) -> None:
+        if self.schedule != "wsd":
+            if self.decay_steps:
+                raise UsageError(
+                    f"decay_steps={self.decay_steps} is for --schedule wsd, and schedule is {self.schedule!r}: leave "
+                    "one out"
+                )
+            return
+        most = self.steps - self.warmup_steps
+        if not 1 <= self.decay_steps <= most:
+            raise UsageError(
+                f"decay_steps={self.decay_steps}: --schedule wsd needs --decay-steps from 1 to {most}, the run's "
+                f"{self.steps} steps less {self.warmup_steps} of warmup"
+            )
 
     def _check_mixture(self) -> None:
         starts = [start for start, _ in self.mixture_stages]

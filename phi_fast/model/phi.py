@@ -86,7 +86,8 @@ class Phi(nn.Module):
     """phi on the kernels, for training and generation.
 
     recompute: what each block's backward recomputes instead of keeping it from the forward; see
-    `kernels.parallel_block`.
+    `kernels.parallel_block`. z_loss: factor of the auxiliary loss that is added in training mode; see
+    `kernels.linear_cross_entropy`.
 
     Parameters, with d = hidden_size and V = vocab_size: embed_tokens.weight (V, d); layers.{i}.norm.weight and .bias
     (d), in_proj.weight (7d, d) with rows q, k, v, fc1 and in_proj.bias (7d), out_proj.weight (d, 5d) with columns
@@ -98,11 +99,11 @@ class Phi(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: PhiConfig, *, recompute: str = "norm_gelu") -> None:
+    def __init__(self, config: PhiConfig, *, recompute: str = "norm_gelu", z_loss: float = 0.0) -> None:
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}; expected one of {', '.join(map(repr, RECOMPUTE))}")
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.z_loss = config, recompute, z_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_norm = Norm(config)
@@ -174,9 +175,9 @@ class Phi(nn.Module):
         x = self.final_norm(x).view(*batch_and_length, -1)
         if labels is None:
             return Output(None, self.lm_head(x))
-        return Output(
-            linear_cross_entropy(x, self.lm_head.weight, self.lm_head.bias, labels, loss_scale=loss_scale), None
-        )
+        z_loss, head = self.z_loss if self.training else 0.0, self.lm_head
+        loss = linear_cross_entropy(x, head.weight, head.bias, labels, z_loss=z_loss, loss_scale=loss_scale)
+        return Output(loss, None)
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KeyValueCache, *, all_logits: bool = False) -> Tensor:

@@ -110,11 +110,14 @@ class Decoder(nn.Module):
 
 
 class ReferencePhi(nn.Module):
-    """The same model as `transformers.PhiForCausalLM`, without transformers."""
+    """The same model as `transformers.PhiForCausalLM`, without transformers.
 
-    def __init__(self, config: PhiConfig) -> None:
+    z_loss: factor of the auxiliary loss, the mean of log²(sum of exp(logits)), which is added in training mode.
+    """
+
+    def __init__(self, config: PhiConfig, *, z_loss: float = 0.0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.z_loss = config, z_loss
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)  # with a bias, and not tied to the embedding
         self.apply(self._initialise)
@@ -136,5 +139,8 @@ class ReferencePhi(nn.Module):
         loss = None
         if labels is not None:
             wide = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten())
+            rows, targets = logits.flatten(0, 1).to(wide), labels.flatten()
+            loss = F.cross_entropy(rows, targets)
+            if self.z_loss and self.training:
+                loss = loss + self.z_loss * rows[targets != -100].logsumexp(-1).square().mean()
         return Output(loss, logits)

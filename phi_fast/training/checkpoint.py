@@ -167,6 +167,13 @@ def newest(
     return world.broadcast((found, skipped))
 
 
+def require_complete(path: Path, world: World) -> None:
+    """Raise CheckpointError, on every rank, if the checkpoint `path` is incomplete or damaged."""
+    problem = world.broadcast(_problem(path) if world.is_main else None)
+    if problem is not None:
+        raise CheckpointError(f"{path} cannot be used: {problem}; name another checkpoint")
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """Read a checkpoint's state.json. Raises JsonFileError and OSError."""
     return read_object(path / "state.json").values

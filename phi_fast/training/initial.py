@@ -71,9 +71,9 @@ def initial_model(options: Options, source: Source, dtype: torch.dtype, device: 
     """Build the model and read the weights into it; peak memory is the model and its largest tensor."""
     with torch.device("meta"):
         if options.implementation == "reference":
-            model: Phi | ReferencePhi = ReferencePhi(options.model)
+            model: Phi | ReferencePhi = ReferencePhi(options.model, z_loss=options.z_loss)
         else:
-            model = Phi(options.model, recompute=options.recompute)
+            model = Phi(options.model, recompute=options.recompute, z_loss=options.z_loss)
     model = model.to(dtype).to_empty(device=device)
     fill(model, source)
     return model

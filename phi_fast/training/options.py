@@ -40,6 +40,10 @@ class Options(Recipe):
     resume: bool = False
     """Go on from the newest complete checkpoint of --run-dir (default: of the newest run of this recipe), with the
     options of that checkpoint except those given here."""
+    branch_from: Path | None = None
+    """Start a new run at this checkpoint of another run (of a run directory, the newest), with its weights, optimizer
+    and place in the data, and its options except those given here. With --schedule wsd and without --tokens, the run
+    ends --decay-steps later."""
     allow_change: bool = False
     """Allow a resumed run to change --tokens, the schedule or the optimizer."""
     elastic: bool = False
@@ -112,8 +116,10 @@ class Options(Recipe):
         for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.skip_spikes and self.zero_step == "deepspeed":
-            raise UsageError("--skip-spikes needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
+        for name in ("skip_spikes", "skip_norm_spikes"):
+            if getattr(self, name) and self.zero_step == "deepspeed":
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..conversion.source import Source
 from ..errors import UsageError
-from ..json_files import Fields, read_object
+from ..json_files import Fields, read_object, read_regular
 from ..recipes import Recipe
 from .config_file import OF_ONE_START, ConfigFileError, overlay, typed
 from .initial import parse_on
@@ -17,7 +17,7 @@ from .options import MUST_AGREE, Options, from_file, named, parse, plain
 from .ownership import newest_run
 
 AS_IT_GOES = (
-    *("skip_spikes", "gradient_clipping", "initial_loss_scale"),
+    *("skip_spikes", "skip_norm_spikes", "gradient_clipping", "initial_loss_scale"),
     *("loss_scale_window", "loss_scale_hysteresis", "min_loss_scale"),
 )
 """Options of the recipe that a resume may change without --allow-change. So may a constant learning rate."""
@@ -26,11 +26,16 @@ AS_IT_GOES = (
 def parse_command(arguments: Sequence[str]) -> Options:
     """Parse the command line; with --resume, options that are not given are those of the run's newest checkpoint.
 
-    Raises UsageError if there is no run to resume.
+    With --branch-from they are those of that checkpoint. Raises UsageError if there is no run to resume or to branch
+    from.
     """
     file = from_file(arguments)
+    resumes = "--resume" in arguments or file.get("resume")
+    branch_from = named(arguments, "branch-from") or file.get("branch_from")
+    if branch_from is not None and not resumes:
+        return _branched(arguments, file, Path(branch_from))
     init_from = named(arguments, "init-from") or file.get("init_from")
-    if init_from is not None and not ("--resume" in arguments or file.get("resume")):
+    if init_from is not None and not resumes:
         return _of_initial_shape(arguments, file, init_from)
     options = parse(arguments)
     if not options.resume:
@@ -42,17 +47,55 @@ def parse_command(arguments: Sequence[str]) -> Options:
     return replace(options, run_dir=directory)
 
 
+def _branched(arguments: Sequence[str], file: dict[str, Any], branch_from: Path) -> Options:
+    """Parse the command line of a new run that starts at a checkpoint, with that checkpoint's options as the default.
+
+    An --elastic start that goes on from a checkpoint of its own does not need the other any more.
+    Raises UsageError if there is no such checkpoint.
+    """
+    before = _before(arguments, file)
+    if before is not None and before.branch_from is not None:
+        return replace(parse(arguments, before), branch_from=before.branch_from)
+    source = _checkpoint(branch_from)
+    found = read_object(source / "state.json", way_out="Name another checkpoint")
+    saved, step = _options(found.inner("options")), found.whole("step")
+    options = replace(parse(arguments, replace(saved, branch_from=source)), branch_from=source)
+    if options.resume:
+        raise UsageError("--branch-from starts a new run, and --resume goes on with one: leave one of them out")
+    same_end = named(arguments, "tokens") is None and options.tokens == saved.tokens
+    if options.schedule == "wsd" and same_end:
+        options = replace(options, tokens=(step + options.decay_steps) * options.tokens_per_step)
+    return options
+
+
+def _checkpoint(path: Path) -> Path:
+    """Return a checkpoint's folder: `path` itself, or the newest one of the run `path`."""
+    pointer = path / "checkpoints" / "latest"
+    if pointer.is_file():
+        path = pointer.with_name(read_regular(pointer, 100).decode(errors="replace"))
+    if not (path / "state.json").is_file():
+        raise UsageError(
+            f"--branch-from {path} is not a checkpoint: name a folder such as runs/tiny/checkpoints/step-100, or a run"
+        )
+    return path
+
+
 def _of_initial_shape(arguments: Sequence[str], file: dict[str, Any], init_from: str) -> Options:
     """Parse the command line of a run that starts from weights, whose shape they set; see `initial.parse_on`.
 
     An --elastic start that goes on from a checkpoint does not need those weights any more.
     """
-    run = named(arguments, "run-dir") or file.get("run_dir")
-    elastic = "--elastic" in arguments or file.get("elastic")
-    before = saved_options(Path(run)) if run is not None and elastic else None
+    before = _before(arguments, file)
     if before is not None and before.init_from == init_from:
         return parse_on(before.model, arguments, init_from)
     return parse_on(Source.open(init_from).config, arguments, init_from)
+
+
+def _before(arguments: Sequence[str], file: dict[str, Any]) -> Options | None:
+    """Return the options of the run that an --elastic start may go on with; None for another start or a first one."""
+    run = named(arguments, "run-dir") or file.get("run_dir")
+    elastic = "--elastic" in arguments or file.get("elastic")
+    return saved_options(Path(run)) if run is not None and elastic else None
 
 
 def saved_options(directory: Path) -> Options | None:

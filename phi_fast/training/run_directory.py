@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,18 @@ class Run:
         return run
 
     def _find_source(self, console: Console) -> None:
-        """Set `source` to the newest complete checkpoint, if the options ask to resume."""
+        """Set `source` to the newest complete checkpoint, if the options ask to resume, or else to --branch-from."""
         options = self.options
-        if not (options.resume or options.elastic):
-            return
+        if options.resume or options.elastic:
+            self._find_newest(console)
+        if self.source is None and options.branch_from is not None:
+            checkpoint.require_complete(options.branch_from, self.world)
+            self.source = options.branch_from
+            differ = _differences(checkpoint.load_state(self.source), options)
+            self.refuse("; ".join(differ), lambda state: not _differences(state, options))
+
+    def _find_newest(self, console: Console) -> None:
+        options = self.options
         self.source, skipped = checkpoint.newest(self.checkpoints, self.world)
         for line in skipped:
             console.print(line, style="yellow")
@@ -213,8 +221,10 @@ class Run:
         partitions = checkpoint.load_partitions(self.source, zero.partition_sizes(), self.world)
         zero.load(checkpoint.load_model(self.source), partitions, state["zero"])
         checkpoint.restore_random_states(self.source, self.world)
-        console.print(f"resumed from {self.source}")
-        for line in changes(state["options"], self.options, state["step"]):
+        branched = self.source.parent.resolve() != self.checkpoints.resolve()
+        console.print(f"{'branched' if branched else 'resumed'} from {self.source}")
+        options = replace(self.options, allow_change=branched or self.options.allow_change)
+        for line in changes(state["options"], options, state["step"]):
             console.print(line)
         return state["step"]
 

@@ -71,9 +71,9 @@ def build_model(setup: Setup, initial: Source | None = None) -> nn.Module:
     if initial is not None:
         return initial_model(options, initial, DTYPES[setup.precision], setup.world.device)
     if options.implementation == "reference":
-        model: nn.Module = ReferencePhi(options.model)
+        model: nn.Module = ReferencePhi(options.model, z_loss=options.z_loss)
     else:
-        model = Phi(options.model, recompute=options.recompute)
+        model = Phi(options.model, recompute=options.recompute, z_loss=options.z_loss)
     return model.to(setup.world.device, DTYPES[setup.precision])
 
 

@@ -26,7 +26,7 @@ from ..recipes import Recipe, decays
 from .deferred_gradients import DeferredGradients, reduces_to_owners
 from .distributed import World, deepspeed
 from .local_gradients import LocalGradients
-from .spikes import SpikeFilter
+from .spikes import NO_FILTERS, SpikeFilters
 
 INTERNALS = (
     *("bit16_groups", "bit16_groups_flat", "parallel_partitioned_bit16_groups", "single_partition_of_fp32_groups"),
@@ -50,9 +50,9 @@ class StepOutcome:
     loss_scale: float
     """The loss scale of this step's gradients."""
     skipped: bool
-    """Nothing was updated: a gradient overflowed, or the loss was a spike."""
+    """Nothing was updated: a gradient overflowed, or there was a spike."""
     spike: bool
-    """The loss was a spike (`spikes.SpikeFilter`)."""
+    """The loss or the gradient norm was a spike (`spikes.SpikeFilters`)."""
     hopeless: bool
     """A gradient overflowed and the loss scale cannot be lowered (without fp16 it never can): the next steps would
     overflow, too."""
@@ -105,8 +105,8 @@ class Zero2:
         self.fused: FusedStep | None = None
         if fused:
             _require_internals(self.zero, world)
-            spikes = SpikeFilter(recipe.skip_spikes, world.device) if recipe.skip_spikes else None
             local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
+            spikes = SpikeFilters.of(recipe, world.device)
             self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, local)
             self.zero.step = self.fused
             if reduce_once and world.size > 1:
@@ -208,17 +208,17 @@ class Zero2:
         if self.dynamic:
             for name, value in state["loss_scaler"].items():
                 setattr(self.zero.loss_scaler, name, value)
-        if self.fused and self.fused.spikes and "spikes" in state:
-            self.fused.spikes.load_state_dict(state["spikes"])
+        if self.fused:
+            self.fused.spikes.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return, JSON-able, the number of updates, in fp16 the loss scaler's state (scale, hysteresis, position in the
-        window), and the averages of the spike filter."""
+        window), and the averages of the spike filters."""
         master = self.zero.single_partition_of_fp32_groups[0]
         state = self.zero.optimizer.state[master]
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") if self.dynamic else ()
         scaler = {name: getattr(self.zero.loss_scaler, name) for name in names}
-        spikes = {"spikes": self.fused.spikes.state_dict()} if self.fused and self.fused.spikes else {}
+        spikes = self.fused.spikes.state_dict() if self.fused else {}
         return {"updates": int(state["step"]) if "step" in state else 0, "loss_scaler": scaler, **spikes}
 
 
@@ -235,7 +235,7 @@ class FusedStep:
         world: World,
         clip: float,
         loss: Tensor,
-        spikes: SpikeFilter | None = None,
+        spikes: SpikeFilters = NO_FILTERS,
         local: LocalGradients | None = None,
     ) -> None:
         self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
@@ -243,7 +243,7 @@ class FusedStep:
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
         self.spike = False
-        """The last step was skipped because its loss was a spike."""
+        """The last step was skipped because its loss or its gradient norm was a spike."""
         self.nonfinite = torch.zeros((), device=world.device)
         """1 after the first update that left a non-finite weight or moment in this rank's partition."""
         self.broken = False
@@ -260,7 +260,7 @@ class FusedStep:
         norm_squared, loss = sums
         scale = float(zero.loss_scale)
         grad_scale, found_inf, norm = unscale_and_clip(norm_squared, loss_scale=scale, max_norm=self.clip or None)
-        spike = self.spikes.judge(loss) if self.spikes else torch.zeros_like(found_inf)
+        spike = self.spikes.judge(loss=loss, norm=norm) if self.spikes else torch.zeros_like(found_inf)
         self._update(grads, grad_scale, found_inf + spike)
         del grads
         self._release_gradients()
