@@ -47,15 +47,15 @@ class Launch:
     def __call__(self) -> Any:
         """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them.
 
-        Meta tensors: the launch is recorded. Raises RuntimeError outside of `recording`, ValueError for more programs
-        than a grid holds.
+        Meta tensors, or any in a `recording` of all: the launch is recorded. Raises RuntimeError for meta tensors
+        outside of `recording`, ValueError for more programs than a grid holds.
         """
         if self.grid[0] > MOST_PROGRAMS:
             raise ValueError(
                 f"{self.kernel.__name__} needs {self.grid[0]} programs, of {MOST_PROGRAMS}: split the rows"
             )
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        if device.type == "meta":
+        if device.type == "meta" or (_recordings and _recordings[-1].all):
             _recording().launches.append(self)
             return None
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -84,16 +84,20 @@ class Launch:
 class _Recording(NamedTuple):
     architecture: str
     launches: list[Launch]
+    all: bool
 
 
 _recordings: list[_Recording] = []
 
 
 @contextlib.contextmanager
-def recording(architecture: str) -> Iterator[list[Launch]]:
-    """The launches that are made on meta tensors inside, as they would be made on a GPU of `architecture`."""
+def recording(architecture: str, *, all: bool = False) -> Iterator[list[Launch]]:
+    """The launches that are made on meta tensors inside, as they would be made on a GPU of `architecture`.
+
+    all: record those on tensors with memory too, and run none.
+    """
     launches: list[Launch] = []
-    _recordings.append(_Recording(architecture, launches))
+    _recordings.append(_Recording(architecture, launches, all))
     try:
         yield launches
     finally:

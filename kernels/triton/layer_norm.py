@@ -12,6 +12,8 @@ most PROGRAMS of them, some 5% of the bytes at phi-1.5's shapes), which a second
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,9 +23,27 @@ from ..reference.layer_norm import UNTOUCHED, ResidualStream
 from .common import Launch, next_power_of_2, refuse_double
 from .launching import launch
 from .rounding import narrow
+from .tiles import RowCase, Tunable, bucket, words
 
 PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
 WIDEST = 32768  # elements of a row that registers hold; the backward's five rows spill beyond 8192 (1.3 KB per thread)
+
+
+class ForwardTile(NamedTuple):
+    warps: int
+
+
+class BackwardTile(NamedTuple):
+    warps: int
+    programs: int
+    """At most so many, each with a partial row of sums."""
+
+
+_WARPS = (1, 2, 4, 8, 16)
+FORWARD = Tunable("layer_norm.forward", ForwardTile, RowCase, {"warps": _WARPS})
+BACKWARD = Tunable(
+    "layer_norm.backward", BackwardTile, RowCase, {"warps": _WARPS, "programs": (132, 264, PROGRAMS, 528, 792, 1056)}
+)
 
 
 @triton.jit
@@ -126,7 +146,27 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
+def _case(x: Tensor, variant: str) -> RowCase:
+    rows, d = x.shape
+    return RowCase(words(x.dtype), _block(d), bucket(rows), variant)
+
+
+def _forward_tile(x: Tensor, stream: ResidualStream) -> ForwardTile:
+    variant = ", ".join(
+        name for name, given in zip(("residual", "shift"), stream[::2], strict=True) if given is not None
+    )
+    by_hand = ForwardTile(max(1, min(16, _block(x.shape[1]) // 512)))  # 16 elements per thread: two loads of 128 bits
+    return FORWARD.tile(x.device, _case(x, variant), by_hand)
+
+
+def _backward_tile(x: Tensor, residual_grad: Tensor | None) -> BackwardTile:
+    # 8 elements per thread: five fp32 rows stay in registers
+    by_hand = BackwardTile(max(1, min(16, _block(x.shape[1]) // 256)), PROGRAMS)
+    return BACKWARD.tile(x.device, _case(x, "" if residual_grad is None else "residual"), by_hand)
+
+
 def _forward_launch(
+    tile: ForwardTile,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -162,11 +202,12 @@ def _forward_launch(
             "shifted_stride": _stride(shifted),
         },
         {"BLOCK": block},
-        num_warps=max(1, min(16, block // 512)),  # 16 elements per thread: two loads of 128 bits
+        num_warps=tile.warps,
     )
 
 
 def _backward_launch(
+    tile: BackwardTile,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -200,7 +241,7 @@ def _backward_launch(
             "dx_stride": dx.stride(0),
         },
         {"BLOCK": block},
-        num_warps=max(1, min(16, block // 256)),  # 8 elements per thread: five fp32 rows stay in registers
+        num_warps=tile.warps,
     )
 
 
@@ -222,7 +263,7 @@ def forward(
     if stream.residual is not None and stream.summed is None:
         stream = stream._replace(summed=x.new_empty(x.shape))
     if rows:
-        launch(_forward_launch, x, weight, bias, eps, stream, out, mean, rstd)
+        launch(_forward_launch, _forward_tile(x, stream), x, weight, bias, eps, stream, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -241,9 +282,10 @@ def backward(
     refuse_double("layer_norm", x)
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
-    rows_each = max(1, triton.cdiv(rows, PROGRAMS))
+    tile = _backward_tile(x, residual_grad)
+    rows_each = max(1, triton.cdiv(rows, tile.programs))
     partial = x.new_empty((2, triton.cdiv(rows, rows_each), d), dtype=torch.float32)
     if rows:
-        launch(_backward_launch, dy, x, weight, mean, rstd, residual_grad, dx, partial)
+        launch(_backward_launch, tile, dy, x, weight, mean, rstd, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias
