@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -51,6 +52,11 @@ def candidates(run: Run, architecture: str, choice: Choice) -> Iterator[Candidat
             yield Candidate(tile, launch)
     if not seen:
         raise RuntimeError(f"{name} makes no launch with the tile that was chosen by hand, {choice.by_hand}")
+
+
+def first(run: Run, architecture: str, choice: Choice, most: int) -> list[Candidate]:
+    """The first `most` candidates."""
+    return [*itertools.islice(candidates(run, architecture, choice), most)]
 
 
 def described(run: Run, architecture: str, choice: Choice, tile: Any) -> Launch:

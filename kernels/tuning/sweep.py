@@ -13,7 +13,7 @@ from triton.runtime.errors import TritonError
 
 from ..triton.compiled import ARCHITECTURES
 from ..triton.tiles import Choice
-from .candidates import Candidate, Compile, candidates, choices, described, judged
+from .candidates import Compile, choices, described, first, judged
 from .race import race, winner
 from .subjects import Call
 from .timing import Timer
@@ -106,7 +106,7 @@ def tune(kernel: Kernel, tools: Tools, deadline: float) -> dict[str, Any]:
     with tools.on_stream(measure):
         run = kernel.call.prepare()
         run()
-        found = _first(candidates(run, tools.architecture, choice), tools.most)
+        found = first(run, tools.architecture, choice, tools.most)
         good = {found[0].tile: found[0].launch}
         for candidate, why in judged(
             found,
@@ -140,10 +140,6 @@ def tune(kernel: Kernel, tools: Tools, deadline: float) -> dict[str, Any]:
         "dropped": dict(dropped),
         "not_compiled": len(found) - len(good) - sum(dropped.values()),
     }
-
-
-def _first(found: Iterator[Candidate], most: int) -> list[Candidate]:
-    return [candidate for candidate, _ in zip(found, range(most), strict=False)]
 
 
 def _kind(why: str) -> str:
