@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tuned
+
 OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam")
 """The public ops."""
 
@@ -125,6 +127,13 @@ def name(op: str, device: torch.device | str) -> str:
 def in_use(device: torch.device | str) -> dict[str, str]:
     """Op -> back end on `device`, for headers and logs."""
     return {op: name(op, device) for op in (*OPS, *PRODUCTS)}
+
+
+def tiles(device: torch.device | str) -> str:
+    """Where the tiles of Triton's kernels on `device` come from, in words: measured there by `phi_fast.kernels.tune`,
+    or chosen by hand; and why a table of measurements is not used."""
+    where = torch.device(device)
+    return tuned.of(where).note if where.type == "cuda" else tuned.BY_HAND
 
 
 def implementation(op: str, device: torch.device) -> ModuleType:

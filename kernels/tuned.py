@@ -25,6 +25,8 @@ import torch
 VERSION = 1
 """Of the file's format."""
 VARIABLE = "PHI_FAST_TUNED"
+BY_HAND = "chosen by hand"
+"""What is said of tiles that no table has."""
 _LARGEST = 16 << 20  # bytes: a hundred shapes take 1 MB
 
 
@@ -107,17 +109,17 @@ def of(device: torch.device) -> Table:
     gpu = torch.cuda.get_device_name(device)
     path = place(gpu)
     if path is None:
-        return Table(note="tiles chosen by hand")
+        return Table(note=BY_HAND)
     try:
         return usable(path, gpu)
     except FileNotFoundError:
-        note = f"tiles chosen by hand: there is no {path}; {command()} measures"
+        note = f"{BY_HAND}: there is no {path}; {command()} measures"
         if VARIABLE in os.environ:
-            _warn(f"{VARIABLE}: there is no file {path}; tiles are those chosen by hand")
+            _warn(f"{VARIABLE}: there is no file {path}; tiles are as {BY_HAND}")
         return Table(path, note=note)
     except (TableError, OSError) as error:
-        _warn(f"{error}; tiles are those chosen by hand")
-        return Table(path, note=f"tiles chosen by hand: {error}")
+        _warn(f"{error}; tiles are as {BY_HAND}")
+        return Table(path, note=f"{BY_HAND}: {error}")
 
 
 def forget() -> None:

@@ -33,7 +33,7 @@ class Tools:
     clock: Callable[[], float]
     """Seconds."""
     on_stream: Callable[[Timer], AbstractContextManager[Any]] = field(default=lambda _: nullcontext())
-    """Makes current the stream on which the timer's runs must be prepared."""
+    """Makes current the stream on which the timer's runs must be prepared and measured."""
     workers: int = 1
     """Threads that compile."""
     most: int = 48

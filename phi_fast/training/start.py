@@ -11,7 +11,7 @@ from torch import nn
 from ..conversion.source import Source
 from ..errors import MachineError, UsageError
 from ..kernels import BackendUnavailable, in_use, layer_norm, use
-from ..kernels.backend import OPS, implementation
+from ..kernels.backend import OPS, implementation, tiles
 from ..model.phi import Phi
 from ..model.reference import ReferencePhi
 from ..precision import DTYPES, Precision, auto_precision
@@ -96,6 +96,7 @@ def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int
         "data": corpora.summary(),
         "device": f"{world.size} × {device}{threads}, {setup.precision}, DeepSpeed ZeRO-2, {options.zero_step} step",
         "kernels": back_ends(used),
+        **({"tiles": tiles(world.device)} if "triton" in used.values() else {}),
         "batch": f"{options.global_batch_size} rows = {split}, of {options.sequence_length} tokens",
         "to go": f"{left:,} steps, {left * options.tokens_per_step:,} tokens"
         if left > 0

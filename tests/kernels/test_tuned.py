@@ -1,0 +1,180 @@
+"""The table of measured tiles: where it lies, when it is used, and that a bad one never ends a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+
+from phi_fast.kernels import backend, tuned
+from phi_fast.kernels.triton import attention_tiles, tiles
+from phi_fast.kernels.triton.attention_tiles import Tile
+
+GPU, CUDA = "NVIDIA H100 80GB HBM3", torch.device("cuda", 0)
+CASE = attention_tiles.Case(64, "float16", 0, "causal", False, 1, 2048)
+BY_HAND, MEASURED = Tile(64, 64, 4, 2), Tile(128, 32, 8, 3)
+DQ = attention_tiles.KERNELS["dq"]
+
+
+def entry(**other: Any) -> dict[str, Any]:
+    return {"kernel": "attention.dq", "case": CASE._asdict(), "tile": MEASURED._asdict(), **other}
+
+
+def document(**other: Any) -> dict[str, Any]:
+    head = {"version": tuned.VERSION, "gpu": GPU, "architecture": "sm_90", "triton": triton.__version__}
+    return {**head, "tiles": [entry()], "backends": [], **other}
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that has a name and nothing else."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    tiles.forget()
+    yield
+    tiles.forget()
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the environment says that the table is."""
+    path = tmp_path / "table.json"
+    monkeypatch.setenv(tuned.VARIABLE, str(path))
+    return path
+
+
+def test_a_measured_tile_is_used_for_its_case_only(table: Path) -> None:
+    tuned.write(table, document())
+    assert DQ.tile(CUDA, CASE, BY_HAND) == MEASURED
+    for other in ({"length": 4096}, {"dtype": "bfloat16"}, {"rotation": 32}, {"mask": "full"}, {"documents": True}):
+        assert DQ.tile(CUDA, CASE._replace(**other), BY_HAND) == BY_HAND, other
+    assert (
+        DQ.tile(CUDA, CASE._replace(group=4), BY_HAND) == DQ.tile(CUDA, CASE._replace(head_dim=128), BY_HAND) == BY_HAND
+    )
+    assert attention_tiles.KERNELS["dkv"].tile(CUDA, CASE, BY_HAND) == BY_HAND
+    assert DQ.tile(torch.device("cpu"), CASE, BY_HAND) == DQ.tile(torch.device("meta"), CASE, BY_HAND) == BY_HAND
+    assert backend.tiles(CUDA) == f"1 tiles measured on {GPU}, from {table}"
+    assert backend.tiles("cpu") == "chosen by hand"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is damaged"),
+        (b'{"version": 1', "is damaged"),
+        (b"\xff\xfe\x00", "is damaged"),
+        (json.dumps(document()).encode()[:-9], "is damaged"),
+        (json.dumps(document(tiles=[entry(milliseconds=float("nan"))])).encode(), "NaN is not JSON"),
+        (b"[" * 100000, "is damaged"),
+        (b"[]", "is not a table of version 1"),
+        (b"null", "is not a table of version 1"),
+        (json.dumps(document(version=2)).encode(), "is not a table of version 1"),
+        (json.dumps(document(gpu=None)).encode(), "is not a table of version 1"),
+        (json.dumps(document(tiles={"a": 1})).encode(), "must be lists of objects"),
+        (json.dumps(document(tiles=[3])).encode(), "must be lists of objects"),
+        (
+            json.dumps(document(gpu="NVIDIA A100")).encode(),
+            "measured with gpu NVIDIA A100, and this is NVIDIA H100",
+        ),
+        (json.dumps(document(triton="3.4.0")).encode(), "was measured with triton 3.4.0, and this is"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_a_warning_that_names_it(table: Path, content: bytes, why: str) -> None:
+    table.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=why) as told:
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+    assert str(table) in str(told[0].message) and "chosen by hand" in str(told[0].message)
+    assert backend.tiles(CUDA).startswith("chosen by hand: ") and str(table) in backend.tiles(CUDA)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND, "it is said once"
+
+
+def test_a_table_that_is_too_large_is_not_read(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "_LARGEST", 1 << 20)
+    table.write_bytes(b" " * ((1 << 20) + 1))
+    with pytest.warns(RuntimeWarning, match="more than 1 MiB"):
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "FIFO"])
+def test_what_is_no_file_is_not_waited_for(table: Path, make: Callable[[Path], None]) -> None:
+    make(table)
+    with pytest.warns(RuntimeWarning, match=r"table\.json is not a regular file"):
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"tile": {"m": 48, "n": 32, "warps": 8, "stages": 3}},
+        {"tile": {"m": "64", "n": 32, "warps": 8, "stages": 3}},
+        {"tile": {"m": 64.0, "n": 32, "warps": 8, "stages": 3}},
+        {"tile": {"m": True, "n": 32, "warps": 8, "stages": 3}},
+        {"tile": {"m": 64, "n": 32, "warps": 8}},
+        {"tile": {**MEASURED._asdict(), "no_such_variant": True}},
+        {"tile": None},
+        {"tile": []},
+        {"case": {}},
+        {"case": None},
+        {"case": {**CASE._asdict(), "length": "2048"}},
+        {"case": {**CASE._asdict(), "documents": 0}},
+    ],
+    ids=str,
+)
+def test_an_entry_that_these_kernels_do_not_have_is_left_out(table: Path, bad: dict[str, Any]) -> None:
+    other = CASE._replace(length=512)
+    tuned.write(table, document(tiles=[entry(**bad), entry(case=other._asdict())]))
+    with pytest.warns(RuntimeWarning, match="this entry is not used: measure again") as told:
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+    assert str(table) in str(told[0].message)
+    assert DQ.tile(CUDA, other, BY_HAND) == MEASURED
+
+
+def test_a_named_file_that_is_missing_is_said_and_one_in_the_cache_folder_is_not(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.warns(RuntimeWarning, match=r"PHI_FAST_TUNED: there is no file .*table\.json"):
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+    tiles.forget()
+    monkeypatch.delenv(tuned.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+    assert "python -m phi_fast.kernels.tune measures" in backend.tiles(CUDA)
+
+
+def test_where_the_table_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuned.place(GPU) == tmp_path / "phi_fast" / "tuned" / "NVIDIA-H100-80GB-HBM3.json"
+    assert tuned.place("../NVIDIA/x") == tmp_path / "phi_fast" / "tuned" / "NVIDIA-x.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tuned.place(GPU) == tmp_path / ".cache" / "phi_fast" / "tuned" / "NVIDIA-H100-80GB-HBM3.json"
+    monkeypatch.setenv(tuned.VARIABLE, "")
+    assert tuned.place(GPU) is None
+    assert backend.tiles(CUDA) == "chosen by hand"
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "table.json"
+    tuned.write(path, document())
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        tuned.write(path, document(tiles=[]))
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
