@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from triton.compiler.errors import CompilationError
@@ -105,19 +105,16 @@ def judged(
         except REFUSALS as error:
             return f"does not compile: {_first_line(error)}"
 
+    todo, running = iter(found), dict[Future[str], Candidate]()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(judge, candidate): candidate for candidate in found}
-        try:
-            while waiting:
-                done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield waiting.pop(future), future.result()
-                if until():
-                    for future in [future for future in waiting if future.cancel()]:
-                        del waiting[future]
-        finally:
-            for future in waiting:
-                future.cancel()
+        while True:
+            while len(running) < workers and not until() and (candidate := next(todo, None)) is not None:
+                running[pool.submit(judge, candidate)] = candidate
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
 
 
 def _first_line(error: Exception) -> str:
