@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from benchmarks import models, sizes, steps, timing
-from benchmarks.gpu import profile
+from benchmarks.gpu import profile, tiles
 from benchmarks.gpu.runner import Session
 from benchmarks.harness import compare
 from benchmarks.ops import DTYPES
@@ -46,6 +46,10 @@ def measure(session: Session) -> None:
     inside = not backend.rotary_inside(timing.device())
     with fuse_rotary(inside):
         add(f"phi_fast, RoPE {'inside' if inside else 'apart from'} attention", ours, (size,))
+    table = session.scratch / tiles.TABLE
+    if table.exists():
+        with tiles.in_use(table):
+            add("phi_fast, tiles measured on this GPU", ours, (size,))
     add("transformers eager", eager, smaller)
     add("transformers torch.compile", compiled if not session.dry else left_out, smaller)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from benchmarks.gpu import cuda_tests, parity, place, profile, sanitizer, small_
 from benchmarks.gpu.runner import NotMeasured, Session
 from benchmarks.gpu.stages import stages
 from phi_fast import PhiConfig
+from phi_fast.kernels import tuned
 
 ROOT = Path(command.__file__).parents[2]
 
@@ -252,6 +255,43 @@ def test_tiles_are_swept_where_this_version_can(tmp_path: Path, monkeypatch: pyt
     given, found = session(tmp_path)
     tiles.sweep(given)
     assert found["table"] == {"m": 128}
+
+
+def test_a_sweep_puts_its_table_as_it_grows_and_says_how_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_tuner.py").write_text(
+        "import json, os, sys, time\n"
+        "for n in (1, 2):\n"
+        "    json.dump({'m': n}, open(sys.argv[4] + '.new', 'w'))\n"
+        "    os.replace(sys.argv[4] + '.new', sys.argv[4])\n"
+        "    time.sleep(1)\n"
+        "sys.exit('no room on this GPU')\n"
+    )
+    monkeypatch.setattr(tiles, "MODULE", "failing_tuner")
+    monkeypatch.setattr(tiles, "POLL", 0.1)
+    monkeypatch.setattr(tiles.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    given, _ = session(tmp_path, dry=False)
+    put: list[Any] = []
+    growing = replace(given, put=lambda key, value: put.append(value))
+    with pytest.raises(tiles.SweepFailed, match="failing_tuner ended with status 1: no room on this GPU"):
+        tiles.sweep(growing)
+    assert put == [{"m": 1}, {"m": 2}]
+
+
+def test_a_dry_sweep_lists_what_would_be_timed(tmp_path: Path) -> None:
+    given, found = session(tmp_path)
+    tiles.sweep(given)
+    assert found["list"][0] == "layer_norm.forward: dtype float16, width 2048, length 8192, variant shift"
+    assert found["list"][1].endswith("timed, chosen by hand")
+
+
+def test_a_table_is_in_use_inside_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    with tiles.in_use(tmp_path / "tiles.json"):
+        assert tuned.place("any GPU") == tmp_path / "tiles.json"
+    assert tuned.VARIABLE not in os.environ
 
 
 def test_the_shares_leave_time_for_every_stage_that_users_ask_for_first() -> None:
