@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 Op = Literal["attention", "rotary", "layer_norm", "bias_gelu", "linear_cross_entropy", "adam"]
 
 
+RIVALS = 0.15
+"""The share of the seconds in which attention's other back ends are timed."""
+
+
 class CannotTune(Exception):
     """What was asked for cannot be tuned here; the message says what to do."""
 
@@ -156,7 +160,8 @@ def tune(
 
     Raises CannotTune where the table cannot be written.
     """
-    from .tuning.subjects import every
+    from .tuning.rivals import compare
+    from .tuning.subjects import Make, every
     from .tuning.sweep import sweep
 
     path = options.json or tuned.place(gpu)
@@ -173,7 +178,16 @@ def tune(
 
     where = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     _write(path, document)  # a folder that cannot be written is known before anything is timed
-    sweep(every(options, _dtypes(options), where, options.ops), tools, options.seconds, keep, tell)
+    rivals = not options.ops or "attention" in options.ops
+    end = tools.clock() + options.seconds
+    calls = every(options, _dtypes(options), where, options.ops)
+    sweep(calls, tools, options.seconds * (1 - RIVALS * rivals), keep, tell)
+    if rivals:
+        for dtype in _dtypes(options):
+            result = compare(Make(options, dtype, where), tools, document["tiles"], end, tell)
+            document["backends"] = [other for other in document["backends"] if other.get("case") != result["case"]]
+            document["backends"].append(result)
+            _write(path, document)
     tell(f"not timed: {', '.join(f'{count} {why}' for why, count in dropped.items()) or 'none'}")
     tell(f"{len(document['tiles'])} tiles are in {path}")
 

@@ -34,7 +34,7 @@ class TableError(ValueError):
     """A table that cannot be used; the message names the file, what is wrong, and the way out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """What was measured on one GPU."""
 
@@ -55,7 +55,7 @@ class Table:
                 try:
                     found[make_case(case, entry.get("case"))] = parse(entry.get("tile"))
                 except ValueError as error:
-                    _warn(f"{self.path}: {error}; this entry is not used: measure again with {command()}")
+                    warn(f"{self.path}: {error}; this entry is not used: measure again with {command()}")
         return found
 
     def backends(self, op: str, case: Any) -> dict[Any, str]:
@@ -66,7 +66,7 @@ class Table:
                 try:
                     found[make_case(case, entry.get("case"))] = str(entry.get("backend"))
                 except ValueError as error:
-                    _warn(f"{self.path}: {error}; this entry is not used: measure again with {command()}")
+                    warn(f"{self.path}: {error}; this entry is not used: measure again with {command()}")
         return found
 
 
@@ -115,10 +115,10 @@ def of(device: torch.device) -> Table:
     except FileNotFoundError:
         note = f"{BY_HAND}: there is no {path}; {command()} measures"
         if VARIABLE in os.environ:
-            _warn(f"{VARIABLE}: there is no file {path}; tiles are as {BY_HAND}")
+            warn(f"{VARIABLE}: there is no file {path}; tiles are as {BY_HAND}")
         return Table(path, note=note)
     except (TableError, OSError) as error:
-        _warn(f"{error}; tiles are as {BY_HAND}")
+        warn(f"{error}; tiles are as {BY_HAND}")
         return Table(path, note=f"{BY_HAND}: {error}")
 
 
@@ -185,5 +185,6 @@ def write(path: Path, document: dict[str, Any]) -> None:
         raise
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Say what is wrong with a table, without ending what runs."""
     warnings.warn(message, RuntimeWarning, stacklevel=3)

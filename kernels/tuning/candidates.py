@@ -103,7 +103,7 @@ def judged(
         try:
             return fault(compile_one(candidate.launch, architecture), architecture)
         except REFUSALS as error:
-            return f"does not compile: {_first_line(error)}"
+            return f"does not compile: {first_line(error)}"
 
     todo, running = iter(found), dict[Future[str], Candidate]()
     with ThreadPoolExecutor(workers) as pool:
@@ -117,5 +117,6 @@ def judged(
                 yield running.pop(future), future.result()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

@@ -16,6 +16,8 @@ from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
 from ..triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from ..triton.attention_tiles import Case as AttentionCase
+from ..triton.attention_tiles import case_of
 from .shape import Shape
 
 
@@ -32,7 +34,7 @@ class Call:
 
 def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
     """The ops of a step of `shape`, as `parallel_block`, the loss and `FusedAdam` call them."""
-    make = _Make(shape, dtype, device)
+    make = Make(shape, dtype, device)
     chunk = rows_of_a_chunk(shape.tokens, shape.hidden_size, dtype.itemsize, on_cpu=False)
     chunks = -(-shape.tokens // chunk)
     found = [
@@ -54,7 +56,7 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
     return found
 
 
-class _Make:
+class Make:
     """Makes the tensors of each op, and the function that calls it."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -86,6 +88,10 @@ class _Make:
         return (1, shape.tokens) if shape.documents else (shape.rows, shape.sequence)
 
     def attention(self) -> Callable[[], Any]:
+        return self.attention_by(attention)[0]
+
+    def attention_by(self, kernels: Any) -> tuple[Callable[[], Any], AttentionCase]:
+        """Both passes of attention by the module `kernels`, and their case."""
         rows, length = self.rows_and_length()
         q, k, v = self.heads(self.normal(rows, length, self.packed_width))
         dq, dk, dv = self.heads(self.empty(rows, length, self.packed_width))
@@ -94,13 +100,13 @@ class _Make:
             for mixed in (self.normal(rows, length, self.mixed_width) for _ in range(2))
         )
         options = self.attention_options()
-        _, lse = attention.forward(q, k, v, options, out=out)  # of which the backward's exponents are finite
+        _, lse = kernels.forward(q, k, v, options, out=out)  # of which the backward's exponents are finite
 
         def run() -> None:
-            attention.forward(q, k, v, options, out=out)
-            attention.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
+            kernels.forward(q, k, v, options, out=out)
+            kernels.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
 
-        return run
+        return run, case_of(q, k, options)
 
     def attention_options(self) -> AttentionOptions:
         options = AttentionOptions(self.shape.head_dim**-0.5, self.shape.causal, None, self.ends())

@@ -133,9 +133,9 @@ def tune(kernel: Kernel, tools: Tools, deadline: float) -> dict[str, Any]:
         "kernel": choice.tunable.name,
         "case": choice.case._asdict(),
         "tile": best._asdict(),
-        "milliseconds": _milliseconds(seconds[best]),
+        "milliseconds": milliseconds(seconds[best]),
         "by_hand": by_hand._asdict(),
-        "by_hand_milliseconds": _milliseconds(seconds[by_hand]),
+        "by_hand_milliseconds": milliseconds(seconds[by_hand]),
         "timed": len(seconds),
         "dropped": dict(dropped),
         "not_compiled": len(found) - len(good) - sum(dropped.values()),
@@ -147,7 +147,8 @@ def _kind(why: str) -> str:
     return " ".join(word for word in why.split(":")[0].split() if not word.isdigit())
 
 
-def _milliseconds(seconds: list[float]) -> float:
+def milliseconds(seconds: list[float]) -> float:
+    """The median, in four digits."""
     return float(f"{1000 * median(seconds):.4g}")
 
 
