@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.kernel_cache import meta_as_a_gpu
 from phi_fast import Phi, PhiConfig
-from phi_fast.kernels import FusedAdam, fuse_rotary, tune, tuned, use
+from phi_fast.kernels import FusedAdam, backend, fuse_rotary, tune, tuned, use
 from phi_fast.kernels.adam import grad_norm_squared
-from phi_fast.kernels.triton import tiles
+from phi_fast.kernels.triton import attention_tiles, tiles
 from phi_fast.kernels.triton.common import Launch, recording
 from phi_fast.kernels.triton.compiled import ARCHITECTURES, Architecture, Compiled
 from phi_fast.kernels.triton.tiles import session
-from phi_fast.kernels.tuning import candidates, race, subjects, sweep
+from phi_fast.kernels.tuning import candidates, race, rivals, subjects, sweep
 from phi_fast.kernels.tuning.shape import Shape
 
 Captured = pytest.CaptureFixture[str]
@@ -246,6 +247,83 @@ def test_a_budget_that_is_spent_leaves_the_rest_as_it_was() -> None:
     assert told[-1].startswith("the time was up: ") and told[-1].endswith("keep the tile that was chosen by hand")
 
 
+# Attention's other back ends
+
+
+class Rival:
+    """A library's attention, which takes `seconds` where `bench` times it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def forward(self, q: Any, k: Any, v: Any, options: Any, *, out: Any) -> tuple[Any, Any]:
+        if self.name == "cudnn":
+            raise ValueError("cudnn takes no documents\nsecond line")
+        return out, None
+
+    def backward(self, *arguments: Any, **gradients: Any) -> None: ...
+
+
+RIVALS = {"triton": 2.0, "sdpa": 1.0, "flash-attn": 1.5, "flash-attn-3": 4.0}
+"""ms; cuDNN refuses the shape, and flash-attn-4 is not installed."""
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> tuple[dict[str, Any], list[str]]:
+    def module(name: str, op: str) -> Any:
+        if name == "flash-attn-4":
+            raise backend.BackendUnavailable("attention: FlashAttention-4 cannot be imported")
+        return Rival(name)
+
+    monkeypatch.setattr(rivals.backend, "module", module)
+    told: list[str] = []
+    bench = Bench()
+    make = subjects.Make(Shape(), torch.float16, META)
+
+    def measure(run: Any) -> float:
+        cells = inspect.getclosurevars(run).nonlocals
+        bench.now += 1
+        return 1e-3 * times[cells["kernels"].name]
+
+    tools = replace(bench.tools(), timer=lambda: measure)
+    return rivals.compare(make, tools, [], 1e9, told.append), told
+
+
+def test_the_fastest_back_end_that_repeats_its_bits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, told = compared(monkeypatch, RIVALS)
+    assert result["backend"] == "flash-attn", "torch's flash attention is faster, and may add in any order"
+    assert result["milliseconds"] == {"triton": 2.0, "sdpa": 1.0, "flash-attn": 1.5, "flash-attn-3": 4.0}
+    assert result["case"] == {"head_dim": 64, "dtype": "float16", "rotation": 0, "mask": "causal"} | {
+        "documents": False, "group": 1, "length": 2048,
+    }  # fmt: skip
+    assert told[:2] == [
+        "attention by cudnn is not timed: cudnn takes no documents",
+        "attention by flash-attn-4 is not timed: attention: FlashAttention-4 cannot be imported",
+    ]
+
+
+def test_a_back_end_that_is_no_faster_leaves_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = compared(monkeypatch, RIVALS | {"flash-attn": 1.97, "sdpa": 3.0})
+    assert result["backend"] == "triton"
+
+
+def test_this_projects_kernels_race_with_the_tiles_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = attention_tiles.Case(64, "float16", 0, "causal", False, 1, 2048)
+    tile = attention_tiles.Tile(64, 32, 4, 1)
+    entry = {"kernel": "attention.dq", "case": case._asdict(), "tile": tile._asdict()}
+    seen: list[Any] = []
+
+    def measure(run: Callable[[], object]) -> float:
+        with recording("sm_90") as launches:
+            run()
+        seen.extend(launch.constants["N"] for launch in launches if launch.kernel.__name__ == "dq_kernel")
+        return 1e-3
+
+    monkeypatch.setattr(rivals, "NAMES", ("triton",))
+    tools = replace(Bench().tools(), timer=lambda: measure)
+    rivals.compare(subjects.Make(Shape(), torch.float16, META), tools, [entry], 1e9, lambda line: None)
+    assert set(seen) == {32}
+
+
 # The command
 
 
@@ -286,6 +364,20 @@ def test_what_was_measured_is_used_by_the_next_process(gpu: Path) -> None:
     tune_with(Bench(seconds=by_warps(8)))
     tiles.forget()
     assert layer_norm_tile().warps == 8, "and what is measured again replaces what was"
+
+
+def test_attentions_back_ends_are_in_the_table(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "NAMES", ("triton",))
+    for _ in range(2):
+        tune_with(Bench(), ops=("attention",), dtypes=("float16", "bfloat16"), seconds=100.0)
+    document = json.loads(gpu.read_text())
+    assert [(entry["case"]["dtype"], entry["backend"]) for entry in document["backends"]] == [
+        ("float16", "triton"),
+        ("bfloat16", "triton"),
+    ]
+    assert Counter(entry["kernel"] for entry in document["tiles"]) == Counter(
+        {"attention.forward": 2, "attention.dq": 2, "attention.dkv": 2}
+    )
 
 
 def test_a_table_of_another_triton_begins_anew(gpu: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ import torch
 pytest.importorskip("triton")
 import triton
 
-from phi_fast.kernels import backend, tuned
+from phi_fast.kernels import backend, tuned, use
+from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.triton import attention_tiles, tiles
 from phi_fast.kernels.triton.attention_tiles import Tile
 
@@ -178,3 +181,70 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left"):
         tuned.write(path, document(tiles=[]))
     assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
+
+
+FLASH = "phi_fast.kernels.vendor.flash_attn_attention"
+
+
+def backends(fastest: str) -> dict[str, Any]:
+    return document(backends=[{"op": "attention", "case": CASE._asdict(), "backend": fastest, "milliseconds": {}}])
+
+
+def on_a_gpu(*shape: int) -> Any:
+    """What is looked at of a tensor on a GPU before it is launched."""
+    return SimpleNamespace(device=CUDA, shape=shape, dtype=torch.float16)
+
+
+def module_for(length: int = 2048, **options: Any) -> Any:
+    x = on_a_gpu(4, length, 32, 64)
+    return backend.attention_for(x, x, AttentionOptions(0.125, **options))
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A flash-attn that is installed."""
+    module = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, FLASH, module)
+    return module
+
+
+def test_auto_takes_the_fastest_back_end_for_its_case_only(table: Path, flash: Any) -> None:
+    tuned.write(table, backends("flash-attn"))
+    triton_module = backend.module("triton", "attention")
+    assert module_for() is flash
+    assert module_for(length=512) is triton_module and module_for(causal=False) is triton_module
+    assert module_for(window=(256, 0)) is triton_module
+    with use("triton", op="attention"):
+        assert module_for() is triton_module, "a choice of the user's goes first"
+    with use("reference"):
+        assert module_for() is backend.module("reference", "attention")
+
+
+@pytest.mark.parametrize("chosen", ["triton", ""])
+def test_triton_runs_where_it_was_the_fastest_or_nothing_was_measured(table: Path, chosen: str, flash: Any) -> None:
+    tuned.write(table, backends(chosen) if chosen else document())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module_for() is backend.module("triton", "attention")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "why"),
+    [
+        ("sdpa", "'sdpa' is not one of triton, flash-attn"),  # its backward may give other bits in each run
+        ("os", "'os' is not one of triton, flash-attn"),
+        ("flash-attn-3", "FlashAttention-3 cannot be imported"),  # it was there when it was measured
+    ],
+)
+def test_a_back_end_that_cannot_be_used_is_a_warning(
+    table: Path, chosen: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    sys.modules.pop("phi_fast.kernels.vendor.flash_attn_3_attention", None)
+    tuned.write(table, backends(chosen))
+    with pytest.warns(RuntimeWarning, match=why) as told:
+        assert module_for() is backend.module("triton", "attention")
+    assert str(table) in str(told[0].message) and "attention runs in Triton" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module_for()
