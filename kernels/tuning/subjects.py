@@ -33,26 +33,26 @@ class Call:
 
 
 def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
-    """The ops of a step of `shape`, as `parallel_block`, the loss and `FusedAdam` call them."""
+    """The ops of a step of `shape`, as `parallel_block`, the loss and `FusedAdam` call them; the longest first."""
     make = Make(shape, dtype, device)
     chunk = rows_of_a_chunk(shape.tokens, shape.hidden_size, dtype.itemsize, on_cpu=False)
     chunks = -(-shape.tokens // chunk)
     found = [
         Call("attention", make.attention, shape.layers),
-        Call("layer_norm", partial(make.norm, shifted=True), shape.layers),
-        Call("layer_norm", partial(make.norm, shifted=False), shape.layers),
-        Call("layer_norm", partial(make.norm_backward, residual=True), shape.layers),
-        Call("layer_norm", partial(make.norm_backward, residual=False), 1),
-        Call("bias_gelu", partial(make.gelu, again=True), shape.layers),
-        Call("bias_gelu", partial(make.gelu, again=False), shape.layers),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=True), chunks),
-        Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
+        Call("bias_gelu", partial(make.gelu, again=True), shape.layers),
+        Call("layer_norm", partial(make.norm_backward, residual=True), shape.layers),
+        Call("layer_norm", partial(make.norm, shifted=True), shape.layers),
         Call("adam", partial(make.adam, dtype), 1),
+        Call("layer_norm", partial(make.norm, shifted=False), shape.layers),
+        Call("bias_gelu", partial(make.gelu, again=False), shape.layers),
+        Call("layer_norm", partial(make.norm_backward, residual=False), 1),
+        Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
     ]
     if dtype.itemsize == 2:
         found.append(Call("adam", partial(make.adam, torch.float32), 1))  # gradients that micro-batches or ranks add up
     if shape.rotary_dim and not shape.rotary_inside:
-        found.insert(1, Call("rotary", make.rotation, shape.layers))
+        found.insert(5, Call("rotary", make.rotation, shape.layers))
     return found
 
 

@@ -18,6 +18,8 @@ from .race import race, winner
 from .subjects import Call
 from .timing import Timer
 
+SURVEY = 0.4
+"""The share of the seconds after which no further op is looked at: each compiles the tiles chosen by hand."""
 COMPILING = 0.6
 """The share of a kernel's time after which no further candidate is compiled."""
 
@@ -66,8 +68,9 @@ def sweep(
 
     First each kernel is timed with the tile that was chosen by hand: its share of their sum is its share of the budget.
     """
-    end = tools.clock() + seconds
-    kernels = sorted(survey(calls, tools, end), key=lambda kernel: -kernel.weight)
+    begun = tools.clock()
+    end = begun + seconds
+    kernels = sorted(survey(calls, tools, begun + SURVEY * seconds, tell), key=lambda kernel: -kernel.weight)
     for i, kernel in enumerate(kernels):
         left = end - tools.clock()
         if left <= 0:
@@ -79,11 +82,12 @@ def sweep(
         tell(_line(result))
 
 
-def survey(calls: Iterable[Call], tools: Tools, end: float) -> Iterator[Kernel]:
+def survey(calls: Iterable[Call], tools: Tools, end: float, tell: Callable[[str], None]) -> Iterator[Kernel]:
     """Time each kernel of `calls` once it is warm, with the tile chosen by hand; each case once, until `end`."""
     known = set[tuple[str, Any]]()
     for call in calls:
-        if tools.clock() >= end:
+        if known and tools.clock() >= end:
+            tell(f"the time was up: {call.op} and what follows keep the tiles that were chosen by hand")
             return
         measure = tools.timer()
         with tools.on_stream(measure):
