@@ -265,11 +265,9 @@ class _Tables:
         return self.table.here().view(self.shape), self.chunks.here().view(-1, 2)
 
 
-def _tile(tunable: Tunable, elements: int, device: torch.device, dtype: torch.dtype, variant: str) -> Tile:
-    """The tile of a launch over so many elements of `dtype`."""
-    return tunable.tile(
-        device, RowCase(words(dtype), 1, bucket(min(elements, MANY)), variant), Tile(CHUNK, BLOCK, WARPS)
-    )
+def _case(elements: int, dtype: torch.dtype, gradients: torch.dtype, has_master: bool) -> RowCase:
+    variant = f"{words(gradients)} gradients{', master' * has_master}"
+    return RowCase(words(dtype), 1, bucket(min(elements, MANY)), variant)
 
 
 def _adam_launch(
@@ -338,8 +336,8 @@ def step_(lists: AdamLists, options: AdamOptions) -> None:
     param, grad, has_master = lists.params[0], lists.grads[0], lists.masters is not None
     if "elements" not in lists.kept:
         lists.kept["elements"] = sum(p.numel() for p in lists.params)
-    variant = f"{words(grad.dtype)} gradients{', master' * has_master}"
-    tile = _tile(STEP, lists.kept["elements"], param.device, param.dtype, variant)
+    by_hand, elements = Tile(CHUNK, BLOCK, WARPS), lists.kept["elements"]
+    tile = STEP.tile(param.device, by_hand, _case, elements, param.dtype, grad.dtype, has_master)
     if lists.kept.get("chunk") != tile.chunk:
         *tensors, masters = lists.tensors
         parts = _split([*tensors, lists.params if masters is None else masters])
@@ -356,7 +354,8 @@ def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
     for dtype in dict.fromkeys(g.dtype for g in grads):
         for rows, wide in zip(_split([[g for g in grads if g.dtype == dtype]]), (True, False), strict=True):
             if rows:
-                tile = _tile(NORM, sum(row[-1] for row in rows), device, dtype, "")
+                elements = sum(row[-1] for row in rows)
+                tile = NORM.tile(device, Tile(CHUNK, BLOCK, WARPS), _case, elements, dtype, dtype, False)
                 table, chunks = _Tables(rows, device, tile.chunk).here()
                 partials.append(torch.empty(len(chunks), dtype=torch.float32, device=device))
                 launch(_sum_of_squares_launch, tile, table, chunks, partials[-1], dtype, wide)

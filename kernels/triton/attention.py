@@ -82,7 +82,7 @@ def _tile(name: str, q: Tensor, k: Tensor, options: AttentionOptions) -> Tile:
     """The tile of kernel `name`: as measured on this GPU, or as chosen by hand."""
     rotary, documents = options.cos is not None, options.cu_seqlens is not None
     by_hand = tile(name, architecture(q.device), q.shape[3], q.element_size(), rotary, documents)
-    return KERNELS[name].tile(q.device, case_of(q, k, options), by_hand)
+    return KERNELS[name].tile(q.device, by_hand, case_of, q, k, options)
 
 
 def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions, *operands: Tensor) -> Launch:

@@ -207,16 +207,20 @@ def _columns(n: int, width: int, most: int) -> tuple[int, int]:
     return columns, triton.cdiv(n, columns) + triton.cdiv(width, columns)
 
 
-def _case(x: Tensor, bias: Tensor | None, approximate: str, beside: dict[str, bool]) -> RowCase:
+def _case(x: Tensor, bias: Tensor | None, approximate: str, activation: Tensor | None, carry: object) -> RowCase:
     rows, n = x.shape
-    given = [name for name, present in {"bias": bias is not None, **beside}.items() if present]
+    beside = {"bias": bias, "activation": activation, "carry": carry}
+    given = (name for name, value in beside.items() if value is not None)
     return RowCase(words(x.dtype), next_power_of_2(n), bucket(rows), ", ".join((approximate, *given)))
 
 
+def _most_columns(x: Tensor, carry: tuple[Tensor, Tensor] | None, most: int) -> int:
+    return min(most, next_power_of_2(max(x.shape[1], 0 if carry is None else carry[0].shape[1])))
+
+
 def _forward_tile(x: Tensor, bias: Tensor | None, approximate: str, carry: tuple[Tensor, Tensor] | None) -> ForwardTile:
-    columns, _ = _columns(x.shape[1], _carried(carry)["width"], COLUMNS)
-    by_hand = ForwardTile(ROWS, COLUMNS, max(1, columns * ROWS // 1024))
-    return FORWARD.tile(x.device, _case(x, bias, approximate, {"carry": carry is not None}), by_hand)
+    by_hand = ForwardTile(ROWS, COLUMNS, max(1, _most_columns(x, carry, COLUMNS) * ROWS // 1024))
+    return FORWARD.tile(x.device, by_hand, _case, x, bias, approximate, None, carry)
 
 
 def _backward_tile(
@@ -226,10 +230,9 @@ def _backward_tile(
     approximate: str,
     carry: tuple[Tensor, Tensor] | None,
 ) -> BackwardTile:
-    columns, _ = _columns(x.shape[1], _carried(carry)["width"], COLUMNS_BACKWARD)
-    by_hand = BackwardTile(ROWS_BACKWARD, COLUMNS_BACKWARD, max(1, columns * ROWS_BACKWARD // 512), ROWS_EACH)
-    beside = {"activation": activation is not None, "carry": carry is not None}
-    return BACKWARD.tile(x.device, _case(x, bias, approximate, beside), by_hand)
+    warps = max(1, _most_columns(x, carry, COLUMNS_BACKWARD) * ROWS_BACKWARD // 512)
+    by_hand = BackwardTile(ROWS_BACKWARD, COLUMNS_BACKWARD, warps, ROWS_EACH)
+    return BACKWARD.tile(x.device, by_hand, _case, x, bias, approximate, activation, carry)
 
 
 def _forward_launch(

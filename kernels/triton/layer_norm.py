@@ -146,23 +146,21 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _case(x: Tensor, variant: str) -> RowCase:
+def _case(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> RowCase:
     rows, d = x.shape
-    return RowCase(words(x.dtype), _block(d), bucket(rows), variant)
+    given = [name for name, tensor in (("residual", residual), ("shift", shift)) if tensor is not None]
+    return RowCase(words(x.dtype), _block(d), bucket(rows), ", ".join(given))
 
 
 def _forward_tile(x: Tensor, stream: ResidualStream) -> ForwardTile:
-    variant = ", ".join(
-        name for name, given in zip(("residual", "shift"), stream[::2], strict=True) if given is not None
-    )
     by_hand = ForwardTile(max(1, min(16, _block(x.shape[1]) // 512)))  # 16 elements per thread: two loads of 128 bits
-    return FORWARD.tile(x.device, _case(x, variant), by_hand)
+    return FORWARD.tile(x.device, by_hand, _case, x, stream.residual, stream.shift)
 
 
 def _backward_tile(x: Tensor, residual_grad: Tensor | None) -> BackwardTile:
     # 8 elements per thread: five fp32 rows stay in registers
     by_hand = BackwardTile(max(1, min(16, _block(x.shape[1]) // 256)), PROGRAMS)
-    return BACKWARD.tile(x.device, _case(x, "" if residual_grad is None else "residual"), by_hand)
+    return BACKWARD.tile(x.device, by_hand, _case, x, residual_grad, None)
 
 
 def _forward_launch(

@@ -212,20 +212,22 @@ def _add_column_sums(
     tl.store(sums + columns, old + tl.sum(total, axis=0), mask=columns < vocab)
 
 
-def _case(logits: Tensor, variant: str = "") -> RowCase:
+def _case(logits: Tensor, bias: Tensor | None = None, objective: Objective | None = None) -> RowCase:
     rows, vocab = logits.shape
+    options = objective or Objective()
+    given = {
+        "bias": bias is not None,
+        "smoothed": options.label_smoothing != 0,
+        "class weights": options.class_weight is not None,
+        "capped": options.softcap is not None,
+    }
+    variant = ", ".join(name for name, present in given.items() if present)
     return RowCase(words(logits.dtype), next_power_of_2(vocab), bucket(rows), variant)
 
 
 def _tile(logits: Tensor, bias: Tensor | None, objective: Objective, need_grad: bool) -> Tile:
-    given = {
-        "bias": bias is not None,
-        "smoothed": objective.label_smoothing != 0,
-        "class weights": objective.class_weight is not None,
-        "capped": objective.softcap is not None,
-    }
-    case = _case(logits, ", ".join(name for name, present in given.items() if present))
-    return (LOSS_AND_GRADIENT if need_grad else LOSS).tile(logits.device, case, Tile(BLOCK, WARPS))
+    kernel = LOSS_AND_GRADIENT if need_grad else LOSS
+    return kernel.tile(logits.device, Tile(BLOCK, WARPS), _case, logits, bias, objective)
 
 
 def _cross_entropy_launch(
@@ -270,7 +272,7 @@ def _cross_entropy_launch(
 
 
 def _sums_tile(x: Tensor) -> SumsTile:
-    return BIAS_GRADIENT.tile(x.device, _case(x), SumsTile(BLOCK_ROWS, BLOCK_COLUMNS, 4))
+    return BIAS_GRADIENT.tile(x.device, SumsTile(BLOCK_ROWS, BLOCK_COLUMNS, 4), _case, x)
 
 
 def _column_sums_launch(tile: SumsTile, x: Tensor, sums: Tensor) -> Launch:

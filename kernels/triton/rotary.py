@@ -92,14 +92,18 @@ def _rotate(
         tl.store(pointers + HALF, narrow(b * c + a * s, x.dtype.element_ty), mask=inside)
 
 
-def _tile(x: Tensor, half: int, positions: int | Tensor, interleaved: bool, inverse: bool) -> Tile:
+def _case(x: Tensor, half: int, positions: int | Tensor, interleaved: bool) -> RowCase:
     batch, sequence, heads, _ = x.shape
-    block = min(HEADS, next_power_of_2(heads))
-    by_hand = Tile(block, max(1, min(4, block * next_power_of_2(half) // 256)))
     given = ["interleaved"] * interleaved + ["positions"] * isinstance(positions, Tensor)
     variant = ", ".join((f"{heads} heads", *given))
-    case = RowCase(words(x.dtype), next_power_of_2(half), bucket(batch * sequence), variant)
-    return KERNELS["backward" if inverse else "forward"].tile(x.device, case, by_hand)
+    return RowCase(words(x.dtype), next_power_of_2(half), bucket(batch * sequence), variant)
+
+
+def _tile(x: Tensor, half: int, positions: int | Tensor, interleaved: bool, inverse: bool) -> Tile:
+    block = min(HEADS, next_power_of_2(x.shape[2]))
+    by_hand = Tile(block, max(1, min(4, block * next_power_of_2(half) // 256)))
+    kernel = KERNELS["backward" if inverse else "forward"]
+    return kernel.tile(x.device, by_hand, _case, x, half, positions, interleaved)
 
 
 def _launch(

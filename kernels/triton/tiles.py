@@ -10,10 +10,10 @@ of the code), and a `Tunable` lists the values that the tuner tries for each fie
 
     DQ = Tunable("attention.dq", Tile, Case, {"m": (64, 128), "warps": (4, 8), "descriptors": (False, True)})
 
-Its launcher asks for the tile at every launch, `DQ.tile(device, case, by_hand)`, and passes it to `launching.launch`
-among the arguments, so that a kept launch is used for that tile only. `case` (a NamedTuple of ints, bools and strings)
-says what the choice depends on; `by_hand` is the tile without a measurement, whose values must be among those tried.
-Nothing is timed here.
+Its launcher asks for the tile at every launch, `DQ.tile(device, by_hand, case_of, *arguments)`, and passes it to
+`launching.launch` among the arguments, so that a kept launch is used for that tile only. `by_hand` is the tile without
+a measurement, whose values must be among those tried; `case_of(*arguments)`, which is called where this GPU has
+measurements, gives what the choice depends on: a `Case`, a NamedTuple of ints, bools and strings. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -58,13 +58,13 @@ class Tunable:
     tried: Mapping[str, tuple[int, ...]]
     """Field of the tile -> the values that the tuner tries, among them all that are chosen by hand."""
 
-    def tile(self, device: torch.device, case: Any, by_hand: Any) -> Any:
-        """The tile of a launch on `device`: the measured one where this GPU's table has one for `case`, else
+    def tile(self, device: torch.device, by_hand: Any, case_of: Callable[..., Any], *arguments: Any) -> Any:
+        """The tile of a launch on `device`: the measured one where this GPU's table has one for the case, else
         `by_hand`."""
         if _sessions:
-            return _sessions[-1].choose(self, case, by_hand)
+            return _sessions[-1].choose(self, case_of(*arguments), by_hand)
         found = _measured(self, device)
-        return found.get(case, by_hand) if found else by_hand
+        return found.get(case_of(*arguments), by_hand) if found else by_hand
 
     def candidates(self, by_hand: Any) -> list[Any]:
         """Every combination of the values tried, the nearest to `by_hand` first, which is the first itself.

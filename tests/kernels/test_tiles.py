@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+import triton
+
 from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.triton import attention_tiles, launching, tiles
-from phi_fast.kernels.triton.common import recording
+from phi_fast.kernels.triton.common import next_power_of_2, recording
 from phi_fast.kernels.triton.specimens import specimens, variants
 from phi_fast.kernels.triton.tiles import RowCase, Tunable, session
 
@@ -187,3 +189,8 @@ def test_launches_of_tensors_with_memory_are_recorded_where_all_are() -> None:
     with recording("sm_90") as launches:
         TRITON["rotary"].rotate_(x, table, table, 0)
     assert launches == [] and not torch.equal(x, before)
+
+
+def test_powers_of_two_are_tritons() -> None:
+    numbers = [*range(300), 2**20 - 1, 2**20, 2**20 + 1]
+    assert [next_power_of_2(n) for n in numbers] == [triton.next_power_of_2(n) for n in numbers]

@@ -348,7 +348,7 @@ def tune_with(bench: Bench, **options: Any) -> list[str]:
 def layer_norm_tile(rows: int = 8192) -> Any:
     layer_norm = pytest.importorskip("phi_fast.kernels.triton.layer_norm")
     case = tiles.RowCase("float16", 2048, rows, "shift")
-    return layer_norm.FORWARD.tile(torch.device("cuda", 0), case, layer_norm.ForwardTile(4))
+    return layer_norm.FORWARD.tile(torch.device("cuda", 0), layer_norm.ForwardTile(4), lambda: case)
 
 
 def test_what_was_measured_is_used_by_the_next_process(gpu: Path) -> None:

@@ -37,6 +37,11 @@ def document(**other: Any) -> dict[str, Any]:
     return {**head, "tiles": [entry()], "backends": [], **other}
 
 
+def tile(case: Any = CASE, kernel: tiles.Tunable = DQ, device: torch.device = CUDA) -> Any:
+    """What a launch gets."""
+    return kernel.tile(device, BY_HAND, lambda: case)
+
+
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU that has a name and nothing else."""
@@ -56,14 +61,12 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_measured_tile_is_used_for_its_case_only(table: Path) -> None:
     tuned.write(table, document())
-    assert DQ.tile(CUDA, CASE, BY_HAND) == MEASURED
-    for other in ({"length": 4096}, {"dtype": "bfloat16"}, {"rotation": 32}, {"mask": "full"}, {"documents": True}):
-        assert DQ.tile(CUDA, CASE._replace(**other), BY_HAND) == BY_HAND, other
-    assert (
-        DQ.tile(CUDA, CASE._replace(group=4), BY_HAND) == DQ.tile(CUDA, CASE._replace(head_dim=128), BY_HAND) == BY_HAND
-    )
-    assert attention_tiles.KERNELS["dkv"].tile(CUDA, CASE, BY_HAND) == BY_HAND
-    assert DQ.tile(torch.device("cpu"), CASE, BY_HAND) == DQ.tile(torch.device("meta"), CASE, BY_HAND) == BY_HAND
+    assert tile() == MEASURED
+    others = {"head_dim": 128, "dtype": "bfloat16", "rotation": 32, "mask": "full", "documents": True, "group": 4}
+    for field, value in {**others, "length": 4096}.items():
+        assert tile(CASE._replace(**{field: value})) == BY_HAND, field
+    assert tile(kernel=attention_tiles.KERNELS["dkv"]) == BY_HAND
+    assert tile(device=torch.device("cpu")) == tile(device=torch.device("meta")) == BY_HAND
     assert backend.tiles(CUDA) == f"1 tiles measured on {GPU}, from {table}"
     assert backend.tiles("cpu") == "chosen by hand"
 
@@ -93,26 +96,26 @@ def test_a_measured_tile_is_used_for_its_case_only(table: Path) -> None:
 def test_a_table_that_cannot_be_used_is_a_warning_that_names_it(table: Path, content: bytes, why: str) -> None:
     table.write_bytes(content)
     with pytest.warns(RuntimeWarning, match=why) as told:
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+        assert tile() == BY_HAND
     assert str(table) in str(told[0].message) and "chosen by hand" in str(told[0].message)
     assert backend.tiles(CUDA).startswith("chosen by hand: ") and str(table) in backend.tiles(CUDA)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND, "it is said once"
+        assert tile() == BY_HAND, "it is said once"
 
 
 def test_a_table_that_is_too_large_is_not_read(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned, "_LARGEST", 1 << 20)
     table.write_bytes(b" " * ((1 << 20) + 1))
     with pytest.warns(RuntimeWarning, match="more than 1 MiB"):
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+        assert tile() == BY_HAND
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "FIFO"])
 def test_what_is_no_file_is_not_waited_for(table: Path, make: Callable[[Path], None]) -> None:
     make(table)
     with pytest.warns(RuntimeWarning, match=r"table\.json is not a regular file"):
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+        assert tile() == BY_HAND
 
 
 @pytest.mark.parametrize(
@@ -137,22 +140,22 @@ def test_an_entry_that_these_kernels_do_not_have_is_left_out(table: Path, bad: d
     other = CASE._replace(length=512)
     tuned.write(table, document(tiles=[entry(**bad), entry(case=other._asdict())]))
     with pytest.warns(RuntimeWarning, match="this entry is not used: measure again") as told:
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+        assert tile() == BY_HAND
     assert str(table) in str(told[0].message)
-    assert DQ.tile(CUDA, other, BY_HAND) == MEASURED
+    assert tile(other) == MEASURED
 
 
 def test_a_named_file_that_is_missing_is_said_and_one_in_the_cache_folder_is_not(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.warns(RuntimeWarning, match=r"PHI_FAST_TUNED: there is no file .*table\.json"):
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+        assert tile() == BY_HAND
     tiles.forget()
     monkeypatch.delenv(tuned.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert DQ.tile(CUDA, CASE, BY_HAND) == BY_HAND
+        assert tile() == BY_HAND
     assert "python -m phi_fast.kernels.tune measures" in backend.tiles(CUDA)
 
 
