@@ -314,6 +314,7 @@ def _adam_launch(
             "BLOCK": tile.block,
         },
         num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -326,6 +327,7 @@ def _sum_of_squares_launch(
         {"table": table, "chunks": chunks, "tensors": table.shape[1], "partials": partials},
         {"GRAD": TRITON_DTYPES[grad], "WIDE": wide, "CHUNK": tile.chunk, "BLOCK": tile.block},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 

@@ -134,6 +134,7 @@ def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        tile=chosen,
     )
 
 

@@ -261,6 +261,7 @@ def _forward_launch(
         },
         {"TANH": approximate == "tanh", "ROWS": tile.rows, "COLUMNS": columns},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -298,6 +299,7 @@ def _backward_launch(
         },
         {"TANH": approximate == "tanh", "ROWS": tile.rows, "COLUMNS": columns, "ROWS_EACH": tile.rows_each},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 

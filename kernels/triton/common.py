@@ -42,6 +42,8 @@ class Launch:
     """`tl.constexpr` arguments by name."""
     num_warps: int = 4
     num_stages: int = 1
+    tile: Any = None
+    """The tile that was chosen for it, where there is a choice (`tiles.Tunable`)."""
 
     def __call__(self) -> Any:
         """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them.

@@ -201,6 +201,7 @@ def _forward_launch(
         },
         {"BLOCK": block},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -240,6 +241,7 @@ def _backward_launch(
         },
         {"BLOCK": block},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 

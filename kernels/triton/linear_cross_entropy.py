@@ -268,6 +268,7 @@ def _cross_entropy_launch(
             "BLOCK": tile.block,
         },
         num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -283,6 +284,7 @@ def _column_sums_launch(tile: SumsTile, x: Tensor, sums: Tensor) -> Launch:
         {"x": x, "sums": sums, "rows": rows, "vocab": vocab, "row_stride": x.stride(0)},
         {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 

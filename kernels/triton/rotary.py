@@ -138,6 +138,7 @@ def _launch(
             "INVERSE": inverse,
         },
         num_warps=tile.warps,
+        tile=tile,
     )
 
 

@@ -71,7 +71,7 @@ class Tunable:
 
         The distance counts doublings: candidates of a budget that ends early are those close to the considered choice.
         """
-        values = [dict.fromkeys((*self.tried[name], getattr(by_hand, name))) for name in self.fields._fields]
+        values = [dict.fromkeys((*self.tried.get(name, ()), getattr(by_hand, name))) for name in self.fields._fields]
         found = (self.fields(*choice) for choice in itertools.product(*values))
         return sorted(found, key=lambda tile: sum(map(_distance, tile, by_hand)))
 
@@ -80,8 +80,9 @@ class Tunable:
         if not isinstance(tile, dict) or set(tile) != set(self.fields._fields):
             raise ValueError(f"the tile of {self.name} is {tile}; expected {', '.join(self.fields._fields)}")
         for name, value in tile.items():
-            if not any(value == known and type(value) is type(known) for known in self.tried[name]):
-                raise ValueError(f"{name} of {self.name} is {value!r}; expected one of {self.tried[name]}")
+            tried = self.tried.get(name, ())
+            if not any(value == known and type(value) is type(known) for known in tried):
+                raise ValueError(f"{name} of {self.name} is {value!r}; expected one of {tried}")
         return self.fields(**tile)
 
 

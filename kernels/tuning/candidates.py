@@ -60,11 +60,11 @@ def first(run: Run, architecture: str, choice: Choice, most: int) -> list[Candid
 
 
 def described(run: Run, architecture: str, choice: Choice, tile: Any) -> Launch:
-    """The first launch of `choice`'s kernel in a call, with this tile."""
+    """The first launch of `choice`'s kernel in a call, with this tile. Launches without a choice are passed over."""
     name, case = choice.tunable.name, choice.case
     with session({(name, case): tile}) as seen, _recorded(architecture) as launches:
         run()
-    pairs = zip(seen.choices, launches, strict=True)
+    pairs = zip(seen.choices, (launch for launch in launches if launch.tile is not None), strict=True)
     return next(launch for made, launch in pairs if made.tunable.name == name and made.case == case)
 
 

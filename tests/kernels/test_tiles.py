@@ -143,6 +143,14 @@ def test_a_tile_reaches_the_launch_and_a_kept_launch_compares_it(op: str, monkey
         assert choice.by_hand in [x for x in given if isinstance(x, choice.tunable.fields)], choice.tunable.name
 
 
+def test_a_description_says_which_tile_it_has() -> None:
+    """The tuner finds the launch that a tile was chosen for by it."""
+    with session() as seen:
+        launches = [specimen.launch for specimen in specimens("sm_90", torch.float16)]
+    assert all(launch.tile is not None for launch in launches)
+    assert {launch.tile for launch in launches} == {choice.by_hand for choice in seen.choices}
+
+
 def some_tiles(choice: tiles.Choice) -> list[Any]:
     """The nearest candidates, and two from anywhere."""
     found = choice.tunable.candidates(choice.by_hand)
