@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hooks import take_over
+
 
 class LocalGradients:
     """Takes each gradient from autograd's hook, in place of DeepSpeed's reduction.
@@ -22,10 +24,9 @@ class LocalGradients:
         self._offsets: list[list[int]] = zero.round_robin_bit16_offsets
         self._sum = accumulation > 1
         self._taken: dict[nn.Parameter, Tensor] = {}
-        zero.process_gradients = self._take
-        zero.overlapping_partition_gradients_reduce_epilogue = lambda: None
+        take_over(zero, self._take, lambda: None)
 
-    def _take(self, parameter: nn.Parameter, group: int) -> None:
+    def _take(self, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return

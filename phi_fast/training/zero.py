@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-2, and the optimizer step that replaces DeepSpeed's.
 
 DeepSpeed partitions and communicates: after a backward pass, every rank has the averaged gradient of its flat partition
-(a single rank has the gradients as autograd made them, see `local_gradients`). `FusedStep` does the rest. One pass
+(over gloo `flat_gradients` averages; a single rank has the gradients that autograd made, `local_gradients`). `FusedStep` does the rest. One pass
 finds the norm and any overflow; another unscales, clips, applies Adam and writes the 16-bit weights, unless a flag on
 the device says to skip the step. DeepSpeed's own step makes a pass for each of these and waits for the host first.
 Gradients are divided by the loss scale they were computed with: DeepSpeed 0.19.8 updates the scale first, so that its
@@ -25,7 +25,9 @@ from ..precision import Precision
 from ..recipes import Recipe, decays
 from .deferred_gradients import DeferredGradients, reduces_to_owners
 from .distributed import World, deepspeed
+from .flat_gradients import FlatGradients
 from .local_gradients import LocalGradients
+from .partitions import gather, sends_directly
 from .spikes import NO_FILTERS, SpikeFilters
 
 INTERNALS = (
@@ -35,6 +37,7 @@ INTERNALS = (
     *("loss_scaler", "_update_scale", "overflow", "_global_grad_norm", "micro_step_id"),
     *("nccl_start_alignment_factor", "allgather_bucket_size", "real_dp_process_group"),
     *("process_gradients", "overlapping_partition_gradients_reduce_epilogue", "round_robin_bit16_groups"),
+    "_grad_acc_hooks",
 )
 """Attributes of DeepSpeed's ZeRO-2 optimizer that this module uses; a version without one of them is refused."""
 
@@ -105,12 +108,10 @@ class Zero2:
         self.fused: FusedStep | None = None
         if fused:
             _require_internals(self.zero, world)
-            local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
             spikes = SpikeFilters.of(recipe, world.device)
-            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, local)
+            own = _own_gradients(self.zero, world, accumulation, reduce_once)
+            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, own)
             self.zero.step = self.fused
-            if reduce_once and world.size > 1:
-                DeferredGradients(self.zero, accumulation)
 
     @property
     def loss_scale(self) -> float:
@@ -226,7 +227,7 @@ class FusedStep:
     """Replaces `DeepSpeedZeroOptimizer.step`: from averaged gradients to updated weights on every rank.
 
     loss: scalar, this rank's part of the step's mean loss; reset to 0 for the next step.
-    local: the gradients of a single rank; None: DeepSpeed has reduced them.
+    own: the gradients that DeepSpeed has not reduced; None: DeepSpeed has reduced them.
     """
 
     def __init__(
@@ -236,9 +237,9 @@ class FusedStep:
         clip: float,
         loss: Tensor,
         spikes: SpikeFilters = NO_FILTERS,
-        local: LocalGradients | None = None,
+        own: LocalGradients | FlatGradients | None = None,
     ) -> None:
-        self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
+        self.zero, self.world, self.clip, self.spikes, self.own = zero, world, clip, spikes, own
         self.loss = loss
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
@@ -279,8 +280,8 @@ class FusedStep:
 
         Local gradients come one per parameter, DeepSpeed's in one piece, in fp32 for 16-bit models.
         """
-        if self.local:
-            return list(self.local.of(group))
+        if self.own:
+            return list(self.own.of(group))
         flat = self.zero._get_preflattened_grad_partition(group)
         return [(0, self.zero.flatten(self.zero.averaged_gradients[group]) if flat is None else flat)]
 
@@ -315,8 +316,8 @@ class FusedStep:
 
     def _release_gradients(self) -> None:
         zero = self.zero
-        if self.local:
-            self.local.clear()
+        if self.own:
+            self.own.clear()
         zero._release_preflattened_grad_buffers()
         for group in range(len(zero.bit16_groups)):
             zero.averaged_gradients[group] = None
@@ -329,9 +330,12 @@ class FusedStep:
         """Send every rank's updated part to all ranks. With one rank, the weights are already in place."""
         if self.world.size == 1:
             return
+        zero = self.zero
+        if sends_directly(self.world):
+            gather(zero.parallel_partitioned_bit16_groups, self.world)
+            return
         from deepspeed.runtime.utils import all_gather_dp_groups
 
-        zero = self.zero
         all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,
             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
@@ -339,6 +343,19 @@ class FusedStep:
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
+
+
+def _own_gradients(
+    zero: Any, world: World, accumulation: int, reduce_once: bool
+) -> LocalGradients | FlatGradients | None:
+    """Take the gradients over from DeepSpeed, or, where it reduces them, only the sums of several micro-batches."""
+    if world.size == 1:
+        return LocalGradients(zero, accumulation)
+    if sends_directly(world) and (reduce_once or accumulation == 1):
+        return FlatGradients(zero, world, accumulation)
+    if reduce_once:
+        DeferredGradients(zero, accumulation)
+    return None
 
 
 def _require_internals(zero: Any, world: World) -> None:
