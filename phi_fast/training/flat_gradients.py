@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,8 +43,10 @@ class FlatGradients:
 
     def _take(self, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return
+        if gradient is not None:
+            self._add(parameter, gradient)
+
+    def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if parameter in self._seen:
             self._places[parameter] += gradient
         else:
@@ -61,6 +63,13 @@ class FlatGradients:
             self._places[parameter].zero_()
         self._seen.clear()
         self._averages = average_to_owners(self._flats, self._dtype, self._world)
+
+    def accept(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Average a step's gradients, given their sums."""
+        for parameter, gradient in sums.items():
+            self._add(parameter, gradient)
+        self._left = 1
+        self._end()
 
     def of(self, group: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (0, averaged gradients of this rank's whole partition of the group, in fp32)."""

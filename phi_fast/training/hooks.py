@@ -15,6 +15,6 @@ def take_over(zero: Any, take: Callable[[nn.Parameter], None], end: Callable[[],
     """
     for handle in zero._grad_acc_hooks:
         handle.remove()
-    parameters = [parameter for group in zero.bit16_groups for parameter in group]
+    parameters = [parameter for group in zero.bit16_groups for parameter in group if parameter.requires_grad]
     zero._grad_acc_hooks[:] = [parameter.register_post_accumulate_grad_hook(take) for parameter in parameters]
     zero.overlapping_partition_gradients_reduce_epilogue = end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class LocalGradients:
             self._taken[parameter] += gradient
         else:
             self._taken[parameter] = gradient.float() if self._sum else gradient.contiguous()
+
+    def accept(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Take the step's gradients from a captured graph."""
+        self._taken = dict(sums)
 
     def of(self, group: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (first element in the flat group, gradient) per parameter; zeros for a parameter without gradient."""

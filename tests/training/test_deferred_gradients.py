@@ -12,24 +12,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import trainer_processes
+from recorded_graphs import run_again
 from torch import Tensor, nn
 
 from phi_fast import PhiConfig
+from phi_fast.data import Batch
 from phi_fast.model.output import Output
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.precision import DTYPES
 from phi_fast.recipes import RECIPES
+from phi_fast.training import gradients
 from phi_fast.training import zero as zero_module
+from phi_fast.training.deepspeed_config import deepspeed_config
 from phi_fast.training.deferred_gradients import reduces_once
 from phi_fast.training.distributed import World, join, leave
 from phi_fast.training.options import Options
-from phi_fast.training.zero import Zero2, _config, parameter_groups
+from phi_fast.training.zero import Zero2, parameter_groups
 
 CONFIG = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
 RECIPE = RECIPES["tiny"].replace(model=CONFIG, gradient_clipping=0.5, initial_loss_scale=2.0**10)
 MICRO_BATCHES, STEPS = 3, 4
-WAYS = {"directly": (True, True), "once": (False, True), "each micro-batch": (False, False)}
-"""Way -> (do the ranks exchange partitions directly, do they reduce once per step)."""
+WAYS = {
+    "directly": (True, True, None),
+    "once": (False, True, None),
+    "each micro-batch": (False, False, None),
+    "directly, graph": (True, True, run_again),
+    "once, graph": (False, True, run_again),
+}
+"""Way -> (do the ranks exchange partitions directly, do they reduce once per step, what captures a CUDA graph)."""
 
 
 class Late(nn.Module):
@@ -68,16 +78,17 @@ def train(rank: int, folder: str) -> None:
         setattr(dist, name, spy)
     found = {}
     for precision in ("fp32", "bf16", "fp16"):
-        for way, (directly, once) in WAYS.items():
-            zero_module.sends_directly = lambda world, directly=directly: directly
+        for way, (directly, once, capture) in WAYS.items():
+            for module in (gradients, zero_module):
+                module.sends_directly = lambda world, directly=directly: directly
             model = Late().to(DTYPES[precision])
             options = {"precision": precision, "micro_batch_size": 2, "accumulation": MICRO_BATCHES}
-            zero = Zero2(model, RECIPE, world, reduce_once=once, **options)
+            zero = Zero2(model, RECIPE, world, reduce_once=once, capture=capture, **options)
             sent["elements"] = 0
             outcomes = []
             for step in range(STEPS):
                 for micro_batch in range(MICRO_BATCHES):
-                    zero.backward(zero.loss(*rows(step, rank, micro_batch)))
+                    zero.micro_batch(Batch(*rows(step, rank, micro_batch), range(2), torch.zeros(2, dtype=torch.int32)))
                 outcomes.append(zero.step(1e-2))
             found[precision, way] = (
                 {name: p.detach().clone() for name, p in model.named_parameters()},
@@ -147,14 +158,15 @@ def test_elements_sent(found: dict) -> None:
     half of the updated weights are sent, together as much as one all-reduce. The rest is scalars."""
     parameters = sum(p.numel() for p in Late().parameters())
     for precision in ("fp32", "bf16", "fp16"):
-        assert found[precision, "directly"][3] == pytest.approx(parameters, rel=0.01)
-        assert found[precision, "once"][3] == pytest.approx(parameters, rel=0.01)
-        assert found[precision, "each micro-batch"][3] == pytest.approx(MICRO_BATCHES * parameters, rel=0.01)
+        for way in WAYS:
+            reductions = MICRO_BATCHES if way == "each micro-batch" else 1
+            assert found[precision, way][3] == pytest.approx(reductions * parameters, rel=0.01), way
 
 
-def test_ways_agree_bit_for_bit_in_fp32(found: dict) -> None:
+@pytest.mark.parametrize("way", ["directly", "directly, graph", "once, graph"])
+def test_ways_agree_bit_for_bit_in_fp32(found: dict, way: str) -> None:
     """A sum of two ranks' gradients is the same in either order, and the half of a float32 is exact."""
-    (ours, norms, losses, _), (theirs, their_norms, their_losses, _) = found["fp32", "directly"], found["fp32", "once"]
+    (ours, norms, losses, _), (theirs, their_norms, their_losses, _) = found["fp32", way], found["fp32", "once"]
     assert (norms, losses) == (their_norms, their_losses)
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight), name
@@ -162,7 +174,7 @@ def test_ways_agree_bit_for_bit_in_fp32(found: dict) -> None:
 
 @pytest.mark.parametrize(("device", "ranks", "expected"), [("cuda", 8, False), ("cuda", 64, True), ("cpu", 2, True)])
 def test_buckets_are_all_reduced_among_many_ranks_and_by_gloo(device: str, ranks: int, expected: bool) -> None:
-    config = _config(RECIPE, World(0, ranks, 0, torch.device(device)), "bf16", 2, 1, 1000)
+    config = deepspeed_config(RECIPE, World(0, ranks, 0, torch.device(device)), "bf16", 2, 1, 1000)
     assert config["zero_optimization"]["use_multi_rank_bucket_allreduce"] is expected
 
 
