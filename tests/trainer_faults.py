@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import recorded_graphs
 import torch
 
 from phi_fast.data.loader import CorpusError
-from phi_fast.training import checkpoint
+from phi_fast.training import checkpoint, cuda_graphs
 from phi_fast.training.corpora import Corpora
 from phi_fast.training.metrics import MetricsLog
 from phi_fast.training.task_scores import TasksDuringTraining
@@ -192,6 +193,12 @@ def no_room_for_metrics(rank: int, given: list[int]) -> None:
         write(log, record)
 
     MetricsLog.write = fill  # type: ignore[method-assign]
+
+
+def graphs_on_a_cpu(rank: int, given: list[str]) -> None:
+    """Make --cuda-graphs work on a CPU, with given[rank] of `recorded_graphs` as the capture."""
+    cuda_graphs.capture = getattr(recorded_graphs, given[rank])
+    cuda_graphs._require_gpu = lambda world: None
 
 
 def slow_read(rank: int, given: list[float]) -> None:

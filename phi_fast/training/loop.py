@@ -14,6 +14,7 @@ from ..data import Batch
 from ..errors import INTERRUPTED
 from ..json_files import flatten
 from ..terminal import printable
+from . import cuda_graphs
 from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
@@ -62,6 +63,7 @@ class Trainer:
             accumulation=setup.accumulation,
             fused=options.zero_step == "fused",
             reduce_once=reduces_once(options, world, setup.accumulation),
+            capture=cuda_graphs.capture if options.cuda_graphs else None,
         )
         self.sampling = plan_sample(options, self.corpora.tokenizer) if options.sample_tokens else None
         self.loader = self.corpora.loader(setup.micro_batch_size)

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded_graphs
 import torch
 
+from benchmarks import steps
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cuda_tests, parity, place, profile, sanitizer, small_launches, step, tiles, trainer
 from benchmarks.gpu.runner import NotMeasured, Session
 from benchmarks.gpu.stages import stages
-from phi_fast import PhiConfig
+from phi_fast import Phi, PhiConfig
 from phi_fast.kernels import tuned
 
 ROOT = Path(command.__file__).parents[2]
@@ -376,3 +378,26 @@ def test_the_whole_script_runs_dry(tmp_path: Path) -> None:
     rows = document["stages"]["trainer"]["results"]["steps computed twice"]
     assert [row["the same, bit for bit"] for row in rows] == [True] * 3
     assert next(tmp_path.rglob("*.md")).read_text().count("\n## ") == len(document["stages"])
+
+
+def test_the_step_from_a_graph_updates_as_the_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of each on a CPU, where a replay is another run."""
+    made: list[Phi] = []
+
+    def model(config: PhiConfig) -> Phi:
+        torch.manual_seed(0)
+        made.append(Phi(config))
+        return made[-1]
+
+    monkeypatch.setattr(steps, "Phi", model)
+    config = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+    ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    for run in (
+        steps.ours(config, batch, torch.bfloat16),
+        steps.captured(config, batch, torch.bfloat16, recorded_graphs.run_again),
+    ):
+        for _ in range(3):
+            run()
+    for ours, graph in zip(*(model.parameters() for model in made), strict=True):
+        assert torch.equal(ours, graph)
