@@ -10,7 +10,8 @@ step halves the update whenever the scale grows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,12 @@ from ..kernels import FusedAdam
 from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from ..precision import Precision
 from ..recipes import Recipe, decays
-from .deferred_gradients import DeferredGradients, reduces_to_owners
+from .average import WeightAverage
+from .deferred_gradients import DeferredGradients
 from .distributed import World, deepspeed
 from .local_gradients import LocalGradients
 from .spikes import NO_FILTERS, SpikeFilters
+from .zero_config import zero_config
 
 INTERNALS = (
     *("bit16_groups", "bit16_groups_flat", "parallel_partitioned_bit16_groups", "single_partition_of_fp32_groups"),
@@ -87,7 +90,7 @@ class Zero2:
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
         )
-        config = _config(recipe, world, precision, micro_batch_size, accumulation, _numel(model.parameters()))
+        config = zero_config(model, recipe, world, precision, micro_batch_size, accumulation)
         self.engine = deepspeed(world.device.type).initialize(model=model, optimizer=optimizer, config=config)[0]
         self.world = world
         self.model = model
@@ -108,6 +111,8 @@ class Zero2:
             local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
             spikes = SpikeFilters.of(recipe, world.device)
             self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, local)
+            if recipe.ema_decay is not None:
+                self.fused.average = WeightAverage(recipe.ema_decay, self.zero.single_partition_of_fp32_groups)
             self.zero.step = self.fused
             if reduce_once and world.size > 1:
                 DeferredGradients(self.zero, accumulation)
@@ -157,6 +162,23 @@ class Zero2:
             broken=self.fused is not None and self.fused.broken,
         )
 
+    @property
+    def average(self) -> WeightAverage | None:
+        """The moving average of the weights (`Recipe.ema_decay`)."""
+        return self.fused.average if self.fused else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the averaged weights inside, and its own, bit for bit, after it; every rank calls it."""
+        assert self.fused is not None and self.fused.average is not None
+        parts = [parts[self.world.rank] for parts in self.zero.parallel_partitioned_bit16_groups]
+        own = [part.detach().clone() for part in parts]
+        try:
+            self.fused.replace_weights(parts, self.fused.average.averages)
+            yield
+        finally:
+            self.fused.replace_weights(parts, own)
+
     def _mean_loss(self) -> float:
         """Average the step's loss over the ranks, which DeepSpeed's own step does not do, and reset the sum."""
         if self.world.size > 1:
@@ -171,14 +193,16 @@ class Zero2:
         return not self.dynamic or (scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
 
     def partitions(self) -> dict[str, Tensor]:
-        """Return this rank's flat optimizer tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …"""
+        """Return this rank's flat tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …, and with an
+        average "ema.0", …"""
         tensors = {}
         for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
             state = self.zero.optimizer.state[master]
             tensors[f"master.{group}"] = master.detach()
             for name in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{group}"] = state[name] if name in state else torch.zeros_like(master)
-        return tensors
+        averages = self.average.averages if self.average else []
+        return tensors | {f"ema.{group}": average for group, average in enumerate(averages)}
 
     def partition_sizes(self) -> dict[str, tuple[int, int]]:
         """Map each name of `partitions` to (elements of this rank's part, elements of all parts without padding)."""
@@ -195,7 +219,10 @@ class Zero2:
         return weights + 4 * sum(whole for _, whole in self.partition_sizes().values())
 
     def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Load a checkpoint's weights, optimizer tensors and `state_dict()`."""
+        """Load a checkpoint's weights, optimizer tensors and `state_dict()`.
+
+        An average that `partitions` lacks starts as these weights.
+        """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(model[name])
@@ -205,6 +232,9 @@ class Zero2:
                 slot["step"] = torch.tensor(float(state["updates"]), device=master.device)
                 for name in ("exp_avg", "exp_avg_sq"):
                     slot[name] = partitions[f"{name}.{group}"].to(master.device)
+        if self.average:
+            averages = [tensor for name, tensor in partitions.items() if name.startswith("ema.")]
+            self.average.load(averages or None)
         if self.dynamic:
             for name, value in state["loss_scaler"].items():
                 setattr(self.zero.loss_scaler, name, value)
@@ -240,6 +270,7 @@ class FusedStep:
     ) -> None:
         self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
         self.loss = loss
+        self.average: WeightAverage | None = None
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
         self.spike = False
@@ -261,12 +292,13 @@ class FusedStep:
         scale = float(zero.loss_scale)
         grad_scale, found_inf, norm = unscale_and_clip(norm_squared, loss_scale=scale, max_norm=self.clip or None)
         spike = self.spikes.judge(loss=loss, norm=norm) if self.spikes else torch.zeros_like(found_inf)
-        self._update(grads, grad_scale, found_inf + spike)
+        skip = found_inf + spike
+        self._update(grads, grad_scale, skip)
+        if self.average:
+            self.average.update(skip)
         del grads
         self._release_gradients()
         self._gather_weights()
-        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
-        increment_version([p for group in zero.bit16_groups for p in group])
         # This is the first wait for the device: the update above is already queued.
         known = torch.stack([found_inf, spike, norm, self.nonfinite, loss]).tolist()
         overflow, spiked, unscaled, nonfinite, self.mean_loss = known
@@ -325,8 +357,17 @@ class FusedStep:
                 parameter.grad = None
                 parameter.grad_accum = None
 
+    @torch.no_grad()
+    def replace_weights(self, parts: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Write other weights, in any float dtype, into this rank's `parts` of the model, and send them to all."""
+        for part, other in zip(parts, others, strict=True):
+            part.copy_(other)
+        self._gather_weights()
+
     def _gather_weights(self) -> None:
         """Send every rank's updated part to all ranks. With one rank, the weights are already in place."""
+        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
+        increment_version([p for group in self.zero.bit16_groups for p in group])
         if self.world.size == 1:
             return
         from deepspeed.runtime.utils import all_gather_dp_groups
@@ -349,44 +390,3 @@ def _require_internals(zero: Any, world: World) -> None:
             f"DeepSpeed {deepspeed(world.device.type).__version__}'s ZeRO-2 optimizer has no {', '.join(missing)}; "
             "install deepspeed>=0.19.8,<0.20, or use --zero-step deepspeed"
         )
-
-
-def _config(
-    recipe: Recipe, world: World, precision: Precision, micro_batch_size: int, accumulation: int, parameters: int
-) -> dict[str, Any]:
-    """Make DeepSpeed's configuration; surprising defaults (clipping, accumulation dtype) are set explicitly."""
-    # DeepSpeed's default bucket has 500 M elements; a small model's buffer need not be larger than the model.
-    bucket = min(500_000_000, max(1_000_000, parameters))
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * world.size,
-        "gradient_clipping": recipe.gradient_clipping,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": 2,
-            "contiguous_gradients": True,
-            "overlap_comm": world.device.type == "cuda",
-            "reduce_bucket_size": bucket,
-            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world.size, world.device.type),
-            "allgather_bucket_size": bucket,
-            "round_robin_gradients": False,
-        },
-        "fp16": {
-            "enabled": precision == "fp16",
-            "loss_scale": 0,
-            "initial_scale_power": int(recipe.initial_loss_scale).bit_length() - 1,
-            "loss_scale_window": recipe.loss_scale_window,
-            "hysteresis": recipe.loss_scale_hysteresis,
-            "min_loss_scale": max(1, int(recipe.min_loss_scale)),
-        },
-        "bf16": {"enabled": precision == "bf16"},
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _numel(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)

@@ -25,6 +25,7 @@ from phi_fast.train import INTERRUPTED
         (["--model.vocab-size", "100"], "--model.vocab-size 8192"),
         (["--skip-spikes", "4", "--zero-step", "deepspeed"], "--zero-step fused"),
         (["--skip-norm-spikes", "4", "--zero-step", "deepspeed"], "--zero-step fused"),
+        (["--ema-decay", "0.9", "--zero-step", "deepspeed"], "--zero-step fused"),
         (["--decay-steps", "1"], "--schedule wsd"),
         (["--schedule", "wsd"], "--decay-steps 1"),
         (["--sample-tokens", "5", "--sample-prompt", "x ! " * 200], "--sample-tokens 0"),

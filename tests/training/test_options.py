@@ -67,6 +67,8 @@ def test_what_is_not_understood_exits_with_status_2(arguments: list[str], capsys
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be greater than 0"),
         ({"skip_spikes": 0.0}, r"skip_spikes=0\.0: must be greater than 0"),
         ({"skip_norm_spikes": -1.0}, r"skip_norm_spikes=-1\.0: must be greater than 0"),
+        ({"ema_decay": 1.0}, r"ema_decay=1\.0: must be greater than 0, and less than 1"),
+        ({"ema_decay": 0.0}, r"ema_decay=0\.0: must be greater than 0"),
         ({"z_loss": -1e-4}, r"z_loss=-0\.0001: must not be negative"),
         ({"z_loss": math.nan}, r"z_loss=nan: must not be negative, and finite"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0\.9, 1\.0\)"),
