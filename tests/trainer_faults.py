@@ -143,6 +143,20 @@ def multiply_loss_at_steps(rank: int, given: list[int]) -> None:
     Zero2.loss = inject  # type: ignore[method-assign]
 
 
+def multiply_gradients_at_steps(rank: int, given: list[int]) -> None:
+    """Multiply the gradients, and not the losses, of the steps in `given` (from 1) by 50 on rank 0."""
+    loss = Zero2.loss
+    taken = 0
+
+    def inject(zero: Zero2, *arguments: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        value = loss(zero, *arguments)
+        return value + 49 * (value - value.detach()) if taken in given and rank == 0 else value
+
+    Zero2.loss = inject  # type: ignore[method-assign]
+
+
 def sleep_on(rank: int, given: list[float]) -> None:
     """Let this rank sleep given[rank] seconds before it begins."""
     time.sleep(given[rank])

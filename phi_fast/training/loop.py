@@ -140,8 +140,14 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Measure the fields of StepRecord that a validation has; none if the run is about to stop."""
         rows, batch = self.options.val_rows, self.setup.micro_batch_size
+        weights = self.options.mixture_at(max(0, self.done - 1))
         found = validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
-        return {} if found is None else found.fields(self.options.mixture_at(max(0, self.done - 1)))
+        fields = {} if found is None else found.fields(weights)
+        if found is not None and self.zero.average:
+            with self.zero.averaged():
+                averaged = validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
+            fields |= {} if averaged is None else averaged.fields_of_average(weights)
+        return fields
 
     def validate_before(self, display: Display) -> None:
         """Show and log the validation loss before the first step."""

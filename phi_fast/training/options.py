@@ -123,6 +123,8 @@ class Options(Recipe):
             if getattr(self, name) and self.zero_step == "deepspeed":
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
+        if self.ema_decay is not None and self.zero_step == "deepspeed":
+            raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
         if self.cuda_graphs and self.zero_step == "deepspeed":

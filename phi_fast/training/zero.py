@@ -11,6 +11,8 @@ step halves the update whenever the scale grows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..kernels import FusedAdam
 from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from ..precision import Precision
 from ..recipes import Recipe, decays
+from .average import WeightAverage
 from .cuda_graphs import Capture, CapturedMicroBatch
 from .deepspeed_config import deepspeed_config
 from .distributed import World, deepspeed
@@ -123,6 +126,8 @@ class Zero2:
             spikes = SpikeFilters.of(recipe, world.device)
             gradients = gradients_of(self.zero, world, accumulation, reduce_once=reduce_once or capture is not None)
             self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, gradients, spikes)
+            if recipe.ema_decay is not None:
+                self.fused.average = WeightAverage(recipe.ema_decay, self.zero.single_partition_of_fp32_groups)
             self.zero.step = self.fused
             if capture:
                 self._captured = CapturedMicroBatch(model, self._loss, world, accumulation, capture)
@@ -187,6 +192,23 @@ class Zero2:
             broken=self.fused is not None and self.fused.broken,
         )
 
+    @property
+    def average(self) -> WeightAverage | None:
+        """The moving average of the weights (`Recipe.ema_decay`)."""
+        return self.fused.average if self.fused else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the averaged weights inside, and its own, bit for bit, after it; every rank calls it."""
+        assert self.fused is not None and self.fused.average is not None
+        parts = [parts[self.world.rank] for parts in self.zero.parallel_partitioned_bit16_groups]
+        own = [part.detach().clone() for part in parts]
+        try:
+            self.fused.replace_weights(parts, self.fused.average.averages)
+            yield
+        finally:
+            self.fused.replace_weights(parts, own)
+
     def _mean_loss(self) -> float:
         """Average the step's loss over the ranks, which DeepSpeed's own step does not do, and reset the sum."""
         if self.world.size > 1:
@@ -201,14 +223,16 @@ class Zero2:
         return not self.dynamic or (scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
 
     def partitions(self) -> dict[str, Tensor]:
-        """Return this rank's flat optimizer tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …"""
+        """Return this rank's flat tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …, and with an
+        average "ema.0", …"""
         tensors = {}
         for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
             state = self.zero.optimizer.state[master]
             tensors[f"master.{group}"] = master.detach()
             for name in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{group}"] = state[name] if name in state else torch.zeros_like(master)
-        return tensors
+        averages = self.average.averages if self.average else []
+        return tensors | {f"ema.{group}": average for group, average in enumerate(averages)}
 
     def partition_sizes(self) -> dict[str, tuple[int, int]]:
         """Map each name of `partitions` to (elements of this rank's part, elements of all parts without padding)."""
@@ -225,7 +249,10 @@ class Zero2:
         return weights + 4 * sum(whole for _, whole in self.partition_sizes().values())
 
     def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Load a checkpoint's weights, optimizer tensors and `state_dict()`."""
+        """Load a checkpoint's weights, optimizer tensors and `state_dict()`.
+
+        An average that `partitions` lacks starts as these weights.
+        """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(model[name])
@@ -235,6 +262,9 @@ class Zero2:
                 slot["step"] = torch.tensor(float(state["updates"]), device=master.device)
                 for name in ("exp_avg", "exp_avg_sq"):
                     slot[name] = partitions[f"{name}.{group}"].to(master.device)
+        if self.average:
+            averages = [tensor for name, tensor in partitions.items() if name.startswith("ema.")]
+            self.average.load(averages or None)
         if self.dynamic:
             for name, value in state["loss_scaler"].items():
                 setattr(self.zero.loss_scaler, name, value)
@@ -270,6 +300,7 @@ class FusedStep:
     ) -> None:
         self.zero, self.world, self.clip, self.spikes = zero, world, clip, spikes
         self.loss, self.gradients = loss, gradients
+        self.average: WeightAverage | None = None
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
         self.spike = False
@@ -291,12 +322,13 @@ class FusedStep:
         scale = float(zero.loss_scale)
         grad_scale, found_inf, norm = unscale_and_clip(norm_squared, loss_scale=scale, max_norm=self.clip or None)
         spike = self.spikes.judge(loss=loss, norm=norm) if self.spikes else torch.zeros_like(found_inf)
-        self._update(grads, grad_scale, found_inf + spike)
+        skip = found_inf + spike
+        self._update(grads, grad_scale, skip)
+        if self.average:
+            self.average.update(skip)
         del grads
         self.gradients.clear()
         self._gather_weights()
-        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
-        increment_version([p for group in zero.bit16_groups for p in group])
         # This is the first wait for the device: the update above is already queued.
         known = torch.stack([found_inf, spike, norm, self.nonfinite, loss]).tolist()
         overflow, spiked, unscaled, nonfinite, self.mean_loss = known
@@ -333,8 +365,17 @@ class FusedStep:
                 nonfinite=self.nonfinite,
             )
 
+    @torch.no_grad()
+    def replace_weights(self, parts: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Write other weights, in any float dtype, into this rank's `parts` of the model, and send them to all."""
+        for part, other in zip(parts, others, strict=True):
+            part.copy_(other)
+        self._gather_weights()
+
     def _gather_weights(self) -> None:
         """Send every rank's updated part to all ranks. With one rank, the weights are already in place."""
+        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
+        increment_version([p for group in self.zero.bit16_groups for p in group])
         if self.world.size == 1:
             return
         zero = self.zero
