@@ -75,7 +75,7 @@ class Options(Shape):
 
 
 def main(arguments: Any = None) -> int:
-    """Runs the command; returns its exit status: 0, or 2 with a message where nothing can be tuned."""
+    """Runs the command; returns its exit status: 0, 2 with a message where nothing can be tuned, 130 after Ctrl-C."""
     try:
         import tyro
     except ImportError:
@@ -92,6 +92,12 @@ def main(arguments: Any = None) -> int:
     except (CannotTune, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("error: these sizes do not fit into the GPU's free memory: give fewer --rows", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the table keeps what was measured", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -127,8 +133,10 @@ def show(options: Options, tell: Callable[[str], None] = print) -> None:
             faults = {candidate.tile: why for candidate, why in verdicts}
             for candidate in found:
                 why = faults[candidate.tile]
-                note = ", chosen by hand" if by_hand else ""
-                tell(f"  {_words(candidate.tile)}: {f'not timed: {why}' if why else 'timed'}{note}")
+                verdict = f"not timed: {why}" if why else "timed"
+                if by_hand:
+                    verdict = f"timed, chosen by hand{', though it ' * bool(why)}{why}"
+                tell(f"  {_words(candidate.tile)}: {verdict}")
                 by_hand = False
 
 

@@ -28,9 +28,9 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """One kernel launch: `launch()` runs it."""
+    """One kernel launch: `launch()` runs it. Two are the same only by identity: tensors have no hash."""
 
     kernel: Any
     """The `@triton.jit` function."""

@@ -123,3 +123,18 @@ def test_python_that_nothing_hides_is_measured_once_more_only(gpu: Gpu) -> None:
     measure = timing.kernel_timer(torch.device("cuda"))
     assert measure(kernels(gpu, refused=True, python=1.0)) > 0.9
     assert gpu.flushes <= 3 + timing.KernelTimer.MOST_FLUSHES
+
+
+def test_a_launch_as_the_tuner_describes_it_is_timed_from_a_graph(gpu: Gpu) -> None:
+    """Its arguments are in dicts, which have no hash; the timer keeps a graph for each launch."""
+    triton_common = pytest.importorskip("phi_fast.kernels.triton.common")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda **_: gpu.launch(python=300e-6, seconds=10e-6)
+
+    launch = triton_common.Launch(Kernel(), (1,), {"x": torch.zeros(1)}, {})
+    measure = timing.kernel_timer(torch.device("cuda"))
+    with timing.on_stream(measure):
+        assert isinstance(measure, timing.KernelTimer) and measure.replayed(launch)
+        assert measure(launch) == pytest.approx(10e-6)

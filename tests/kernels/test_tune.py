@@ -44,6 +44,7 @@ class Bench:
 
     def tools(self, **other: Any) -> sweep.Tools:
         def measure(launch: Any) -> float:
+            assert hash(launch) is not None, "the timer of a GPU keeps a graph for each"
             self.timed.append(launch)
             taken = self.seconds(launch)
             self.now += 10 * taken
@@ -439,6 +440,33 @@ def test_the_list_says_why_a_tile_is_not_timed(capsys: Captured, monkeypatch: py
     )
     tune.show(tune.Options(ops=("layer_norm",), most=2))
     assert "  warps 2: not timed: spills 8 bytes per thread\n" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "phi_fast.kernels.triton.compiled.compile_launch", lambda launch, architecture: replace(GOOD, spilled=8)
+    )
+    tune.show(tune.Options(ops=("layer_norm",), most=1))
+    printed = capsys.readouterr().out
+    assert "  warps 4: timed, chosen by hand, though it spills 8 bytes per thread\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "give fewer --rows"),
+        (KeyboardInterrupt(), 130, "stopped: the table keeps what was measured"),
+    ],
+    ids=["memory", "Ctrl-C"],
+)
+def test_how_a_sweep_may_end(
+    error: BaseException, status: int, message: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tune, "interpreting", lambda: False)
+    monkeypatch.setattr(tune, "_gpu", lambda: (Bench().tools(), GPU))
+    monkeypatch.setattr(tune, "tune", end)
+    assert tune.main([]) == status
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
