@@ -285,8 +285,8 @@ def test_a_sweep_puts_its_table_as_it_grows_and_says_how_it_failed(
 def test_a_dry_sweep_lists_what_would_be_timed(tmp_path: Path) -> None:
     given, found = session(tmp_path)
     tiles.sweep(given)
-    assert found["list"][0] == "layer_norm.forward: dtype float16, width 2048, length 8192, variant shift"
-    assert found["list"][1].endswith("timed, chosen by hand")
+    first = found["list"].index("layer_norm.forward: dtype float16, width 2048, length 8192, variant shift")
+    assert found["list"][first + 1].endswith("timed, chosen by hand")
 
 
 def test_a_table_is_in_use_inside_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
