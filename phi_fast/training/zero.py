@@ -92,12 +92,8 @@ class Zero2:
         reduce_once: bool = False,
         capture: Capture | None = None,
     ) -> None:
-        """Partition the optimizer's state over the ranks.
-
-        fused: step by `FusedStep`, not by DeepSpeed. reduce_once: reduce gradients once per step.
-        capture: makes the CUDA graph of `micro_batch`; gradients are then reduced once per step, and `fused` must be
-        True, else ValueError is raised. None: no graph.
-        """
+        """Partition the state. fused: step by `FusedStep`, not by DeepSpeed. reduce_once: reduce gradients per step.
+        capture: makes `micro_batch` a CUDA graph, and reduces once per step; ValueError unless `fused`."""
         if capture and not fused:
             raise ValueError("capture needs fused=True: DeepSpeed's own step needs DeepSpeed's hooks")
         optimizer = FusedAdam(
