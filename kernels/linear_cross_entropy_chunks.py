@@ -119,7 +119,7 @@ def losses_and_gradients(
             dbias=dbias if for_bias else None,
         )
         if for_hidden:
-            dhidden[rows] = wide_product(logits, weight)
+            wide_product(logits, weight, out=dhidden[rows])
         if for_weight:
             gradient.accumulate_(dweight, logits, h, first=start == 0)
     return losses, dhidden, dweight, dbias

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_no_worse, assert_same_nonfinite, backends, double, gradients
+from products import multiply_as_a_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -237,12 +238,35 @@ def test_nan_and_inf_spread_as_in_torch(device: str, backend_name: str, value: f
 
 
 @pytest.fixture
-def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """Makes a CPU do what a GPU does: store logits and gradient in fp16, accumulate and return products in fp32."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
-        for place in (chunks, weight_gradient):
-            monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
+    return multiply_as_a_gpu(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("one_product", [True, False])
+def test_weights_gradient_is_added_in_the_product(
+    device: str, dtype: torch.dtype, one_product: bool, fp16_storage: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk's 16-bit product is added to the fp32 sums as it ends; by an addition where torch's addmm cannot."""
+    if one_product and not weight_gradient.ADDS_TO_FP32:
+        pytest.skip(f"torch {torch.__version__}: its addmm does not add to fp32")
+    monkeypatch.setattr(weight_gradient, "ADDS_TO_FP32", one_product)
+    additions, sum_into = [], weight_gradient.sum_into_
+    monkeypatch.setattr(weight_gradient, "sum_into_", lambda *a, **o: additions.append(o["first"]) or sum_into(*a, **o))
+    inputs, labels = make(24, 16, 9000, dtype, device), make_labels(24, 9000, device)
+    compare(inputs, labels, 0.0, 0.0, "reference", chunk_size=8)
+    for done in (fp16_storage, additions):
+        done.clear()
+    options = (inputs["bias"], labels, Objective(), torch.ones((), device=device), 8, [True, True, False])
+    with backend.use("reference"):
+        chunks.losses_and_gradients(inputs["hidden"], inputs["weight"], *options)
+    logits_and_hidden = [("mm", (8, 9000)), ("mm", (8, 16))]
+    later = [("addmm", (9000, 16))] if one_product else [("mm", (8192, 16)), ("mm", (808, 16))]
+    assert fp16_storage == [*logits_and_hidden, ("mm", (9000, 16)), *2 * [*logits_and_hidden, *later]]
+    assert additions == ([] if one_product else 4 * [False])
 
 
 LOSS_SCALE = 2.0**16
