@@ -76,6 +76,8 @@ def test_variants_are_what_the_ops_accept() -> None:
         assert flags[f"attention.{name} GROUP"] == {1, 4}
         for flag in ("CAUSAL", "VARLEN", "BANDED"):
             assert flags[f"attention.{name} {flag}"] == {False, True}, (name, flag)
+    assert flags["linear_cross_entropy.loss_and_gradient HELD"] == {0, 8, 13}
+    assert flags["linear_cross_entropy.loss HELD"] == {0}
     for key in (
         *("adam.step HAS_MASTER", "adam.step LR_IS_TENSOR", "adam.step DECOUPLED", "adam.step BIAS_CORRECTION"),
         *("bias_gelu.forward TANH", "bias_gelu.backward TANH", "rotary.forward INTERLEAVED"),
