@@ -6,8 +6,8 @@ Of a row z of logits with label t:
 
 Bytes per element of the chunk (16-bit): 2 read and, with the gradient, 2 written: the row stays in the program's
 registers until its sum is known (`blocks_held`). A row that does not fit is read twice, and the second read comes from
-the L2 cache where that holds all rows in flight, 40 MB at a vocabulary of 51,200. The bias gradient reads the chunk
-once more: 2.
+the L2 cache where that holds all rows in flight: three or four 512-thread programs for each of a GPU's multiprocessors.
+The bias gradient reads the chunk once more: 2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from ..reference.linear_cross_entropy import (
 from .attention_tiles import architecture
 from .common import Launch, next_power_of_2
 from .launching import launch
+from .linear_cross_entropy_on_chip import linear_losses  # noqa: F401
 from .rounding import narrow
+from .softcap import capped
 from .tiles import RowCase, Tunable, bucket, words
 
 BLOCK = 4096  # columns at a time: with 512 threads, 8 each
@@ -73,7 +75,7 @@ def blocks_held(
     itemsize: int,
     objective: Objective,
     architecture: str,
-    tile: Tile = Tile(BLOCK, WARPS),
+    tile: Tile | None = None,
     *,
     need_grad: bool,
 ) -> int:
@@ -83,34 +85,9 @@ def blocks_held(
     row is read a second time, and none is held."""
     _, smoothing, _, class_weight, softcap = objective
     simple = not smoothing and class_weight is None and softcap is None
+    tile = tile or Tile(BLOCK, WARPS)
     fits = tile.warps <= WARPS and vocab <= MOST_HELD[architecture] * tile.warps // WARPS
     return triton.cdiv(vocab, tile.block) if need_grad and simple and itemsize == 2 and fits else 0
-
-
-@triton.jit
-def _tanh(x):
-    """tanh in fp32, relative error about 2 units in the last place (Cephes' tanhf); NaN stays."""
-    t = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(t, 10.0)) + 1.0)
-    s = t * t
-    small = -5.70498872745e-3 * s + 2.06390887954e-2
-    small = small * s - 5.37397155531e-2
-    small = small * s + 1.33314422036e-1
-    small = small * s - 3.33332819422e-1
-    small = small * s * t + t
-    t = tl.where(t > 0.625, large, small)
-    return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def _capped(x, softcap, CAPPED: tl.constexpr):
-    """(softcap · tanh(x / softcap), its derivative), as Gemma 2 caps its logits; (x, 1) without a cap."""
-    slope = 1.0
-    if CAPPED:
-        t = _tanh(tl.div_rn(x, softcap))
-        x = softcap * t
-        slope = 1.0 - t * t
-    return x, slope
 
 
 @triton.jit
@@ -123,7 +100,7 @@ def _scores(x, bias, lanes, start, inside, softcap, CAPPED: tl.constexpr):
     x = x.to(tl.float32)
     if bias is not None:
         x += tl.load(bias + lanes + start, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    x, slope = _capped(x, softcap, CAPPED)
+    x, slope = capped(x, softcap, CAPPED)
     if CAPPED:
         x = tl.where(inside, x, float("-inf"))
     return x, slope
@@ -201,7 +178,7 @@ def _cross_entropy(
     target = tl.load(logits + y).to(tl.float32)
     if bias is not None:
         target += tl.load(bias + y).to(tl.float32)
-    target, _ = _capped(target, softcap, CAPPED)
+    target, _target_slope = capped(target, softcap, CAPPED)  # `_` is a block's, below
 
     # Online logsumexp (Milakov and Gimelshein, arXiv 1805.02867): a running maximum and sum for each group of columns
     # that one thread reads, which meet once, at the end. The maximum starts finite, so that a group of -inf adds

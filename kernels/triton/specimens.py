@@ -189,6 +189,13 @@ def _linear_cross_entropy_specimens(architecture: str, dtype: torch.dtype, rows:
     yield Specimen(f"{name}.loss_and_gradient", gradient, 2 * chunk, 2 * chunk, f"{note}; {held}")
     yield Specimen(f"{name}.loss", loss, chunk, chunk, note)
     yield Specimen(f"{name}.bias_gradient", dbias, chunk, chunk, note)
+    hidden, weight = (_empty(n, WIDTH, dtype=dtype) for n in (TOKENS, VOCABULARY))
+    with recording(architecture) as launches:
+        linear_cross_entropy.linear_losses(hidden, weight, bias, _empty(TOKENS, dtype=torch.int64), objective)
+    [on_chip] = launches
+    moved = hidden.nbytes + weight.nbytes
+    read = f"({TOKENS}, {WIDTH}) x ({VOCABULARY}, {WIDTH}) {_words(dtype)}; operands read again are counted as L2 hits"
+    yield Specimen(f"{name}.loss_on_chip", on_chip, moved, moved, read)
 
 
 def _rotary_specimens(
@@ -298,6 +305,10 @@ def _row_variants(architecture: str) -> Iterator[Specimen]:
         cross_entropy = functools.partial(linear_cross_entropy.cross_entropy_, logits, labels, bias, **given)
         loss, gradient = (functools.partial(cross_entropy, need_grad=wanted) for wanted in (False, True))
         yield from _recorded(architecture, note, (f"{name}.loss", loss), (f"{name}.loss_and_gradient", gradient))
+        hidden = _empty(1024, 2048 if by_row else 2000, dtype=dtype)
+        weight = _empty(vocab, hidden.shape[1], dtype=dtype)
+        alone = functools.partial(linear_cross_entropy.linear_losses, hidden, weight, bias, labels, objective)
+        yield from _recorded(architecture, note, (f"{name}.loss_on_chip", alone))
         sums = functools.partial(cross_entropy, need_grad=True, dbias=_empty(vocab))
         *_, last = _recorded(architecture, note, (f"{name}.bias_gradient", sums))
         yield last

@@ -84,6 +84,8 @@ def test_variants_are_what_the_ops_accept() -> None:
         *(f"linear_cross_entropy.loss_and_gradient {flag}" for flag in ("SMOOTH", "CAPPED", "SCALE_BY_ROW")),
     ):
         assert flags[key] == {False, True}, key
+    for flag in ("SMOOTH", "CAPPED", "WHOLE"):
+        assert flags[f"linear_cross_entropy.loss_on_chip {flag}"] == {False, True}, flag
     for name, types in dtypes.items():
         assert name.startswith("adam") or {"*fp16", "*bf16", "*fp32"} <= types, name
     assert {str(value) for value in flags["adam.step PARAM"]} == {"fp16", "bf16", "fp32"}
