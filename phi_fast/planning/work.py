@@ -164,11 +164,10 @@ def head(shape: Shape) -> Iterator[Kernel]:
     row, weight, chunk = float(tokens * d * e), vocabulary * d, tokens / shape.chunks
     yield Kernel("final_norm", "forward", "memory", 0, 2 * row)
     yield _product("logits", chunk, vocabulary, d, e, count=shape.chunks)
-    # A GPU reads the logits once, writes their gradient, and reads that for the bias's; a CPU reads the logits twice.
-    yield Kernel("cross_entropy", "forward", "memory", 0, 3.0 * tokens * vocabulary * e)
+    yield Kernel("cross_entropy", "forward", "memory", 0, 3.0 * tokens * vocabulary * e)  # read twice, written once
     yield _product("hidden gradient", chunk, d, vocabulary, e, count=shape.chunks)
     yield _product("lm_head gradient", vocabulary, d, chunk, e, count=shape.chunks)
-    adding = 16 if e == 2 and shape.on_cpu else 8  # a CPU writes a 16-bit product in fp32 before it adds it
+    adding = 8 if e == 4 else 16  # a 16-bit product is written in fp32 before it is added
     yield Kernel("lm_head gradient, added up in fp32", "forward", "memory", 0, adding * weight, shape.chunks)
     yield Kernel("loss gradients, scaled", "backward", "memory", 0, (4.0 + e) * (weight + tokens * d))
     yield Kernel("final_norm", "backward", "memory", 0, 3 * row)
