@@ -22,7 +22,7 @@ from benchmarks.ops import DTYPES, Cost, agree, bounds, leaf
 from benchmarks.peers import NOT_COMPILED, backends, compiled, peer
 from benchmarks.subjects import Contender
 from benchmarks.timing import device
-from phi_fast.kernels import backend, linear_cross_entropy, use
+from phi_fast.kernels import backend, keep_logits_on_chip, linear_cross_entropy, use
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
@@ -116,6 +116,42 @@ def test_linear_cross_entropy(dtype: str, full: bool, results: Results) -> None:
         kernels=True,
     )
     results.add(subject)
+
+
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
+def test_loss_alone(dtype: str, full: bool, results: Results) -> None:
+    """The loss without gradients, as in evaluation: from chunks of logits and, on a GPU, with logits on the chip."""
+    where = device()
+    rows, d, vocab = ((8192, 2048, 51200) if sizes.GPU else (1024, 512, 51200)) if full else (16, 32, 512)
+    shapes = {"hidden": (rows, d), "weight": (vocab, d), "bias": (vocab,)}
+    scales = {"hidden": 1.0, "weight": d**-0.5, "bias": 0.02}
+    inputs = [leaf(*shapes[n], dtype=DTYPES[dtype], device=where, scale=scales[n]).detach() for n in shapes]
+    labels = torch.randint(vocab, (rows,), device=where)
+    cost = Cost(flops=2 * rows * d * vocab)
+
+    def ours(on_chip: bool) -> Tensor:
+        with keep_logits_on_chip(on_chip):
+            return linear_cross_entropy(*inputs, labels)
+
+    subjects: dict[str, dict[str, Callable[[], Tensor] | str]] = {"loss alone": {"phi_fast": partial(ours, False)}}
+    if where.type == "cuda":
+        subjects["loss alone, logits on chip"] = {
+            "phi_fast": partial(ours, True),
+            "cut-cross-entropy": peer("cut_cross_entropy", lambda: partial(cut, *inputs, labels)),
+        }
+    for name, losses in subjects.items():
+        losses["torch eager"] = partial(eager, *inputs, labels)
+        agree({n: loss for n, loss in losses.items() if not isinstance(loss, str)}, DTYPES[dtype])
+        running = {n: x if isinstance(x, str) else Contender(x, flops=cost.flops) for n, x in losses.items()}
+        subject = compare(
+            f"linear_cross_entropy, {dtype}, {name}",
+            running | bounds(cost, inputs[0], full),
+            config={"rows": rows, "width": d, "vocabulary": vocab, "FLOPs": cost.flops},
+            repeats=5 if full else 1,
+            budget=6,
+            kernels=True,
+        )
+        results.add(subject)
 
 
 @pytest.mark.parametrize("dtype", sizes.DTYPES)

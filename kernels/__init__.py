@@ -5,7 +5,7 @@
 # the schemas that phi_fast.kernels' own ops point to.
 if __name__ != "kernels":
     from .attention import attention
-    from .backend import BackendUnavailable, fuse_rotary, in_use, use
+    from .backend import BackendUnavailable, fuse_rotary, in_use, keep_logits_on_chip, use
     from .bias_gelu import bias_gelu
     from .fused_adam import FusedAdam
     from .layer_norm import layer_norm
@@ -32,6 +32,7 @@ if __name__ != "kernels":
         "fuse_rotary",
         "in_use",
         "keep_freed_memory",
+        "keep_logits_on_chip",
         "layer_norm",
         "linear_cross_entropy",
         "parallel_block",

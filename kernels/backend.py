@@ -37,6 +37,9 @@ BACKENDS = {"triton": OPS, "cpp": (*OPS, *PRODUCTS), "reference": (*OPS, *PRODUC
 ROTARY_INSIDE = {"triton": False, "cpp": True}
 """Back ends whose attention can apply RoPE while it reads q and k, and whether `parallel_block` lets it by default."""
 
+LOGITS_ON_CHIP = ("triton", "reference")
+"""Back ends with a product of linear_cross_entropy that stores no logits (the reference stores them, to compare)."""
+
 VENDORS = {
     **dict.fromkeys(("sdpa", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4"), ("attention",)),
     "apex": ("layer_norm", "adam"),
@@ -62,7 +65,7 @@ def isa_problem() -> str | None:
     return None
 
 
-_chosen: dict[str, Any] = {**dict.fromkeys((*OPS, *PRODUCTS), "auto"), "rotary_inside": None}
+_chosen: dict[str, Any] = {**dict.fromkeys((*OPS, *PRODUCTS), "auto"), "rotary_inside": None, "on_chip": False}
 
 
 class _Choice:
@@ -115,6 +118,29 @@ def fuse_rotary(inside: bool | None) -> _Choice:
     previous = {"rotary_inside": _chosen["rotary_inside"]}
     _chosen["rotary_inside"] = inside
     return _Choice(previous)
+
+
+def keep_logits_on_chip(keep: bool) -> _Choice:
+    """Choose how `linear_cross_entropy` forms losses where it forms no gradient: in evaluation, and in the forward pass
+    of `reduction="none"`.
+
+    keep: True: one Triton kernel multiplies and sums, and stores no logits; False, the default: chunk by chunk, by
+    torch's products. The kernel was not measured on a GPU. Gradients always come from chunks: the logits would have to
+    be formed twice. There is no such kernel in C++: True then raises ValueError when the op runs.
+
+    The choice holds as `use`'s does.
+    """
+    previous = {"on_chip": _chosen["on_chip"]}
+    _chosen["on_chip"] = keep
+    return _Choice(previous)
+
+
+def logits_stay_on_chip(device: torch.device | str) -> bool:
+    """What `keep_logits_on_chip` chose. Raises ValueError where the back end on `device` cannot."""
+    backend, chosen = name("linear_cross_entropy", device), _chosen["on_chip"]
+    if chosen and backend not in LOGITS_ON_CHIP:
+        raise ValueError(f"backend {backend!r} cannot keep logits on the chip; call keep_logits_on_chip(False)")
+    return chosen
 
 
 def rotary_inside(device: torch.device | str) -> bool:

@@ -89,6 +89,9 @@ def losses_and_gradients(
     wide = torch.promote_types(dtype, torch.float32)
     tokens, (vocab, d) = hidden.shape[0], weight.shape
     for_hidden, for_weight, for_bias = wanted
+    if not any(wanted) and backend.logits_stay_on_chip(hidden.device):
+        nothing = hidden.new_empty(0, dtype=wide)
+        return kernel.linear_losses(hidden, weight, bias, labels, objective), nothing, nothing.clone(), nothing.clone()
 
     losses = hidden.new_empty(tokens, dtype=wide)
     dhidden = hidden.new_empty(hidden.shape if for_hidden else (0,), dtype=wide)
@@ -119,7 +122,7 @@ def losses_and_gradients(
             dbias=dbias if for_bias else None,
         )
         if for_hidden:
-            dhidden[rows] = wide_product(logits, weight)
+            wide_product(logits, weight, out=dhidden[rows])
         if for_weight:
             gradient.accumulate_(dweight, logits, h, first=start == 0)
     return losses, dhidden, dweight, dbias

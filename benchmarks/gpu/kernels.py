@@ -70,6 +70,7 @@ def benchmarks() -> list[Benchmark]:
                 ("bias_gelu", "bias_gelu"),
                 ("rotary", "rotary"),
                 ("linear_cross_entropy", "cross_entropy_of_a_chunk"),
+                ("linear_cross_entropy", "loss_alone"),
             )
         ]
     found.insert(4, Benchmark("benchmarks.test_adam", "test_whole_update_of_bf16_weights", {}))

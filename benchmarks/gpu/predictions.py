@@ -49,8 +49,11 @@ SHARES = {
     "layer_norm backward": Share(0.58, "a row's sums serialise each program; 373 programs do not fill 132 SMs evenly"),
     "bias_gelu backward": Share(0.75, "31% occupancy, 85 registers, partial sums of the bias"),
     "adam": Share(0.85, "25% occupancy but 28 bytes per parameter in flight in each lane"),
-    "cross entropy": Share(0.70, "a row is read twice, the second time from L2 in part; 56 to 75% occupancy"),
+    "cross entropy": Share(
+        0.75, "a row is read once, into registers: 25% occupancy, loads and exponentials half apart"
+    ),
     "product": Share(0.70, "cuBLAS at 8192 × 2048 × 14336 in 16 bits; 700 W do not hold the clock of 989 TFLOP/s"),
+    "product on chip": Share(0.32, "64 FLOPs per byte of L2, and exponentials between the products"),
     "attention forward": Share(0.27, "head dim 64, causal: exponentials take as long as the products; 2 CTAs per SM"),
     "attention backward": Share(0.19, "five products in two kernels, 19 and 12% occupancy, P formed twice"),
 }
@@ -72,6 +75,7 @@ def _of(sheet: Sheet) -> dict[str, float]:
     element = 2.0
     rows = TOKENS * WIDTH * element
     wide = 4096 * 8192 * element
+    logits = 2 * TOKENS * WIDTH * VOCABULARY
     found: dict[str, float] = {}
     for dtype in ("fp16", "bf16"):
         found |= {
@@ -83,6 +87,8 @@ def _of(sheet: Sheet) -> dict[str, float]:
             f"cross entropy of a chunk, {dtype}, loss and gradient": memory(
                 3 * 1024 * VOCABULARY * element, "cross entropy"
             ),  # and the bias's gradient reads the chunk once more
+            f"linear_cross_entropy, {dtype}, loss alone": compute(logits) + memory(TOKENS * VOCABULARY * element),
+            f"linear_cross_entropy, {dtype}, loss alone, logits on chip": compute(logits, "product on chip"),
         }
         for batch, length in ((4, 2048), (16, 512)):
             product = batch * HEADS * length**2 * 64

@@ -24,7 +24,7 @@ GROUPS = {
     "layer_norm": r"^_layer_norm",
     "gelu": r"^_(forward|backward)$",
     "rotary": r"^_rotate",
-    "cross_entropy": r"^(_cross_entropy|_add_column_sums)",
+    "cross_entropy": r"^(_cross_entropy|_add_column_sums|_statistics)",
     "adam": r"^_adam",
     "norm": r"^_sum_of_squares",
     "embedding": r"embedding|indexSelect|index_select",

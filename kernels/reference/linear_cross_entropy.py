@@ -30,6 +30,35 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
+def linear_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, objective: Objective) -> Tensor:
+    """Losses (rows,) of hidden (rows, d), weight (V, d), bias (V,) and labels (rows,) int64, as `cross_entropy_` has
+    them: fp32, or fp64 for fp64. This is the primitive of back ends that keep logits on the chip; here they are stored.
+    """
+    scale = torch.ones((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    return cross_entropy_(hidden @ weight.T, labels, bias, objective=objective, scale=scale, need_grad=False)
+
+
+def losses_of_statistics(
+    maximum: Tensor, total: Tensor, target: Tensor, mean: Tensor, labels: Tensor, vocab: int, objective: Objective
+) -> Tensor:
+    """Losses (rows,) from each row's maximum of its scores s, Σ exp(s - maximum), the label's score, and the mean of
+    class weight · s, which counts with smoothed labels. All (rows,) fp32; labels int64; the formulas of
+    `cross_entropy_`."""
+    ignore_index, smoothing, z_loss, class_weight, _ = objective
+    valid = (labels >= 0) & (labels < vocab)
+    of_label: Tensor | float = 1.0
+    of_all: Tensor | float = 1.0
+    if class_weight is not None:
+        of_label, of_all = class_weight[labels.where(valid, 0)], class_weight.mean()
+    log_total = total.log()
+    found = (1 - smoothing) * of_label * (log_total - (target - maximum))
+    if smoothing:
+        found = found + smoothing * (of_all * (log_total + maximum) - mean)
+    if z_loss:
+        found = found + z_loss * of_label * (maximum + log_total).square()
+    return found.masked_fill(~valid, torch.nan).masked_fill(labels == ignore_index, 0.0)
+
+
 def cross_entropy_(
     logits: Tensor,
     labels: Tensor,

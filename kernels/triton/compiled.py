@@ -297,7 +297,17 @@ def _widths_in_assembly(assembly: str) -> Widths:
     return widths
 
 
-_DWORDS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8}
+_DWORDS = {
+    "dword": 32,
+    "dwordx2": 64,
+    "dwordx3": 96,
+    "dwordx4": 128,
+    "dwordx8": 256,
+    "ushort": 16,
+    "short": 16,
+    "ubyte": 8,
+    "byte": 8,
+}
 
 
 def _width(line: str) -> tuple[bool, int] | None:
@@ -310,7 +320,7 @@ def _width(line: str) -> tuple[bool, int] | None:
         vector = re.search(r"\.v(\d)\b", ptx[2])
         element = re.search(r"\.[busf](\d+)$", ptx[2])
         return ptx[1] == "st", int(vector[1] if vector else 1) * int(element[1] if element else 0)
-    amd = re.match(r"\s*(?:global|buffer|flat)_(load|store)_([a-z]+\d?)", line)
+    amd = re.match(r"\s*(?:global|buffer|flat|s)_(load|store)_([a-z]+\d?)\b", line)  # s: the same for all lanes
     if amd:
         return amd[1] == "store", _DWORDS.get(amd[2], 0)
     return None

@@ -185,10 +185,17 @@ def _linear_cross_entropy_specimens(architecture: str, dtype: torch.dtype, rows:
         cross_entropy_(logits, labels, bias, objective=objective, scale=scale, need_grad=False)
     gradient, dbias, loss = launches
     chunk, note, name = logits.nbytes, f"({rows}, {VOCABULARY}) {_words(dtype)}", "linear_cross_entropy"
-    twice = f"{note}; the second read of a row is counted as an L2 hit"
-    yield Specimen(f"{name}.loss_and_gradient", gradient, 2 * chunk, 2 * chunk, twice)
+    held = "a row stays in registers" if gradient.constants["HELD"] else "a row's second read is counted as an L2 hit"
+    yield Specimen(f"{name}.loss_and_gradient", gradient, 2 * chunk, 2 * chunk, f"{note}; {held}")
     yield Specimen(f"{name}.loss", loss, chunk, chunk, note)
     yield Specimen(f"{name}.bias_gradient", dbias, chunk, chunk, note)
+    hidden, weight = (_empty(n, WIDTH, dtype=dtype) for n in (TOKENS, VOCABULARY))
+    with recording(architecture) as launches:
+        linear_cross_entropy.linear_losses(hidden, weight, bias, _empty(TOKENS, dtype=torch.int64), objective)
+    [on_chip] = launches
+    moved = hidden.nbytes + weight.nbytes
+    read = f"({TOKENS}, {WIDTH}) x ({VOCABULARY}, {WIDTH}) {_words(dtype)}; operands read again are counted as L2 hits"
+    yield Specimen(f"{name}.loss_on_chip", on_chip, moved, moved, read)
 
 
 def _rotary_specimens(
@@ -287,14 +294,21 @@ def _row_variants(architecture: str) -> Iterator[Specimen]:
         ", class weights, smoothing": Objective(label_smoothing=0.1, class_weight=_empty(VOCABULARY)),
         ", capped": Objective(softcap=30.0),
     }
-    for dtype, (words, objective), by_row in itertools.product(_DTYPES, objectives.items(), (False, True)):
-        logits, bias = _empty(1024, VOCABULARY, dtype=dtype), _empty(VOCABULARY, dtype=dtype) if by_row else None
-        note = f"(1024, {VOCABULARY}) {_words(dtype)}{words}{', bias, scale per row' * by_row}"
+    choices = itertools.product(_DTYPES, objectives.items(), (False, True), (VOCABULARY, 32000))
+    for dtype, (words, objective), by_row, vocab in choices:
+        if vocab != VOCABULARY and words:
+            continue
+        logits, bias = _empty(1024, vocab, dtype=dtype), _empty(vocab, dtype=dtype) if by_row else None
+        note = f"(1024, {vocab}) {_words(dtype)}{words}{', bias, scale per row' * by_row}"
         labels, scale = _empty(1024, dtype=torch.int64), _empty(1024) if by_row else _empty()
         given: dict[str, Any] = {"objective": objective, "scale": scale}
         cross_entropy = functools.partial(linear_cross_entropy.cross_entropy_, logits, labels, bias, **given)
         loss, gradient = (functools.partial(cross_entropy, need_grad=wanted) for wanted in (False, True))
         yield from _recorded(architecture, note, (f"{name}.loss", loss), (f"{name}.loss_and_gradient", gradient))
-        sums = functools.partial(cross_entropy, need_grad=True, dbias=_empty(VOCABULARY))
+        hidden = _empty(1024, 2048 if by_row else 2000, dtype=dtype)
+        weight = _empty(vocab, hidden.shape[1], dtype=dtype)
+        alone = functools.partial(linear_cross_entropy.linear_losses, hidden, weight, bias, labels, objective)
+        yield from _recorded(architecture, note, (f"{name}.loss_on_chip", alone))
+        sums = functools.partial(cross_entropy, need_grad=True, dbias=_empty(vocab))
         *_, last = _recorded(architecture, note, (f"{name}.bias_gradient", sums))
         yield last

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_no_worse, assert_same_nonfinite, backends, double, gradients
+from products import multiply_as_a_gpu
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -208,6 +209,50 @@ def test_primitive_keeps_its_contract(device: str, backend_name: str) -> None:
         assert row.isnan().all()
 
 
+def test_rows_that_fit_registers_are_held() -> None:
+    """512 threads may have 128 registers each; those that hold a row of 51,200 16-bit elements are less than half."""
+    triton = pytest.importorskip("phi_fast.kernels.triton.linear_cross_entropy")
+    plain, held = Objective(), triton.blocks_held
+    assert held(51200, 2, plain, "sm_90", need_grad=True) * triton.BLOCK >= 51200
+    for chip, columns in {"sm_80": 32768, "sm_90": 53248, "sm_100": 53248, "gfx942": 32768}.items():
+        registers = 2 * columns / 4 / (32 * triton.WARPS)
+        assert registers <= 52
+        assert held(columns, 2, plain, chip, need_grad=True) == columns / triton.BLOCK
+        assert held(columns + 1, 2, plain, chip, need_grad=True) == 0
+        assert held(columns, 4, plain, chip, need_grad=True) == 0  # fp32 would take twice the registers
+    assert held(1000, 2, Objective(z_loss=1e-4), "sm_80", need_grad=True) == 1
+    assert held(1000, 2, plain, "sm_80", need_grad=False) == 0
+    few, many = (triton.Tile(2048, warps) for warps in (4, 32))
+    assert held(13312, 2, plain, "sm_90", few, need_grad=True) == 7  # 128 threads: 52 registers each, too
+    assert (
+        held(13313, 2, plain, "sm_90", few, need_grad=True) == held(1000, 2, plain, "sm_90", many, need_grad=True) == 0
+    )
+    for other in ({"label_smoothing": 0.1}, {"class_weight": torch.ones(1000)}, {"softcap": 30.0}):
+        assert held(1000, 2, Objective(**other), "sm_80", need_grad=True) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [8192, 8200])
+def test_a_row_that_is_held_gives_the_bits_of_one_that_is_read_twice(
+    device: str, dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("phi_fast.kernels.triton.linear_cross_entropy")
+    launching = pytest.importorskip("phi_fast.kernels.triton.launching")
+    generator = torch.Generator().manual_seed(vocab)
+    logits, bias = (torch.randn(*shape, generator=generator).to(device, dtype) for shape in ((3, vocab), (vocab,)))
+    logits[0, 7], logits[2, -1] = -math.inf, 40.0
+    options = {"objective": Objective(-100, 0.0, 1e-3), "scale": torch.full((), 4.0, device=device), "need_grad": True}
+    labels = torch.tensor([5, -100, vocab - 1], device=device)
+    results = []
+    for most in (53248, 0):
+        monkeypatch.setattr(triton, "MOST_HELD", dict.fromkeys(triton.MOST_HELD, most))
+        launching.forget()
+        x = logits.clone()
+        results.append((x, triton.cross_entropy_(x, labels, bias, **options)))
+    launching.forget()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_bias_gradient_sums_every_row(device: str, backend_name: str) -> None:
     """The rows are one more than a multiple of what a program of the column sums takes at a time."""
@@ -237,12 +282,35 @@ def test_nan_and_inf_spread_as_in_torch(device: str, backend_name: str, value: f
 
 
 @pytest.fixture
-def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """Makes a CPU do what a GPU does: store logits and gradient in fp16, accumulate and return products in fp32."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
-        for place in (chunks, weight_gradient):
-            monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
+    return multiply_as_a_gpu(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("one_product", [True, False])
+def test_weights_gradient_is_added_in_the_product(
+    device: str, dtype: torch.dtype, one_product: bool, fp16_storage: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk's 16-bit product is added to the fp32 sums as it ends; by an addition where torch's addmm cannot."""
+    if one_product and not weight_gradient.ADDS_TO_FP32:
+        pytest.skip(f"torch {torch.__version__}: its addmm does not add to fp32")
+    monkeypatch.setattr(weight_gradient, "ADDS_TO_FP32", one_product)
+    additions, sum_into = [], weight_gradient.sum_into_
+    monkeypatch.setattr(weight_gradient, "sum_into_", lambda *a, **o: additions.append(o["first"]) or sum_into(*a, **o))
+    inputs, labels = make(24, 16, 9000, dtype, device), make_labels(24, 9000, device)
+    compare(inputs, labels, 0.0, 0.0, "reference", chunk_size=8)
+    for done in (fp16_storage, additions):
+        done.clear()
+    options = (inputs["bias"], labels, Objective(), torch.ones((), device=device), 8, [True, True, False])
+    with backend.use("reference"):
+        chunks.losses_and_gradients(inputs["hidden"], inputs["weight"], *options)
+    logits_and_hidden = [("mm", (8, 9000)), ("mm", (8, 16))]
+    later = [("addmm", (9000, 16))] if one_product else [("mm", (8192, 16)), ("mm", (808, 16))]
+    assert fp16_storage == [*logits_and_hidden, ("mm", (9000, 16)), *2 * [*logits_and_hidden, *later]]
+    assert additions == ([] if one_product else 4 * [False])
 
 
 LOSS_SCALE = 2.0**16

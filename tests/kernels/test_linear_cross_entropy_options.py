@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_no_worse, backends, double, gradients
+from products import multiply_as_a_gpu
 from test_linear_cross_entropy import NoSync, lost, make, make_labels, peak_bytes
 from torch import Tensor
 
 from phi_fast.kernels import backend, linear_cross_entropy
 from phi_fast.kernels import linear_cross_entropy_chunks as chunks
-from phi_fast.kernels.reference import weight_gradient
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
 from phi_fast.kernels.reference.linear_cross_entropy import cross_entropy_ as reference
 
@@ -211,8 +211,7 @@ def fp16_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a CPU do what a GPU does: store logits and gradient in fp16, accumulate and return products in fp32."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
-        for place in (chunks, weight_gradient):
-            monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
+    multiply_as_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -285,11 +284,9 @@ def test_fp16_rows_keep_what_arrives_small_or_large(dout: float, judged: str) ->
     torch.testing.assert_close(actual.double(), exact, rtol=1e-2, atol=2e-3 * float(exact.abs().max()))
 
 
-def test_rows_whose_gradient_is_not_finite_do_not_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fp16_storage")
+def test_rows_whose_gradient_is_not_finite_do_not_hide() -> None:
     """An overflow must reach the loss scaler's check and not vanish in the division by the largest row."""
-    monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
-    for place in (chunks, weight_gradient):
-        monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
     inputs, labels = make(4, 8, 20, torch.float16, DEVICE), torch.tensor([1, 2, 3, 4], device=DEVICE)
     for bad in (torch.inf, torch.nan):
         dout = torch.tensor([1.0, bad, 1.0, 1.0], device=DEVICE)
@@ -311,12 +308,9 @@ def test_rows_form_gradients_in_the_backward_pass_alone(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.usefixtures("fp16_storage")
 def test_nothing_waits_for_the_device(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "check_labels", lambda *_: None)  # it runs on a CPU only
-    monkeypatch.setattr(chunks, "working_dtype", lambda hidden: hidden.dtype)
-    if DEVICE == "cpu":
-        for place in (chunks, weight_gradient):
-            monkeypatch.setattr(place, "wide_product", lambda a, b: a.float() @ b.float())
     for dtype in (torch.float32, torch.float16):
         inputs = {name: x.requires_grad_() for name, x in make(9, 8, 20, dtype, DEVICE).items()}
         options = {"class_weight": make_weights(20), "softcap": 5.0, "reduction": reduction, "chunk_size": 4}

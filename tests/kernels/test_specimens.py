@@ -76,12 +76,16 @@ def test_variants_are_what_the_ops_accept() -> None:
         assert flags[f"attention.{name} GROUP"] == {1, 4}
         for flag in ("CAUSAL", "VARLEN", "BANDED"):
             assert flags[f"attention.{name} {flag}"] == {False, True}, (name, flag)
+    assert flags["linear_cross_entropy.loss_and_gradient HELD"] == {0, 8, 13}
+    assert flags["linear_cross_entropy.loss HELD"] == {0}
     for key in (
         *("adam.step HAS_MASTER", "adam.step LR_IS_TENSOR", "adam.step DECOUPLED", "adam.step BIAS_CORRECTION"),
         *("bias_gelu.forward TANH", "bias_gelu.backward TANH", "rotary.forward INTERLEAVED"),
         *(f"linear_cross_entropy.loss_and_gradient {flag}" for flag in ("SMOOTH", "CAPPED", "SCALE_BY_ROW")),
     ):
         assert flags[key] == {False, True}, key
+    for flag in ("SMOOTH", "CAPPED", "WHOLE"):
+        assert flags[f"linear_cross_entropy.loss_on_chip {flag}"] == {False, True}, flag
     for name, types in dtypes.items():
         assert name.startswith("adam") or {"*fp16", "*bf16", "*fp32"} <= types, name
     assert {str(value) for value in flags["adam.step PARAM"]} == {"fp16", "bf16", "fp32"}

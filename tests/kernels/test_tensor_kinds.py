@@ -17,8 +17,8 @@ from phi_fast import kernels
 SCRIPT = Path(__file__).parent / "tensor_kinds.py"
 OPS = list(cases())
 NO_OPS = {
-    "BackendUnavailable", "accelerate", "fuse_rotary", "in_use", "keep_freed_memory", "restore", "rotary_table", "use",
-    "FusedAdam",
+    "BackendUnavailable", "accelerate", "fuse_rotary", "in_use", "keep_freed_memory", "keep_logits_on_chip", "restore",
+    "rotary_table", "use", "FusedAdam",
 }  # fmt: skip
 """Public names without tensors in their arguments, and the optimizer (`test_adam.py`)."""
 

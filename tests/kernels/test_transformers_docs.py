@@ -33,6 +33,7 @@ def test_each_op_has_its_row_and_each_row_is_an_op() -> None:
         "BackendUnavailable",
         "accelerate",
         "fuse_rotary",
+        "keep_logits_on_chip",
         "in_use",
         "keep_freed_memory",
         "restore",
