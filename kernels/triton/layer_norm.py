@@ -6,11 +6,20 @@ Of a row x of n elements, with gradient dy of y (Ba et al., arXiv 1607.06450):
     dx = rstd (γ dy - Σ(γ dy) / n - x̂ Σ(γ dy x̂) / n), plus the residual's gradient;  dγ = Σ_rows dy x̂;  dβ = Σ_rows dy
 
 Bytes per element (16-bit): forward 2 + 2, with a residual 4 more, with `shifted` 2 more; backward 2 + 2 + 2, with the
-residual's gradient 2 more. dweight and dbias: each program sums its rows in registers and writes one partial row (at
-most PROGRAMS of them, some 5% of the bytes at phi-1.5's shapes), which a second pass adds in a fixed order.
+residual's gradient 2 more.
+
+The backward pass keeps every multiprocessor reading. Its grid is what the GPU holds at once, so that each
+multiprocessor has the same number of rows, give or take one tile; and while a program sums one tile of rows, which
+takes several barriers, the next two are on their way into shared memory (on AMD, into registers). dweight and dbias:
+each program sums its rows in registers and writes one partial row (some 6% of the bytes at phi-1.5's shapes on an
+H100), and a second pass adds these in a fixed order. Rows of more than WIDE elements do not fit in registers beside
+those sums: a kernel before it forms the two sums of each row, and the columns are then taken tile by tile. dy and x are
+then read twice.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,12 +27,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.layer_norm import UNTOUCHED, ResidualStream
-from .common import Launch, next_power_of_2, refuse_double
+from .common import Launch, multiprocessors, next_power_of_2, refuse_double
+from .grid import split_program
 from .launching import launch
 from .rounding import narrow
 
-PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
-WIDEST = 32768  # elements of a row that registers hold; the backward's five rows spill beyond 8192 (1.3 KB per thread)
+WIDEST = 32768  # elements of a row that the forward's registers hold
+WIDE = 8192  # and the backward's, beside the sums of dweight and dbias
+TILE = 2048  # elements of a tile of several short rows, or of a part of a wide one
+WARPS = 16  # of the backward on a multiprocessor; with up to 128 registers per thread all of them are resident
+PREFETCH = 96 * 1024  # bytes ahead of the backward's sums on a multiprocessor; consumer cards have 99 KB per block
 
 
 @triton.jit
@@ -77,43 +90,85 @@ def _layer_norm_backward(
     weight,  # (d,)
     mean,  # (rows,) fp32
     rstd,  # (rows,) fp32
+    row_sums,  # (2, rows) fp32, of `_layer_norm_row_sums`; None where a tile holds whole rows
     residual_grad,  # (rows, d) or None
     dx,  # (rows, d)
-    partial,  # (2, programs, d) fp32: sums of dweight and dbias over a program's rows
+    partial,  # (2, programs of a column, d) fp32: sums of dweight and dbias over a program's rows
     rows,
     d,
-    rows_each,
     dy_stride,
     x_stride,
     residual_grad_stride,
     dx_stride,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < d
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK], dtype=tl.float32)
-    first = program * rows_each
-    for i in range(first, tl.minimum(first + rows_each, rows)):
-        row = tl.cast(i, tl.int64)
+    parts = tl.cdiv(d, BLOCK)
+    program, part = split_program(parts)
+    programs = tl.num_programs(0) // parts
+    column = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for i in tl.range(0, tl.cdiv(tl.cdiv(rows, ROWS) - program, programs), num_stages=STAGES):
+        row = (tl.cast(i, tl.int64) * programs + program) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < d)
         g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row)
-        x_hat = tl.where(inside, (v - tl.load(mean + row)) * r, 0.0)
+        mu = tl.load(mean + row, mask=row < rows, other=0.0)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        x_hat = (v - mu) * r  # beyond the row's end g is 0
         dweight += g * x_hat
         dbias += g
         g *= w
-        c1 = tl.sum(g * x_hat, axis=0) / d
-        result = (g - tl.sum(g, axis=0) / d - x_hat * c1) * r
+        if row_sums is None:
+            g_x_hat = tl.sum(g * x_hat, axis=1, keep_dims=True)
+            g_sum = tl.sum(g, axis=1, keep_dims=True)
+        else:
+            g_x_hat = tl.load(row_sums + row, mask=row < rows, other=0.0)
+            g_sum = tl.load(row_sums + rows + row, mask=row < rows, other=0.0)
+        result = (g - g_sum / d - x_hat * (g_x_hat / d)) * r
         if residual_grad is not None:
             residual = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
             result += residual.to(tl.float32)
         tl.store(dx + row * dx_stride + column, narrow(result, dx.dtype.element_ty), mask=inside)
-    at = partial + program.to(tl.int64) * d + column
-    tl.store(at, dweight, mask=inside)
-    tl.store(at + tl.num_programs(0).to(tl.int64) * d, dbias, mask=inside)
+    own = part * BLOCK + tl.arange(0, BLOCK)
+    at = partial + program.to(tl.int64) * d + own
+    tl.store(at, tl.sum(dweight, axis=0), mask=own < d)
+    tl.store(at + programs.to(tl.int64) * d, tl.sum(dbias, axis=0), mask=own < d)
+
+
+@triton.jit
+def _layer_norm_row_sums(
+    dy,  # (rows, d)
+    x,  # (rows, d)
+    weight,  # (d,)
+    mean,  # (rows,) fp32
+    rstd,  # (rows,) fp32
+    row_sums,  # (2, rows) fp32: Σ(γ dy x̂) and Σ(γ dy)
+    rows,
+    d,
+    dy_stride,
+    x_stride,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    mu = tl.load(mean + row)
+    r = tl.load(rstd + row)
+    g_x_hat = tl.zeros([BLOCK], dtype=tl.float32)
+    g_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in tl.range(0, d, BLOCK, num_stages=STAGES):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < d
+        g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        g_x_hat += g * ((v - mu) * r)
+        g_sum += g
+    tl.store(row_sums + row, tl.sum(g_x_hat, axis=0))
+    tl.store(row_sums + rows + row, tl.sum(g_sum, axis=0))
 
 
 def _block(d: int) -> int:
@@ -166,41 +221,87 @@ def _forward_launch(
     )
 
 
+class _Tile(NamedTuple):
+    """Rows and columns that a program of the backward holds at once, and the warps that hold them."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    @classmethod
+    def of(cls, d: int) -> _Tile:
+        """8 elements per thread, or 16 for rows of more than 4096: the sums stay in registers."""
+        columns = TILE if d > WIDE else next_power_of_2(d)
+        return cls(max(1, TILE // columns), columns, 8 if columns <= TILE else WARPS)
+
+    def programs(self, rows: int, d: int, device: torch.device) -> int:
+        """Programs that share out the rows of each column: as many as the device holds, but no more than tiles."""
+        resident = multiprocessors(device) * (WARPS // self.warps)
+        return min(triton.cdiv(rows, self.rows), max(1, resident // triton.cdiv(d, self.columns)))
+
+    def stages(self, *read: Tensor | None) -> int:
+        """One more than the tiles that are prefetched of each tensor that is read."""
+        size = sum(x.element_size() for x in read if x is not None) * self.rows * self.columns
+        return 1 + min(2, PREFETCH // (size * (WARPS // self.warps)))
+
+
 def _backward_launch(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    row_sums: Tensor | None,
     residual_grad: Tensor | None,
     dx: Tensor,
     partial: Tensor,
 ) -> Launch:
     rows, d = x.shape
-    block = _block(d)
-    programs = partial.shape[1]
+    tile = _Tile.of(d)
     return Launch(
         _layer_norm_backward,
-        (programs,),
+        (partial.shape[1] * triton.cdiv(d, tile.columns),),
         {
             "dy": dy,
             "x": x,
             "weight": weight.contiguous(),
             "mean": mean,
             "rstd": rstd,
+            "row_sums": row_sums,
             "residual_grad": residual_grad,
             "dx": dx,
             "partial": partial,
             "rows": rows,
             "d": d,
-            "rows_each": triton.cdiv(rows, programs),
             "dy_stride": dy.stride(0),
             "x_stride": x.stride(0),
             "residual_grad_stride": _stride(residual_grad),
             "dx_stride": dx.stride(0),
         },
-        {"BLOCK": block},
-        num_warps=max(1, min(16, block // 256)),  # 8 elements per thread: five fp32 rows stay in registers
+        {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages(dy, x, residual_grad)},
+        num_warps=tile.warps,
+    )
+
+
+def _row_sums_launch(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, row_sums: Tensor) -> Launch:
+    rows, d = x.shape
+    return Launch(
+        _layer_norm_row_sums,
+        (rows,),
+        {
+            "dy": dy,
+            "x": x,
+            "weight": weight.contiguous(),
+            "mean": mean,
+            "rstd": rstd,
+            "row_sums": row_sums,
+            "rows": rows,
+            "d": d,
+            "dy_stride": dy.stride(0),
+            "x_stride": x.stride(0),
+        },
+        {"BLOCK": TILE, "STAGES": 3},
+        num_warps=8,
     )
 
 
@@ -241,9 +342,11 @@ def backward(
     refuse_double("layer_norm", x)
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
-    rows_each = max(1, triton.cdiv(rows, PROGRAMS))
-    partial = x.new_empty((2, triton.cdiv(rows, rows_each), d), dtype=torch.float32)
+    partial = x.new_empty((2, _Tile.of(d).programs(rows, d, x.device), d), dtype=torch.float32)
+    row_sums = x.new_empty((2, rows), dtype=torch.float32) if d > WIDE else None
     if rows:
-        launch(_backward_launch, dy, x, weight, mean, rstd, residual_grad, dx, partial)
+        if row_sums is not None:
+            launch(_row_sums_launch, dy, x, weight, mean, rstd, row_sums)
+        launch(_backward_launch, dy, x, weight, mean, rstd, row_sums, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias
