@@ -1,4 +1,4 @@
-"""LayerNorm in Triton, a row in registers.
+"""LayerNorm in Triton, a row in registers; `layer_norm_wide` has what wider rows need.
 
 Of a row x of n elements, with gradient dy of y (Ba et al., arXiv 1607.06450):
 
@@ -13,8 +13,8 @@ multiprocessor has the same number of rows, give or take one tile; and while a p
 takes several barriers, the next two are on their way into shared memory (on AMD, into registers). dweight and dbias:
 each program sums its rows in registers and writes one partial row (some 6% of the bytes at phi-1.5's shapes on an
 H100), and a second pass adds these in a fixed order. Rows of more than WIDE elements do not fit in registers beside
-those sums: a kernel before it forms the two sums of each row, and the columns are then taken tile by tile. dy and x are
-then read twice.
+those sums: a kernel before it forms the two means of each row, and the columns are then taken tile by tile, so that dy
+and x are read twice.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from ..reference.layer_norm import UNTOUCHED, ResidualStream
 from .common import Launch, multiprocessors, next_power_of_2, refuse_double
 from .grid import split_program
 from .launching import launch
+from .layer_norm_wide import TILE, _layer_norm_forward_wide, row_means_launch
 from .rounding import narrow
 
-WIDEST = 32768  # elements of a row that the forward's registers hold
-WIDE = 8192  # and the backward's, beside the sums of dweight and dbias
-TILE = 2048  # elements of a tile of several short rows, or of a part of a wide one
+WIDEST = 32768  # elements of a row
+WIDE_FORWARD = 16384  # beyond these, registers do not hold a row of the forward
+WIDE = 8192  # and of the backward, beside the sums of dweight and dbias
 WARPS = 16  # of the backward on a multiprocessor; with up to 128 registers per thread all of them are resident
 PREFETCH = 96 * 1024  # bytes ahead of the backward's sums on a multiprocessor; consumer cards have 99 KB per block
 
@@ -90,7 +91,7 @@ def _layer_norm_backward(
     weight,  # (d,)
     mean,  # (rows,) fp32
     rstd,  # (rows,) fp32
-    row_sums,  # (2, rows) fp32, of `_layer_norm_row_sums`; None where a tile holds whole rows
+    row_means,  # (2, rows) fp32, of `row_means_launch`; None where a tile holds whole rows
     residual_grad,  # (rows, d) or None
     dx,  # (rows, d)
     partial,  # (2, programs of a column, d) fp32: sums of dweight and dbias over a program's rows
@@ -122,13 +123,13 @@ def _layer_norm_backward(
         dweight += g * x_hat
         dbias += g
         g *= w
-        if row_sums is None:
-            g_x_hat = tl.sum(g * x_hat, axis=1, keep_dims=True)
-            g_sum = tl.sum(g, axis=1, keep_dims=True)
+        if row_means is None:
+            c1 = tl.sum(g * x_hat, axis=1, keep_dims=True) / d
+            c2 = tl.sum(g, axis=1, keep_dims=True) / d
         else:
-            g_x_hat = tl.load(row_sums + row, mask=row < rows, other=0.0)
-            g_sum = tl.load(row_sums + rows + row, mask=row < rows, other=0.0)
-        result = (g - g_sum / d - x_hat * (g_x_hat / d)) * r
+            c1 = tl.load(row_means + row, mask=row < rows, other=0.0)
+            c2 = tl.load(row_means + rows + row, mask=row < rows, other=0.0)
+        result = (g - c2 - x_hat * c1) * r
         if residual_grad is not None:
             residual = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
             result += residual.to(tl.float32)
@@ -137,38 +138,6 @@ def _layer_norm_backward(
     at = partial + program.to(tl.int64) * d + own
     tl.store(at, tl.sum(dweight, axis=0), mask=own < d)
     tl.store(at + programs.to(tl.int64) * d, tl.sum(dbias, axis=0), mask=own < d)
-
-
-@triton.jit
-def _layer_norm_row_sums(
-    dy,  # (rows, d)
-    x,  # (rows, d)
-    weight,  # (d,)
-    mean,  # (rows,) fp32
-    rstd,  # (rows,) fp32
-    row_sums,  # (2, rows) fp32: Σ(γ dy x̂) and Σ(γ dy)
-    rows,
-    d,
-    dy_stride,
-    x_stride,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    mu = tl.load(mean + row)
-    r = tl.load(rstd + row)
-    g_x_hat = tl.zeros([BLOCK], dtype=tl.float32)
-    g_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in tl.range(0, d, BLOCK, num_stages=STAGES):
-        column = first + tl.arange(0, BLOCK)
-        inside = column < d
-        g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        g_x_hat += g * ((v - mu) * r)
-        g_sum += g
-    tl.store(row_sums + row, tl.sum(g_x_hat, axis=0))
-    tl.store(row_sums + rows + row, tl.sum(g_sum, axis=0))
 
 
 def _block(d: int) -> int:
@@ -193,9 +162,9 @@ def _forward_launch(
 ) -> Launch:
     residual, summed, shift, shifted = stream
     rows, d = x.shape
-    block = _block(d)
+    whole = {"BLOCK": _block(d)}
     return Launch(
-        _layer_norm_forward,
+        _layer_norm_forward_wide if d > WIDE_FORWARD else _layer_norm_forward,
         (rows,),
         {
             "x": x,
@@ -216,8 +185,9 @@ def _forward_launch(
             "summed_stride": _stride(summed),
             "shifted_stride": _stride(shifted),
         },
-        {"BLOCK": block},
-        num_warps=max(1, min(16, block // 512)),  # 16 elements per thread: two loads of 128 bits
+        {"BLOCK": TILE, "STAGES": 3} if d > WIDE_FORWARD else whole,
+        # 16 elements per thread: two loads of 128 bits
+        num_warps=8 if d > WIDE_FORWARD else max(1, min(16, whole["BLOCK"] // 512)),
     )
 
 
@@ -251,7 +221,7 @@ def _backward_launch(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    row_sums: Tensor | None,
+    row_means: Tensor | None,
     residual_grad: Tensor | None,
     dx: Tensor,
     partial: Tensor,
@@ -267,7 +237,7 @@ def _backward_launch(
             "weight": weight.contiguous(),
             "mean": mean,
             "rstd": rstd,
-            "row_sums": row_sums,
+            "row_means": row_means,
             "residual_grad": residual_grad,
             "dx": dx,
             "partial": partial,
@@ -280,28 +250,6 @@ def _backward_launch(
         },
         {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages(dy, x, residual_grad)},
         num_warps=tile.warps,
-    )
-
-
-def _row_sums_launch(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, row_sums: Tensor) -> Launch:
-    rows, d = x.shape
-    return Launch(
-        _layer_norm_row_sums,
-        (rows,),
-        {
-            "dy": dy,
-            "x": x,
-            "weight": weight.contiguous(),
-            "mean": mean,
-            "rstd": rstd,
-            "row_sums": row_sums,
-            "rows": rows,
-            "d": d,
-            "dy_stride": dy.stride(0),
-            "x_stride": x.stride(0),
-        },
-        {"BLOCK": TILE, "STAGES": 3},
-        num_warps=8,
     )
 
 
@@ -343,10 +291,10 @@ def backward(
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
     partial = x.new_empty((2, _Tile.of(d).programs(rows, d, x.device), d), dtype=torch.float32)
-    row_sums = x.new_empty((2, rows), dtype=torch.float32) if d > WIDE else None
+    row_means = x.new_empty((2, rows), dtype=torch.float32) if d > WIDE else None
     if rows:
-        if row_sums is not None:
-            launch(_row_sums_launch, dy, x, weight, mean, rstd, row_sums)
-        launch(_backward_launch, dy, x, weight, mean, rstd, row_sums, residual_grad, dx, partial)
+        if row_means is not None:
+            launch(row_means_launch, dy, x, weight, mean, rstd, row_means)
+        launch(_backward_launch, dy, x, weight, mean, rstd, row_means, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias

@@ -66,6 +66,28 @@ def test_triton_programs_share_out_the_rows(rows, d, device, monkeypatch):
     forget()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_triton_reads_wide_rows_in_parts(dtype, with_residual, device) -> None:
+    """The forward of rows that registers do not hold: against float64, and the sum that it writes over the residual."""
+    d = 16385 + 100 * with_residual
+    kernels = importlib.import_module("phi_fast.kernels.triton.layer_norm")
+    x, weight, bias = make(2, d, dtype, device, scale=3.0, mean=5.0).values()
+    residual = make(3, d, dtype, device)["x"][1:].contiguous() if with_residual else None
+    normalised = x + residual if with_residual else x
+    shifted = torch.empty_like(x)
+    stream = ResidualStream(residual, residual, bias, shifted)
+    out, mean, rstd = kernels.forward(x, weight, bias, 1e-5, stream)
+    exact = plain(normalised.double(), weight.double(), bias.double())
+    assert_no_worse(out, plain(normalised, weight, bias), exact, "out")
+    assert torch.equal(shifted, normalised + bias)
+    if with_residual:
+        assert torch.equal(residual, normalised)
+    torch.testing.assert_close(mean.double(), normalised.double().mean(1), atol=1e-5, rtol=1e-5)
+    variance = normalised.double().var(1, correction=0)
+    torch.testing.assert_close(rstd.double(), (variance + 1e-5).rsqrt(), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("architecture", "rows", "d", "dtype", "programs", "stages"),
     [  # two programs of 8 warps on each multiprocessor, or one of 16; tiles of 2048 elements, or of a whole row
