@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from benchmarks import models
 from benchmarks.peers import NOT_COMPILED, compiled, peer
 from benchmarks.subjects import Subject
-from phi_fast import Phi, PhiConfig
+from phi_fast import Phi, PhiConfig, data
 from phi_fast.kernels import FusedAdam
 from phi_fast.kernels.adam import grad_norm_squared, unscale_and_clip
 from phi_fast.recipes import RECIPES
+from phi_fast.training import cuda_graphs
+from phi_fast.training.cuda_graphs import Capture, CapturedMicroBatch
+from phi_fast.training.distributed import World
 from phi_fast.training.zero import parameter_groups
 
 ROWS = {"phi-tiny": 8, "phi-small": 4, "phi-1.5": 4, "a quarter of phi-1.5": 4}
@@ -58,6 +61,26 @@ def ours(config: PhiConfig, batch: Batch, dtype: torch.dtype) -> Step:
         clip, found_inf, _ = unscale_and_clip(norm_squared, max_norm=1.0)
         optimizer.step(grad_scale=clip, found_inf=found_inf)
         optimizer.zero_grad()
+
+    return step
+
+
+def captured(config: PhiConfig, batch: Batch, dtype: torch.dtype, capture: Capture = cuda_graphs.capture) -> Step:
+    """The step of `ours` with forward and backward replayed from a CUDA graph, as `train --cuda-graphs` does."""
+    device = batch[0].device
+    model = Phi(config).to(device, dtype)
+    optimizer = FusedAdam(parameter_groups(model, RECIPE), lr=1e-4, master_weights=dtype != torch.float32)
+    loss = torch.zeros((), device=device)
+    micro_batch = CapturedMicroBatch(model, loss, World(0, 1, 0, device), 1, capture)
+    rows = data.Batch(*batch, range(len(batch[0])), torch.zeros(len(batch[0]), dtype=torch.int32))
+
+    def step() -> None:
+        micro_batch(rows, 1.0, first=True)
+        for parameter, gradient in micro_batch.gradients.items():
+            parameter.grad = gradient
+        norm_squared = grad_norm_squared(list(micro_batch.gradients.values()))
+        clip, found_inf, _ = unscale_and_clip(norm_squared, max_norm=1.0)
+        optimizer.step(grad_scale=clip, found_inf=found_inf)
 
     return step
 

@@ -71,7 +71,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *given):
         options = AttentionOptions(*given)
-        out, lse = backend.implementation("attention", q.device).forward(q, k, v, options)
+        out, lse = backend.attention_for(q, k, options).forward(q, k, v, options)
         _save(ctx, (q, k, v, out, lse), options)
         return out
 
@@ -98,8 +98,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    kernels = backend.implementation("attention", q.device)
-    kernels.backward(dout, q, k, v, out, lse, AttentionOptions(*options), dq=dq, dk=dk, dv=dv)
+    given = AttentionOptions(*options)
+    backend.attention_for(q, k, given).backward(dout, q, k, v, out, lse, given, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
@@ -117,7 +117,7 @@ def _forward_op(
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     options = AttentionOptions(scale, causal, window, cu_seqlens, cos, sin)  # type: ignore[arg-type]
-    return backend.implementation("attention", q.device).forward(q, k, v, options, out=q.new_empty(q.shape))
+    return backend.attention_for(q, k, options).forward(q, k, v, options, out=q.new_empty(q.shape))
 
 
 @_forward_op.register_fake

@@ -3,7 +3,8 @@
 Every op has the same primitives, under the same names, in one module per back end: `reference/rotary.py`,
 `triton/rotary.py`, `cpp/rotary.py`. The public op (`rotary.py`) checks its arguments, owns autograd, and asks
 `implementation(...)` here for the module to call. Nothing falls back in silence: `auto` is a fixed choice by device
-that `in_use` prints, and a back end that was named and cannot run raises `BackendUnavailable` with the way out.
+that `in_use` prints (attention's may be measured: `attention_for`), and a back end that was named and cannot run raises
+`BackendUnavailable` with the way out.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterable
+from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from . import tuned
+
+if TYPE_CHECKING:
+    from .reference.attention import AttentionOptions
 
 OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam")
 """The public ops."""
@@ -30,8 +37,14 @@ BACKENDS = {"triton": OPS, "cpp": (*OPS, *PRODUCTS), "reference": (*OPS, *PRODUC
 ROTARY_INSIDE = {"triton": False, "cpp": True}
 """Back ends whose attention can apply RoPE while it reads q and k, and whether `parallel_block` lets it by default."""
 
-VENDORS = {"sdpa": ("attention",), "flash-attn": ("attention",), "apex": ("layer_norm", "adam")}
+VENDORS = {
+    **dict.fromkeys(("sdpa", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4"), ("attention",)),
+    "apex": ("layer_norm", "adam"),
+}
 """Other libraries' kernels, and what each offers."""
+
+REPEATABLE = ("flash-attn", "flash-attn-3", "flash-attn-4")
+"""Vendors whose attention gives the same bits in every run, as `attention` promises: `auto` may choose these only."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -70,7 +83,7 @@ def use(backend: str, op: str | None = None) -> _Choice:
 
     `use("reference")` switches the whole library; `use("triton", op="attention")` switches one op. The choice holds
     from the call on; in a `with` statement it ends with the block. `backend` is "auto", "triton", "cpp", "reference",
-    or, for the ops that `VENDORS` names, "sdpa", "flash-attn" or "apex".
+    or, for the ops that `VENDORS` names, "sdpa", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4" or "apex".
 
     Raises ValueError for a name that does not exist or does not offer the op.
     """
@@ -127,6 +140,13 @@ def in_use(device: torch.device | str) -> dict[str, str]:
     return {op: name(op, device) for op in (*OPS, *PRODUCTS)}
 
 
+def tiles(device: torch.device | str) -> str:
+    """Where the tiles of Triton's kernels on `device` come from, in words: measured there by `phi_fast.kernels.tune`,
+    or chosen by hand; and why a table of measurements is not used."""
+    where = torch.device(device)
+    return tuned.of(where).note if where.type == "cuda" else tuned.BY_HAND
+
+
 def implementation(op: str, device: torch.device) -> ModuleType:
     """The module whose primitives run `op` on `device`. Raises BackendUnavailable where it cannot run."""
     backend = name(op, device)
@@ -136,8 +156,47 @@ def implementation(op: str, device: torch.device) -> ModuleType:
         raise BackendUnavailable(
             f"{op}: backend 'cpp' runs on CPU tensors, these are on {device}; use('triton', op={op!r})"
         )
-    module = f"vendor.{backend.replace('-', '_')}_{op}" if backend in VENDORS else f"{backend}.{op}"
-    return importlib.import_module(f"{__package__}.{module}")
+    return module(backend, op)
+
+
+def module(backend: str, op: str) -> ModuleType:
+    """The module of a back end's primitives for `op`. Raises BackendUnavailable where its library is missing."""
+    name = f"vendor.{backend.replace('-', '_')}_{op}" if backend in VENDORS else f"{backend}.{op}"
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def attention_for(q: Tensor, k: Tensor, options: AttentionOptions) -> ModuleType:
+    """The module whose primitives run attention of these tensors.
+
+    Where `use` chose none and `phi_fast.kernels.tune` measured this case on this GPU, it is the fastest of those that
+    give the same bits in every run (`REPEATABLE`); else `implementation`'s.
+    """
+    if q.device.type == "cuda" and _chosen["attention"] == "auto" and (measured := _measured(tuned.of(q.device))):
+        from .triton.attention_tiles import case_of
+
+        fastest = measured.get(case_of(q, k, options))
+        if fastest is not None:
+            return fastest
+    return implementation("attention", q.device)
+
+
+@lru_cache(maxsize=64)
+def _measured(table: tuned.Table) -> dict[Any, ModuleType]:
+    """Case -> module of the vendor that was the fastest; a vendor that cannot be used any more is a warning."""
+    if not table.document.get("backends"):
+        return {}
+    from .triton.attention_tiles import Case
+
+    found = {}
+    for case, fastest in table.backends("attention", Case).items():
+        try:
+            if fastest in REPEATABLE:
+                found[case] = module(fastest, "attention")
+            elif fastest != "triton":
+                raise BackendUnavailable(f"attention: {fastest!r} is not one of {', '.join(('triton', *REPEATABLE))}")
+        except BackendUnavailable as error:
+            tuned.warn(f"{table.path}: {error}; attention runs in Triton")
+    return found
 
 
 def unshared(tensors: Iterable[Tensor]) -> list[Tensor]:

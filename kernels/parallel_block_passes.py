@@ -99,9 +99,8 @@ def _activations(
         backend.implementation("rotary", device).rotate_(heads.rotating(packed), inputs.cos, inputs.sin, 0)
     mixed = packed.new_empty(rows.shape[0], packed.shape[1] - 2 * d)
     o = packed.new_empty(rows.shape) if apart else mixed[:, :d]
-    _, lse = backend.implementation("attention", device).forward(
-        *heads.split(packed), _attention(inputs, options), out=heads.columns(o, 0, 1)
-    )
+    (q, k, v), attention = heads.split(packed), _attention(inputs, options)
+    _, lse = backend.attention_for(q, k, attention).forward(q, k, v, attention, out=heads.columns(o, 0, 1))
     backend.implementation("bias_gelu", device).forward(
         packed[:, 3 * d :], None, out=mixed[:, d:], carry=(o, mixed[:, :d]) if apart else None
     )
@@ -154,9 +153,9 @@ def backward(
     dmixed = torch.mm(dy, inputs.out_weight)
     dpacked = torch.empty_like(packed)
     dq, dk, dv = heads.split(dpacked)
-    saved_heads = *heads.split(packed), heads.columns(o, 0, 1), lse
-    backend.implementation("attention", device).backward(
-        heads.columns(dmixed, 0, 1), *saved_heads, _attention(inputs, options), dq=dq, dk=dk, dv=dv
+    (q, k, v), attention = heads.split(packed), _attention(inputs, options)
+    backend.attention_for(q, k, attention).backward(
+        heads.columns(dmixed, 0, 1), q, k, v, heads.columns(o, 0, 1), lse, attention, dq=dq, dk=dk, dv=dv
     )
     if not options.rotary_inside:
         backend.implementation("rotary", device).rotate_(

@@ -25,7 +25,7 @@ from torch import Tensor
 from .conversion import folder as beside
 from .conversion import model_card, published_layouts, target, writer
 from .conversion.errors import ConversionError
-from .conversion.masters import use_masters
+from .conversion.masters import use_average, use_masters
 from .conversion.source import Source
 from .files import writing
 from .precision import DTYPES
@@ -48,6 +48,8 @@ class ConvertOptions:
     dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep"
     """dtype of the written weights; keep: unchanged, bit for bit. fp32 from a run that trained in 16 bits: the fp32
     master weights of its checkpoint."""
+    ema: bool = False
+    """Write the moving average of the weights, which a run with --ema-decay keeps in fp32, instead of the weights."""
     tokenizer: str | None = None
     """Tokenizer to write beside the weights (as in `prepare`). Default: the source's own."""
     max_shard_gb: float = 5.0
@@ -74,7 +76,10 @@ def convert(
     source = Source.open(options.source)
     read = [source.folder, *source.paths, *([source.run] if source.run else [])]
     target.check(options.out, read, overwrite=options.overwrite)
-    if options.dtype == "fp32" and any(source.dtype(part).itemsize == 2 for part in source.parts):
+    if options.ema:
+        use_average(source)
+        tell("the moving average of the weights")
+    elif options.dtype == "fp32" and any(source.dtype(part).itemsize == 2 for part in source.parts):
         kept = use_masters(source)
         tell("fp32 weights: " + ("the run's own, not its 16-bit weights" if kept else "the 16-bit weights, widened"))
     with writing(options.out, "make room or grant write permission, or name another folder"):

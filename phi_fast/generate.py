@@ -66,6 +66,8 @@ class GenerateOptions:
     """auto: CUDA if torch sees a GPU, else cpu."""
     dtype: str = "auto"
     """auto: fp16 on CUDA, fp32 on a CPU. Or fp32, fp16, bf16."""
+    ema: bool = False
+    """Use the moving average of the weights, which a run with --ema-decay keeps."""
     tokenizer: str | None = None
     """Tokenizer to use (as in `prepare`). Default: the model's own."""
     quiet: bool = False
@@ -82,7 +84,9 @@ def main() -> int:
         check(options)
         if problem := isa_problem():
             raise UsageError(problem)
-        model, tokenizer = load(options.model, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer)
+        model, tokenizer = load(
+            options.model, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer, ema=options.ema
+        )
         return run(options, model, tokenizer, console)
     except (UsageError, ValueError, OSError) as error:
         console.print(printable(f"error: {error}"), style="red")

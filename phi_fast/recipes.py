@@ -182,6 +182,9 @@ class Recipe:
     about the last 64 steps). None: skip no step, as in the report."""
     skip_norm_spikes: float | None = None
     """The same for the gradient norm before clipping."""
+    ema_decay: float | None = None
+    """Also keep an exponential moving average of the weights, which keeps this share of itself in each step, as 0.999;
+    validations and checkpoints have it beside the weights. None: no average, as in the report."""
     seed: int = 1337
     """Seed of the initialisation and of the data order. NOT STATED by the report."""
 
@@ -245,6 +248,8 @@ class Recipe:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         if not 0 <= self.z_loss < math.inf:
             raise UsageError(f"z_loss={self.z_loss}: must not be negative, and finite")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UsageError(f"ema_decay={self.ema_decay}: must be greater than 0, and less than 1")
         self._check_decay()
         if self.initial_loss_scale < 1 or math.frexp(self.initial_loss_scale)[0] != 0.5:
             raise UsageError(f"initial_loss_scale={self.initial_loss_scale}: must be a power of two, as 65536")

@@ -30,7 +30,7 @@ from . import terminal
 from .conversion.load import choose_device
 from .errors import PhiFastError, UsageError
 from .kernels import in_use
-from .kernels.backend import BACKENDS, VENDORS, cpp_instructions, interpreting, isa_problem
+from .kernels.backend import BACKENDS, VENDORS, cpp_instructions, interpreting, isa_problem, tiles
 from .precision import DTYPES
 from .startup import tolerate_encodings
 from .verification import golden
@@ -38,7 +38,7 @@ from .verification.cases import cases
 from .verification.judge import Case, Verdict, judge
 
 Op = Literal["rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "model"]
-Backend = Literal["triton", "cpp", "reference", "sdpa", "flash-attn", "apex"]
+Backend = Literal["triton", "cpp", "reference", "sdpa", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4", "apex"]
 OPS_AND_MODEL: tuple[Op, ...] = get_args(Op)
 BACKENDS_AND_VENDORS: tuple[Backend, ...] = get_args(Backend)
 
@@ -134,7 +134,8 @@ def _machine(device: torch.device) -> dict[str, str]:
         version = "not installed"
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     versions = {"torch": torch.__version__, "triton": version, "python": platform.python_version()}
-    return {"device": chip, "C++ kernels": cpp_instructions(), **versions}
+    measured = {"tiles": tiles(device)} if device.type == "cuda" else {}
+    return {"device": chip, "C++ kernels": cpp_instructions(), **versions, **measured}
 
 
 def _backends(case: Case, options: Options, device: torch.device) -> list[str]:

@@ -57,6 +57,7 @@ PRINTING: dict[str, list[list[str]]] = {
         ["--device", "cpu", "--checkpoint", "no → checkpoint"],
     ],
     "phi_fast.kernels.codegen": [["--only", "no → kernel"], ["--arch", "sm_90", "--only", "layer_norm.forward"]],
+    "phi_fast.kernels.tune": [["--seconds", "0"], ["--json", "no → folder/x.json"], ["--list", "--most", "1"]],
     "benchmarks.gpu.__main__": [["--budget", "0"], ["--only", "no → stage"]],
     "benchmarks.report": [
         ["--compare", RESULTS, RESULTS],

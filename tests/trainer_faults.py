@@ -13,10 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import recorded_graphs
 import torch
 
 from phi_fast.data.loader import CorpusError
-from phi_fast.training import checkpoint
+from phi_fast.training import checkpoint, cuda_graphs
 from phi_fast.training.corpora import Corpora
 from phi_fast.training.metrics import MetricsLog
 from phi_fast.training.task_scores import TasksDuringTraining
@@ -142,6 +143,20 @@ def multiply_loss_at_steps(rank: int, given: list[int]) -> None:
     Zero2.loss = inject  # type: ignore[method-assign]
 
 
+def multiply_gradients_at_steps(rank: int, given: list[int]) -> None:
+    """Multiply the gradients, and not the losses, of the steps in `given` (from 1) by 50 on rank 0."""
+    loss = Zero2.loss
+    taken = 0
+
+    def inject(zero: Zero2, *arguments: Any) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        value = loss(zero, *arguments)
+        return value + 49 * (value - value.detach()) if taken in given and rank == 0 else value
+
+    Zero2.loss = inject  # type: ignore[method-assign]
+
+
 def sleep_on(rank: int, given: list[float]) -> None:
     """Let this rank sleep given[rank] seconds before it begins."""
     time.sleep(given[rank])
@@ -192,6 +207,12 @@ def no_room_for_metrics(rank: int, given: list[int]) -> None:
         write(log, record)
 
     MetricsLog.write = fill  # type: ignore[method-assign]
+
+
+def graphs_on_a_cpu(rank: int, given: list[str]) -> None:
+    """Make --cuda-graphs work on a CPU, with given[rank] of `recorded_graphs` as the capture."""
+    cuda_graphs.capture = getattr(recorded_graphs, given[rank])
+    cuda_graphs._require_gpu = lambda world: None
 
 
 def slow_read(rank: int, given: list[float]) -> None:

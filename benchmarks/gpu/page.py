@@ -59,6 +59,8 @@ def _result(name: str, value: Any) -> str:
     """One result: a subject of the benchmarks as their table, a list of objects as a table, an object as a list."""
     if isinstance(value, dict) and "rows" in value:
         return f"**{value['name']}** ({describe(value['config'])})\n\n{markdown(*cells(value))}"
+    if isinstance(value, dict) and isinstance(value.get("tiles"), list):
+        return _table_of_tiles(name, value)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         header = list(dict.fromkeys(key for row in value for key in row))
         body = [[_cell(row.get(key)) for key in header] for row in value]
@@ -66,6 +68,31 @@ def _result(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join([f"**{name}**", "", *(f"- {key}: {_cell(item)}" for key, item in value.items())])
     return f"- {name}: {_cell(value)}"
+
+
+def _table_of_tiles(name: str, table: dict[str, Any]) -> str:
+    """What `phi_fast.kernels.tune` measured: a row per kernel and case; and attention's back ends."""
+    rows = [
+        [
+            entry["kernel"],
+            _fields(entry["case"]),
+            _fields(entry["tile"]),
+            _cell(entry["milliseconds"]),
+            _cell(entry["by_hand_milliseconds"]),
+            f"{entry['by_hand_milliseconds'] / entry['milliseconds']:.2f}×",
+            _cell(entry["timed"]),
+        ]
+        for entry in table["tiles"]
+    ]
+    parts = [f"**{name}**", markdown(["kernel", "case", "tile", "ms", "by hand, ms", "gain", "tiles timed"], rows)]
+    for entry in table.get("backends", []):
+        chosen = ", ".join(f"{backend} {_cell(ms)}" for backend, ms in entry["milliseconds"].items())
+        parts.append(f"- {entry['op']}, {_fields(entry['case'])}, ms: {chosen}")
+    return "\n\n".join(parts)
+
+
+def _fields(given: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value != "")
 
 
 def _cell(value: Any) -> str:

@@ -7,11 +7,14 @@ compiled code (docs/codegen.md: registers, occupancy, instructions) and from wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from phi_fast import PhiConfig
+from phi_fast.planning import work
+from phi_fast.planning.work import Kernel, Shape
 
 TOKENS, WIDTH, HEADS, VOCABULARY, LENGTH = 8192, 2048, 32, 51200, 2048
 MICRO_BATCH = 16
@@ -70,9 +73,6 @@ def _of(sheet: Sheet) -> dict[str, float]:
     rows = TOKENS * WIDTH * element
     wide = 4096 * 8192 * element
     found: dict[str, float] = {}
-    config = PhiConfig()
-    block_products = 2 * TOKENS * 12 * WIDTH**2
-    logits = 2 * TOKENS * WIDTH * VOCABULARY
     for dtype in ("fp16", "bf16"):
         found |= {
             f"layer_norm, {dtype}, forward": memory(2 * rows),
@@ -83,9 +83,6 @@ def _of(sheet: Sheet) -> dict[str, float]:
             f"cross entropy of a chunk, {dtype}, loss and gradient": memory(
                 3 * 1024 * VOCABULARY * element, "cross entropy"
             ),  # and the bias's gradient reads the chunk once more
-            f"linear_cross_entropy, {dtype}, forward and backward": compute(3 * logits)
-            + memory(3 * TOKENS * VOCABULARY * element, "cross entropy")
-            + memory(24 * VOCABULARY * WIDTH),  # weight's fp32 gradient: written, added to once, scaled
         }
         for batch, length in ((4, 2048), (16, 512)):
             product = batch * HEADS * length**2 * 64
@@ -93,18 +90,44 @@ def _of(sheet: Sheet) -> dict[str, float]:
             name = f"attention, sequence {length}, {dtype}"
             found[f"{name}, forward"] = compute(2 * product, "attention forward") / short
             found[f"{name}, backward"] = compute(5 * product, "attention backward") / short
-        scores = TOKENS * LENGTH * WIDTH
-        forward = compute(block_products) + compute(2 * scores, "attention forward")
-        backward = compute(2 * block_products) + compute(5 * scores, "attention backward")
-        passes = memory(2 * rows + 2 * rows + 10 * rows)  # LayerNorm, RoPE, GELU with o carried along
-        again = memory(3 * rows, "layer_norm backward") + memory(2 * rows) + memory(18 * rows, "bias_gelu backward")
-        found[f"parallel_block, {dtype}, forward"] = forward + passes
-        found[f"parallel_block, {dtype}, backward"] = backward + again + memory(2 * rows)
-        layers = config.num_hidden_layers * (forward + passes + backward + again + memory(2 * rows))
-        head = found[f"linear_cross_entropy, {dtype}, forward and backward"]
-        update = memory(30 * config.num_parameters(), "adam")
-        found[f"training step, phi-1.5, {dtype}"] = MICRO_BATCH * LENGTH / TOKENS * (layers + head) + update
+        found |= {name.format(dtype): milliseconds(sheet, kernels) for name, kernels in _of_a_step().items()}
     return found
+
+
+def _of_a_step() -> dict[str, list[Kernel]]:
+    """The kernels of a block, of head and loss, and of the step, as `planning.work` counts them."""
+    config = PhiConfig()
+    small, step = (Shape(config, LENGTH, rows, 2, "norm_gelu", False) for rows in (TOKENS // LENGTH, MICRO_BATCH))
+    layer = work.block(small)
+    return {
+        "linear_cross_entropy, {}, forward and backward": [k for k in work.head(small) if k.name != "final_norm"],
+        "parallel_block, {}, forward": [kernel for kernel in layer if kernel.phase == "forward"],
+        "parallel_block, {}, backward": [kernel for kernel in layer if kernel.phase == "backward"],
+        "training step, phi-1.5, {}": [*work.micro_batch(step), *work.update(config, 2, 1, accumulating=False)],
+    }
+
+
+def milliseconds(sheet: Sheet, kernels: Iterable[Kernel]) -> float:
+    """Expected milliseconds of kernels one after the other."""
+    return sum(kernel.count * _milliseconds(sheet, kernel) for kernel in kernels)
+
+
+def _milliseconds(sheet: Sheet, kernel: Kernel) -> float:
+    share = SHARES[_share(kernel)].value
+    if kernel.kind == "memory":
+        return 1e3 * kernel.bytes_moved / (sheet.bandwidth * share)
+    return 1e3 * kernel.flops / (sheet.flops * share)
+
+
+def _share(kernel: Kernel) -> str:
+    """The name of the share of a rate that `kernel` reaches."""
+    if kernel.kind != "memory":
+        return kernel.kind
+    if kernel.phase == "backward" and kernel.name in ("layer_norm", "final_norm"):
+        return "layer_norm backward"
+    if kernel.phase == "backward" and kernel.name == "gelu":
+        return "bias_gelu backward"
+    return {"cross_entropy": "cross entropy", "adam": "adam", "norm": "adam"}.get(kernel.name, "streaming")
 
 
 def page() -> str:
@@ -126,7 +149,8 @@ PAGE = """# What an H100 is expected to show
 Written by `python -m benchmarks.gpu.predictions` before any GPU was touched. Nothing here is measured. `make gpu`
 prints measured ÷ predicted for each line; the goal is a mean error of 10%.
 
-A kernel takes its bytes at a share of the data sheet's bandwidth, or its FLOPs at a share of the dense rate:
+A kernel takes its bytes at a share of the data sheet's bandwidth, or its FLOPs at a share of the dense rate. The
+kernels of the block, of head and loss and of the step are those that `plan` counts (`phi_fast/planning/work.py`).
 
 | | share | why |
 |---|---:|---|

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from benchmarks import models, sizes, steps, timing
-from benchmarks.gpu import profile
+from benchmarks.gpu import profile, tiles
 from benchmarks.gpu.runner import Session
 from benchmarks.harness import compare
 from benchmarks.ops import DTYPES
@@ -25,7 +25,7 @@ Make = Callable[[PhiConfig, int, torch.dtype], "steps.Step | str"]
 
 
 def measure(session: Session) -> None:
-    """The trainer's default dtype first: this project, its profile, its rotation apart, then the peers."""
+    """The trainer's default dtype first: this project, its profile, its graph, its rotation apart, then the peers."""
     config = models.small(PhiConfig.preset("phi-tiny")) if session.dry else PhiConfig.preset("phi-1.5")
     dtype = "fp32" if session.dry else sizes.DTYPES[0]
     name = f"training step, phi-1.5, {dtype}"
@@ -43,15 +43,26 @@ def measure(session: Session) -> None:
     size = add("phi_fast", ours, fitting)
     smaller = tuple(rows for rows in fitting if rows <= size)
     profile.measure(session, config, size, DTYPES[dtype])
+    add("phi_fast, CUDA graph", captured, smaller)  # the graph's own memory may ask for a smaller micro-batch
     inside = not backend.rotary_inside(timing.device())
     with fuse_rotary(inside):
         add(f"phi_fast, RoPE {'inside' if inside else 'apart from'} attention", ours, (size,))
+    table = session.scratch / tiles.TABLE
+    if table.exists():
+        with tiles.in_use(table):
+            add("phi_fast, tiles measured on this GPU", ours, (size,))
     add("transformers eager", eager, smaller)
     add("transformers torch.compile", compiled if not session.dry else left_out, smaller)
 
 
 def ours(config: PhiConfig, rows: int, dtype: torch.dtype) -> steps.Step:
     return steps.ours(config, models.data(config, rows, timing.device()), dtype)
+
+
+def captured(config: PhiConfig, rows: int, dtype: torch.dtype) -> steps.Step | str:
+    if not sizes.GPU:
+        return "needs a GPU"
+    return steps.captured(config, models.data(config, rows, timing.device()), dtype)
 
 
 def eager(config: PhiConfig, rows: int, dtype: torch.dtype) -> steps.Step | str:

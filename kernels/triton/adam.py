@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,10 +31,25 @@ from ..reference.adam import AdamLists, AdamOptions
 from .common import Launch
 from .launching import Varying, launch
 from .rounding import narrow
+from .tiles import RowCase, Tunable, bucket, words
 
 CHUNK = 32768  # elements per program
 BLOCK = 2048  # elements at a time: with 256 threads, 8 each
 WARPS = 8
+
+
+class Tile(NamedTuple):
+    chunk: int
+    """Elements per program, a multiple of `block`."""
+    block: int
+    """Elements at a time."""
+    warps: int
+
+
+MANY = 2**26
+"""Elements from which on the tile no longer depends on their number."""
+_TRIED = {"chunk": (8192, 16384, CHUNK, 65536, 131072), "block": (1024, BLOCK, 4096, 8192), "warps": (4, WARPS, 16)}
+STEP, NORM = (Tunable(f"adam.{name}", Tile, RowCase, _TRIED) for name in ("step", "norm"))
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -229,27 +245,33 @@ _uploaded = lru_cache(maxsize=64)(_Uploaded)
 
 
 @lru_cache(maxsize=64)
-def _chunks(sizes: tuple[int, ...], device: torch.device) -> _Uploaded:
+def _chunks(sizes: tuple[int, ...], device: torch.device, chunk: int) -> _Uploaded:
     """(programs, 2): which tensor a program works on, and from which element."""
-    pairs = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, CHUNK)]
+    pairs = [(i, start) for i, size in enumerate(sizes) for start in range(0, size, chunk)]
     return _Uploaded([value for pair in pairs for value in pair], device)
 
 
 class _Tables:
     """The kernels' `table` (a column per tensor) and `chunks`, for `rows` of `_split`."""
 
-    def __init__(self, rows: list[list[int]], device: torch.device) -> None:
+    def __init__(self, rows: list[list[int]], device: torch.device, chunk: int) -> None:
         columns = list(zip(*rows, strict=True))
         self.shape = len(columns), len(rows)
         self.table = _uploaded(tuple(value for column in columns for value in column), device)
-        self.chunks = _chunks(tuple(columns[-1]), device)
+        self.chunks = _chunks(tuple(columns[-1]), device, chunk)
 
     def here(self) -> tuple[Tensor, Tensor]:
         """Both, for work on the current stream."""
         return self.table.here().view(self.shape), self.chunks.here().view(-1, 2)
 
 
+def _case(elements: int, dtype: torch.dtype, gradients: torch.dtype, has_master: bool) -> RowCase:
+    variant = f"{words(gradients)} gradients{', master' * has_master}"
+    return RowCase(words(dtype), 1, bucket(min(elements, MANY)), variant)
+
+
 def _adam_launch(
+    tile: Tile,
     table: Tensor,
     chunks: Tensor,
     param: torch.dtype,
@@ -288,20 +310,24 @@ def _adam_launch(
             "DECOUPLED": decoupled,
             "BIAS_CORRECTION": bias_correction,
             "WIDE": wide,
-            "CHUNK": CHUNK,
-            "BLOCK": BLOCK,
+            "CHUNK": tile.chunk,
+            "BLOCK": tile.block,
         },
-        num_warps=WARPS,
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
-def _sum_of_squares_launch(table: Tensor, chunks: Tensor, partials: Tensor, grad: torch.dtype, wide: bool) -> Launch:
+def _sum_of_squares_launch(
+    tile: Tile, table: Tensor, chunks: Tensor, partials: Tensor, grad: torch.dtype, wide: bool
+) -> Launch:
     return Launch(
         _sum_of_squares,
         (len(chunks),),
         {"table": table, "chunks": chunks, "tensors": table.shape[1], "partials": partials},
-        {"GRAD": TRITON_DTYPES[grad], "WIDE": wide, "CHUNK": CHUNK, "BLOCK": BLOCK},
-        num_warps=WARPS,
+        {"GRAD": TRITON_DTYPES[grad], "WIDE": wide, "CHUNK": tile.chunk, "BLOCK": tile.block},
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -309,15 +335,19 @@ def step_(lists: AdamLists, options: AdamOptions) -> None:
     """`reference.adam.step_`."""
     if not isinstance(options.lr, Tensor):
         options = options._replace(lr=Varying(options.lr))
-    param, grad = lists.params[0], lists.grads[0]
-    if "tables" not in lists.kept:
+    param, grad, has_master = lists.params[0], lists.grads[0], lists.masters is not None
+    if "elements" not in lists.kept:
+        lists.kept["elements"] = sum(p.numel() for p in lists.params)
+    by_hand, elements = Tile(CHUNK, BLOCK, WARPS), lists.kept["elements"]
+    tile = STEP.tile(param.device, by_hand, _case, elements, param.dtype, grad.dtype, has_master)
+    if lists.kept.get("chunk") != tile.chunk:
         *tensors, masters = lists.tensors
         parts = _split([*tensors, lists.params if masters is None else masters])
-        lists.kept["tables"] = [_Tables(rows, param.device) if rows else None for rows in parts]
+        lists.kept["tables"] = [_Tables(rows, param.device, tile.chunk) if rows else None for rows in parts]
+        lists.kept["chunk"] = tile.chunk
     for tables, wide in zip(lists.kept["tables"], (True, False), strict=True):
         if tables is not None:
-            dtypes = param.dtype, grad.dtype
-            launch(_adam_launch, *tables.here(), *dtypes, options, lists.masters is not None, wide)
+            launch(_adam_launch, tile, *tables.here(), param.dtype, grad.dtype, options, has_master, wide)
 
 
 def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
@@ -326,7 +356,9 @@ def grad_norm_squared(grads: Sequence[Tensor]) -> Tensor:
     for dtype in dict.fromkeys(g.dtype for g in grads):
         for rows, wide in zip(_split([[g for g in grads if g.dtype == dtype]]), (True, False), strict=True):
             if rows:
-                table, chunks = _Tables(rows, device).here()
+                elements = sum(row[-1] for row in rows)
+                tile = NORM.tile(device, Tile(CHUNK, BLOCK, WARPS), _case, elements, dtype, dtype, False)
+                table, chunks = _Tables(rows, device, tile.chunk).here()
                 partials.append(torch.empty(len(chunks), dtype=torch.float32, device=device))
-                launch(_sum_of_squares_launch, table, chunks, partials[-1], dtype, wide)
+                launch(_sum_of_squares_launch, tile, table, chunks, partials[-1], dtype, wide)
     return torch.cat(partials).sum(dtype=torch.float64).float() if partials else torch.zeros((), device=device)

@@ -16,10 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference.attention import AttentionOptions, band
+from ..reference.attention import AttentionOptions
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
-from .attention_tiles import HEAD_DIMS, Tile, architecture, tile
+from .attention_tiles import HEAD_DIMS, KERNELS, Tile, architecture, case_of, mask_of, tile
 from .common import Launch
 from .launching import launch
 
@@ -49,7 +49,7 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
     elif q.numel():
-        launch(_describe, "forward", _tile("forward", q, options), _precision(), options, q, k, v, out, lse)
+        launch(_describe, "forward", _tile("forward", q, k, options), _precision(), options, q, k, v, out, lse)
     return out, lse
 
 
@@ -74,26 +74,26 @@ def backward(
             gradient.zero_()
     else:
         precision, read = _precision(), (dout, q, k, v, lse, delta)
-        launch(_describe, "dq", _tile("dq", q, options), precision, options, *read, out, dq)  # writes delta for dkv
-        launch(_describe, "dkv", _tile("dkv", q, options), precision, options, *read, dk, dv)
+        launch(_describe, "dq", _tile("dq", q, k, options), precision, options, *read, out, dq)  # writes delta for dkv
+        launch(_describe, "dkv", _tile("dkv", q, k, options), precision, options, *read, dk, dv)
 
 
-def _tile(name: str, q: Tensor, options: AttentionOptions) -> Tile:
+def _tile(name: str, q: Tensor, k: Tensor, options: AttentionOptions) -> Tile:
+    """The tile of kernel `name`: as measured on this GPU, or as chosen by hand."""
     rotary, documents = options.cos is not None, options.cu_seqlens is not None
-    return tile(name, architecture(q.device), q.shape[3], q.element_size(), rotary, documents)
+    by_hand = tile(name, architecture(q.device), q.shape[3], q.element_size(), rotary, documents)
+    return KERNELS[name].tile(q.device, by_hand, case_of, q, k, options)
 
 
 def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions, *operands: Tensor) -> Launch:
     """Describe the launch of kernel `name` on its `_OPERANDS`, with the tile that was chosen."""
-    scale, causal, window, cu_seqlens, cos, sin = options
+    scale, causal, _, cu_seqlens, cos, sin = options
     kernel = _KERNELS[name]
     tensors = dict(zip(_OPERANDS[name], operands, strict=True))
     q, k = tensors["q"], tensors["k"]
     batch, sequence, heads, head_dim = q.shape
     keys, key_heads = k.shape[1:3]
-    least, most = band(sequence, keys, causal, window)
-    whole = most >= keys - 1 or (causal and most == 0)  # what the flag CAUSAL, or none, says too
-    banded = keys != sequence or least > 1 - sequence or not whole
+    banded, least, most = mask_of(q, k, options)
     programs, block = (batch * key_heads, chosen.n) if name == "dkv" else (batch * heads, chosen.m)
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     arguments = {
@@ -134,6 +134,7 @@ def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        tile=chosen,
     )
 
 

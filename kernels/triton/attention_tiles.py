@@ -1,6 +1,6 @@
-"""Tile sizes of the attention kernels, chosen by hand: nothing is timed when a program starts.
+"""Tile sizes of the attention kernels: those chosen by hand, and the values that `phi_fast.kernels.tune` tries.
 
-What decides, in this order; `python -m phi_fast.kernels.codegen` shows each figure:
+What decides by hand, in this order; `python -m phi_fast.kernels.codegen` shows each figure:
 1. no register spills in 16 bits, with any mask, documents, rotation and group of heads (`--check` compiles them all).
    The rotation inside the loads costs 50 to 100 registers per thread, and with documents each thread searches them for
    the place of its keys, hence smaller tiles. fp32 with the rotation does spill (up to 500 bytes per thread);
@@ -20,8 +20,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..reference.attention import AttentionOptions, band
 from .common import recorded_architecture
+from .tiles import Tunable, bucket, words
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -36,6 +39,45 @@ class Tile(NamedTuple):
     n: int
     warps: int
     stages: int
+
+
+class Case(NamedTuple):
+    """What the measured tile of an attention kernel depends on."""
+
+    head_dim: int
+    dtype: str
+    rotation: int
+    """Dims of q and k that the kernel rotates."""
+    mask: str
+    """ "causal", "full", or "band": a window, or rows and keys of different numbers."""
+    documents: bool
+    group: int
+    """Query heads per key head."""
+    length: int
+    """Keys, as a power of two (`bucket`)."""
+
+
+_TRIED = {"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)}
+KERNELS = {name: Tunable(f"attention.{name}", Tile, Case, _TRIED) for name in ("forward", "dq", "dkv")}
+"""What the tuner may choose of each kernel."""
+
+
+def case_of(q: Tensor, k: Tensor, options: AttentionOptions) -> Case:
+    """What the measured tiles of a call depend on."""
+    banded, *_ = mask_of(q, k, options)
+    mask = "band" if banded else "causal" if options.causal else "full"
+    rotation = 0 if options.cos is None else 2 * options.cos.shape[1]
+    documents, group = options.cu_seqlens is not None, q.shape[2] // k.shape[2]
+    return Case(q.shape[3], words(q.dtype), rotation, mask, documents, group, bucket(k.shape[1]))
+
+
+def mask_of(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[bool, int, int]:
+    """(banded, least, most): row i sees key j where least <= j - i <= most. Where that is not banded, the flag causal
+    says the same."""
+    sequence, keys = q.shape[1], k.shape[1]
+    least, most = band(sequence, keys, options.causal, options.window)
+    whole = most >= keys - 1 or (options.causal and most == 0)  # what the flag CAUSAL, or none, says too
+    return keys != sequence or least > 1 - sequence or not whole, least, most
 
 
 _HALF_PRECISION = {

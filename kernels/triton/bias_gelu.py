@@ -16,6 +16,8 @@ largest error is a fifth of torch's in fp32.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,11 +27,37 @@ from .common import Launch, next_power_of_2, refuse_double
 from .grid import split_program
 from .launching import launch
 from .rounding import narrow
+from .tiles import RowCase, Tunable, bucket, words
 
 ROWS, COLUMNS = 4, 1024  # a tile of the forward: 32 elements per thread, 8 of them a load of 128 bits
 ROWS_BACKWARD, COLUMNS_BACKWARD = 4, 512  # of the backward: 4 rows at once keep the sums of many rows accurate
 WIDEST = 2**30  # elements of a row: the columns of a grid's last tile are still 32 bits
 ROWS_EACH = 64  # rows a program of the backward walks down
+
+
+class ForwardTile(NamedTuple):
+    rows: int
+    columns: int
+    """At most: a row may have less."""
+    warps: int
+
+
+class BackwardTile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+    rows_each: int
+    """Rows that a program walks down, a multiple of `rows`."""
+
+
+_SIDES = {"rows": (1, 2, 4, 8, 16), "warps": (1, 2, 4, 8)}
+FORWARD = Tunable("bias_gelu.forward", ForwardTile, RowCase, {**_SIDES, "columns": (256, 512, 1024, 2048)})
+BACKWARD = Tunable(
+    "bias_gelu.backward",
+    BackwardTile,
+    RowCase,
+    {**_SIDES, "columns": (128, 256, 512, 1024), "rows_each": (32, 64, 128, 256)},
+)
 
 
 @triton.jit
@@ -179,15 +207,48 @@ def _columns(n: int, width: int, most: int) -> tuple[int, int]:
     return columns, triton.cdiv(n, columns) + triton.cdiv(width, columns)
 
 
+def _case(x: Tensor, bias: Tensor | None, approximate: str, activation: Tensor | None, carry: object) -> RowCase:
+    rows, n = x.shape
+    beside = {"bias": bias, "activation": activation, "carry": carry}
+    given = (name for name, value in beside.items() if value is not None)
+    return RowCase(words(x.dtype), next_power_of_2(n), bucket(rows), ", ".join((approximate, *given)))
+
+
+def _most_columns(x: Tensor, carry: tuple[Tensor, Tensor] | None, most: int) -> int:
+    return min(most, next_power_of_2(max(x.shape[1], 0 if carry is None else carry[0].shape[1])))
+
+
+def _forward_tile(x: Tensor, bias: Tensor | None, approximate: str, carry: tuple[Tensor, Tensor] | None) -> ForwardTile:
+    by_hand = ForwardTile(ROWS, COLUMNS, max(1, _most_columns(x, carry, COLUMNS) * ROWS // 1024))
+    return FORWARD.tile(x.device, by_hand, _case, x, bias, approximate, None, carry)
+
+
+def _backward_tile(
+    x: Tensor,
+    bias: Tensor | None,
+    activation: Tensor | None,
+    approximate: str,
+    carry: tuple[Tensor, Tensor] | None,
+) -> BackwardTile:
+    warps = max(1, _most_columns(x, carry, COLUMNS_BACKWARD) * ROWS_BACKWARD // 512)
+    by_hand = BackwardTile(ROWS_BACKWARD, COLUMNS_BACKWARD, warps, ROWS_EACH)
+    return BACKWARD.tile(x.device, by_hand, _case, x, bias, approximate, activation, carry)
+
+
 def _forward_launch(
-    x: Tensor, bias: Tensor | None, out: Tensor, approximate: str, carry: tuple[Tensor, Tensor] | None
+    tile: ForwardTile,
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    approximate: str,
+    carry: tuple[Tensor, Tensor] | None,
 ) -> Launch:
     rows, n = x.shape
     carried = _carried(carry)
-    columns, tiles = _columns(n, carried["width"], COLUMNS)
+    columns, tiles = _columns(n, carried["width"], tile.columns)
     return Launch(
         _forward,
-        (triton.cdiv(rows, ROWS) * tiles,),
+        (triton.cdiv(rows, tile.rows) * tiles,),
         {
             "x": x,
             "bias": None if bias is None else bias.contiguous(),
@@ -198,12 +259,14 @@ def _forward_launch(
             "out_stride": out.stride(0),
             **carried,
         },
-        {"TANH": approximate == "tanh", "ROWS": ROWS, "COLUMNS": columns},
-        num_warps=max(1, columns * ROWS // 1024),
+        {"TANH": approximate == "tanh", "ROWS": tile.rows, "COLUMNS": columns},
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
 def _backward_launch(
+    tile: BackwardTile,
     dout: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -215,7 +278,7 @@ def _backward_launch(
 ) -> Launch:
     rows, n = x.shape
     carried = _carried(carry)
-    columns, tiles = _columns(n, carried["width"], COLUMNS_BACKWARD)
+    columns, tiles = _columns(n, carried["width"], tile.columns)
     return Launch(
         _backward,
         (partial.shape[0] * tiles,),
@@ -234,8 +297,9 @@ def _backward_launch(
             "activation_stride": 0 if activation is None else activation.stride(0),
             **carried,
         },
-        {"TANH": approximate == "tanh", "ROWS": ROWS_BACKWARD, "COLUMNS": columns, "ROWS_EACH": ROWS_EACH},
-        num_warps=max(1, columns * ROWS_BACKWARD // 512),
+        {"TANH": approximate == "tanh", "ROWS": tile.rows, "COLUMNS": columns, "ROWS_EACH": tile.rows_each},
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -251,7 +315,7 @@ def forward(
     refuse_double("bias_gelu", x)
     out = x.new_empty(x.shape) if out is None else out
     if x.numel():
-        launch(_forward_launch, x, bias, out, approximate, carry)
+        launch(_forward_launch, _forward_tile(x, bias, approximate, carry), x, bias, out, approximate, carry)
     return out
 
 
@@ -269,7 +333,8 @@ def backward(
     refuse_double("bias_gelu", x)
     rows, n = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
-    partial = x.new_empty((triton.cdiv(rows, ROWS_EACH), n), dtype=torch.float32)
+    tile = _backward_tile(x, bias, activation, approximate, carry)
+    partial = x.new_empty((triton.cdiv(rows, tile.rows_each), n), dtype=torch.float32)
     if x.numel():
-        launch(_backward_launch, dout, x, bias, dx, activation, partial, approximate, carry)
+        launch(_backward_launch, tile, dout, x, bias, dx, activation, partial, approximate, carry)
     return dx, partial.sum(0)

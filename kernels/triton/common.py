@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 MOST_PROGRAMS = 2**31 - 1
 """Programs that the first axis of a grid holds; the others hold 65,535."""
@@ -44,19 +43,21 @@ class Launch:
     """`tl.constexpr` arguments by name."""
     num_warps: int = 4
     num_stages: int = 1
+    tile: Any = None
+    """The tile that was chosen for it, where there is a choice (`tiles.Tunable`)."""
 
     def __call__(self) -> Any:
         """Launch on the tensors' GPU: Triton alone would launch on the current one, whose kernels may not read them.
 
-        Meta tensors: the launch is recorded. Raises RuntimeError outside of `recording`, ValueError for more programs
-        than a grid holds.
+        Meta tensors, or any in a `recording` of all: the launch is recorded. Raises RuntimeError for meta tensors
+        outside of `recording`, ValueError for more programs than a grid holds.
         """
         if self.grid[0] > MOST_PROGRAMS:
             raise ValueError(
                 f"{self.kernel.__name__} needs {self.grid[0]} programs, of {MOST_PROGRAMS}: split the rows"
             )
         device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        if device.type == "meta":
+        if device.type == "meta" or (_recordings and _recordings[-1].all):
             _recording().launches.append(self)
             return None
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -85,16 +86,20 @@ class Launch:
 class _Recording(NamedTuple):
     architecture: str
     launches: list[Launch]
+    all: bool
 
 
 _recordings: list[_Recording] = []
 
 
 @contextlib.contextmanager
-def recording(architecture: str) -> Iterator[list[Launch]]:
-    """The launches that are made on meta tensors inside, as they would be made on a GPU of `architecture`."""
+def recording(architecture: str, *, all: bool = False) -> Iterator[list[Launch]]:
+    """The launches that are made on meta tensors inside, as they would be made on a GPU of `architecture`.
+
+    all: record those on tensors with memory too, and run none.
+    """
     launches: list[Launch] = []
-    _recordings.append(_Recording(architecture, launches))
+    _recordings.append(_Recording(architecture, launches, all))
     try:
         yield launches
     finally:
@@ -149,7 +154,8 @@ def _base_address(value: torch.Tensor) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    return triton.next_power_of_2(n)
+    """As triton.next_power_of_2, which takes 5 µs: launches wait for it."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def refuse_double(op: str, x: torch.Tensor) -> None:

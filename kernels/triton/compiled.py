@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from .common import Launch
 
@@ -109,7 +109,18 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Compiled:
     """Compiles `launch` for `architecture` (or takes it from Triton's cache) and reads what came out."""
     source = ASTSource(launch.kernel, launch.signature(), launch.constexprs(), launch.attributes())
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=architecture.target, options=options)
+    return examine(triton.compile(source, target=architecture.target, options=options), launch, architecture)
+
+
+def compile_here(launch: Launch, architecture: Architecture) -> Compiled:
+    """Compiles `launch`, whose tensors have memory, as its first run on the current GPU would, which then finds it."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    binary = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constants, **options)
+    return examine(binary, launch, architecture)
+
+
+def examine(binary: CompiledKernel, launch: Launch, architecture: Architecture) -> Compiled:
+    """Reads what came out of the compiler."""
     if architecture.target.backend == "cuda":
         assembly = binary.asm["ptx"]
         registers, spilled = _cubin_resources(binary.asm["cubin"])

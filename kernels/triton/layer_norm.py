@@ -32,12 +32,28 @@ from .grid import split_program
 from .launching import launch
 from .layer_norm_wide import TILE, _layer_norm_forward_wide, row_means_launch
 from .rounding import narrow
+from .tiles import RowCase, Tunable, bucket, words
 
 WIDEST = 32768  # elements of a row
 WIDE_FORWARD = 16384  # beyond these, registers do not hold a row of the forward
 WIDE = 8192  # and of the backward, beside the sums of dweight and dbias
 WARPS = 16  # of the backward on a multiprocessor; with up to 128 registers per thread all of them are resident
 PREFETCH = 96 * 1024  # bytes ahead of the backward's sums on a multiprocessor; consumer cards have 99 KB per block
+
+
+class ForwardTile(NamedTuple):
+    warps: int
+
+
+class BackwardTile(NamedTuple):
+    warps: int
+    resident: int
+    """Programs on each multiprocessor, each with a partial row of sums."""
+
+
+_WARPS = (1, 2, 4, 8, 16)
+FORWARD = Tunable("layer_norm.forward", ForwardTile, RowCase, {"warps": _WARPS})
+BACKWARD = Tunable("layer_norm.backward", BackwardTile, RowCase, {"warps": (4, 8, 16), "resident": (1, 2, 3, 4)})
 
 
 @triton.jit
@@ -151,7 +167,27 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
+def _case(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> RowCase:
+    rows, d = x.shape
+    given = [name for name, tensor in (("residual", residual), ("shift", shift)) if tensor is not None]
+    return RowCase(words(x.dtype), _block(d), bucket(rows), ", ".join(given))
+
+
+def _forward_tile(x: Tensor, stream: ResidualStream) -> ForwardTile:
+    d = x.shape[1]
+    # 16 elements per thread: two loads of 128 bits
+    by_hand = ForwardTile(8 if d > WIDE_FORWARD else max(1, min(16, _block(d) // 512)))
+    return FORWARD.tile(x.device, by_hand, _case, x, stream.residual, stream.shift)
+
+
+def _backward_tile(x: Tensor, residual_grad: Tensor | None) -> BackwardTile:
+    # 8 elements per thread, or 16 for rows of more than 4096: the sums stay in registers
+    warps = 8 if _shape(x.shape[1])[1] <= TILE else WARPS
+    return BACKWARD.tile(x.device, BackwardTile(warps, WARPS // warps), _case, x, residual_grad, None)
+
+
 def _forward_launch(
+    tile: ForwardTile,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -187,36 +223,33 @@ def _forward_launch(
             "shifted_stride": _stride(shifted),
         },
         {"BLOCK": TILE, "STAGES": 3} if d > WIDE_FORWARD else whole,
-        # 16 elements per thread: two loads of 128 bits
-        num_warps=8 if d > WIDE_FORWARD else max(1, min(16, whole["BLOCK"] // 512)),
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
-class _Tile(NamedTuple):
-    """Rows and columns that a program of the backward holds at once, and the warps that hold them."""
+def _shape(d: int) -> tuple[int, int]:
+    """Rows and columns that a program of the backward holds at once."""
+    columns = TILE if d > WIDE else next_power_of_2(d)
+    return max(1, TILE // columns), columns
 
-    rows: int
-    columns: int
-    warps: int
 
-    @classmethod
-    def of(cls, d: int) -> _Tile:
-        """8 elements per thread, or 16 for rows of more than 4096: the sums stay in registers."""
-        columns = TILE if d > WIDE else next_power_of_2(d)
-        return cls(max(1, TILE // columns), columns, 8 if columns <= TILE else WARPS)
+def _programs(tile: BackwardTile, rows: int, d: int, device: torch.device) -> int:
+    """Programs that share out the rows of each column: as many as the device holds, but no more than tiles."""
+    rows_each, columns = _shape(d)
+    resident = multiprocessors(device) * tile.resident
+    return min(triton.cdiv(rows, rows_each), max(1, resident // triton.cdiv(d, columns)))
 
-    def programs(self, rows: int, d: int, device: torch.device) -> int:
-        """Programs that share out the rows of each column: as many as the device holds, but no more than tiles."""
-        resident = multiprocessors(device) * (WARPS // self.warps)
-        return min(triton.cdiv(rows, self.rows), max(1, resident // triton.cdiv(d, self.columns)))
 
-    def stages(self, *read: Tensor | None) -> int:
-        """One more than the tiles that are prefetched of each tensor that is read."""
-        size = sum(x.element_size() for x in read if x is not None) * self.rows * self.columns
-        return 1 + min(2, PREFETCH // (size * (WARPS // self.warps)))
+def _stages(tile: BackwardTile, d: int, *read: Tensor | None) -> int:
+    """One more than the tiles that are prefetched of each tensor that is read."""
+    rows_each, columns = _shape(d)
+    size = sum(x.element_size() for x in read if x is not None) * rows_each * columns
+    return 1 + min(2, PREFETCH // (size * tile.resident))
 
 
 def _backward_launch(
+    tile: BackwardTile,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -228,10 +261,10 @@ def _backward_launch(
     partial: Tensor,
 ) -> Launch:
     rows, d = x.shape
-    tile = _Tile.of(d)
+    rows_each, columns = _shape(d)
     return Launch(
         _layer_norm_backward,
-        (partial.shape[1] * triton.cdiv(d, tile.columns),),
+        (partial.shape[1] * triton.cdiv(d, columns),),
         {
             "dy": dy,
             "x": x,
@@ -249,8 +282,9 @@ def _backward_launch(
             "residual_grad_stride": _stride(residual_grad),
             "dx_stride": dx.stride(0),
         },
-        {"ROWS": tile.rows, "BLOCK": tile.columns, "STAGES": tile.stages(dy, x, residual_grad)},
+        {"ROWS": rows_each, "BLOCK": columns, "STAGES": _stages(tile, d, dy, x, residual_grad)},
         num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -272,7 +306,7 @@ def forward(
     if stream.residual is not None and stream.summed is None:
         stream = stream._replace(summed=x.new_empty(x.shape))
     if rows:
-        launch(_forward_launch, x, weight, bias, eps, stream, out, mean, rstd)
+        launch(_forward_launch, _forward_tile(x, stream), x, weight, bias, eps, stream, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -291,11 +325,12 @@ def backward(
     refuse_double("layer_norm", x)
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
-    partial = x.new_empty((2, _Tile.of(d).programs(rows, d, x.device), d), dtype=torch.float32)
+    tile = _backward_tile(x, residual_grad)
+    partial = x.new_empty((2, _programs(tile, rows, d, x.device), d), dtype=torch.float32)
     row_means = x.new_empty((2, rows), dtype=torch.float32) if d > WIDE else None
     if rows:
         if row_means is not None:
             launch(row_means_launch, dy, x, weight, mean, rstd, row_means)
-        launch(_backward_launch, dy, x, weight, mean, rstd, row_means, residual_grad, dx, partial)
+        launch(_backward_launch, tile, dy, x, weight, mean, rstd, row_means, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias

@@ -10,6 +10,8 @@ the L2 cache, which holds the rows in flight. The bias gradient reads the chunk 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,13 +21,43 @@ from ..reference.linear_cross_entropy import (
     Objective,
     scaled,  # noqa: F401  (torch's own GPU kernel does it in one pass)
 )
-from .common import Launch
+from .common import Launch, next_power_of_2
 from .launching import launch
 from .rounding import narrow
+from .tiles import RowCase, Tunable, bucket, words
 
 BLOCK = 4096  # columns at a time: with 512 threads, 8 each
 WARPS = 16
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 64
+
+
+class Tile(NamedTuple):
+    block: int
+    """Columns at a time."""
+    warps: int
+
+
+class SumsTile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+
+
+LOSS, LOSS_AND_GRADIENT = (
+    Tunable(
+        f"linear_cross_entropy.{name}",
+        Tile,
+        RowCase,
+        {"block": (1024, 2048, BLOCK, 8192, 16384), "warps": (4, 8, WARPS, 32)},
+    )
+    for name in ("loss", "loss_and_gradient")
+)
+BIAS_GRADIENT = Tunable(
+    "linear_cross_entropy.bias_gradient",
+    SumsTile,
+    RowCase,
+    {"rows": (16, 32, BLOCK_ROWS, 128), "columns": (32, BLOCK_COLUMNS, 128, 256), "warps": (2, 4, 8)},
+)
 
 
 @triton.jit
@@ -180,7 +212,26 @@ def _add_column_sums(
     tl.store(sums + columns, old + tl.sum(total, axis=0), mask=columns < vocab)
 
 
+def _case(logits: Tensor, bias: Tensor | None = None, objective: Objective | None = None) -> RowCase:
+    rows, vocab = logits.shape
+    options = objective or Objective()
+    given = {
+        "bias": bias is not None,
+        "smoothed": options.label_smoothing != 0,
+        "class weights": options.class_weight is not None,
+        "capped": options.softcap is not None,
+    }
+    variant = ", ".join(name for name, present in given.items() if present)
+    return RowCase(words(logits.dtype), next_power_of_2(vocab), bucket(rows), variant)
+
+
+def _tile(logits: Tensor, bias: Tensor | None, objective: Objective, need_grad: bool) -> Tile:
+    kernel = LOSS_AND_GRADIENT if need_grad else LOSS
+    return kernel.tile(logits.device, Tile(BLOCK, WARPS), _case, logits, bias, objective)
+
+
 def _cross_entropy_launch(
+    tile: Tile,
     logits: Tensor,
     labels: Tensor,
     bias: Tensor | None,
@@ -214,19 +265,26 @@ def _cross_entropy_launch(
             "CAPPED": softcap is not None,
             "SCALE_BY_ROW": scale.dim() > 0,
             "NEED_GRAD": need_grad,
-            "BLOCK": BLOCK,
+            "BLOCK": tile.block,
         },
-        num_warps=WARPS,
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
-def _column_sums_launch(x: Tensor, sums: Tensor) -> Launch:
+def _sums_tile(x: Tensor) -> SumsTile:
+    return BIAS_GRADIENT.tile(x.device, SumsTile(BLOCK_ROWS, BLOCK_COLUMNS, 4), _case, x)
+
+
+def _column_sums_launch(tile: SumsTile, x: Tensor, sums: Tensor) -> Launch:
     rows, vocab = x.shape
     return Launch(
         _add_column_sums,
-        (triton.cdiv(vocab, BLOCK_COLUMNS),),
+        (triton.cdiv(vocab, tile.columns),),
         {"x": x, "sums": sums, "rows": rows, "vocab": vocab, "row_stride": x.stride(0)},
-        {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
+        {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns},
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -245,7 +303,8 @@ def cross_entropy_(
     if logits.shape[0] == 0:
         return losses
     mean_weight = None if objective.class_weight is None else objective.class_weight.mean()
-    launch(_cross_entropy_launch, logits, labels, bias, losses, scale, objective, mean_weight, need_grad)
+    tile = _tile(logits, bias, objective, need_grad)
+    launch(_cross_entropy_launch, tile, logits, labels, bias, losses, scale, objective, mean_weight, need_grad)
     if need_grad and dbias is not None:
-        launch(_column_sums_launch, logits, dbias)
+        launch(_column_sums_launch, _sums_tile(logits), logits, dbias)
     return losses

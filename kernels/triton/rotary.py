@@ -10,6 +10,8 @@ rows (2 × rotary_dim bytes per token) come from the L2 cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,8 +20,21 @@ from .common import Launch, next_power_of_2, refuse_double
 from .grid import split_program
 from .launching import launch
 from .rounding import narrow
+from .tiles import RowCase, Tunable, bucket, words
 
 HEADS = 64  # heads a program: with 16 pairs each and 128 threads, 8 elements of either half a thread
+
+
+class Tile(NamedTuple):
+    heads: int
+    """Of a program, at most: a token may have less."""
+    warps: int
+
+
+KERNELS = {
+    name: Tunable(f"rotary.{name}", Tile, RowCase, {"heads": (1, 2, 4, 8, 16, 32, HEADS), "warps": (1, 2, 4, 8)})
+    for name in ("forward", "backward")
+}
 
 
 @triton.jit
@@ -77,15 +92,29 @@ def _rotate(
         tl.store(pointers + HALF, narrow(b * c + a * s, x.dtype.element_ty), mask=inside)
 
 
-def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interleaved: bool, inverse: bool) -> Launch:
+def _case(x: Tensor, half: int, positions: int | Tensor, interleaved: bool) -> RowCase:
+    batch, sequence, heads, _ = x.shape
+    given = ["interleaved"] * interleaved + ["positions"] * isinstance(positions, Tensor)
+    variant = ", ".join((f"{heads} heads", *given))
+    return RowCase(words(x.dtype), next_power_of_2(half), bucket(batch * sequence), variant)
+
+
+def _tile(x: Tensor, half: int, positions: int | Tensor, interleaved: bool, inverse: bool) -> Tile:
+    block = min(HEADS, next_power_of_2(x.shape[2]))
+    by_hand = Tile(block, max(1, min(4, block * next_power_of_2(half) // 256)))
+    kernel = KERNELS["backward" if inverse else "forward"]
+    return kernel.tile(x.device, by_hand, _case, x, half, positions, interleaved)
+
+
+def _launch(
+    tile: Tile, x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interleaved: bool, inverse: bool
+) -> Launch:
     batch, sequence, heads, _ = x.shape
     half = cos.shape[1]
-    block = min(HEADS, next_power_of_2(heads))
     tensor = positions if isinstance(positions, Tensor) else None
-    elements = block * next_power_of_2(half)
     return Launch(
         _rotate,
-        (triton.cdiv(heads, block) * batch * sequence,),
+        (triton.cdiv(heads, tile.heads) * batch * sequence,),
         {
             "x": x,
             "cos": cos,
@@ -104,11 +133,12 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, positions: int | Tensor, interl
         {
             "HALF": half,
             "PAIRS": next_power_of_2(half),
-            "HEADS": block,
+            "HEADS": tile.heads,
             "INTERLEAVED": interleaved,
             "INVERSE": inverse,
         },
-        num_warps=max(1, min(4, elements // 256)),
+        num_warps=tile.warps,
+        tile=tile,
     )
 
 
@@ -125,4 +155,5 @@ def rotate_(
     fp64."""
     refuse_double("rotary", x)
     if x.numel():
-        launch(_launch, x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)
+        tile = _tile(x, cos.shape[1], positions, interleaved, inverse)
+        launch(_launch, tile, x, cos.contiguous(), sin.contiguous(), positions, interleaved, inverse)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backend import BackendUnavailable
-from ..reference.attention import AttentionOptions, rotate, row_positions
+from ..reference.attention import AttentionOptions
+from .rotation import rotated, turn_back_
 
 try:
     from flash_attn import flash_attn_interface as _flash
@@ -29,9 +30,8 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.attention.forward`."""
-    scale, causal, window, cu_seqlens, cos, sin = options
-    own, positions = row_positions(q, k, cu_seqlens)
-    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
+    scale, causal, window, cu_seqlens, *_ = options
+    q, k = rotated(q, k, options)
     if cu_seqlens is None:
         result, lse, *_ = _flash._flash_attn_forward(q, k, v, **_options(scale, causal, window), return_softmax=False)
     else:
@@ -61,9 +61,8 @@ def backward(
     dv: Tensor,
 ) -> None:
     """Same contract as `reference.attention.backward`, by flash-attn's deterministic mode."""
-    scale, causal, window, cu_seqlens, cos, sin = options
-    own, positions = row_positions(q, k, cu_seqlens)
-    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
+    scale, causal, window, cu_seqlens, *_ = options
+    q, k = rotated(q, k, options)
     operands = (dout, q, k, v, out, lse, dq, dk, dv)
     if cu_seqlens is None:
         _flash._flash_attn_backward(*operands, **_options(scale, causal, window), deterministic=True)
@@ -74,9 +73,7 @@ def backward(
             **_options(scale, causal, window),
             deterministic=True,
         )
-    if cos is not None:
-        dq.copy_(rotate(dq.float(), cos, sin, own, inverse=True))
-        dk.copy_(rotate(dk.float(), cos, sin, positions, inverse=True))
+    turn_back_(dq, dk, options)
 
 
 def _options(scale: float, causal: bool, window: tuple[int, int] | None) -> dict[str, object]:
@@ -100,7 +97,3 @@ def _documents(cu_seqlens: Tensor, length: int) -> dict[str, object]:
         "max_seqlen_q": length,
         "max_seqlen_k": length,
     }
-
-
-def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
-    return x if cos is None else rotate(x.float(), cos, sin, positions).to(x.dtype)

@@ -13,6 +13,7 @@ from ..model.reference import ReferencePhi
 from ..precision import DTYPES
 from . import published_layouts
 from .folder import find_tokenizer, token_ids
+from .masters import use_average
 from .source import Source
 
 
@@ -46,14 +47,17 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     tokenizer: str | Path | None = None,
+    ema: bool = False,
 ) -> tuple[Phi, Tokenizer]:
     """Load a model and its tokenizer from a run, a checkpoint, a folder in any layout, the hub, or an opened `Source`.
 
     Weights are read into place one tensor at a time, so that peak memory is the model and its largest tensor. The ids
-    in the model's config are the tokenizer's. Raises ConversionError as `Source.open`, `find_tokenizer` and `token_ids`
-    do.
+    in the model's config are the tokenizer's. ema: load the moving average of a run's weights. Raises ConversionError
+    as `Source.open`, `find_tokenizer` and `token_ids` do.
     """
     source = name_or_path if isinstance(name_or_path, Source) else Source.open(name_or_path)
+    if ema:
+        use_average(source)
     found = find_tokenizer(source, tokenizer)
     ids = token_ids(source, found, tokenizer)
     target = choose_device(device)

@@ -1,4 +1,5 @@
-"""Reads the fp32 weights of a checkpoint: the optimizer's own, from which its 16-bit weights were rounded.
+"""Reads the fp32 weights of a checkpoint: the optimizer's own, from which its 16-bit weights were rounded, or their
+moving average (`--ema-decay`).
 
 Each rank's file holds its part of every parameter group, flattened and joined end to end: first the parameters with
 weight decay, then the others (`zero.parameter_groups`), each group in the model's order. All parts have the same
@@ -42,8 +43,9 @@ class Masters:
         self._places, self._shards, self._length = places, shards, length
 
     @staticmethod
-    def of(source: Source) -> Masters | None:
-        """The masters of a source; None if it is not a checkpoint of a run, or has no ranks' files.
+    def of(source: Source, kind: str = "master") -> Masters | None:
+        """The masters of a source, or, if `kind` is "ema", the averages; None if it is not a checkpoint of a run, or
+        has no ranks' files.
 
         Raises ConversionError if the ranks' files do not fit the model.
         """
@@ -55,7 +57,7 @@ class Masters:
         if inside.find(source.folder, f"rank-0-of-{ranks}.safetensors") is None:
             return None
         shards = [SafetensorsFile(_shard(source.folder, rank, ranks)) for rank in range(ranks)]
-        places = _places(source, state.inner("options").text("decay"))
+        places = _places(source, state.inner("options").text("decay"), kind)
         length = {name: header.shape[0] for name, header in shards[0].headers().items() if len(header.shape) == 1}
         sizes = state.inner("sizes")
         for name in {place.name for place in places.values()}:
@@ -99,6 +101,19 @@ def use_masters(source: Source) -> bool:
     return True
 
 
+def use_average(source: Source) -> None:
+    """Make `source` return the moving average of its weights, in fp32. Raises ConversionError if it has none."""
+    state = inside.read_fields(source.folder, "state.json")
+    averages = Masters.of(source, "ema") if state is not None and "ema.0" in state.inner("sizes") else None
+    if averages is None:
+        raise ConversionError(
+            f"{source.folder} has no average of the weights: name a run that was trained with --ema-decay, or leave "
+            "--ema out"
+        )
+    source.files |= dict.fromkeys(averages.headers(), averages)
+    source.headers |= averages.headers()
+
+
 class _Checked:
     """Compares each master with the weights that were rounded from it, so that it cannot be another parameter's."""
 
@@ -130,7 +145,7 @@ def _shard(folder: Path, rank: int, ranks: int) -> Path:
     return path
 
 
-def _places(source: Source, decay: str) -> dict[str, _Place]:
+def _places(source: Source, decay: str, kind: str) -> dict[str, _Place]:
     with torch.device("meta"):
         model = Phi(source.config) if source.layout == "merged" else ReferencePhi(source.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -142,6 +157,6 @@ def _places(source: Source, decay: str) -> dict[str, _Place]:
     for number, group in enumerate(filter(None, groups)):
         start = 0
         for name, shape in group.items():
-            places[name] = _Place(f"master.{number}", start, shape)
+            places[name] = _Place(f"{kind}.{number}", start, shape)
             start += math.prod(shape)
     return places

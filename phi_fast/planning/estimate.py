@@ -129,7 +129,7 @@ def plan(job: Job) -> Plan:
         hours=hours,
         device_hours=device_hours,
         cost=None if device_hours is None or price is None else device_hours * price,
-        checkpoint_bytes=config.num_parameters() * (job.itemsize + 12),
+        checkpoint_bytes=config.num_parameters() * (job.itemsize + (12 if recipe.ema_decay is None else 16)),
         loader_rows_per_second=recipe.global_batch_size / seconds,
         loader_bytes_per_second=2 * tokens / seconds,
     )
@@ -178,7 +178,9 @@ def _rows(job: Job) -> int:
 
 def _memory(job: Job, rows: int) -> Memory:
     accumulating, deferred = _rows(job) > rows, _deferred(job, rows)
-    return memory(job.shape(rows), job.ranks, gpu=job.on_gpu, accumulating=accumulating, deferred=deferred)
+    average = job.recipe.ema_decay is not None
+    options = {"gpu": job.on_gpu, "accumulating": accumulating, "deferred": deferred, "average": average}
+    return memory(job.shape(rows), job.ranks, **options)
 
 
 def _deferred(job: Job, rows: int) -> bool:

@@ -10,11 +10,11 @@ from .devices import CONTEXT, FRAGMENTATION
 from .work import Shape, gradient_itemsize
 
 BUCKET = 500_000_000
-"""Elements of a DeepSpeed bucket, unless the model is smaller (`zero._config`)."""
+"""Elements of a DeepSpeed bucket, unless the model is smaller (`deepspeed_config`)."""
 
 
 def bucket_elements(config: PhiConfig) -> int:
-    """Compute `reduce_bucket_size` as `zero._config` does."""
+    """Compute `reduce_bucket_size` as `deepspeed_config` does."""
     return min(BUCKET, max(1_000_000, config.num_parameters()))
 
 
@@ -64,7 +64,7 @@ class Memory:
     """fp32 sums of the micro-batches' gradients, if they are reduced once per step; freed during the last backward
     pass."""
     optimizer: float
-    """This rank's part of master, exp_avg, exp_avg_sq: fp32."""
+    """This rank's part of master, exp_avg, exp_avg_sq, and of the weights' average if there is one: fp32."""
     buckets: float
     """DeepSpeed's bucket buffers (two with overlap_comm), and the flattened copy of one while it is reduced; held only
     in the backward pass. 0 on one rank."""
@@ -83,18 +83,20 @@ class Memory:
     """The moment of the peak."""
 
 
-def memory(shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred: bool = False) -> Memory:
+def memory(
+    shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred: bool = False, average: bool = False
+) -> Memory:
     """Count memory by component, and `peak`, the largest of four moments of a micro-batch.
 
     accumulating: there are several micro-batches per step, so that earlier ones' gradients are held. deferred: they are
-    held as fp32 sums on each rank, and reduced once per step.
+    held as fp32 sums on each rank, and reduced once per step. average: the run keeps a moving average (--ema-decay).
     """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
     d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
     part = math.ceil(parameters / ranks)
     kept = activations(shape)
     size = gradient_itemsize(e, ranks, accumulating=accumulating)
-    weights, gradients, optimizer = parameters * e, size * part, 12 * part
+    weights, gradients, optimizer = parameters * e, size * part, (16 if average else 12) * part
     chunk = shape.chunk * math.ceil(vocabulary / 64) * 64 * e
     chunk += 4 * d * max(shape.chunk, min(8192, vocabulary)) if e == 2 else 0
     again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..config import PhiConfig
@@ -67,11 +67,18 @@ class Kernel:
 def micro_batch(shape: Shape) -> list[Kernel]:
     """List the kernels of forward and backward of one micro-batch, without DeepSpeed's work on the gradients."""
     layers = shape.config.num_hidden_layers
+    blocks = [replace(kernel, count=layers * kernel.count) for kernel in block(shape)]
+    forward = [kernel for kernel in blocks if kernel.phase == "forward"]
+    return [*forward, *head(shape), *_embedding(shape), *(kernel for kernel in blocks if kernel.phase == "backward")]
+
+
+def block(shape: Shape) -> list[Kernel]:
+    """List the kernels of forward and backward of one layer."""
     forward = list(_block_forward(shape))
-    kernels = [*_with("forward", layers, forward), *_head(shape), *_embedding(shape)]
+    kernels = _with("forward", forward)
     if shape.recompute == "all":  # the block's forward again, except its last product
-        kernels += _with("backward", layers, [k for k in forward if k.name != "out_proj"])
-    return [*kernels, *_with("backward", layers, list(_block_backward(shape)))]
+        kernels += _with("backward", [k for k in forward if k.name != "out_proj"])
+    return [*kernels, *_with("backward", list(_block_backward(shape)))]
 
 
 def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool, deferred: int = 1) -> list[Kernel]:
@@ -108,8 +115,8 @@ def model_flops(config: PhiConfig, sequence: int, tokens: int, *, causal: bool) 
     return float(config.flops_per_token(sequence, causal=causal) * tokens)
 
 
-def _with(phase: Phase, count: int, kernels: list[Kernel]) -> list[Kernel]:
-    return [Kernel(k.name, phase, k.kind, k.flops, k.bytes_moved, count * k.count) for k in kernels]
+def _with(phase: Phase, kernels: list[Kernel]) -> list[Kernel]:
+    return [replace(kernel, phase=phase) for kernel in kernels]
 
 
 def _product(
@@ -151,7 +158,7 @@ def _block_backward(shape: Shape) -> Iterator[Kernel]:
     yield Kernel("layer_norm", "backward", "memory", 0, 4 * row)
 
 
-def _head(shape: Shape) -> Iterator[Kernel]:
+def head(shape: Shape) -> Iterator[Kernel]:
     """List the kernels of final LayerNorm, lm_head and loss; the gradients' products are part of the forward."""
     tokens, d, e, vocabulary = shape.tokens, shape.config.hidden_size, shape.itemsize, shape.config.vocab_size
     row, weight, chunk = float(tokens * d * e), vocabulary * d, tokens / shape.chunks

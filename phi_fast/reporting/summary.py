@@ -27,6 +27,8 @@ def charts(runs: list[RunData]) -> list[Chart]:
     """
     validation = [Series(run.name, i, run.curve("val_loss")) for i, run in enumerate(runs)]
     validation += _members(runs, "val_losses")
+    averages = [Series(f"{run.name}: ema", i, run.curve("ema_val_loss"), 3) for i, run in enumerate(runs)]
+    validation += [one for one in averages if one.curve[0]]
     bits = [Series(run.name, i, run.curve("val_bpb")) for i, run in enumerate(runs)] + _members(runs, "val_bpbs")
     measured = any(value is not None for one in bits for value in one.curve[1])
     tasks = _members(runs, "tasks")

@@ -10,7 +10,8 @@ does this while training goes on: it copies the tensors to host memory, and a th
         manifest.json                sizes and hashes of the files below, and its own hash; written last
         state.json                   step, configuration, data position, loss scale
         model.safetensors            weights as the model uses them, by parameter name
-        rank-0-of-2.safetensors      fp32 master, exp_avg, exp_avg_sq: this rank's flat ZeRO partition of each group
+        rank-0-of-2.safetensors      fp32 master, exp_avg, exp_avg_sq and, with --ema-decay, ema: this rank's flat ZeRO
+                                     partition of each group
         rank-0-of-2.json             this rank's random states of Python, NumPy and torch
 
 Files are safetensors and JSON only: no pickle is read back.

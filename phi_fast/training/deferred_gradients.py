@@ -1,7 +1,8 @@
-"""One reduction of gradients per step, however many micro-batches it has."""
+"""Gradients that DeepSpeed reduces, and one reduction per step, however many micro-batches it has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,43 @@ from .distributed import World
 from .options import Options
 
 
-class DeferredGradients:
+class ReducedGradients:
+    """Gradients that DeepSpeed reduces: this rank's flat partition of them, in fp32 for 16-bit models."""
+
+    def __init__(self, zero: Any) -> None:
+        self._zero = zero
+        self._reduce, self._finish = zero.process_gradients, zero.overlapping_partition_gradients_reduce_epilogue
+
+    def accept(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Reduce a step's gradients, given their sums; they are rounded to the model's dtype."""
+        self._zero.set_gradient_accumulation_boundary(True)
+        for group, parameters in enumerate(self._zero.bit16_groups):
+            for parameter in parameters:
+                if parameter in sums:
+                    self._hand_over(parameter, group, sums[parameter])
+        self._finish()
+
+    def _hand_over(self, parameter: nn.Parameter, group: int, gradient: Tensor) -> None:
+        parameter.grad = gradient.to(parameter.dtype)
+        self._zero.micro_step_id = 0  # DeepSpeed would add a later micro-batch to the first one's reduced gradients
+        self._reduce(parameter, group)
+
+    def of(self, group: int) -> list[tuple[int, Tensor]]:
+        """Return [(0, averaged gradients of this rank's whole partition of the group)]."""
+        flat = self._zero._get_preflattened_grad_partition(group)
+        return [(0, self._zero.flatten(self._zero.averaged_gradients[group]) if flat is None else flat)]
+
+    def clear(self) -> None:
+        """Release the step's gradients."""
+        zero = self._zero
+        zero._release_preflattened_grad_buffers()
+        for group, parameters in enumerate(zero.bit16_groups):
+            zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
+            for parameter in parameters:
+                parameter.grad = parameter.grad_accum = None
+
+
+class DeferredGradients(ReducedGradients):
     """Sums each rank's micro-batches in fp32, and passes the sum to DeepSpeed's reduction in the last one.
 
     DeepSpeed's ZeRO-2 reduces the gradients of every micro-batch. Reducing their sum sends as many bytes as a single
@@ -20,12 +57,12 @@ class DeferredGradients:
     """
 
     def __init__(self, zero: Any, accumulation: int) -> None:
-        self._zero, self._accumulation = zero, accumulation
+        super().__init__(zero)
+        self._accumulation = accumulation
         self._left = accumulation
         """Backward passes left in this step."""
         self._sums: dict[nn.Parameter, tuple[int, Tensor]] = {}
         """Parameter -> (its group, sum of its gradients so far)."""
-        self._reduce, self._finish = zero.process_gradients, zero.overlapping_partition_gradients_reduce_epilogue
         zero.process_gradients = self._take
         zero.overlapping_partition_gradients_reduce_epilogue = self._end
 
@@ -35,9 +72,7 @@ class DeferredGradients:
             return
         if self._left == 1:
             _, earlier = self._sums.pop(parameter, (group, None))
-            if earlier is not None:
-                parameter.grad = earlier.add_(gradient).to(parameter.dtype)
-            self._hand_over(parameter, group)
+            self._hand_over(parameter, group, gradient if earlier is None else earlier.add_(gradient))
             return
         parameter.grad = None
         if parameter in self._sums:
@@ -45,18 +80,13 @@ class DeferredGradients:
         else:
             self._sums[parameter] = group, gradient.float()
 
-    def _hand_over(self, parameter: nn.Parameter, group: int) -> None:
-        self._zero.micro_step_id = 0  # DeepSpeed would add a later micro-batch to the first one's reduced gradients
-        self._reduce(parameter, group)
-
     def _end(self) -> None:
         """Finish a backward pass; the last one of a step also reduces the parameters that took no part in it."""
         self._left -= 1
         if self._left:
             return
         for parameter, (group, earlier) in self._sums.items():
-            parameter.grad = earlier.to(parameter.dtype)
-            self._hand_over(parameter, group)
+            self._hand_over(parameter, group, earlier)
         self._sums.clear()
         self._left = self._accumulation
         self._finish()

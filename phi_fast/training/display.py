@@ -21,7 +21,7 @@ SMOOTHING = 0.9
 """Decay per step of the exponential average of tokens/s."""
 BAR_WIDTH = 6
 """Least width of the progress bar, in columns; other parts of the line are dropped to make room for it."""
-DROPPED_FIRST = ("ms", "lr", "norm", "scale", "mfu", "tasks", "rate", "bpb", "val")
+DROPPED_FIRST = ("ms", "lr", "norm", "scale", "mfu", "tasks", "rate", "bpb", "ema", "val")
 """Parts of the live line in the order in which a narrow terminal drops them; step, loss and ETA always stay."""
 
 
@@ -153,6 +153,8 @@ def _parts(record: StepRecord, tokens_per_s: float) -> dict[str, str]:
     parts = {"loss": f"loss {record.loss:.4f}"}
     if record.val_loss is not None:
         parts |= _validation(record.val_loss, record.val_bpb)
+        if record.ema_val_loss is not None:
+            parts["ema"] = f"ema {record.ema_val_loss:.4f}"
     if record.tasks:
         parts["tasks"] = " | ".join(f"{task} {100 * score:.1f}%" for task, score in record.tasks.items())
     parts["lr"] = f"lr {record.lr:.2e}"

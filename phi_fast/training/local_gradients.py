@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .hooks import take_over
 
 
 class LocalGradients:
@@ -22,10 +24,9 @@ class LocalGradients:
         self._offsets: list[list[int]] = zero.round_robin_bit16_offsets
         self._sum = accumulation > 1
         self._taken: dict[nn.Parameter, Tensor] = {}
-        zero.process_gradients = self._take
-        zero.overlapping_partition_gradients_reduce_epilogue = lambda: None
+        take_over(zero, self._take, lambda: None)
 
-    def _take(self, parameter: nn.Parameter, group: int) -> None:
+    def _take(self, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
@@ -33,6 +34,10 @@ class LocalGradients:
             self._taken[parameter] += gradient
         else:
             self._taken[parameter] = gradient.float() if self._sum else gradient.contiguous()
+
+    def accept(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Take the step's gradients from a captured graph."""
+        self._taken = dict(sums)
 
     def of(self, group: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (first element in the flat group, gradient) per parameter; zeros for a parameter without gradient."""

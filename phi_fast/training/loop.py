@@ -14,6 +14,7 @@ from ..data import Batch
 from ..errors import INTERRUPTED
 from ..json_files import flatten
 from ..terminal import printable
+from . import cuda_graphs
 from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
@@ -62,6 +63,7 @@ class Trainer:
             accumulation=setup.accumulation,
             fused=options.zero_step == "fused",
             reduce_once=reduces_once(options, world, setup.accumulation),
+            capture=cuda_graphs.capture if options.cuda_graphs else None,
         )
         self.sampling = plan_sample(options, self.corpora.tokenizer) if options.sample_tokens else None
         self.loader = self.corpora.loader(setup.micro_batch_size)
@@ -138,8 +140,14 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Measure the fields of StepRecord that a validation has; none if the run is about to stop."""
         rows, batch = self.options.val_rows, self.setup.micro_batch_size
+        weights = self.options.mixture_at(max(0, self.done - 1))
         found = validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
-        return {} if found is None else found.fields(self.options.mixture_at(max(0, self.done - 1)))
+        fields = {} if found is None else found.fields(weights)
+        if found is not None and self.zero.average:
+            with self.zero.averaged():
+                averaged = validate(self.model, self.corpora, rows, batch, self.signals, self.trouble)
+            fields |= {} if averaged is None else averaged.fields_of_average(weights)
+        return fields
 
     def validate_before(self, display: Display) -> None:
         """Show and log the validation loss before the first step."""

@@ -50,6 +50,10 @@ class StepRecord:
     weights. Comparable across tokenizers; null if not measured."""
     val_bpbs: dict[str, float | None] | None = None
     """The validation loss in bits per byte by corpus; null if not measured."""
+    ema_val_loss: float | None = None
+    """`val_loss` of the averaged weights (--ema-decay); null if not measured."""
+    ema_val_bpb: float | None = None
+    """`val_bpb` of the averaged weights; null if not measured."""
     tasks: dict[str, float] | None = None
     """Accuracy by task, a fraction of 1; null if not measured (--eval-every)."""
 
@@ -63,6 +67,8 @@ TAGS = {
     "val_losses": "loss/validation",
     "val_bpb": "loss/bits_per_byte",
     "val_bpbs": "loss/bits_per_byte",
+    "ema_val_loss": "loss/validation_ema",
+    "ema_val_bpb": "loss/bits_per_byte_ema",
     "tasks": "tasks",
     "lr": "optimizer/lr",
     "grad_norm": "optimizer/grad_norm",

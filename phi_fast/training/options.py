@@ -71,6 +71,9 @@ class Options(Recipe):
     reduce_gradients: Literal["auto", "step", "micro-batch"] = "auto"
     """How often several ranks reduce gradients: once per step, which takes 4 bytes per parameter on each, or after each
     micro-batch. auto: once per step where that is at most a tenth of the GPU's memory."""
+    cuda_graphs: bool = False
+    """Replay forward and backward of each micro-batch from a CUDA graph, with one launch by the host
+    (docs/at-scale.md)."""
     val_every: int = 100
     """Steps between validation losses, also measured before the first and after the last step; 0: never."""
     val_rows: int = 32
@@ -120,8 +123,17 @@ class Options(Recipe):
             if getattr(self, name) and self.zero_step == "deepspeed":
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
+        if self.ema_decay is not None and self.zero_step == "deepspeed":
+            raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
+        if self.cuda_graphs and self.zero_step == "deepspeed":
+            raise UsageError("--cuda-graphs needs --zero-step fused: DeepSpeed's own step needs DeepSpeed's hooks")
+        if self.cuda_graphs and self.document_isolation:
+            raise UsageError(
+                "--cuda-graphs and --document-isolation: a graph has fixed shapes, but the number of documents differs "
+                "from batch to batch; leave one of them out"
+            )
 
     def recipe_fields(self) -> dict[str, Any]:
         """Return the recipe's fields, which determine the losses, JSON-able."""

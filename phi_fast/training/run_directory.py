@@ -206,19 +206,21 @@ class Run:
         if self.source is None:
             return 0
         state = checkpoint.load_state(self.source)
-        here = {name: whole for name, (_, whole) in zero.partition_sizes().items()}
+        wanted = zero.partition_sizes()
+        here, there = _less_average({name: whole for name, (_, whole) in wanted.items()}), _less_average(state["sizes"])
         differ = [
-            f"{name} has {state['sizes'].get(name)} elements, now {here.get(name)}"
-            for name in {**here, **state["sizes"]}
-            if here.get(name) != state["sizes"].get(name)
+            f"{name} has {there.get(name)} elements, now {here.get(name)}"
+            for name in {**here, **there}
+            if here.get(name) != there.get(name)
         ]
-        self.refuse("; ".join(differ), lambda state: state["sizes"] == here)
+        self.refuse("; ".join(differ), lambda state: _less_average(state["sizes"]) == here)
         try:
             loader.load_state_dict(state["data"])
         except ValueError as error:
             corpora = loader.state_dict()["corpora"]
             self.refuse(str(error), lambda state: state["data"]["corpora"] == corpora)
-        partitions = checkpoint.load_partitions(self.source, zero.partition_sizes(), self.world)
+        saved = {name: size for name, size in wanted.items() if name in state["sizes"]}
+        partitions = checkpoint.load_partitions(self.source, saved, self.world)
         zero.load(checkpoint.load_model(self.source), partitions, state["zero"])
         checkpoint.restore_random_states(self.source, self.world)
         branched = self.source.parent.resolve() != self.checkpoints.resolve()
@@ -244,6 +246,11 @@ def _differences(state: dict[str, Any], options: Options) -> list[str]:
     state_options = {**plain({name: getattr(Options, name, None) for name in MUST_AGREE}), **state["options"]}
     now, then = (_less_token_ids(fields) for fields in (plain(asdict(options)), state_options))
     return [f"{name} is {then[name]}, now {now[name]}" for name in MUST_AGREE if then[name] != now[name]]
+
+
+def _less_average(sizes: dict[str, int]) -> dict[str, int]:
+    """Remove the average of the weights, which a run may begin or end to keep (`--ema-decay`)."""
+    return {name: size for name, size in sizes.items() if not name.startswith("ema.")}
 
 
 def _less_token_ids(options: dict[str, Any]) -> dict[str, Any]:

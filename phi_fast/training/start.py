@@ -11,10 +11,11 @@ from torch import nn
 from ..conversion.source import Source
 from ..errors import MachineError, UsageError
 from ..kernels import BackendUnavailable, in_use, layer_norm, use
-from ..kernels.backend import OPS, implementation
+from ..kernels.backend import OPS, implementation, tiles
 from ..model.phi import Phi
 from ..model.reference import ReferencePhi
 from ..precision import DTYPES, Precision, auto_precision
+from . import cuda_graphs
 from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .display import back_ends, show
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     def of(options: Options, world: World) -> Setup:
         """Raises UsageError if the options do not fit the ranks, MachineError if a back end cannot run here."""
         micro_batch_size, accumulation = plan_batch(options, world.size)
+        cuda_graphs.check(options, world, accumulation)
         choose_kernels(options.kernels, world)
         precision = auto_precision(world.device) if options.precision == "auto" else options.precision
         return Setup(options, world, precision, micro_batch_size, accumulation)
@@ -94,8 +96,10 @@ def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int
         f"width {config.hidden_size}, vocabulary {config.vocab_size}, {options.implementation}",
         **({"weights": f"from {options.init_from}"} if options.init_from and not done else {}),
         "data": corpora.summary(),
-        "device": f"{world.size} × {device}{threads}, {setup.precision}, DeepSpeed ZeRO-2, {options.zero_step} step",
+        "device": f"{world.size} × {device}{threads}, {setup.precision}, DeepSpeed ZeRO-2, {options.zero_step} step"
+        f"{', CUDA graphs' if options.cuda_graphs else ''}",
         "kernels": back_ends(used),
+        **({"tiles": tiles(world.device)} if "triton" in used.values() else {}),
         "batch": f"{options.global_batch_size} rows = {split}, of {options.sequence_length} tokens",
         "to go": f"{left:,} steps, {left * options.tokens_per_step:,} tokens"
         if left > 0

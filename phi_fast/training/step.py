@@ -11,6 +11,5 @@ from .zero import StepOutcome, Zero2
 def train_step(zero: Zero2, batches: Sequence[Batch], lr: float) -> StepOutcome:
     """Run forward and backward on this rank's micro-batches, then update the weights at learning rate `lr`."""
     for batch in batches:
-        on_device = batch.to(zero.world.device)
-        zero.backward(zero.loss(on_device.input_ids, on_device.labels, on_device.cu_seqlens))
+        zero.micro_batch(batch)
     return zero.step(lr)

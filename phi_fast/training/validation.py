@@ -40,6 +40,11 @@ class Validation:
             "val_bpbs": each,
         }
 
+    def fields_of_average(self, weights: Mapping[str, int]) -> dict[str, Any]:
+        """Make the fields of StepRecord for the averaged weights."""
+        measured = self.fields(weights)
+        return {f"ema_{name}": measured[name] for name in ("val_loss", "val_bpb")}
+
 
 def _bits_per_byte(nats: float, size: float) -> float | None:
     """Convert nats per token of `size` bytes; None if the tokens stand for no text."""

@@ -1,16 +1,18 @@
 """DeepSpeed ZeRO-2, and the optimizer step that replaces DeepSpeed's.
 
 DeepSpeed partitions and communicates: after a backward pass, every rank has the averaged gradient of its flat partition
-(a single rank has the gradients as autograd made them, see `local_gradients`). `FusedStep` does the rest. One pass
-finds the norm and any overflow; another unscales, clips, applies Adam and writes the 16-bit weights, unless a flag on
-the device says to skip the step. DeepSpeed's own step makes a pass for each of these and waits for the host first.
+(over gloo `flat_gradients` averages; a single rank has the gradients that autograd made, see `gradients`).
+`FusedStep` does the rest. One pass finds the norm and any overflow; another unscales, clips, applies Adam and writes
+the 16-bit weights, unless a flag on the device says to skip the step. DeepSpeed's own step makes a pass for each of
+these and waits for the host first.
 Gradients are divided by the loss scale they were computed with: DeepSpeed 0.19.8 updates the scale first, so that its
 step halves the update whenever the scale grows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +21,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from ..data import Batch
 from ..kernels import FusedAdam
 from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from ..precision import Precision
 from ..recipes import Recipe, decays
-from .deferred_gradients import DeferredGradients, reduces_to_owners
+from .average import WeightAverage
+from .cuda_graphs import Capture, CapturedMicroBatch
+from .deepspeed_config import deepspeed_config
 from .distributed import World, deepspeed
-from .local_gradients import LocalGradients
+from .gradients import Gradients, gradients_of
+from .partitions import gather, sends_directly
 from .spikes import NO_FILTERS, SpikeFilters
 
 INTERNALS = (
@@ -35,6 +41,7 @@ INTERNALS = (
     *("loss_scaler", "_update_scale", "overflow", "_global_grad_norm", "micro_step_id"),
     *("nccl_start_alignment_factor", "allgather_bucket_size", "real_dp_process_group"),
     *("process_gradients", "overlapping_partition_gradients_reduce_epilogue", "round_robin_bit16_groups"),
+    "_grad_acc_hooks",
 )
 """Attributes of DeepSpeed's ZeRO-2 optimizer that this module uses; a version without one of them is refused."""
 
@@ -83,11 +90,21 @@ class Zero2:
         accumulation: int,
         fused: bool = True,
         reduce_once: bool = False,
+        capture: Capture | None = None,
     ) -> None:
+        """Partition the optimizer's state over the ranks.
+
+        fused: step by `FusedStep`, not by DeepSpeed. reduce_once: reduce gradients once per step.
+        capture: makes the CUDA graph of `micro_batch`; gradients are then reduced once per step, and `fused` must be
+        True, else ValueError is raised. None: no graph.
+        """
+        if capture and not fused:
+            raise ValueError("capture needs fused=True: DeepSpeed's own step needs DeepSpeed's hooks")
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
         )
-        config = _config(recipe, world, precision, micro_batch_size, accumulation, _numel(model.parameters()))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        config = deepspeed_config(recipe, world, precision, micro_batch_size, accumulation, parameters)
         self.engine = deepspeed(world.device.type).initialize(model=model, optimizer=optimizer, config=config)[0]
         self.world = world
         self.model = model
@@ -103,14 +120,17 @@ class Zero2:
             scaler.raise_error_at_min_scale = False  # `StepOutcome.hopeless` reports it, and the weights stay usable
             scaler.min_scale = recipe.min_loss_scale  # DeepSpeed's own configuration takes only integers
         self.fused: FusedStep | None = None
+        self._captured: CapturedMicroBatch | None = None
         if fused:
             _require_internals(self.zero, world)
-            local = LocalGradients(self.zero, accumulation) if world.size == 1 else None
             spikes = SpikeFilters.of(recipe, world.device)
-            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, spikes, local)
+            gradients = gradients_of(self.zero, world, accumulation, reduce_once=reduce_once or capture is not None)
+            self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, gradients, spikes)
+            if recipe.ema_decay is not None:
+                self.fused.average = WeightAverage(recipe.ema_decay, self.zero.single_partition_of_fp32_groups)
             self.zero.step = self.fused
-            if reduce_once and world.size > 1:
-                DeferredGradients(self.zero, accumulation)
+            if capture:
+                self._captured = CapturedMicroBatch(model, self._loss, world, accumulation, capture)
 
     @property
     def loss_scale(self) -> float:
@@ -129,9 +149,24 @@ class Zero2:
         """Run backward for one micro-batch; after the last of `accumulation`, the averaged gradients are ready."""
         self._loss += loss.detach() / (self.accumulation * self.world.size)
         self.engine.backward(loss)
+        self._count_micro_batch()
+
+    def _count_micro_batch(self) -> None:
         self._micro_batches += 1
         if self._micro_batches < self.accumulation:
             self.engine.step()  # updates nothing: DeepSpeed counts micro-batches by calls of `step`
+
+    def micro_batch(self, batch: Batch) -> None:
+        """Run forward and backward for one micro-batch in host memory; see `backward`."""
+        if not self._captured:
+            there = batch.to(self.world.device)
+            self.backward(self.loss(there.input_ids, there.labels, there.cu_seqlens))
+            return
+        self._captured(batch, self.loss_scale, first=self._micro_batches == 0)
+        self._count_micro_batch()
+        if self._micro_batches == self.accumulation:
+            assert self.fused
+            self.fused.gradients.accept(self._captured.gradients)
 
     def step(self, lr: float) -> StepOutcome:
         """Update the weights at learning rate `lr`, after `accumulation` backward passes.
@@ -157,6 +192,23 @@ class Zero2:
             broken=self.fused is not None and self.fused.broken,
         )
 
+    @property
+    def average(self) -> WeightAverage | None:
+        """The moving average of the weights (`Recipe.ema_decay`)."""
+        return self.fused.average if self.fused else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the averaged weights inside, and its own, bit for bit, after it; every rank calls it."""
+        assert self.fused is not None and self.fused.average is not None
+        parts = [parts[self.world.rank] for parts in self.zero.parallel_partitioned_bit16_groups]
+        own = [part.detach().clone() for part in parts]
+        try:
+            self.fused.replace_weights(parts, self.fused.average.averages)
+            yield
+        finally:
+            self.fused.replace_weights(parts, own)
+
     def _mean_loss(self) -> float:
         """Average the step's loss over the ranks, which DeepSpeed's own step does not do, and reset the sum."""
         if self.world.size > 1:
@@ -171,14 +223,16 @@ class Zero2:
         return not self.dynamic or (scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
 
     def partitions(self) -> dict[str, Tensor]:
-        """Return this rank's flat optimizer tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …"""
+        """Return this rank's flat tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …, and with an
+        average "ema.0", …"""
         tensors = {}
         for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
             state = self.zero.optimizer.state[master]
             tensors[f"master.{group}"] = master.detach()
             for name in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{name}.{group}"] = state[name] if name in state else torch.zeros_like(master)
-        return tensors
+        averages = self.average.averages if self.average else []
+        return tensors | {f"ema.{group}": average for group, average in enumerate(averages)}
 
     def partition_sizes(self) -> dict[str, tuple[int, int]]:
         """Map each name of `partitions` to (elements of this rank's part, elements of all parts without padding)."""
@@ -195,7 +249,10 @@ class Zero2:
         return weights + 4 * sum(whole for _, whole in self.partition_sizes().values())
 
     def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Load a checkpoint's weights, optimizer tensors and `state_dict()`."""
+        """Load a checkpoint's weights, optimizer tensors and `state_dict()`.
+
+        An average that `partitions` lacks starts as these weights.
+        """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(model[name])
@@ -205,6 +262,9 @@ class Zero2:
                 slot["step"] = torch.tensor(float(state["updates"]), device=master.device)
                 for name in ("exp_avg", "exp_avg_sq"):
                     slot[name] = partitions[f"{name}.{group}"].to(master.device)
+        if self.average:
+            averages = [tensor for name, tensor in partitions.items() if name.startswith("ema.")]
+            self.average.load(averages or None)
         if self.dynamic:
             for name, value in state["loss_scaler"].items():
                 setattr(self.zero.loss_scaler, name, value)
@@ -226,7 +286,7 @@ class FusedStep:
     """Replaces `DeepSpeedZeroOptimizer.step`: from averaged gradients to updated weights on every rank.
 
     loss: scalar, this rank's part of the step's mean loss; reset to 0 for the next step.
-    local: the gradients of a single rank; None: DeepSpeed has reduced them.
+    gradients: the step's averaged gradients.
     """
 
     def __init__(
@@ -235,11 +295,12 @@ class FusedStep:
         world: World,
         clip: float,
         loss: Tensor,
+        gradients: Gradients,
         spikes: SpikeFilters = NO_FILTERS,
-        local: LocalGradients | None = None,
     ) -> None:
-        self.zero, self.world, self.clip, self.spikes, self.local = zero, world, clip, spikes, local
-        self.loss = loss
+        self.zero, self.world, self.clip, self.spikes = zero, world, clip, spikes
+        self.loss, self.gradients = loss, gradients
+        self.average: WeightAverage | None = None
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
         self.spike = False
@@ -252,7 +313,7 @@ class FusedStep:
     def __call__(self, closure: None = None) -> None:
         zero = self.zero
         zero.micro_step_id = -1
-        grads = [self._gradients(group) for group in range(len(zero.bit16_groups))]
+        grads = [list(self.gradients.of(group)) for group in range(len(zero.bit16_groups))]
         sums = torch.stack([grad_norm_squared([grad for group in grads for _, grad in group]), self.loss])
         if self.world.size > 1:
             dist.all_reduce(sums)
@@ -261,28 +322,19 @@ class FusedStep:
         scale = float(zero.loss_scale)
         grad_scale, found_inf, norm = unscale_and_clip(norm_squared, loss_scale=scale, max_norm=self.clip or None)
         spike = self.spikes.judge(loss=loss, norm=norm) if self.spikes else torch.zeros_like(found_inf)
-        self._update(grads, grad_scale, found_inf + spike)
+        skip = found_inf + spike
+        self._update(grads, grad_scale, skip)
+        if self.average:
+            self.average.update(skip)
         del grads
-        self._release_gradients()
+        self.gradients.clear()
         self._gather_weights()
-        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
-        increment_version([p for group in zero.bit16_groups for p in group])
         # This is the first wait for the device: the update above is already queued.
         known = torch.stack([found_inf, spike, norm, self.nonfinite, loss]).tolist()
         overflow, spiked, unscaled, nonfinite, self.mean_loss = known
         self.spike, zero.overflow, self.broken = spiked > 0, overflow > 0, nonfinite > 0
         zero._global_grad_norm = float("inf") if zero.overflow else unscaled
         zero._update_scale(zero.overflow)
-
-    def _gradients(self, group: int) -> list[tuple[int, Tensor]]:
-        """List (offset in this rank's flat partition, gradient) for all of the group's gradients.
-
-        Local gradients come one per parameter, DeepSpeed's in one piece, in fp32 for 16-bit models.
-        """
-        if self.local:
-            return list(self.local.of(group))
-        flat = self.zero._get_preflattened_grad_partition(group)
-        return [(0, self.zero.flatten(self.zero.averaged_gradients[group]) if flat is None else flat)]
 
     def _update(self, grads: list[list[tuple[int, Tensor]]], grad_scale: Tensor, found_inf: Tensor) -> None:
         zero = self.zero
@@ -313,25 +365,25 @@ class FusedStep:
                 nonfinite=self.nonfinite,
             )
 
-    def _release_gradients(self) -> None:
-        zero = self.zero
-        if self.local:
-            self.local.clear()
-        zero._release_preflattened_grad_buffers()
-        for group in range(len(zero.bit16_groups)):
-            zero.averaged_gradients[group] = None
-            zero.all_grad_tensors[group] = None
-            for parameter in zero.bit16_groups[group]:
-                parameter.grad = None
-                parameter.grad_accum = None
+    @torch.no_grad()
+    def replace_weights(self, parts: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Write other weights, in any float dtype, into this rank's `parts` of the model, and send them to all."""
+        for part, other in zip(parts, others, strict=True):
+            part.copy_(other)
+        self._gather_weights()
 
     def _gather_weights(self) -> None:
         """Send every rank's updated part to all ranks. With one rank, the weights are already in place."""
+        # Autograd does not see writes through the flat buffers: a graph that still needs the old weights must raise.
+        increment_version([p for group in self.zero.bit16_groups for p in group])
         if self.world.size == 1:
+            return
+        zero = self.zero
+        if sends_directly(self.world):
+            gather(zero.parallel_partitioned_bit16_groups, self.world)
             return
         from deepspeed.runtime.utils import all_gather_dp_groups
 
-        zero = self.zero
         all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,
             partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
@@ -349,44 +401,3 @@ def _require_internals(zero: Any, world: World) -> None:
             f"DeepSpeed {deepspeed(world.device.type).__version__}'s ZeRO-2 optimizer has no {', '.join(missing)}; "
             "install deepspeed>=0.19.8,<0.20, or use --zero-step deepspeed"
         )
-
-
-def _config(
-    recipe: Recipe, world: World, precision: Precision, micro_batch_size: int, accumulation: int, parameters: int
-) -> dict[str, Any]:
-    """Make DeepSpeed's configuration; surprising defaults (clipping, accumulation dtype) are set explicitly."""
-    # DeepSpeed's default bucket has 500 M elements; a small model's buffer need not be larger than the model.
-    bucket = min(500_000_000, max(1_000_000, parameters))
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro_batch_size * accumulation * world.size,
-        "gradient_clipping": recipe.gradient_clipping,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": 2,
-            "contiguous_gradients": True,
-            "overlap_comm": world.device.type == "cuda",
-            "reduce_bucket_size": bucket,
-            "use_multi_rank_bucket_allreduce": not reduces_to_owners(world.size, world.device.type),
-            "allgather_bucket_size": bucket,
-            "round_robin_gradients": False,
-        },
-        "fp16": {
-            "enabled": precision == "fp16",
-            "loss_scale": 0,
-            "initial_scale_power": int(recipe.initial_loss_scale).bit_length() - 1,
-            "loss_scale_window": recipe.loss_scale_window,
-            "hysteresis": recipe.loss_scale_hysteresis,
-            "min_loss_scale": max(1, int(recipe.min_loss_scale)),
-        },
-        "bf16": {"enabled": precision == "bf16"},
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-
-
-def _numel(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)

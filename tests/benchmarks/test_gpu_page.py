@@ -90,3 +90,15 @@ def test_every_state_has_its_words(state: str) -> None:
     document = copy.deepcopy(DOCUMENT)
     document["stages"]["trainer"]["state"] = state
     assert f"| 3. Trainer | {state} |  |" in page(document).splitlines()
+
+
+def test_a_table_of_tiles_is_a_row_for_each_kernel_and_a_line_for_each_choice_of_a_back_end() -> None:
+    entry = {"kernel": "attention.dq", "case": {"head_dim": 64, "mask": "causal"}, "tile": {"m": 64, "warps": 4}}
+    entry |= {"milliseconds": 0.5, "by_hand_milliseconds": 0.75, "timed": 12}
+    backend = {"op": "attention", "case": {"head_dim": 64}, "backend": "triton"}
+    backend |= {"milliseconds": {"triton": 1.5, "sdpa": 2.0}}
+    document = copy.deepcopy(DOCUMENT)
+    document["stages"]["step"]["results"]["table"] = {"version": 1, "tiles": [entry], "backends": [backend]}
+    lines = page(document).splitlines()
+    assert "| attention.dq | head_dim 64, mask causal | m 64, warps 4 | 0.5 | 0.75 | 1.50× | 12 |" in lines
+    assert "- attention, head_dim 64, ms: triton 1.5, sdpa 2" in lines

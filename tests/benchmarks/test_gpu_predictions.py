@@ -34,6 +34,17 @@ def test_milliseconds_by_hand() -> None:
     )
 
 
+def test_a_block_by_hand() -> None:
+    """12 d² products per token; LayerNorm reads x and writes h and x + bias, RoPE moves half of q and k both ways, GELU
+    reads and writes 4 d and copies o: 3 + 2 + 10 rows of d numbers."""
+    share = {name: share.value for name, share in predictions.SHARES.items()}
+    products = 2 * 8192 * 12 * 2048**2 / (989.4e9 * share["product"])
+    scores = 2 * 8192 * 2048 * 2048 / (989.4e9 * share["attention forward"])
+    moved = 15 * 33.554432e6 / (3.35e9 * share["streaming"])
+    found = predictions.predicted(H100)["parallel_block, fp16, forward"]
+    assert found == pytest.approx(products + scores + moved)
+
+
 def test_no_rate_passes_the_data_sheet() -> None:
     assert all(0 < share.value < 1 for share in predictions.SHARES.values())
     step = predictions.predicted(H100)["training step, phi-1.5, fp16"] / 1e3

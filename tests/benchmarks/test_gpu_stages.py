@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded_graphs
 import torch
 
+from benchmarks import steps
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import cuda_tests, parity, place, profile, sanitizer, small_launches, step, tiles, trainer
 from benchmarks.gpu.runner import NotMeasured, Session
 from benchmarks.gpu.stages import stages
-from phi_fast import PhiConfig
+from phi_fast import Phi, PhiConfig
+from phi_fast.kernels import tuned
 
 ROOT = Path(command.__file__).parents[2]
 
@@ -254,6 +259,43 @@ def test_tiles_are_swept_where_this_version_can(tmp_path: Path, monkeypatch: pyt
     assert found["table"] == {"m": 128}
 
 
+def test_a_sweep_puts_its_table_as_it_grows_and_says_how_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_tuner.py").write_text(
+        "import json, os, sys, time\n"
+        "for n in (1, 2):\n"
+        "    json.dump({'m': n}, open(sys.argv[4] + '.new', 'w'))\n"
+        "    os.replace(sys.argv[4] + '.new', sys.argv[4])\n"
+        "    time.sleep(1)\n"
+        "sys.exit('no room on this GPU')\n"
+    )
+    monkeypatch.setattr(tiles, "MODULE", "failing_tuner")
+    monkeypatch.setattr(tiles, "POLL", 0.1)
+    monkeypatch.setattr(tiles.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    given, _ = session(tmp_path, dry=False)
+    put: list[Any] = []
+    growing = replace(given, put=lambda key, value: put.append(value))
+    with pytest.raises(tiles.SweepFailed, match="failing_tuner ended with status 1: no room on this GPU"):
+        tiles.sweep(growing)
+    assert put == [{"m": 1}, {"m": 2}]
+
+
+def test_a_dry_sweep_lists_what_would_be_timed(tmp_path: Path) -> None:
+    given, found = session(tmp_path)
+    tiles.sweep(given)
+    assert found["list"][0] == "layer_norm.forward: dtype float16, width 2048, length 8192, variant shift"
+    assert found["list"][1].endswith("timed, chosen by hand")
+
+
+def test_a_table_is_in_use_inside_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    with tiles.in_use(tmp_path / "tiles.json"):
+        assert tuned.place("any GPU") == tmp_path / "tiles.json"
+    assert tuned.VARIABLE not in os.environ
+
+
 def test_the_shares_leave_time_for_every_stage_that_users_ask_for_first() -> None:
     known = {stage.name: stage for stage in stages()}
     assert list(known) == ["machine", "parity", "sanitizer", "tests", "kernels", "tiles", "step", "trainer"]
@@ -336,3 +378,26 @@ def test_the_whole_script_runs_dry(tmp_path: Path) -> None:
     rows = document["stages"]["trainer"]["results"]["steps computed twice"]
     assert [row["the same, bit for bit"] for row in rows] == [True] * 3
     assert next(tmp_path.rglob("*.md")).read_text().count("\n## ") == len(document["stages"])
+
+
+def test_the_step_from_a_graph_updates_as_the_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of each on a CPU, where a replay is another run."""
+    made: list[Phi] = []
+
+    def model(config: PhiConfig) -> Phi:
+        torch.manual_seed(0)
+        made.append(Phi(config))
+        return made[-1]
+
+    monkeypatch.setattr(steps, "Phi", model)
+    config = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+    ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    for run in (
+        steps.ours(config, batch, torch.bfloat16),
+        steps.captured(config, batch, torch.bfloat16, recorded_graphs.run_again),
+    ):
+        for _ in range(3):
+            run()
+    for ours, graph in zip(*(model.parameters() for model in made), strict=True):
+        assert torch.equal(ours, graph)

@@ -296,3 +296,26 @@ def test_bytes_kept_by_a_layer_beside_transformers():
     assert 9 < measured["norm_gelu"] < 9.1
     assert 14 < measured["none"] < 14.1
     assert measured["transformers"] > 27
+
+
+@pytest.mark.parametrize("z", [0.0, 0.01])
+def test_the_z_loss_is_added_in_training_alone(z: float) -> None:
+    """Against the definition in float64: cross entropy + z · mean of log²(sum of exp(logits)), and its gradients."""
+    wide = random_reference().double()
+    ids, labels = batch()
+    logits = wide(ids).logits[labels != -100]
+    entropy = F.cross_entropy(logits, labels[labels != -100])
+    expected = entropy + z * logits.logsumexp(-1).square().mean()
+    expected.backward()
+    reference = ReferencePhi(SMALL, z_loss=z).to(DEVICE)
+    reference.load_state_dict(wide.state_dict())
+    phi = Phi(SMALL, z_loss=z).to(DEVICE)
+    phi.load_state_dict(to_merged(reference.state_dict()))
+    for model in (reference, phi):
+        loss = model(ids, labels).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        loss.backward()
+        assert float(model.eval()(ids, labels).loss) == pytest.approx(float(entropy), rel=1e-6)
+    found = {"reference": reference.lm_head.weight.grad, "phi": phi.lm_head.weight.grad}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), wide.lm_head.weight.grad, rtol=1e-4, atol=1e-7, msg=name)

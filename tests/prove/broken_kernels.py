@@ -59,7 +59,7 @@ def bias_gelu_of_slices(module: ModuleType) -> None:
 
 
 def column_sums(module: ModuleType) -> None:
-    module._column_sums_launch(normal(8, 200), torch.zeros(200))()
+    module._column_sums_launch(module.SumsTile(64, 64, 4), normal(8, 200), torch.zeros(200))()
 
 
 def adam_step(module: ModuleType) -> None:

@@ -216,6 +216,11 @@ def test_plan_takes_the_same_file(tmp_path: Path) -> None:
     expected = RECIPES["phi-1.5"].model.replace(num_hidden_layers=2)
     assert (job.recipe.model, job.recipe.global_batch_size) == (expected, 64)
     assert (job.recompute, job.micro_batch_size) == ("all", 4)
+    plain = plan.run(plan.parse(["--config", str(path)])).plans["all"]
+    path.write_text(f"ema_decay = 0.999\n{path.read_text()}")
+    kept = plan.run(plan.parse(["--config", str(path)])).plans["all"]  # 4 bytes per parameter over 8 GPUs
+    assert kept.memory.optimizer - plain.memory.optimizer == 4 * -(-expected.num_parameters() // 8)
+    assert kept.checkpoint_bytes - plain.checkpoint_bytes == 4 * expected.num_parameters()
     words = ["--config", str(path), "--recompute", "none", "--global-batch-size", "32", "--recipe", "phi-1.5-web"]
     job = plan.run(plan.parse(words)).job
     assert (job.recompute, job.recipe.global_batch_size, job.recipe.tokens) == ("none", 32, 300_000_000_000)

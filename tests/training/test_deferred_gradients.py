@@ -1,4 +1,5 @@
-"""Two ranks reduce gradients per micro-batch or once per step: the updates are the same, and the latter sends less."""
+"""Two ranks reduce gradients per micro-batch or once per step, by DeepSpeed or directly: the updates are the same, and
+the bytes sent are not."""
 
 from __future__ import annotations
 
@@ -11,21 +12,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import trainer_processes
+from recorded_graphs import run_again
 from torch import Tensor, nn
 
 from phi_fast import PhiConfig
+from phi_fast.data import Batch
 from phi_fast.model.output import Output
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.precision import DTYPES
 from phi_fast.recipes import RECIPES
+from phi_fast.training import gradients
+from phi_fast.training import zero as zero_module
+from phi_fast.training.deepspeed_config import deepspeed_config
 from phi_fast.training.deferred_gradients import reduces_once
 from phi_fast.training.distributed import World, join, leave
 from phi_fast.training.options import Options
-from phi_fast.training.zero import Zero2, _config, parameter_groups
+from phi_fast.training.zero import Zero2, parameter_groups
 
 CONFIG = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
 RECIPE = RECIPES["tiny"].replace(model=CONFIG, gradient_clipping=0.5, initial_loss_scale=2.0**10)
 MICRO_BATCHES, STEPS = 3, 4
+WAYS = {
+    "directly": (True, True, None),
+    "once": (False, True, None),
+    "each micro-batch": (False, False, None),
+    "directly, graph": (True, True, run_again),
+    "once, graph": (False, True, run_again),
+}
+"""Way -> (do the ranks exchange partitions directly, do they reduce once per step, what captures a CUDA graph)."""
 
 
 class Late(nn.Module):
@@ -50,31 +64,33 @@ def rows(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
 
 
 def train(rank: int, folder: str) -> None:
-    """Both modes in each precision, on this rank of two; rank 0 keeps the weights and what was sent."""
+    """Train each way in each precision, on this rank of two; rank 0 keeps the weights and what was sent."""
     world = join("cpu")
     sent = {"elements": 0}
-    for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
+    for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "isend"):
         collective = getattr(dist, name)
 
         def spy(tensor, *args, collective=collective, name=name, **kwargs):
-            # A ring sends each element twice to reduce it on all ranks, once to reduce it on one.
-            sent["elements"] += tensor.numel() * (2 if name == "all_reduce" else 1)
+            # Each of two ranks sends as many elements as it all-reduces, half as many if it reduces them to one rank.
+            sent["elements"] += tensor.numel() * (1 if name in ("all_reduce", "isend") else 0.5)
             return collective(tensor, *args, **kwargs)
 
         setattr(dist, name, spy)
     found = {}
     for precision in ("fp32", "bf16", "fp16"):
-        for once in (True, False):
+        for way, (directly, once, capture) in WAYS.items():
+            for module in (gradients, zero_module):
+                module.sends_directly = lambda world, directly=directly: directly
             model = Late().to(DTYPES[precision])
             options = {"precision": precision, "micro_batch_size": 2, "accumulation": MICRO_BATCHES}
-            zero = Zero2(model, RECIPE, world, reduce_once=once, **options)
+            zero = Zero2(model, RECIPE, world, reduce_once=once, capture=capture, **options)
             sent["elements"] = 0
             outcomes = []
             for step in range(STEPS):
                 for micro_batch in range(MICRO_BATCHES):
-                    zero.backward(zero.loss(*rows(step, rank, micro_batch)))
+                    zero.micro_batch(Batch(*rows(step, rank, micro_batch), range(2), torch.zeros(2, dtype=torch.int32)))
                 outcomes.append(zero.step(1e-2))
-            found[precision, once] = (
+            found[precision, way] = (
                 {name: p.detach().clone() for name, p in model.named_parameters()},
                 [outcome.grad_norm for outcome in outcomes],
                 [outcome.loss for outcome in outcomes],
@@ -112,40 +128,53 @@ def in_one_process() -> tuple[dict[str, Tensor], list[float], list[float]]:
     return {name: p.detach() for name, p in model.named_parameters()}, norms, losses
 
 
-@pytest.mark.parametrize("once", [True, False], ids=["once", "each micro-batch"])
-def test_updates_are_torchs_on_all_rows(found: dict, once: bool) -> None:
-    (weights, norms, losses), (ours, our_norms, our_losses, _) = in_one_process(), found["fp32", once]
+@pytest.mark.parametrize("way", WAYS)
+def test_updates_are_torchs_on_all_rows(found: dict, way: str) -> None:
+    (weights, norms, losses), (ours, our_norms, our_losses, _) = in_one_process(), found["fp32", way]
     assert our_norms == pytest.approx(norms, rel=1e-5)
     assert our_losses == pytest.approx(losses, rel=1e-6)
     for name, weight in weights.items():  # an update moves a weight by up to the rate of 1e-2: a thousandth of that
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("way", ["directly", "once"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_in_16_bits_both_ways_are_as_near_to_fp32(found: dict, precision: str) -> None:
+def test_in_16_bits_both_ways_are_as_near_to_fp32(found: dict, precision: str, way: str) -> None:
     """Rounding the sum once errs no more than rounding each part."""
-    exact = found["fp32", True][1]
+    exact = found["fp32", way][1]
     errors = [
-        max(abs(a / b - 1) for a, b in zip(found[precision, once][1], exact, strict=True)) for once in (True, False)
+        max(abs(a / b - 1) for a, b in zip(found[precision, other][1], exact, strict=True))
+        for other in (way, "each micro-batch")
     ]
     assert errors[0] <= max(2 * errors[1], {"bf16": 2**-8, "fp16": 2**-11}[precision])
-    for name, weight in found["fp32", True][0].items():
-        difference = (found[precision, True][0][name].float() - weight).abs().max()
-        usual = (found[precision, False][0][name].float() - weight).abs().max()
+    for name, weight in found["fp32", way][0].items():
+        difference = (found[precision, way][0][name].float() - weight).abs().max()
+        usual = (found[precision, "each micro-batch"][0][name].float() - weight).abs().max()
         assert difference <= 2 * usual + 1e-3, name
 
 
 def test_elements_sent(found: dict) -> None:
-    """Each gradient is all-reduced once per step, or once per micro-batch. The rest is scalars."""
+    """DeepSpeed all-reduces each gradient once per step, or once per micro-batch. Directly, half of the gradients and
+    half of the updated weights are sent, together as much as one all-reduce. The rest is scalars."""
     parameters = sum(p.numel() for p in Late().parameters())
     for precision in ("fp32", "bf16", "fp16"):
-        assert found[precision, True][3] == pytest.approx(2 * parameters, rel=0.01)
-        assert found[precision, False][3] == pytest.approx(2 * MICRO_BATCHES * parameters, rel=0.01)
+        for way in WAYS:
+            reductions = MICRO_BATCHES if way == "each micro-batch" else 1
+            assert found[precision, way][3] == pytest.approx(reductions * parameters, rel=0.01), way
+
+
+@pytest.mark.parametrize("way", ["directly", "directly, graph", "once, graph"])
+def test_ways_agree_bit_for_bit_in_fp32(found: dict, way: str) -> None:
+    """A sum of two ranks' gradients is the same in either order, and the half of a float32 is exact."""
+    (ours, norms, losses, _), (theirs, their_norms, their_losses, _) = found["fp32", way], found["fp32", "once"]
+    assert (norms, losses) == (their_norms, their_losses)
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
 
 
 @pytest.mark.parametrize(("device", "ranks", "expected"), [("cuda", 8, False), ("cuda", 64, True), ("cpu", 2, True)])
 def test_buckets_are_all_reduced_among_many_ranks_and_by_gloo(device: str, ranks: int, expected: bool) -> None:
-    config = _config(RECIPE, World(0, ranks, 0, torch.device(device)), "bf16", 2, 1, 1000)
+    config = deepspeed_config(RECIPE, World(0, ranks, 0, torch.device(device)), "bf16", 2, 1, 1000)
     assert config["zero_optimization"]["use_multi_rank_bucket_allreduce"] is expected
 
 

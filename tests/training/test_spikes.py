@@ -10,8 +10,9 @@ import pytest
 import torch
 from trainer_processes import arguments, finish, losses, optimizer_state, weights
 
+from phi_fast.recipes import RECIPES
 from phi_fast.train import INTERRUPTED
-from phi_fast.training.spikes import WARMUP, SpikeFilter
+from phi_fast.training.spikes import WARMUP, SpikeFilter, SpikeFilters
 
 CPU = torch.device("cpu")
 
@@ -102,3 +103,42 @@ def test_two_ranks_agree_on_a_spike_of_one(data: Path, tmp_path: Path) -> None:
     words = arguments(data, tmp_path / "run", 45, skip_spikes=8, learning_rate=1e-4)
     finish(words, tmp_path / "output", ranks=2, fault="multiply_loss_at_steps", given=[40, 41])
     assert skipped(tmp_path / "run") == [40, 41]
+
+
+def test_the_loss_and_the_norm_have_filters_of_their_own() -> None:
+    """A step is a spike if either is; each filter learns from every step."""
+    recipe = RECIPES["tiny"]
+    assert not SpikeFilters.of(recipe, CPU)
+    filters = SpikeFilters.of(recipe.replace(skip_spikes=6.0, skip_norm_spikes=8.0), CPU)
+    loss, norm, found = noise(60), noise(60, seed=1), []
+    loss[40], norm[45], loss[50], norm[50] = 9.0, 9.0, 9.0, 9.0
+    for pair in zip(loss, norm, strict=True):
+        found.append(float(filters.judge(loss=torch.tensor(pair[0]), norm=torch.tensor(pair[1]))))
+    assert [i for i, spike in enumerate(found) if spike] == [40, 45, 50]
+    assert set(found) == {0.0, 1.0}
+    alone = SpikeFilter(8, CPU)
+    judged(alone, norm)
+    assert filters.state_dict()["norm_spikes"] == alone.state_dict()
+    assert set(filters.state_dict()) == {"spikes", "norm_spikes"}
+    again = SpikeFilters.of(recipe.replace(skip_norm_spikes=8.0), CPU)
+    again.load_state_dict(json.loads(json.dumps({**filters.state_dict(), "updates": 3})))
+    assert again.state_dict() == {"norm_spikes": alone.state_dict()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_spike_of_the_gradient_norm_is_left_out_of_the_run(data: Path, tmp_path: Path, ranks: int) -> None:
+    """The gradients of steps 40 and 41 are multiplied, on one rank; the run goes on as without them, also resumed."""
+    words = {
+        name: arguments(data, tmp_path / name, 45, skip_norm_spikes=9, learning_rate=1e-4)
+        for name in ("whole", "parts")
+    }
+    fault = {"fault": "multiply_gradients_at_steps", "given": [40, 41]}
+    output = finish(words["whole"], tmp_path / "output", ranks=ranks, **fault)
+    assert skipped(tmp_path / "whole") == [40, 41]
+    assert max(losses(tmp_path / "whole")) < 7
+    assert "spike, skipped" in output
+    finish([*words["parts"], "--stop-after", "30"], tmp_path / "output", ranks=ranks, expect=INTERRUPTED)
+    resumed = [*words["parts"], "--resume"]
+    finish(resumed, tmp_path / "output", ranks=ranks, fault=fault["fault"], given=[10, 11])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(*(weights(tmp_path / name)["lm_head.weight"] for name in ("parts", "whole")))

@@ -218,13 +218,13 @@ def test_one_rank_takes_gradients_as_autograd_made_them(world: World, precision:
     loss = zero.loss(input_ids, labels)
     expected = torch.autograd.grad(loss * zero.loss_scale, list(zero.model.parameters()), retain_graph=True)
     zero.backward(loss)
-    assert zero.fused is not None and zero.fused.local is not None
-    taken = [gradient for group in range(2) for _, gradient in zero.fused.local.of(group)]
+    assert zero.fused is not None
+    taken = [gradient for group in range(2) for _, gradient in zero.fused.gradients.of(group)]
     by_shape = sorted(zip(expected, zero.model.parameters(), strict=True), key=lambda pair: pair[1].dim() < 2)
     assert all(torch.equal(gradient, own) for gradient, (own, _) in zip(taken, by_shape, strict=True))
     assert not any(bucket.buffer for bucket in zero.zero.ipg_buckets.values())
     zero.step(1e-3)
-    assert not any(bool(gradient.any()) for _, gradient in zero.fused.local.of(0))
+    assert not any(bool(gradient.any()) for _, gradient in zero.fused.gradients.of(0))
 
 
 def test_a_parameter_that_takes_no_part_has_no_gradient(world: World) -> None:
