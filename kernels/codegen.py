@@ -10,6 +10,10 @@ memory, except by fp32 attention, where it is remarked; a load or store narrower
 that much to move, or that could not be found; a 16-bit matrix product without tensor-core instructions, or, on sm_90,
 with a wait for each; more shared memory than a block may have. Nothing is timed: occupancy and bytes are computed from
 the code and the shapes.
+
+A whole `--check` compiles about 400 launches per architecture, some 10 minutes of one processor each; problems are
+printed as they are found, phi-1.5's own launches first, then 16 bits before fp32. It may be stopped at any time: Triton
+keeps what it compiled in its cache (~/.triton/cache, or TRITON_CACHE_DIR), so that the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -51,6 +55,9 @@ class Options:
     """Write every figure, with each load's and store's source line, to this file."""
     markdown: Path | None = None
     """Write the tables to this file."""
+    beside: tuple[Path, ...] = ()
+    """`--json` files of earlier runs, for example with another Triton: the Markdown counts their launches and lists
+    their problems."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +73,41 @@ class Row:
     """It is in the table, and not only among what `--check` compiles."""
 
 
-def rows(options: Options) -> Iterator[Row]:
-    """Compiles one specimen after the other. Raises BackendUnavailable where Triton cannot compile."""
+class Planned(NamedTuple):
+    """One launch to compile."""
+
+    arch: str
+    specimen: Specimen
+    tabled: bool
+
+
+def plan(options: Options) -> list[Planned]:
+    """The launches of the tables, and after them, with `check`, all others, each once.
+
+    Raises BackendUnavailable where Triton cannot compile.
+    """
     _require_compiler()
+    from .triton.specimens import compiled_as, specimens, variants
+
+    tabled, others = [], []
+    for arch in options.arch:
+        in_table = specimens(arch, getattr(torch, options.dtype))
+        known = {compiled_as(specimen.launch) for specimen in in_table}
+        tabled += [Planned(arch, specimen, True) for specimen in in_table]
+        if options.check:
+            more = (specimen for specimen in variants(arch) if compiled_as(specimen.launch) not in known)
+            others += [Planned(arch, specimen, False) for specimen in more]
+    return [launch for launch in tabled + others if options.only in f"{launch.specimen.name} {launch.specimen.note}"]
+
+
+def rows(planned: list[Planned]) -> Iterator[Row]:
+    """Compiles one launch after the other."""
     from .triton.compiled import ARCHITECTURES as KNOWN
     from .triton.compiled import compile_launch
-    from .triton.specimens import specimens, variants
 
-    for arch in options.arch:
-        tabled = [(specimen, True) for specimen in specimens(arch, getattr(torch, options.dtype))]
-        others = [(specimen, False) for specimen in variants(arch)] if options.check else []
-        for specimen, in_table in tabled + others:
-            if options.only in f"{specimen.name} {specimen.note}":
-                compiled = compile_launch(specimen.launch, KNOWN[arch])
-                wrong = problems(compiled, KNOWN[arch])
-                yield Row(arch, specimen, compiled, wrong, remarks(compiled), in_table)
+    for arch, specimen, tabled in planned:
+        compiled = compile_launch(specimen.launch, KNOWN[arch])
+        yield Row(arch, specimen, compiled, problems(compiled, KNOWN[arch]), remarks(compiled), tabled)
 
 
 def problems(compiled: Compiled, architecture: Architecture) -> tuple[str, ...]:
@@ -160,8 +187,11 @@ def _widths(compiled: Compiled, *, store: bool) -> str:
 
 
 def as_json(row: Row) -> dict[str, Any]:
+    from triton import __version__ as version
+
     launch = row.specimen.launch
     return {
+        "triton": version,
         "arch": row.arch,
         "kernel": row.specimen.name,
         "note": row.specimen.note,
@@ -176,7 +206,8 @@ def as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def as_markdown(found: list[Row]) -> str:
+def as_markdown(found: list[Row], beside: list[dict[str, Any]]) -> str:
+    """The tables of `found`, and what was wrong there and in `beside`, which is of other runs, as `as_json` writes."""
     from triton import __version__ as version
 
     from .triton.compiled import ARCHITECTURES as KNOWN
@@ -189,7 +220,8 @@ def as_markdown(found: list[Row]) -> str:
         "what they leave of a multiprocessor's warps; bytes are what a launch reads and writes at these shapes, beside",
         "the fewest that the work needs. Widths are those of the instructions that move tiles; a star marks tiles with",
         "less than 16 bytes per thread (row statistics, positions), where nothing wider is possible. On gfx942 a 64-"
-        "bit store counts as wide: 64 lanes fill with it the 512 bytes that a warp's 32 fill with 128 bits.",
+        "bit store counts as wide: 64 lanes fill with it the 512 bytes that a warp's 32 fill with 128 bits. Spills are",
+        "there the scratch memory that the code asks for; how its matrix instructions overlap is not looked at.",
     ]
     for arch in dict.fromkeys(row.arch for row in found):
         lines += [
@@ -200,16 +232,39 @@ def as_markdown(found: list[Row]) -> str:
             "|---" * len(HEADINGS) + "|",
         ]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in found if row.arch == arch and row.tabled]
-    lines += ["", "## Problems", ""]
-    wrong = [f"- {row.arch} {row.specimen.name}, {row.specimen.note}: {what}" for row in found for what in row.problems]
-    lines += wrong or ["None."]
-    said = [f"- {row.arch} {row.specimen.name}, {row.specimen.note}: {what}" for row in found for what in row.remarks]
-    lines += ["", *said] if said else []
-    lines += ["", f"Compiled: {len(found)} launches, of which the tables show {sum(row.tabled for row in found)}."]
+    lines += [
+        "",
+        "## Checked",
+        "",
+        "| Triton | target | launches compiled | of | with problems |",
+        "|---|---|---:|---:|---:|",
+    ]
+    every = {(x["triton"], x["arch"], x["kernel"], x["note"]): x for x in (*map(as_json, found), *beside)}
+    launches = list(every.values())
+    for compiler in dict.fromkeys((launch["triton"], launch["arch"]) for launch in launches):
+        these = [launch for launch in launches if (launch["triton"], launch["arch"]) == compiler]
+        wrong = sum(bool(launch["problems"]) for launch in these)
+        lines += [f"| {' | '.join(compiler)} | {len(these)} | {_accepted(compiler[1])} | {wrong} |"]
+    for heading in ("problems", "remarks"):
+        lines += ["", f"## {heading.capitalize()}", ""]
+        said = [
+            f"- Triton {launch['triton']}, {launch['arch']} {launch['kernel']}, {launch['note']}: {what}"
+            for launch in launches
+            for what in launch[heading]
+        ]
+        lines += said or ["None."]
     return "\n".join(lines) + "\n"
 
 
-def _print(found: list[Row]) -> None:
+def _accepted(arch: str) -> int:
+    """Launches that a whole `--check` compiles for `arch`."""
+    from .triton.specimens import specimens, variants
+
+    both = (*specimens(arch, torch.float16), *variants(arch))
+    return len({(specimen.name, specimen.note) for specimen in both})
+
+
+def _print(found: list[Row], planned: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -226,7 +281,9 @@ def _print(found: list[Row]) -> None:
         for what in (*row.problems, *row.remarks):
             style = "red" if what in row.problems else None
             console.print(f"{row.arch} {row.specimen.name} ({row.specimen.note}): {what}", style=style)
-    console.print(f"{len(found)} launches compiled, {sum(bool(row.problems) for row in found)} with problems")
+    console.print(
+        f"{len(found)} of {planned} launches compiled, {sum(bool(row.problems) for row in found)} with problems"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -240,24 +297,43 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # dashes and × on an encoding that lacks them
             stream.reconfigure(errors="backslashreplace")
     options = tyro.cli(Options, args=arguments, prog="python -m phi_fast.kernels.codegen")
-    found = []
     try:
-        for row in rows(options):
-            found.append(row)
-            print(f"\r{row.arch} {row.specimen.name:<40}", end="", file=sys.stderr, flush=True)
-    except BackendUnavailable as error:
+        planned = plan(options)
+        beside = [launch for path in options.beside for launch in json.loads(path.read_text())]
+    except (BackendUnavailable, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
-    if not found:
+    if not planned:
         print(f"no kernel's name or note contains {options.only!r}", file=sys.stderr)
         return 2
-    _print(found)
+    found, stopped = _compile(planned)
+    _print(found, len(planned))
     if options.json is not None:
         options.json.write_text(json.dumps([as_json(row) for row in found], indent=1) + "\n")
+    if stopped:
+        print("stopped: the same command goes on from here, with what Triton's cache holds", file=sys.stderr)
+        return 130
     if options.markdown is not None:
-        options.markdown.write_text(as_markdown(found))
+        options.markdown.write_text(as_markdown(found, beside))
     return 1 if options.check and any(row.problems for row in found) else 0
+
+
+def _compile(planned: list[Planned]) -> tuple[list[Row], bool]:
+    """What was compiled until the end or an interrupt, and whether it was an interrupt. Says how far it is, and each
+    problem at once."""
+    found: list[Row] = []
+    try:
+        for row in rows(planned):
+            found.append(row)
+            for what in row.problems:
+                print(f"\r{row.arch} {row.specimen.name} ({row.specimen.note}): {what}", file=sys.stderr)
+            progress = f"{len(found)} of {len(planned)}: {row.arch} {row.specimen.name}"
+            print(f"\r{progress:<60}", end="", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        return found, True
+    finally:
+        print(f"\r{'':<60}\r", end="", file=sys.stderr, flush=True)
+    return found, False
 
 
 if __name__ == "__main__":

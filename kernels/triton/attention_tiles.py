@@ -101,8 +101,10 @@ _DOCUMENTS = {
     # (kernel, head_dim, rotary inside, architecture): a tile in the place of the one above
     ("forward", 64, False, "sm_100"): (128, 64, 8, 3),
     ("dq", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("dq", 128, True, "sm_90"): (64, 16, 8, 2),
     ("dkv", 64, True, "sm_80"): (32, 32, 4, 2),
     ("dkv", 128, False, "sm_90"): (32, 64, 8, 2),
+    ("dkv", 128, True, "sm_90"): (32, 32, 8, 2),
     ("dkv", 128, False, "sm_100"): (64, 64, 8, 2),
 }
 

@@ -7,6 +7,7 @@ recorded for `codegen`, which compiles it for GPUs that are not there. What it r
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -114,6 +115,21 @@ def _recording() -> _Recording:
 def recorded_architecture() -> str:
     """The architecture whose launches are recorded. Raises RuntimeError outside of `recording`."""
     return _recording().architecture
+
+
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+"""Of an A100, an H100 (SXM), a B200 and an MI300X, by their data sheets."""
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors (compute units) of a GPU: those of an SXM or OAM module for launches that are recorded. The
+    interpreter, on a CPU, runs one program after the other: 1."""
+    return _MULTIPROCESSORS[recorded_architecture()] if device.type == "meta" else _multiprocessors(device)
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _type(value: Any) -> str:

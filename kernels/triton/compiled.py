@@ -123,7 +123,8 @@ def examine(binary: CompiledKernel, launch: Launch, architecture: Architecture) 
     """Reads what came out of the compiler."""
     if architecture.target.backend == "cuda":
         assembly = binary.asm["ptx"]
-        registers, spilled, serialised = _cubin_resources(binary.asm["cubin"])
+        registers, spilled = _cubin_resources(binary.asm["cubin"])
+        serialised = "wgmma" in assembly and _serialised(_cuobjdump("-sass", binary.asm["cubin"]))
         widths = _widths_in_llvm(binary.asm["llir"])
     else:
         assembly = binary.asm["amdgcn"]
@@ -149,17 +150,22 @@ def examine(binary: CompiledKernel, launch: Launch, architecture: Architecture) 
     )
 
 
-def _cubin_resources(cubin: bytes) -> tuple[int, int, bool]:
-    """Registers, spilled bytes, and whether wgmma instructions are serialised."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _cubin_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes."""
+    printed = _cuobjdump("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", printed)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no registers: {printed[:1000]!r}")
-    return int(found[1]), int(found[2]) + int(found[3]), _serialised(printed)
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What NVIDIA's cuobjdump prints with `option`. With "-sass" it takes a hundred times as long as with the rest."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _serialised(sass: str) -> bool:
@@ -189,9 +195,6 @@ def _occupancy(architecture: Architecture, num_warps: int, registers: int, share
     }
     limit = min(blocks, key=lambda name: blocks[name])
     return min(blocks.values()) * num_warps / architecture.warps, limit
-
-
-_ACCESS = r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local|amdg(?:pu)?\.buffer_\w+) "
 
 
 def _accesses(ttgir: str, widths: Widths, threads: int) -> tuple[tuple[Access, ...], tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""LayerNorm in Triton, a row in registers.
+"""LayerNorm in Triton, a row in registers; `layer_norm_wide` has what wider rows need.
 
 Of a row x of n elements, with gradient dy of y (Ba et al., arXiv 1607.06450):
 
@@ -6,8 +6,15 @@ Of a row x of n elements, with gradient dy of y (Ba et al., arXiv 1607.06450):
     dx = rstd (γ dy - Σ(γ dy) / n - x̂ Σ(γ dy x̂) / n), plus the residual's gradient;  dγ = Σ_rows dy x̂;  dβ = Σ_rows dy
 
 Bytes per element (16-bit): forward 2 + 2, with a residual 4 more, with `shifted` 2 more; backward 2 + 2 + 2, with the
-residual's gradient 2 more. dweight and dbias: each program sums its rows in registers and writes one partial row (at
-most PROGRAMS of them, some 5% of the bytes at phi-1.5's shapes), which a second pass adds in a fixed order.
+residual's gradient 2 more.
+
+The backward pass keeps every multiprocessor reading. Its grid is what the GPU holds at once, so that each
+multiprocessor has the same number of rows, give or take one tile; and while a program sums one tile of rows, which
+takes several barriers, the next two are on their way into shared memory (on AMD, into registers). dweight and dbias:
+each program sums its rows in registers and writes one partial row (some 6% of the bytes at phi-1.5's shapes on an
+H100), and a second pass adds these in a fixed order. Rows of more than WIDE elements do not fit in registers beside
+those sums: a kernel before it forms the two means of each row, and the columns are then taken tile by tile, so that dy
+and x are read twice.
 """
 
 from __future__ import annotations
@@ -20,13 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.layer_norm import UNTOUCHED, ResidualStream
-from .common import Launch, next_power_of_2, refuse_double
+from .common import Launch, multiprocessors, next_power_of_2, refuse_double
+from .grid import split_program
 from .launching import launch
+from .layer_norm_wide import TILE, _layer_norm_forward_wide, row_means_launch
 from .rounding import narrow
 from .tiles import RowCase, Tunable, bucket, words
 
-PROGRAMS = 384  # of the backward: about three on each multiprocessor of an A100 or H100
-WIDEST = 32768  # elements of a row that registers hold; the backward's five rows spill beyond 8192 (1.3 KB per thread)
+WIDEST = 32768  # elements of a row
+WIDE_FORWARD = 16384  # beyond these, registers do not hold a row of the forward
+WIDE = 8192  # and of the backward, beside the sums of dweight and dbias
+WARPS = 16  # of the backward on a multiprocessor; with up to 128 registers per thread all of them are resident
+PREFETCH = 96 * 1024  # bytes ahead of the backward's sums on a multiprocessor; consumer cards have 99 KB per block
 
 
 class ForwardTile(NamedTuple):
@@ -35,15 +47,13 @@ class ForwardTile(NamedTuple):
 
 class BackwardTile(NamedTuple):
     warps: int
-    programs: int
-    """At most so many, each with a partial row of sums."""
+    resident: int
+    """Programs on each multiprocessor, each with a partial row of sums."""
 
 
 _WARPS = (1, 2, 4, 8, 16)
 FORWARD = Tunable("layer_norm.forward", ForwardTile, RowCase, {"warps": _WARPS})
-BACKWARD = Tunable(
-    "layer_norm.backward", BackwardTile, RowCase, {"warps": _WARPS, "programs": (132, 264, PROGRAMS, 528, 792, 1056)}
-)
+BACKWARD = Tunable("layer_norm.backward", BackwardTile, RowCase, {"warps": (4, 8, 16), "resident": (1, 2, 3, 4)})
 
 
 @triton.jit
@@ -97,43 +107,54 @@ def _layer_norm_backward(
     weight,  # (d,)
     mean,  # (rows,) fp32
     rstd,  # (rows,) fp32
+    row_means,  # (2, rows) fp32, of `row_means_launch`; None where a tile holds whole rows
     residual_grad,  # (rows, d) or None
     dx,  # (rows, d)
-    partial,  # (2, programs, d) fp32: sums of dweight and dbias over a program's rows
+    partial,  # (2, programs of a column, d) fp32: sums of dweight and dbias over a program's rows
     rows,
     d,
-    rows_each,
     dy_stride,
     x_stride,
     residual_grad_stride,
     dx_stride,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < d
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK], dtype=tl.float32)
-    first = program * rows_each
-    for i in range(first, tl.minimum(first + rows_each, rows)):
-        row = tl.cast(i, tl.int64)
+    parts = tl.cdiv(d, BLOCK)
+    program, part = split_program(parts)
+    programs = tl.num_programs(0) // parts
+    column = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    last = (rows - 1) // ROWS  # there are no more programs than tiles, and no sum here passes 2³¹
+    for i in tl.range(0, (last - program) // programs + 1, num_stages=STAGES):
+        row = (tl.cast(i, tl.int64) * programs + program) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < d)
         g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row)
-        x_hat = tl.where(inside, (v - tl.load(mean + row)) * r, 0.0)
+        mu = tl.load(mean + row, mask=row < rows, other=0.0)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        x_hat = (v - mu) * r  # beyond the row's end g is 0
         dweight += g * x_hat
         dbias += g
         g *= w
-        c1 = tl.sum(g * x_hat, axis=0) / d
-        result = (g - tl.sum(g, axis=0) / d - x_hat * c1) * r
+        if row_means is None:
+            c1 = tl.sum(g * x_hat, axis=1, keep_dims=True) / d
+            c2 = tl.sum(g, axis=1, keep_dims=True) / d
+        else:
+            c1 = tl.load(row_means + row, mask=row < rows, other=0.0)
+            c2 = tl.load(row_means + rows + row, mask=row < rows, other=0.0)
+        result = (g - c2 - x_hat * c1) * r
         if residual_grad is not None:
             residual = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
             result += residual.to(tl.float32)
         tl.store(dx + row * dx_stride + column, narrow(result, dx.dtype.element_ty), mask=inside)
-    at = partial + program.to(tl.int64) * d + column
-    tl.store(at, dweight, mask=inside)
-    tl.store(at + tl.num_programs(0).to(tl.int64) * d, dbias, mask=inside)
+    own = part * BLOCK + tl.arange(0, BLOCK)
+    at = partial + program.to(tl.int64) * d + own
+    tl.store(at, tl.sum(dweight, axis=0), mask=own < d)
+    tl.store(at + programs.to(tl.int64) * d, tl.sum(dbias, axis=0), mask=own < d)
 
 
 def _block(d: int) -> int:
@@ -153,14 +174,16 @@ def _case(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> RowCase:
 
 
 def _forward_tile(x: Tensor, stream: ResidualStream) -> ForwardTile:
-    by_hand = ForwardTile(max(1, min(16, _block(x.shape[1]) // 512)))  # 16 elements per thread: two loads of 128 bits
+    d = x.shape[1]
+    # 16 elements per thread: two loads of 128 bits
+    by_hand = ForwardTile(8 if d > WIDE_FORWARD else max(1, min(16, _block(d) // 512)))
     return FORWARD.tile(x.device, by_hand, _case, x, stream.residual, stream.shift)
 
 
 def _backward_tile(x: Tensor, residual_grad: Tensor | None) -> BackwardTile:
-    # 8 elements per thread: five fp32 rows stay in registers
-    by_hand = BackwardTile(max(1, min(16, _block(x.shape[1]) // 256)), PROGRAMS)
-    return BACKWARD.tile(x.device, by_hand, _case, x, residual_grad, None)
+    # 8 elements per thread, or 16 for rows of more than 4096: the sums stay in registers
+    warps = 8 if _shape(x.shape[1])[1] <= TILE else WARPS
+    return BACKWARD.tile(x.device, BackwardTile(warps, WARPS // warps), _case, x, residual_grad, None)
 
 
 def _forward_launch(
@@ -176,9 +199,9 @@ def _forward_launch(
 ) -> Launch:
     residual, summed, shift, shifted = stream
     rows, d = x.shape
-    block = _block(d)
+    whole = {"BLOCK": _block(d)}
     return Launch(
-        _layer_norm_forward,
+        _layer_norm_forward_wide if d > WIDE_FORWARD else _layer_norm_forward,
         (rows,),
         {
             "x": x,
@@ -199,10 +222,30 @@ def _forward_launch(
             "summed_stride": _stride(summed),
             "shifted_stride": _stride(shifted),
         },
-        {"BLOCK": block},
+        {"BLOCK": TILE, "STAGES": 3} if d > WIDE_FORWARD else whole,
         num_warps=tile.warps,
         tile=tile,
     )
+
+
+def _shape(d: int) -> tuple[int, int]:
+    """Rows and columns that a program of the backward holds at once."""
+    columns = TILE if d > WIDE else next_power_of_2(d)
+    return max(1, TILE // columns), columns
+
+
+def _programs(tile: BackwardTile, rows: int, d: int, device: torch.device) -> int:
+    """Programs that share out the rows of each column: as many as the device holds, but no more than tiles."""
+    rows_each, columns = _shape(d)
+    resident = multiprocessors(device) * tile.resident
+    return min(triton.cdiv(rows, rows_each), max(1, resident // triton.cdiv(d, columns)))
+
+
+def _stages(tile: BackwardTile, d: int, *read: Tensor | None) -> int:
+    """One more than the tiles that are prefetched of each tensor that is read."""
+    rows_each, columns = _shape(d)
+    size = sum(x.element_size() for x in read if x is not None) * rows_each * columns
+    return 1 + min(2, PREFETCH // (size * tile.resident))
 
 
 def _backward_launch(
@@ -212,34 +255,34 @@ def _backward_launch(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    row_means: Tensor | None,
     residual_grad: Tensor | None,
     dx: Tensor,
     partial: Tensor,
 ) -> Launch:
     rows, d = x.shape
-    block = _block(d)
-    programs = partial.shape[1]
+    rows_each, columns = _shape(d)
     return Launch(
         _layer_norm_backward,
-        (programs,),
+        (partial.shape[1] * triton.cdiv(d, columns),),
         {
             "dy": dy,
             "x": x,
             "weight": weight.contiguous(),
             "mean": mean,
             "rstd": rstd,
+            "row_means": row_means,
             "residual_grad": residual_grad,
             "dx": dx,
             "partial": partial,
             "rows": rows,
             "d": d,
-            "rows_each": triton.cdiv(rows, programs),
             "dy_stride": dy.stride(0),
             "x_stride": x.stride(0),
             "residual_grad_stride": _stride(residual_grad),
             "dx_stride": dx.stride(0),
         },
-        {"BLOCK": block},
+        {"ROWS": rows_each, "BLOCK": columns, "STAGES": _stages(tile, d, dy, x, residual_grad)},
         num_warps=tile.warps,
         tile=tile,
     )
@@ -283,9 +326,11 @@ def backward(
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
     tile = _backward_tile(x, residual_grad)
-    rows_each = max(1, triton.cdiv(rows, tile.programs))
-    partial = x.new_empty((2, triton.cdiv(rows, rows_each), d), dtype=torch.float32)
+    partial = x.new_empty((2, _programs(tile, rows, d, x.device), d), dtype=torch.float32)
+    row_means = x.new_empty((2, rows), dtype=torch.float32) if d > WIDE else None
     if rows:
-        launch(_backward_launch, tile, dy, x, weight, mean, rstd, residual_grad, dx, partial)
+        if row_means is not None:
+            launch(row_means_launch, dy, x, weight, mean, rstd, row_means)
+        launch(_backward_launch, tile, dy, x, weight, mean, rstd, row_means, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
     return dx, dweight, dbias

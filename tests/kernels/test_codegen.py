@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+import triton
+
 from phi_fast.kernels import codegen
 from phi_fast.kernels.triton.compiled import (
     ARCHITECTURES,
@@ -26,6 +29,7 @@ from phi_fast.kernels.triton.compiled import (
     _widths_in_assembly,
     _widths_in_llvm,
 )
+from phi_fast.kernels.triton.specimens import compiled_as, specimens, variants
 
 ROOT = Path(__file__).parents[2]
 
@@ -221,6 +225,64 @@ def test_forward_attention_on_hopper(tmp_path: Path) -> None:
     assert all(access["bits"] == [128] for access in wide)
 
 
+def row(name: str, *wrong: str) -> codegen.Row:
+    accesses = (Access("k.py:7", True, "64x64xf16", 64.0, (128,)),)
+    compiled = Compiled(64, 0, 0, 1.0, "warps", accesses, {}, False)
+    [specimen, *_] = specimens("sm_90", torch.float16)
+    return codegen.Row("sm_90", replace(specimen, name=name), compiled, wrong, (), True)
+
+
+def test_an_interrupt_keeps_what_was_found(tmp_path, monkeypatch, capsys) -> None:
+    """Hundreds of launches take long: each problem is said when it is found, and Ctrl-C loses none."""
+
+    def two_and_an_interrupt(planned):
+        yield row("one", "spills 24 bytes per thread")
+        assert "sm_90 one" in capsys.readouterr().err
+        yield row("two")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(codegen, "_require_compiler", lambda: None)
+    monkeypatch.setattr(codegen, "rows", two_and_an_interrupt)
+    report, page = tmp_path / "codegen.json", tmp_path / "codegen.md"
+    arguments = ["--check", "--arch", "sm_90", "--json", str(report), "--markdown", str(page)]
+    assert codegen.main(arguments) == 130
+    printed = capsys.readouterr()
+    assert re.search(r"2 of \d{3} launches compiled, 1 with problems", printed.out)
+    assert "the same command goes on from here" in printed.err
+    assert [launch["kernel"] for launch in json.loads(report.read_text())] == ["one", "two"]
+    assert not page.exists(), "a page of half of the launches would pass for one of all"
+
+
+def test_the_plan_begins_with_what_is_used_most(monkeypatch) -> None:
+    """The tables of every architecture, then fp16, bf16 and fp32; nothing twice, and nothing left out."""
+    monkeypatch.setattr(codegen, "_require_compiler", lambda: None)
+    planned = codegen.plan(codegen.Options(arch=("sm_80", "sm_90"), check=True))
+    tabled = [launch.tabled for launch in planned]
+    assert tabled == sorted(tabled, reverse=True) and 50 < sum(tabled) < 100
+    others = [launch.specimen.launch for launch in planned if not launch.tabled and launch.arch == "sm_90"]
+    found = [next((t for t in ("*fp16", "*bf16") if t in x.signature().values()), "*fp32") for x in others]
+    assert found == sorted(found, key=["*fp16", "*bf16", "*fp32"].index) and len(set(found)) == 3
+    for arch in ("sm_80", "sm_90"):
+        compiled = [compiled_as(launch.specimen.launch) for launch in planned if launch.arch == arch]
+        wanted = {compiled_as(x.launch) for x in (*specimens(arch, torch.float16), *variants(arch))}
+        assert set(compiled) == wanted
+        others = [compiled_as(launch.specimen.launch) for launch in planned if launch[::2] == (arch, False)]
+        tables = {compiled_as(launch.specimen.launch) for launch in planned if launch[::2] == (arch, True)}
+        assert len(others) == len(set(others)) and not tables & set(others)
+
+
+def test_the_page_counts_runs_with_other_compilers(monkeypatch) -> None:
+    monkeypatch.setattr(codegen, "_accepted", {"sm_80": 7, "sm_90": 5}.get)
+    other = {"triton": "3.0.1", "arch": "sm_80", "kernel": "dkv", "remarks": []}
+    beside = [other | {"note": "n", "problems": ["spills 8 bytes"]}, other | {"note": "m", "problems": []}]
+    again = codegen.as_json(row("two", "is wide"))
+    page = codegen.as_markdown([row("one"), row("two", "is wide")], [*beside, again])
+    assert f"| {triton.__version__} | sm_90 | 2 | 5 | 1 |\n| 3.0.1 | sm_80 | 2 | 7 | 1 |\n" in page
+    assert page.count("is wide") == 1, "a launch that two runs compiled is one"
+    assert "- Triton 3.0.1, sm_80 dkv, n: spills 8 bytes\n" in page
+    assert page.endswith("## Remarks\n\nNone.\n")
+
+
 PRINT_CODE = """
 import json, re, sys
 import triton
@@ -277,6 +339,19 @@ def test_what_cannot_be_compiled_is_said(interpret: str, message: str) -> None:
     done = run("--only", "no such kernel", interpret=interpret)
     assert done.returncode == 2
     assert message in done.stderr.replace("\n", " ")
+
+
+def test_a_second_run_compiles_nothing_again(tmp_path, monkeypatch) -> None:
+    """A stopped check goes on from Triton's cache: what it holds is neither compiled nor disassembled again."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    only = ("--arch", "sm_90", "--only", "rotary.forward q, k")
+    first = run(*only)
+    assert first.returncode == 0, first.stderr
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+    assert written
+    second = run(*only)
+    assert second.stdout == first.stdout
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == written
 
 
 @pytest.mark.slow

@@ -46,17 +46,68 @@ def test_error_forward_and_gradients(backend, dtype, rows, d, scale, mean, devic
         assert_no_worse(actual[name], expected[name], exact[name], name)
 
 
+@pytest.mark.parametrize("d", [200, 900, 1100])
 @pytest.mark.parametrize("rows", [12, 13, 16])
-def test_triton_programs_share_out_the_rows(rows, device, monkeypatch):
-    """With more rows than programs, evenly divided or not, every row is summed once."""
-    monkeypatch.setattr(importlib.import_module("phi_fast.kernels.triton.layer_norm"), "PROGRAMS", 5)
-    inputs = make(rows, 200, torch.float32, device)
-    dout = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1)).to(device)
+def test_triton_programs_share_out_the_rows(rows, d, device, monkeypatch):
+    """With more tiles than programs, evenly divided or not, every row is summed once: tiles of several rows, of one
+    row, and of a third of one. The tiles are smaller than the usual ones."""
+    kernels = importlib.import_module("phi_fast.kernels.triton.layer_norm")
+    forget = importlib.import_module("phi_fast.kernels.triton.launching").forget
+    for name, value in (("TILE", 512), ("WIDE", 1024), ("multiprocessors", lambda device: 3)):
+        monkeypatch.setattr(kernels, name, value)
+    forget()  # the launches that are kept for these shapes have the usual tiles
+    inputs = make(rows, d, torch.float32, device)
+    dout = torch.randn(rows, d, generator=torch.Generator().manual_seed(1)).to(device)
     with use("triton", op="layer_norm"):
         actual = gradients(layer_norm, inputs, dout)
     expected, exact = gradients(plain, inputs, dout), gradients(plain, double(inputs), dout)
     for name in actual:
         assert_no_worse(actual[name], expected[name], exact[name], name)
+    forget()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_triton_reads_wide_rows_in_parts(dtype, with_residual, device) -> None:
+    """The forward of rows that registers do not hold: against float64, and the sum that it writes over the residual."""
+    d = 16385 + 100 * with_residual
+    kernels = importlib.import_module("phi_fast.kernels.triton.layer_norm")
+    x, weight, bias = make(2, d, dtype, device, scale=3.0, mean=5.0).values()
+    residual = make(3, d, dtype, device)["x"][1:].contiguous() if with_residual else None
+    normalised = x + residual if with_residual else x
+    shifted = torch.empty_like(x)
+    stream = ResidualStream(residual, residual, bias, shifted)
+    out, mean, rstd = kernels.forward(x, weight, bias, 1e-5, stream)
+    exact = plain(normalised.double(), weight.double(), bias.double())
+    assert_no_worse(out, plain(normalised, weight, bias), exact, "out")
+    assert torch.equal(shifted, normalised + bias)
+    if with_residual:
+        assert torch.equal(residual, normalised)
+    torch.testing.assert_close(mean.double(), normalised.double().mean(1), atol=1e-5, rtol=1e-5)
+    variance = normalised.double().var(1, correction=0)
+    torch.testing.assert_close(rstd.double(), (variance + 1e-5).rsqrt(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rows", "d", "dtype", "programs", "stages"),
+    [  # two programs of 8 warps on each multiprocessor, or one of 16; tiles of 2048 elements, or of a whole row
+        ("sm_90", 8192, 2048, torch.float16, 264, 3),
+        ("sm_80", 8192, 768, torch.float32, 216, 3),
+        ("sm_100", 8192, 8192, torch.float16, 148, 3),
+        ("sm_90", 8192, 8192, torch.float32, 132, 2),  # three rows of 32 KB: one more of each fits in 96 KB
+        ("sm_90", 8192, 32768, torch.float16, 16 * 16, 3),  # 264 over the 16 parts of a row
+        ("sm_90", 100, 2048, torch.float16, 100, 3),
+        ("sm_90", 100, 64, torch.float16, 4, 3),  # 32 rows in a tile
+    ],
+)
+def test_the_backward_is_as_many_programs_as_a_gpu_holds(architecture, rows, d, dtype, programs, stages) -> None:
+    kernels, common = (importlib.import_module(f"phi_fast.kernels.triton.{name}") for name in ("layer_norm", "common"))
+    x, statistic = torch.empty(rows, d, dtype=dtype, device="meta"), torch.empty(rows, device="meta")
+    with common.recording(architecture) as launches:
+        kernels.backward(x, x, x[0], statistic, statistic, residual_grad=x)
+    launch = launches[-1]
+    assert launch.grid == (programs,) and launch.constants["STAGES"] == stages
+    assert launch.arguments["partial"].shape == (2, programs // (16 if d == 32768 else 1), d)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

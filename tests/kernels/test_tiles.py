@@ -110,10 +110,10 @@ def tunables() -> dict[str, Tunable]:
 
 def test_every_kernel_of_the_specimens_declares_what_can_be_tuned() -> None:
     names = {
-        specimen.name.removesuffix("_shifted").removesuffix("_carrying")
+        specimen.name.removesuffix("_shifted").removesuffix("_carrying").removesuffix("_wide")
         for specimen in specimens("sm_90", torch.float16)
     }
-    assert names == tunables().keys()
+    assert names - {"layer_norm.row_means"} == tunables().keys(), "row_means, for rows of over 8192, has one tile"
 
 
 @pytest.mark.parametrize("architecture", attention_tiles.ARCHITECTURES)

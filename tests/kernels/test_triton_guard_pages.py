@@ -58,12 +58,12 @@ def turn(draw: Draw) -> None:
 
 
 def normalise(draw: Draw) -> None:
-    """Five rows for two programs, one with three of them."""
-    layer_norm.PROGRAMS = 2  # of this process, a child
-    x, weight, bias = draw(5, 5), draw(5), draw(5)
-    stream = ResidualStream(draw(5, 5), None, draw(5), draw(5, 5))
-    _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5, stream)
-    layer_norm.backward(draw(5, 5), x, weight, mean, rstd, residual_grad=draw(5, 5), dx=draw(5, 5))
+    """Five rows: in one tile, shared by two programs, and in parts."""
+    for d in (5, 2047, layer_norm.WIDE + 1):
+        x, weight, bias = draw(5, d), draw(d), draw(d)
+        stream = ResidualStream(draw(5, d), None, draw(d), draw(5, d))
+        _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5, stream)
+        layer_norm.backward(draw(5, d), x, weight, mean, rstd, residual_grad=draw(5, d), dx=draw(5, d))
 
 
 def activate(draw: Draw) -> None:

@@ -45,6 +45,7 @@ SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "common": (ALL, ("launch_description", "launch", "launching", "specimens")),
     "grid": (BACKENDS, ("bias_gelu", "rotary")),
     "layer_norm": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "layer_norm")),
+    "layer_norm_wide": (BACKENDS, ("triton_guard_pages", "layer_norm")),
     "linear_cross_entropy": (
         BACKENDS,
         ("triton_guard_pages", "triton_far_rows", "linear_cross_entropy", "linear_cross_entropy_options"),
