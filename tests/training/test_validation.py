@@ -12,18 +12,18 @@ from trainer_processes import arguments, finish
 
 from phi_fast.training.validation import Validation
 
-ROWS, LENGTH = 20, 16
 
-
-def bytes_and_labels(corpus: Path) -> tuple[int, int]:
-    """Count from the token file: in the tests' corpora every token is one byte, but the delimiter, which has id 0."""
-    ids = np.fromfile(corpus / "validation.bin", "<u2")[1 : ROWS * LENGTH + 1]
-    return int((ids != 0).sum()), len(ids)
+def tokens_of(corpus: Path) -> np.ndarray:
+    """Read the validation tokens: in the tests' corpora each is one byte, but the delimiter, which has id 0."""
+    return np.fromfile(corpus / "validation.bin", "<u2")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bits_per_byte_are_the_losses_over_the_bytes_of_the_rows(data: Path, tmp_path: Path, ranks: int) -> None:
-    words = arguments(data, tmp_path / "run", 3, val_every=2, val_rows=ROWS, mixture="docs=3,code=1")
+    """One row of each corpus, as long as the first document: its last label is the delimiter, and no input is one."""
+    length = int((tokens_of(data / "docs") == 0).argmax())
+    words = arguments(data, tmp_path / "run", 3, val_every=2, val_rows=1, mixture="docs=3,code=1")
+    words += ["--sequence-length", str(length), "--tokens", str(3 * 4 * length)]
     output = finish(words, tmp_path, ranks=ranks)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     measured = [record for record in records if "val_loss" in record]
@@ -31,8 +31,9 @@ def test_bits_per_byte_are_the_losses_over_the_bytes_of_the_rows(data: Path, tmp
     nats, size = 0.0, 0.0
     for record in measured:
         for name, weight in (("docs", 3), ("code", 1)):
-            text, labels = bytes_and_labels(data / name)
-            assert 0 < text < labels
+            labels = length
+            text = int((tokens_of(data / name)[1 : labels + 1] != 0).sum())
+            assert text < labels or name == "code"
             loss = record["val_losses"][name]
             assert record["val_bpbs"][name] == pytest.approx(loss * labels / text / math.log(2), rel=1e-6)
             nats, size = nats + weight * loss * labels, size + weight * text
