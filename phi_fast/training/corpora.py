@@ -69,6 +69,11 @@ class Corpora:
         self.model = self._with_token_ids(recipe.model)
         """The recipe's model with the token ids that begin and end a text in these corpora."""
 
+    @property
+    def marked(self) -> bool:
+        """Whether a corpus has marks, so that some labels may not count in the loss."""
+        return any(split.marks is not None for one in self.manifests.values() for split in one.splits.values())
+
     def _tokens_of_epochs(self) -> int:
         """Count the tokens of whole steps in which every corpus is read `recipe.epochs` times or more."""
         recipe, total = self.recipe, sum(self.recipe.mixture.values())

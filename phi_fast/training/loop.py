@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..conversion.folder import chat_files
 from ..data import Batch
-from ..errors import INTERRUPTED
+from ..errors import INTERRUPTED, UsageError
 from ..json_files import flatten
 from ..terminal import printable
 from . import cuda_graphs
@@ -48,6 +48,8 @@ class Trainer:
     def __init__(self, setup: Setup, run: Run, signals: Signals, console: Console) -> None:
         world = setup.world
         self.corpora = Corpora(setup.options, world, console)
+        if setup.options.cuda_graphs and self.corpora.marked:
+            raise UsageError("--cuda-graphs takes corpora whose labels all count, and this data has conversations")
         if setup.options.val_every:
             self.corpora.need_validation()
         self.options = options = run.options = replace(
