@@ -187,7 +187,7 @@ def test_a_micro_batch_without_a_trained_label_adds_nothing(kind: type):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_killed_and_resumed_bit_for_bit(chats: Path, tmp_path: Path, precision: str):
     """kill -9 after a checkpoint, then --resume: the losses, weights and optimizer of a run that nothing stopped."""
-    finish(options(chats, tmp_path / "base", 2, mixture="docs=1", document_isolation=False), tmp_path / "output")
+    finish(arguments(chats, tmp_path / "base", 2), tmp_path / "output")
     changes = {"precision": precision, "init_from": tmp_path / "base", "save_every": 2, "val_every": 4, **MIXED}
     finish(options(chats, tmp_path / "whole", 12, **changes), tmp_path / "output")
     (trainer,) = start(options(chats, tmp_path / "run", 12, **changes), tmp_path / "killed")
@@ -203,7 +203,7 @@ def test_killed_and_resumed_bit_for_bit(chats: Path, tmp_path: Path, precision: 
 
 
 def test_the_recipe_from_weights_to_a_model_with_its_template(chats: Path, tmp_path: Path):
-    finish(options(chats, tmp_path / "base", 2, mixture="docs=1", document_isolation=False), tmp_path / "output")
+    finish(arguments(chats, tmp_path / "base", 2), tmp_path / "output")
     words = ["--recipe", "sft", "--init-from", str(tmp_path / "base"), "--data", str(chats), "--run-dir"]
     words += [str(tmp_path / "run"), "--sequence-length", str(LENGTH), "--global-batch-size", "4", "--epochs", "1.5"]
     words += ["--learning-rate", "1e-3", "--precision", "fp32", "--sample-tokens", "4", "--sample-prompt", "x"]
