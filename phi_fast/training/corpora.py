@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,8 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import PhiConfig
-from ..data import Mixture, TokenLoader, count_rows, documents, sequential_rows, stdlib_corpus
+from ..data import Mixture, TokenLoader, count_rows, sequential_rows, stdlib_corpus
+from ..data.chat import ChatFiles
 from ..data.manifest import Manifest
+from ..data.store import isolated_rows
 from ..data.token_bytes import token_bytes
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
@@ -58,8 +62,27 @@ class Corpora:
                     f"corpus {name!r} at {path} has token id {largest}, but the model's vocabulary has "
                     f"{recipe.model.vocab_size} entries; use the corpus's tokenizer or raise --model.vocab-size"
                 )
+        self.chat = next(filter(None, map(ChatFiles.read, self.paths.values())), None)
+        """The chat template of the first corpus made of conversations; None if there is none."""
+        self.tokens = recipe.tokens if recipe.tokens is not None or recipe.epochs is None else self._tokens_of_epochs()
+        """Tokens to train on: the recipe's, or those of its epochs; None if it has neither."""
         self.model = self._with_token_ids(recipe.model)
         """The recipe's model with the token ids that begin and end a text in these corpora."""
+
+    @property
+    def marked(self) -> bool:
+        """Whether a corpus has marks, so that some labels may not count in the loss."""
+        return any(split.marks is not None for one in self.manifests.values() for split in one.splits.values())
+
+    def _tokens_of_epochs(self) -> int:
+        """Count the tokens of whole steps in which every corpus is read `recipe.epochs` times or more."""
+        recipe, total = self.recipe, sum(self.recipe.mixture.values())
+        most = 0.0
+        for name, weight in recipe.mixture.items():
+            rows = count_rows(self.paths[name], "train", recipe.sequence_length)
+            most = max(most, rows * total / weight)
+        assert recipe.epochs is not None
+        return math.ceil(most * recipe.epochs / recipe.global_batch_size) * recipe.tokens_per_step
 
     def _need(self, name: str, path: Path) -> None:
         """Raise FileNotFoundError if there is no corpus at `path`."""
@@ -143,17 +166,14 @@ class Corpora:
             there = min(rows, count_rows(path, "validation", self.recipe.sequence_length))
             start, stop = (there * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
             if start < stop:
-                delimiter = self.manifests[name].delimiter if self.recipe.document_isolation else None
-                for input_ids, labels in sequential_rows(
-                    path,
-                    "validation",
-                    self.recipe.sequence_length,
-                    batch=batch,
-                    start=start,
-                    stop=stop,
-                    max_token_id=self.recipe.model.vocab_size - 1,
-                ):
-                    yield name, input_ids, labels, documents(input_ids, delimiter.id) if delimiter else None
+                length, largest = self.recipe.sequence_length, self.recipe.model.vocab_size - 1
+                rows_of: dict[str, Any] = {"batch": batch, "start": start, "stop": stop, "max_token_id": largest}
+                if self.recipe.document_isolation:
+                    for isolated in isolated_rows(path, "validation", length, **rows_of):
+                        yield name, *isolated
+                else:
+                    for joined in sequential_rows(path, "validation", length, **rows_of):
+                        yield name, *joined, None
 
     def summary(self) -> str:
         """Describe the mixture in one line: each corpus's share and training tokens, then later stages' shares."""

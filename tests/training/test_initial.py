@@ -19,6 +19,7 @@ from phi_fast.conversion.load import load
 from phi_fast.data import sequential_rows
 from phi_fast.model.merged import to_merged
 from phi_fast.train import INTERRUPTED, main
+from phi_fast.training.initial import parse_on
 
 ROWS = 8
 
@@ -162,6 +163,12 @@ def test_a_shape_that_contradicts_the_weights_is_named(option, value, found, fol
     assert f"contradicts --model.{option} {value}, where the weights have {found}" in capfd.readouterr().err
     same = [*words(data, tmp_path / "run", folders["hf"]), "--model.hidden-size", str(CONFIG.hidden_size)]
     assert main(same) == 0
+
+
+def test_the_other_defaults_follow_the_weights():
+    options = parse_on(CONFIG, ["--recipe", "sft"], "somewhere")
+    assert (options.model.hidden_size, options.sequence_length, options.tokenizer) == (128, 64, "data")
+    assert parse_on(CONFIG, [], "somewhere").tokenizer == "stdlib"
 
 
 PEAK = """
