@@ -289,17 +289,34 @@ def test_the_sweep_trains_and_is_drawn(tmp_path: Path, stdlib: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "stdlib").symlink_to(stdlib)
     (tmp_path / "sweep").mkdir()
-    [file], [loop] = blocks(AT_SCALE, "toml"), blocks(AT_SCALE, "bash")
+    [file], [loop, _] = blocks(AT_SCALE, "toml"), blocks(AT_SCALE, "bash")
     small = "\nval_every = 0\nsample_tokens = 0\nglobal_batch_size = 2\nsequence_length = 64\n"
     text = file.text.replace("2e5", "512") + small.replace(
         "\nv", "\nmodel.hidden_size = 64\nmodel.num_attention_heads = 1\nv"
     )
     (tmp_path / "sweep" / "low.toml").write_text(text, encoding="utf-8")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-ec", loop.text], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_bash(loop.text, tmp_path)
     page = (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
     assert "learning_rate" in page and "0.001" in page and "0.003" in page
+
+
+@pytest.mark.slow
+def test_the_branch_trains_and_is_drawn(tmp_path: Path, stdlib: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "stdlib").symlink_to(stdlib)
+    [_, commands] = blocks(AT_SCALE, "bash")
+    small = SMALL.replace("--tokens 512", f"--tokens {150 * 128}")
+    in_bash(commands.text.replace("--tokens 4e5", small), tmp_path)
+    lines = (tmp_path / "runs" / "decayed" / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(101, 121))
+    assert (tmp_path / "runs" / "stable-and-decayed.html").is_file()
+
+
+def in_bash(text: str, folder: Path) -> None:
+    """Run a block of a page in `folder`, with this Python as python."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_file_of_the_sweep_is_read(tmp_path: Path) -> None:

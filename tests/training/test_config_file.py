@@ -58,6 +58,12 @@ def in_file(options: Options) -> dict[str, Any]:
     return {name: value for name, value in asdict(options).items() if name not in ("config", "print_config")}
 
 
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a command that should be refused begins to train."""
+    monkeypatch.setattr("phi_fast.train.join", lambda *_: pytest.fail("the ranks met"))
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_printed_gives_the_same_options_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -124,6 +130,7 @@ def test_the_last_recipe_given_decides() -> None:
     assert parse(["--recipe", "tiny", "--recipe=phi-1.5"]).global_batch_size == 2048
 
 
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -172,6 +179,7 @@ def test_a_wrong_file_names_itself_key_value_and_what_was_expected(
     assert "NUL" in message or message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("name", ["absent.toml", "absent/run.json"])
 def test_a_file_that_cannot_be_read_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", str(tmp_path / name)]) == 2

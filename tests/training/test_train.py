@@ -37,6 +37,7 @@ SMALL = {
     "val-every": 0,
 }
 KEYS = ["step", "tokens", "loss", "lr", "grad_norm", "loss_scale", "skipped", "tokens_per_s", "step_ms", "mfu"]
+VALIDATION = ["val_loss", "val_losses", "val_bpb", "val_bpbs"]
 
 
 def arguments(data: Path, run: Path, steps: int, **changes: Any) -> list[str]:
@@ -72,10 +73,10 @@ def test_loss_falls_and_a_second_run_repeats_it_bit_for_bit(stdlib: Path, tmp_pa
     assert first[0] == pytest.approx(9.01, abs=0.1)  # ln 8192
     assert first[-1] < first[0] - 1.5
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert list(lines[0]) == ["step", "tokens", "val_loss", "val_losses"]  # before the first step
+    assert list(lines[0]) == ["step", "tokens", *VALIDATION]  # before the first step
     assert (lines.pop(0)["step"], len(lines)) == (0, 30)
     assert list(lines[0]) == KEYS
-    assert list(lines[14]) == [*KEYS, "val_loss", "val_losses"]
+    assert list(lines[14]) == [*KEYS, *VALIDATION]
     assert lines[14]["val_losses"].keys() == {"docs", "code"}
     assert lines[29]["val_loss"] < lines[14]["val_loss"]
     assert (lines[29]["step"], lines[29]["tokens"], lines[29]["mfu"]) == (30, 30 * 128, None)
