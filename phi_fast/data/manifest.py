@@ -109,6 +109,11 @@ class Manifest:
         """Little-endian numpy dtype of the token files."""
         return DTYPES[self.dtype]
 
+    @property
+    def marked(self) -> bool:
+        """Whether a split has marks, so that some labels may not count in the loss."""
+        return any(split.marks is not None for split in self.splits.values())
+
     def split(self, name: str) -> Split:
         """The split of that name. Raises ManifestError naming the existing splits."""
         if name not in self.splits:
@@ -125,8 +130,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write `directory`/manifest.json atomically: a reader never sees a partial file."""
-        marked = any(split.marks is not None for split in self.splits.values())
-        document = {"format": FORMAT, "version": VERSION if marked else 1, **asdict(self)}
+        document = {"format": FORMAT, "version": VERSION if self.marked else 1, **asdict(self)}
         for split in document["splits"].values():
             for name in ("offset", "adopted", "marks", "marks_sha256", "row_tokens"):
                 if not split[name]:

@@ -69,11 +69,6 @@ class Corpora:
         self.model = self._with_token_ids(recipe.model)
         """The recipe's model with the token ids that begin and end a text in these corpora."""
 
-    @property
-    def marked(self) -> bool:
-        """Whether a corpus has marks, so that some labels may not count in the loss."""
-        return any(split.marks is not None for one in self.manifests.values() for split in one.splits.values())
-
     def _tokens_of_epochs(self) -> int:
         """Count the tokens of whole steps in which every corpus is read `recipe.epochs` times or more."""
         recipe, total = self.recipe, sum(self.recipe.mixture.values())
@@ -98,6 +93,8 @@ class Corpora:
     def _with_token_ids(self, model: PhiConfig) -> PhiConfig:
         """Set both ids to the corpora's delimiter, else the tokenizer's `<|endoftext|>`, else None.
 
+        The token that ends the answers of conversations goes before the delimiters of other corpora.
+
         Raises UsageError if the corpora, the tokenizer, and the model's own ids and vocabulary contradict each other.
         """
         size = vocab_size(self.tokenizer)
@@ -106,7 +103,8 @@ class Corpora:
                 f"tokenizer {self.recipe.tokenizer!r} has {size} ids, but the model's vocabulary has "
                 f"{model.vocab_size} entries; raise --model.vocab-size, or use another --tokenizer"
             )
-        ends = {name: manifest.delimiter.id for name, manifest in self.manifests.items() if manifest.delimiter}
+        chats = {name: manifest for name, manifest in self.manifests.items() if manifest.marked}
+        ends = {name: one.delimiter.id for name, one in (chats or self.manifests).items() if one.delimiter}
         if len(set(ends.values())) > 1:
             each = ", ".join(f"{name} with {id}" for name, id in ends.items())
             raise UsageError(f"the corpora end their documents with different ids, {each}: prepare them again")

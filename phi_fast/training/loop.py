@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, setup: Setup, run: Run, signals: Signals, console: Console) -> None:
         world = setup.world
         self.corpora = Corpora(setup.options, world, console)
-        if setup.options.cuda_graphs and self.corpora.marked:
+        if setup.options.cuda_graphs and any(one.marked for one in self.corpora.manifests.values()):
             raise UsageError("--cuda-graphs takes corpora whose labels all count, and this data has conversations")
         if setup.options.val_every:
             self.corpora.need_validation()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,9 @@ from phi_fast.kernels import use
 from phi_fast.model.merged import to_merged, to_split
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.prepare import main as prepare
+from phi_fast.terminal import console
+from phi_fast.training.corpora import Corpora
+from phi_fast.training.distributed import World
 from phi_fast.training.options import Options, parse
 from phi_fast.training.zero import parameter_groups
 
@@ -225,6 +229,19 @@ def test_the_recipe_from_weights_to_a_model_with_its_template(chats: Path, tmp_p
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == "Instruct: x\nOutput:"
     assert theirs.eos_token == "<|endoftext|>"
+
+
+def test_the_token_that_ends_an_answer_ends_the_models_texts(chats: Path, tmp_path: Path):
+    """A chat template's own token, where the other corpora of the mixture have a delimiter."""
+    data = shutil.copytree(chats, tmp_path / "data")
+    manifest = json.loads((data / "chat" / "manifest.json").read_text())
+    manifest["delimiter"]["id"] = 7
+    (data / "chat" / "manifest.json").write_text(json.dumps(manifest))
+    world = World(0, 1, 0, torch.device("cpu"))
+    for mixture, end in (("chat=3,docs=1", 7), ("docs=1,code=1", 0)):
+        given = parse(options(data, tmp_path / "run", 2, mixture=mixture))
+        model = Corpora(given, world, console(quiet=True)).model
+        assert (model.bos_token_id, model.eos_token_id) == (end, end)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def inspect(directory: Path, samples: int) -> Iterator[str]:
     manifest.verify(directory)
     delimiter = manifest.delimiter
     between = "nothing" if delimiter is None else f"id {delimiter.id} {delimiter.side} each"
-    if delimiter is not None and any(split.marks is not None for split in manifest.splits.values()):
+    if delimiter is not None and manifest.marked:
         between = f"marks say where they begin, and id {delimiter.id} ends a text"
     yield f"{directory}: {manifest.dtype}, checksums verified"
     yield (
