@@ -24,10 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from .conversion.folder import chat_files
 from .conversion.load import load
+from .conversion.source import Source
+from .data.chat import ChatFiles
 from .errors import UsageError
 from .files import write_atomically, writing
 from .generation import Completion, Sampling, complete
+from .generation.dialogue import Dialogue, Named, Templated
 from .json_files import Fields, parse_lines
 from .kernels.backend import isa_problem
 from .model.phi import Phi
@@ -51,11 +55,12 @@ class GenerateOptions:
     """File for the results of --file: JSON lines in the order of the prompts, written when all are complete. Default:
     standard output."""
     chat: bool = False
-    """Chat: each line is added to a dialogue and the answer is streamed; an empty line or the end of input ends it."""
+    """Chat: each line is added to a dialogue and the answer is streamed; an empty line or the end of input ends it. A
+    model with a chat template sees the dialogue as the template renders it."""
     user: str = "Alice"
-    """Your name in a chat. phi is not an assistant: it continues a dialogue between two people."""
+    """Your name in a chat with a model without a chat template, which continues a dialogue between two people."""
     assistant: str = "Bob"
-    """The model's name in a chat."""
+    """The model's name in such a chat."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.8))
     """How tokens are sampled. In --stop, "\\n" is a newline, "\\t" a tab and "\\\\" a backslash."""
     n: int = 1
@@ -84,10 +89,11 @@ def main() -> int:
         check(options)
         if problem := isa_problem():
             raise UsageError(problem)
+        source = Source.open(options.model)
         model, tokenizer = load(
-            options.model, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer, ema=options.ema
+            source, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer, ema=options.ema
         )
-        return run(options, model, tokenizer, console)
+        return run(options, model, tokenizer, console, chat_files(source, options.tokenizer))
     except (UsageError, ValueError, OSError) as error:
         console.print(printable(f"error: {error}"), style="red")
         return 2
@@ -143,8 +149,10 @@ def _require_text(text: str, where: str) -> None:
         raise UsageError(f"{where} has {text[error.start]!r} at position {error.start}, which is not UTF-8") from None
 
 
-def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console) -> int:
-    """Run the command with the loaded model; returns its exit status."""
+def run(
+    options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Console, template: ChatFiles | None = None
+) -> int:
+    """Run the command with the loaded model, and the chat template beside it; returns the command's exit status."""
     start = time.perf_counter()
     talk = options.chat or (sys.stdin.isatty() and not options.file and not options.prompt)
     if options.file:
@@ -152,7 +160,7 @@ def run(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, console: Con
     elif options.prompt:
         results = from_prompts(options, model, tokenizer, sys.stdout)
     elif talk:
-        results = chat(options, model, tokenizer, sys.stdin, sys.stdout)
+        results = chat(options, model, tokenizer, sys.stdin, sys.stdout, template)
     else:
         results = from_prompts(replace(options, prompt=(_standard_input(),)), model, tokenizer, sys.stdout)
     tokens, seconds = sum(len(result.tokens) for result in results), time.perf_counter() - start
@@ -256,22 +264,31 @@ def _standard_input() -> str:
     return sys.stdin.read() if buffer is None else decode(buffer.read(), "standard input")
 
 
-def chat(options: GenerateOptions, model: Phi, tokenizer: Tokenizer, lines: TextIO, out: TextIO) -> list[Completion]:
+def chat(
+    options: GenerateOptions,
+    model: Phi,
+    tokenizer: Tokenizer,
+    lines: TextIO,
+    out: TextIO,
+    template: ChatFiles | None = None,
+) -> list[Completion]:
     """Hold a dialogue; when it outgrows the model's context, the model sees only its end."""
-    stop = (f"\n{options.user}:", f"\n{options.assistant}:", *options.sampling.stop)
-    sampling = replace(options.sampling, stop=stop)
-    dialogue = ""
+    dialogue: Dialogue = Named(options.user, options.assistant)
+    if template is not None:
+        room = max(model.config.max_position_embeddings - options.sampling.max_new_tokens, 1)
+        dialogue = Templated(template, tokenizer, room)
+    sampling = replace(options.sampling, stop=(*dialogue.stop, *options.sampling.stop))
     results: list[Completion] = []
     while True:
-        _show(out, f"{options.user}: ")
+        _show(out, f"{dialogue.user}: ")
         line = lines.readline().strip()
         if not line:
             return results
-        dialogue += f"{options.user}: {line}\n{options.assistant}:"
-        _show(out, f"{options.assistant}:")
-        (result,) = complete(model, tokenizer, [dialogue], sampling, on_text=lambda _, text: _show(out, text))
+        prompt = dialogue.ask(line)
+        _show(out, f"{dialogue.assistant}:{dialogue.gap}")
+        (result,) = complete(model, tokenizer, [prompt], sampling, on_text=lambda _, text: _show(out, text))
         _show(out, "\n")
-        dialogue += f"{result.text}\n"
+        dialogue.answer(result.text)
         results.append(result)
 
 

@@ -1,7 +1,7 @@
 """`python -m phi_fast.prepare INPUTS --tokenizer T --out DIR`: turn text, code and datasets into a token corpus.
 
-Also `--inspect DIR` (describe a corpus and verify its checksums) and `--adopt FILE` (wrap another program's token
-file).
+With --chat the inputs are conversations. Also `--inspect DIR` (describe a corpus and verify its checksums) and `--adopt
+FILE` (wrap another program's token file).
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ class Options:
     """Seed of the document shuffle and of the validation split."""
     skip_malformed: bool = False
     """Skip and count records that are not UTF-8, not JSON or have no text, instead of stopping."""
+    chat: bool = False
+    """Read conversations from JSONL: records with "messages" ({"role", "content"}), or "prompt" and "completion". Whole
+    conversations are packed into rows, for --document-isolation."""
+    chat_template: Path | None = None
+    """File with a Jinja template for --chat. Default: the tokenizer's own, else "Instruct: …", "Output: …"."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Tokens of --chat that count in the loss: what the assistant writes (or a completion), or all."""
+    row_tokens: int = 2048
+    """Tokens per row of --chat: the training's --sequence-length. Longer conversations are cut."""
     workers: int | None = None
     """Number of processes. None: one per core. The corpus does not depend on it."""
     inspect: Path | None = None
@@ -88,6 +97,8 @@ def run(options: Options, output: Console) -> None:
         return
     if options.tokenizer is None or options.out is None:
         raise PrepareError("name a --tokenizer and where to write, --out; or a corpus to describe, --inspect")
+    if options.chat and options.adopt:
+        raise PrepareError("--adopt wraps tokens, and --chat makes them from conversations: give one of them")
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     if bool(options.inputs) == bool(options.adopt):
         raise PrepareError("name the files or folders to prepare, or a token file to wrap with --adopt, and not both")

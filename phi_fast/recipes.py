@@ -140,6 +140,9 @@ class Recipe:
     were prepared with; the default with --init-from), or a path to a tokenizer."""
     tokens: Count | None = None
     """Tokens to train on, rounded up to whole steps; 0: measure the validation loss, and train no step."""
+    epochs: float | None = None
+    """Passes over the corpora in place of --tokens, rounded up to whole steps; of a mixture, over the corpus that is
+    read least."""
     sequence_length: int = 2048
     """Tokens per row: section 2.1, "context length 2048"."""
     global_batch_size: int = 2048
@@ -196,7 +199,12 @@ class Recipe:
     def steps(self) -> int:
         """Number of optimizer steps for `tokens`. Raises UsageError if `tokens` is None."""
         if self.tokens is None:
-            raise UsageError("tokens is not set, and the report does not state it for this recipe: give --tokens N")
+            why = (
+                "the report does not state it for this recipe"
+                if self.epochs is None
+                else "--epochs counts rows of data"
+            )
+            raise UsageError(f"tokens is not set, and {why}: give --tokens N")
         return math.ceil(self.tokens / self.tokens_per_step)
 
     def learning_rate_at(self, step: int) -> float:
@@ -235,7 +243,13 @@ class Recipe:
         for name in ("sequence_length", "global_batch_size", "loss_scale_window", "loss_scale_hysteresis"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: must be at least 1")
-        if min(self.steps, self.tokens or 0) < 0:
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UsageError(f"epochs={self.epochs}: must be greater than 0, and finite")
+        if self.epochs is not None and self.mixture_stages:
+            raise UsageError(
+                "--epochs cannot be counted over a mixture that changes with --mixture-stages: give --tokens"
+            )
+        if (self.tokens is not None or self.epochs is None) and min(self.steps, self.tokens or 0) < 0:
             raise UsageError(f"tokens={self.tokens}: must be at least 1, or 0 for the validation loss alone")
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
@@ -327,7 +341,22 @@ RECIPES: dict[str, Recipe] = {
     "phi-1.5-web-only": _PHI_1_5.replace(
         data=Path("data/phi-1.5-web-only"), mixture={"web": 80, "code": 20}, tokens=None
     ),
+    # Fine-tuning on conversations, with the hyperparameters of phi-1's on CodeExercises: "Textbooks Are All You Need"
+    # (arXiv 2306.11644), section 2.3. Its steps (6,000) are of its own data, so the length is in epochs here.
+    "sft": Recipe(
+        model=_shape("phi-1.5"),
+        data=Path("data/sft"),
+        mixture={"chat": 1},
+        document_isolation=True,
+        tokenizer="data",
+        epochs=3,
+        global_batch_size=256,
+        learning_rate=1e-4,
+        schedule="linear",
+        warmup_steps=50,
+        weight_decay=0.01,
+    ),
 }
 """The recipes by name."""
 
-RecipeName = Literal["tiny", "phi-1.5", "phi-1.5-web", "phi-1.5-web-only"]
+RecipeName = Literal["tiny", "phi-1.5", "phi-1.5-web", "phi-1.5-web-only", "sft"]

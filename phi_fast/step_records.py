@@ -7,7 +7,7 @@ from typing import Any
 
 from .json_files import Fields, read_lines
 
-COUNTS = ("step", "tokens")
+COUNTS = ("step", "tokens", "trained_tokens")
 FLAGS = ("skipped",)
 GROUPS = ("val_losses", "val_bpbs", "tasks")
 """Fields that map the name of a corpus or a task to a number."""

@@ -328,6 +328,27 @@ def test_the_file_of_the_sweep_is_read(tmp_path: Path) -> None:
     assert options.mixture_stages == ((80, {"docs": 1}),)
 
 
+@pytest.mark.slow
+def test_the_fine_tuning_page_works(tmp_path: Path, stdlib: Path) -> None:
+    """The page's commands from a small run of the default recipe on, but for those of the hub's phi-1.5."""
+    run_page(tmp_path, stdlib, SMALL.replace("embeddings 128", "embeddings 256"))
+    records = [json.loads(line) for line in (tmp_path / "runs" / "chat" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["val_loss"] < records[0]["val_loss"] - 0.1
+
+
+def run_page(folder: Path, stdlib: Path, training: str) -> None:
+    """Run the commands of docs/fine-tuning.md after `python -m phi_fast.train` with the options of `training`."""
+    (folder / "data").mkdir()
+    (folder / "data" / "stdlib").symlink_to(stdlib)
+    environment = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    lines = [line for block in blocks(ROOT / "docs" / "fine-tuning.md", "sh") for line in block.text.splitlines()]
+    for line in [f"python -m phi_fast.train {training}", *lines]:
+        if "microsoft" not in line:
+            done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 

@@ -15,6 +15,7 @@ from model_folders import speaking_phi, tiny_tokenizer
 from samples import make_folder
 from tokenizers import Tokenizer
 
+from phi_fast.data.chat import DEFAULT_TEMPLATE, ChatFiles
 from phi_fast.generate import GenerateOptions, chat, from_prompts, main, read_prompts, unescape
 from phi_fast.generation import Sampling, complete
 from phi_fast.model import Phi
@@ -47,6 +48,29 @@ def test_chat_keeps_the_dialogue(model, tokenizer):
     stop = ("\nAlice:", "\nBob:")
     (again,) = complete(model, tokenizer, [dialogue], Sampling(max_new_tokens=5, stop=stop))
     assert again == results[1]
+
+
+def test_chat_by_a_template_keeps_the_dialogue(model, tokenizer):
+    """The model reads what transformers renders of the messages, the oldest of which are left out for room."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=DEFAULT_TEMPLATE, eos_token="<|endoftext|>"
+    )
+    template = ChatFiles(DEFAULT_TEMPLATE, {"eos_token": "<|endoftext|>"})
+    out = io.StringIO()
+    sampling = Sampling(max_new_tokens=5)
+    questions = ["hi", "and now?", "x" * 50]
+    lines = io.StringIO("\n".join([*questions, "", ""]))
+    results = chat(GenerateOptions(model="", sampling=sampling), model, tokenizer, lines, out, template)
+    messages = []
+    for question, result in zip(questions, results, strict=True):
+        messages.append({"role": "user", "content": question})
+        kept = messages if question != questions[-1] else messages[-1:]  # a context of 96 tokens has no room for more
+        prompt = theirs.apply_chat_template(kept, tokenize=False, add_generation_prompt=True)
+        (again,) = complete(model, tokenizer, [prompt], sampling)
+        assert again == result
+        messages.append({"role": "assistant", "content": result.text.strip()})
+    assert out.getvalue().startswith(f"user: assistant: {results[0].text}\nuser: ")
 
 
 def test_prompt_files(tmp_path):

@@ -257,7 +257,7 @@ def test_a_long_document_is_encoded_as_if_whole(pieces: list[str]) -> None:
     phi, text = load_phi(), "".join(pieces)
     before, units.LONG_DOCUMENT = units.LONG_DOCUMENT, 3
     try:
-        (tokens,) = units._encode([text], units.Encoding(phi, 50256, np.dtype("<u2")))
+        (tokens,) = units.Encoding(phi, 50256, np.dtype("<u2")).encode([text])
     finally:
         units.LONG_DOCUMENT = before
     assert tokens.tolist() == [*phi.encode(text).ids, 50256]

@@ -75,7 +75,18 @@ def test_a_command_without_the_extra_says_what_to_install(command: str) -> None:
 
 
 def test_every_public_command_is_tried() -> None:
-    public = ("train", "prepare", "generate", "evaluate", "convert", "report", "plan", "verify", "evaluation.lm")
+    public = (
+        "train",
+        "prepare",
+        "generate",
+        "evaluate",
+        "convert",
+        "report",
+        "plan",
+        "verify",
+        "evaluation.lm",
+        "data.stdlib_conversations",
+    )
     assert {f"phi_fast.{name}" for name in public} == set(COMMANDS)
 
 

@@ -142,14 +142,20 @@ void bind(py::module_& module) {
   py::class_<Order, std::shared_ptr<Order>>(module, "Order")
       .def(py::init([](const std::vector<std::pair<uint64_t, uint64_t>>& corpora,
                        const std::vector<std::pair<uint64_t, std::vector<uint64_t>>>& stages, uint64_t sequence_length,
-                       uint64_t seed) {
+                       uint64_t seed, const std::vector<bool>& packed) {
+             if (!packed.empty() && packed.size() != corpora.size()) {
+               throw std::invalid_argument("packed is needed for each corpus, or for none");
+             }
              std::vector<Corpus> corpora_;
              std::vector<Stage> stages_;
-             for (const auto& [key, tokens] : corpora) corpora_.push_back({key, tokens});
+             for (const auto& [key, tokens] : corpora) {
+               corpora_.push_back({key, tokens, !packed.empty() && packed[corpora_.size()]});
+             }
              for (const auto& [start_row, weights] : stages) stages_.push_back({start_row, weights});
              return std::make_shared<Order>(std::move(corpora_), std::move(stages_), sequence_length, seed);
            }),
-           py::arg("corpora"), py::arg("stages"), py::arg("sequence_length"), py::arg("seed"))
+           py::arg("corpora"), py::arg("stages"), py::arg("sequence_length"), py::arg("seed"),
+           py::arg("packed") = std::vector<bool>())
       .def("rows", &Order::rows)
       .def("at", [](const Order& order, uint64_t row) {
         const Place place = order.at(row);
@@ -157,8 +163,10 @@ void bind(py::module_& module) {
       });
 
   py::class_<Reader, std::shared_ptr<Reader>>(module, "Reader")
-      .def(py::init<std::vector<std::shared_ptr<TokenFile>>, std::shared_ptr<Order>, uint64_t, std::vector<int64_t>>(),
-           py::arg("files"), py::arg("order").none(false), py::arg("id_limit"), py::arg("delimiters"));
+      .def(py::init<std::vector<std::shared_ptr<TokenFile>>, std::shared_ptr<Order>, uint64_t, std::vector<int64_t>,
+                    std::vector<std::shared_ptr<TokenFile>>>(),
+           py::arg("files"), py::arg("order").none(false), py::arg("id_limit"), py::arg("delimiters"),
+           py::arg("marks") = std::vector<std::shared_ptr<TokenFile>>());
 
   py::class_<Prefetcher>(module, "Prefetcher")
       .def(py::init<std::shared_ptr<Reader>, int, uint64_t, uint64_t>(), py::arg("reader").none(false),

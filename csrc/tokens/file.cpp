@@ -29,7 +29,7 @@ int64_t change_time(const struct stat& status) {
 
 TokenFile::TokenFile(std::string path, int width, uint64_t offset, uint64_t tokens, Mode mode)
     : path_(std::move(path)), width_(width), offset_(offset), tokens_(tokens) {
-  if (width != 2 && width != 4) throw std::invalid_argument("tokens are 2 or 4 bytes wide");
+  if (width != 1 && width != 2 && width != 4) throw std::invalid_argument("tokens are 2 or 4 bytes wide, marks 1");
   if (path_.find('\0') != std::string::npos) throw std::invalid_argument("a path has no NUL in it");
   descriptor_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor_ < 0) fail(path_);

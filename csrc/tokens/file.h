@@ -1,4 +1,4 @@
-// One file of little-endian tokens, either mapped or read.
+// One file of little-endian tokens, or of their marks, either mapped or read.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -14,8 +14,8 @@ constexpr uint64_t kMappedLimit = uint64_t{256} << 20;
 
 class TokenFile {
  public:
-  // Opens `tokens` tokens of `width` bytes (2 or 4) from byte `offset` on. Throws std::system_error if the file cannot
-  // be opened, std::runtime_error if it is not a regular file or is too short.
+  // Opens `tokens` tokens of `width` bytes (2 or 4; marks: 1) from byte `offset` on. Throws std::system_error if the
+  // file cannot be opened, std::runtime_error if it is not a regular file or is too short.
   TokenFile(std::string path, int width, uint64_t offset, uint64_t tokens, Mode mode);
   ~TokenFile();
   TokenFile(const TokenFile&) = delete;

@@ -66,6 +66,11 @@ Order::Order(std::vector<Corpus> corpora, std::vector<Stage> stages, uint64_t se
       refuse("a corpus of " + std::to_string(corpus.tokens) + " tokens is shorter than one row of " +
              std::to_string(sequence_length) + " + 1");
     }
+    if (corpus.packed) {
+      rows_.push_back((corpus.tokens - 1) / sequence_length);
+      phases_.push_back(1);
+      continue;
+    }
     // One row less than fits, if there are several, so that every epoch can start at any offset within a row's length.
     const uint64_t rows = corpus.tokens / sequence_length > 1 ? corpus.tokens / sequence_length - 1 : 1;
     const uint64_t spare = corpus.tokens - 1 - rows * sequence_length;

@@ -9,6 +9,9 @@ namespace phi_fast::tokens {
 struct Corpus {
   uint64_t key;     // hash of its name, so that two corpora of the same size are shuffled differently
   uint64_t tokens;  // in its file
+  // Its documents were packed into rows of sequence_length tokens, so that each row is one of these and no other
+  // window.
+  bool packed = false;
 };
 
 // From `start_row` on, corpus i contributes weights[i] of every sum(weights) rows.

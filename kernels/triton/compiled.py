@@ -323,7 +323,7 @@ def _width(line: str) -> tuple[bool, int] | None:
         vector = re.search(r"\.v(\d)\b", ptx[2])
         element = re.search(r"\.[busf](\d+)$", ptx[2])
         return ptx[1] == "st", int(vector[1] if vector else 1) * int(element[1] if element else 0)
-    amd = re.match(r"\s*(?:global|buffer|flat|s)_(load|store)_([a-z]+\d?)\b", line)  # s: the same for all lanes
+    amd = re.match(r"\s*(?:global|buffer|flat|s)_(load|store)_([a-z]+\d?)(?!\d)", line)  # s: the same for all lanes
     if amd:
         return amd[1] == "store", _DWORDS.get(amd[2], 0)
     return None

@@ -31,6 +31,7 @@ from .common import Launch, refuse_double
 from .grid import split_program
 from .launching import launch
 from .softcap import capped
+from .tiles import RowCase, Tunable, bucket, words
 
 PROGRAMS = 1024
 """Programs that a launch aims at: several for each multiprocessor, as they do not end together."""
@@ -54,6 +55,12 @@ TILES = {
 spilled by Triton 3.6."""
 SINGLE = Tile(32, 64, 32, 4, 2)
 """fp32 is multiplied on the ordinary units."""
+ON_CHIP = Tunable(
+    "linear_cross_entropy.loss_on_chip",
+    Tile,
+    RowCase,
+    {"M": (32, 64, 128), "N": (64, 128, 256), "K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+)
 
 
 def tile(architecture: str, itemsize: int, width: int, objective: Objective) -> Tile:
@@ -62,8 +69,16 @@ def tile(architecture: str, itemsize: int, width: int, objective: Objective) -> 
     if itemsize == 4:
         return SINGLE
     usual = TILES[architecture]
-    simple = not objective.label_smoothing and objective.class_weight is None and objective.softcap is None
-    return usual if simple and width % usual.K == 0 else usual._replace(N=usual.N // 2)
+    return usual if _is_simple(objective) and width % usual.K == 0 else usual._replace(N=usual.N // 2)
+
+
+def _is_simple(objective: Objective) -> bool:
+    return not objective.label_smoothing and objective.class_weight is None and objective.softcap is None
+
+
+def case_of(hidden: Tensor, objective: Objective) -> RowCase:
+    rows, width = hidden.shape
+    return RowCase(words(hidden.dtype), bucket(width), bucket(rows), "" if _is_simple(objective) else "options")
 
 
 @triton.jit
@@ -198,6 +213,7 @@ def _statistics_launch(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        tile=tile,
     )
 
 
@@ -211,7 +227,8 @@ def linear_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     bias = None if bias is None else bias.contiguous()
     if objective.class_weight is not None:
         objective = objective._replace(class_weight=objective.class_weight.contiguous())
-    shape = tile(architecture(hidden.device), hidden.itemsize, hidden.shape[1], objective)
+    by_hand = tile(architecture(hidden.device), hidden.itemsize, hidden.shape[1], objective)
+    shape = ON_CHIP.tile(hidden.device, by_hand, case_of, hidden, objective)
     parts, blocks = _parts(rows, vocab, shape)
     statistics = hidden.new_empty(4, parts, rows, dtype=torch.float32)
     launch(_statistics_launch, hidden, weight, bias, labels.contiguous(), statistics, objective, blocks, shape)

@@ -48,6 +48,7 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
         Call("bias_gelu", partial(make.gelu, again=False), shape.layers),
         Call("layer_norm", partial(make.norm_backward, residual=False), 1),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
+        Call("linear_cross_entropy", make.loss_on_chip, 1),
     ]
     if dtype.itemsize == 2:
         found.append(Call("adam", partial(make.adam, torch.float32), 1))  # gradients that micro-batches or ranks add up
@@ -166,6 +167,13 @@ class Make:
         dbias = torch.zeros(vocabulary, device=self.device) if need_grad else None
         given: dict[str, Any] = {"objective": Objective(), "scale": scale, "need_grad": need_grad, "dbias": dbias}
         return lambda: linear_cross_entropy.cross_entropy_(buffer[:, :vocabulary], labels, bias, **given)
+
+    def loss_on_chip(self) -> Callable[[], Any]:
+        """What `keep_logits_on_chip` computes in place of logits and `loss`, where no gradient is wanted."""
+        hidden, weight = self.normal(self.tokens, self.d), self.normal(self.shape.vocabulary, self.d)
+        labels = torch.randint(self.shape.vocabulary, (self.tokens,), device=self.device)
+        bias = self.normal(self.shape.vocabulary)
+        return lambda: linear_cross_entropy.linear_losses(hidden, weight, bias, labels, Objective())
 
     def adam(self, gradients: torch.dtype) -> Callable[[], Any]:
         n = adam.MANY

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ..config import PhiConfig
 from ..data import vocabulary
+from ..data.chat import MAX_TEMPLATE_BYTES, TEMPLATE_FILE, ChatFiles
 from ..data.vocabulary import TokenIds
 from . import inside
 from .errors import ConversionError
@@ -53,10 +54,7 @@ def token_ids(source: Source, tokenizer: Tokenizer, name_or_path: str | Path | N
     name_or_path: as given to `find_tokenizer`. Raises ConversionError if tokenizer, configuration and vocabulary
     contradict each other.
     """
-    config, folder = source.config, _tokenizer_folder(source)
-    if name_or_path is not None:
-        path = Path(name_or_path)
-        folder = (path if path.is_dir() else path.parent) if path.exists() else None
+    config, folder = source.config, _folder_of(source, name_or_path)
     ids = TokenIds.of(tokenizer, _special_names(folder) if folder else {})
     if ids.end is None:
         ids = TokenIds(config.eos_token_id if ids.beginning is None else ids.beginning, *[config.eos_token_id] * 2)
@@ -68,6 +66,29 @@ def token_ids(source: Source, tokenizer: Tokenizer, name_or_path: str | Path | N
                 "do not belong together; name the model's own with --tokenizer"
             )
     return ids
+
+
+def chat_files(source: Source, name_or_path: str | Path | None = None) -> ChatFiles | None:
+    """The chat template beside the tokenizer, and the special tokens' names; None if there is no template.
+
+    name_or_path: as given to `find_tokenizer`.
+    """
+    folder = _folder_of(source, name_or_path)
+    if folder is None:
+        return None
+    named = _special_names(folder)
+    template = named.get("chat_template")
+    if (path := inside.find(folder, TEMPLATE_FILE)) is not None:
+        template = inside.read_text(path, MAX_TEMPLATE_BYTES)
+    if not isinstance(template, str):
+        return None
+    names = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = named.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            names[name] = text
+    return ChatFiles(template, names)
 
 
 def write_config(folder: Path, to: str, config: PhiConfig, dtype: torch.dtype, ids: TokenIds) -> None:
@@ -100,8 +121,14 @@ def write_tokenizer(
         )
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_json(folder / "special_tokens_map.json", ids.names(tokenizer))
-    _write_json(folder / "tokenizer_config.json", ids.config(tokenizer, source.config.max_position_embeddings))
-    return []
+    settings_made = ids.config(tokenizer, source.config.max_position_embeddings)
+    chat = chat_files(source, name_or_path)
+    if chat is None:
+        _write_json(folder / "tokenizer_config.json", settings_made)
+        return []
+    _write_json(folder / "tokenizer_config.json", settings_made | chat.names)
+    (folder / TEMPLATE_FILE).write_text(chat.template, encoding="utf-8")
+    return [f"copied the chat template of {source.run or source.folder}"]
 
 
 def _copy_tokenizer(folder: Path, own: Path, settings: dict[str, Any], names: dict[str, str]) -> list[str]:
@@ -119,6 +146,14 @@ def _copy_tokenizer(folder: Path, own: Path, settings: dict[str, Any], names: di
     if "auto_map" in settings:
         lines.append("left out of tokenizer_config.json: auto_map, which makes transformers load program code")
     return lines
+
+
+def _folder_of(source: Source, name_or_path: str | Path | None) -> Path | None:
+    """The folder of the tokenizer that `find_tokenizer` finds; None if it has none on this disk."""
+    if name_or_path is None:
+        return _tokenizer_folder(source)
+    path = Path(name_or_path)
+    return (path if path.is_dir() else path.parent) if path.exists() else None
 
 
 def _tokenizer_folder(source: Source) -> Path | None:

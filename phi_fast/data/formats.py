@@ -57,6 +57,12 @@ class TokenLayout:
     sha256: tuple[str, ...] = ()
     """Hex digest of each block of `block_bytes` bytes of tokens, if the format records it."""
     block_bytes: int = 0
+    marks: Path | None = None
+    """The file with the tokens' marks (`manifest.TRAINED`, `BEGINS`); None if every label trains."""
+    marks_sha256: tuple[str, ...] = ()
+    """Hex digest of each block of `block_bytes` bytes of marks."""
+    row_tokens: int = 0
+    """Length of the rows into which whole documents are packed; 0 if they are joined end to end."""
 
     @property
     def width(self) -> int:
@@ -98,6 +104,9 @@ def _our_layout(directory: Path, split: str) -> TokenLayout:
         delimiter=manifest.delimiter.id if manifest.delimiter else None,
         sha256=part.sha256,
         block_bytes=part.block_bytes,
+        marks=None if part.marks is None else directory / part.marks,
+        marks_sha256=part.marks_sha256,
+        row_tokens=part.row_tokens,
     )
 
 

@@ -5,6 +5,7 @@ A corpus directory holds, for each split (`train`, and `validation` where there 
     manifest.json       this file's `Manifest`
     train.bin           the tokens, raw little-endian uint16 or uint32, documents one after the other
     train.ends          u64 little-endian, one per document: the offset in tokens after its last token or delimiter
+    train.marks         only for conversations: one byte per token, whose bits are TRAINED and BEGINS
 
 The manifest is written last and renamed into place, so a directory that has one is complete.
 """
@@ -26,7 +27,11 @@ from ..json_files import Fields, JsonFileError, read_json
 from .plain_reads import CutShortError, read_array, read_blocks
 
 FORMAT = "phi_fast tokens"
-VERSION = 1
+VERSION = 2
+"""Version of a corpus with marks. One without has version 1, as before there were marks."""
+TRAINED, BEGINS = 1, 2
+"""Bits of a mark: the token is a label that counts in the loss; the token is the first of its document. Without marks
+every label counts, and documents begin at delimiters."""
 FILE_NAME = "manifest.json"
 MAX_BLOCK_BYTES = 2**30
 """Maximum block size: an entire block is read into memory."""
@@ -73,6 +78,13 @@ class Split:
     """Bytes before the first token; 0 except for an adopted file with a header."""
     adopted: bool = False
     """Whether `prepare --adopt` wrapped another program's file: `file` may lie outside the corpus directory then."""
+    marks: str | None = None
+    """File of marks, one byte per token, relative to the corpus directory; None if there are none."""
+    marks_sha256: tuple[str, ...] = ()
+    """Hex digest of each block of `block_bytes` bytes of marks."""
+    row_tokens: int = 0
+    """Length of the rows into which whole documents are packed, followed by one more token at the end of the file; 0 if
+    documents are joined end to end."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,11 @@ class Manifest:
         """Little-endian numpy dtype of the token files."""
         return DTYPES[self.dtype]
 
+    @property
+    def marked(self) -> bool:
+        """Whether a split has marks, so that some labels may not count in the loss."""
+        return any(split.marks is not None for split in self.splits.values())
+
     def split(self, name: str) -> Split:
         """The split of that name. Raises ManifestError naming the existing splits."""
         if name not in self.splits:
@@ -107,13 +124,15 @@ class Manifest:
         """Hex sha256 of a split's content (dtype, sizes, checksums): equal for equal tokens in any directory."""
         part = self.split(split)
         content = [self.dtype, part.tokens, part.documents, part.block_bytes, *part.sha256]
+        if part.marks is not None:
+            content += [part.row_tokens, *part.marks_sha256]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:
         """Write `directory`/manifest.json atomically: a reader never sees a partial file."""
-        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        document = {"format": FORMAT, "version": VERSION if self.marked else 1, **asdict(self)}
         for split in document["splits"].values():
-            for name in ("offset", "adopted"):
+            for name in ("offset", "adopted", "marks", "marks_sha256", "row_tokens"):
                 if not split[name]:
                     del split[name]
         write_atomically(directory / FILE_NAME, json.dumps(document, indent=1).encode() + b"\n")
@@ -159,6 +178,7 @@ class Manifest:
                     f"{directory / FILE_NAME}: {name} has {len(split.sha256)} checksums for {blocks} blocks of "
                     f"{split.block_bytes} bytes. Prepare the corpus again"
                 )
+            _check_marks(directory, name, split)
             last = int(read_array(directory / split.ends, "<u8", 1, 8 * (split.documents - 1))[0])
             if last != split.tokens:
                 raise ManifestError(
@@ -182,6 +202,14 @@ class Manifest:
                         f"{found}, the manifest says {expected}: the file is damaged. Copy or prepare it again"
                     )
                 largest = max(largest, int(tokens.max()))
+            if split.marks is not None:
+                marks = _intact(read_blocks(directory / split.marks, "u1", split.tokens, 0, split.block_bytes))
+                for block, (part, expected) in enumerate(zip(marks, split.marks_sha256, strict=True)):
+                    if hashlib.sha256(part.data).hexdigest() != expected:
+                        raise ManifestError(
+                            f"{directory / split.marks}: block {block} does not have the manifest's sha256: the file "
+                            "is damaged. Copy or prepare it again"
+                        )
             if largest != split.max_id:
                 raise ManifestError(f"{path}: the largest id of {name} is {largest}, the manifest says {split.max_id}")
             before = np.zeros(1, "<u8")
@@ -204,12 +232,30 @@ def _intact(blocks: Iterator[np.ndarray[Any, Any]]) -> Iterator[np.ndarray[Any, 
 def _check_inside(directory: Path, split: Split) -> None:
     """Check that a manifest, which may be untrusted, names no files outside its directory. Raises ManifestError."""
     home = os.path.realpath(directory)
-    for name in [split.ends] if split.adopted else [split.file, split.ends]:
+    inside = [split.ends, *([] if split.adopted else [split.file]), *([split.marks] if split.marks else [])]
+    for name in inside:
         if os.path.commonpath([home, os.path.realpath(directory / name)]) != home:
             raise ManifestError(
                 f"{directory / FILE_NAME}: {name!r} is outside {directory}. If the file is yours, wrap it with "
                 "`python -m phi_fast.prepare --adopt FILE`; if a link leads there, put the file itself in its place"
             )
+
+
+def _check_marks(directory: Path, name: str, split: Split) -> None:
+    """Check what a split says about its marks and rows against its tokens. Raises ManifestError."""
+    again = "Prepare the corpus again"
+    if split.marks is not None:
+        _check_size(directory / split.marks, split.tokens, f"{split.tokens} marks")
+        if len(split.marks_sha256) != (blocks := -(-split.tokens // split.block_bytes)):
+            raise ManifestError(
+                f"{directory / FILE_NAME}: {name} has {len(split.marks_sha256)} checksums for {blocks} blocks of "
+                f"marks. {again}"
+            )
+    if split.row_tokens and split.tokens % split.row_tokens != 1 % split.row_tokens:
+        raise ManifestError(
+            f"{directory / FILE_NAME}: {name} has {split.tokens} tokens, expected rows of {split.row_tokens} and one "
+            f"more token. {again}"
+        )
 
 
 def _check_size(path: Path, expected: int, what: str) -> None:
@@ -231,9 +277,9 @@ def _parse(document: Any, path: Path) -> Manifest:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ManifestError(f"{path}: format is {found!r}, expected {FORMAT!r}: this is another program's file")
-    if document.get("version") != VERSION:
+    if document.get("version") not in (1, VERSION):
         raise ManifestError(
-            f"{path}: version is {document.get('version')!r}, this phi_fast reads {VERSION}; upgrade phi_fast"
+            f"{path}: version is {document.get('version')!r}, this phi_fast reads 1 and {VERSION}; upgrade phi_fast"
         )
     values = Fields.of(document, str(path), "Prepare the corpus again", ManifestError)
     dtype = values.text("dtype")
@@ -273,4 +319,7 @@ def _parse_split(values: Fields) -> Split:
         block_bytes=block_bytes,
         offset=values.whole("offset") if "offset" in values else 0,
         adopted=values.flag("adopted") if "adopted" in values else False,
+        marks=values.text("marks") if "marks" in values else None,
+        marks_sha256=values.texts("marks_sha256") if "marks" in values else (),
+        row_tokens=values.whole("row_tokens", least=1) if "row_tokens" in values else 0,
     )

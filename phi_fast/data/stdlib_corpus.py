@@ -187,7 +187,7 @@ def _documented(node: ast.AST, name: str) -> Iterator[str]:
     """Yield "heading, blank line, docstring" for the node and each definition inside it, in source order."""
     text = ast.get_docstring(node) if isinstance(node, (ast.Module, *_DEFINITIONS)) else None
     if text:
-        yield f"{_heading(node, name)}\n\n{text}"
+        yield f"{heading(node, name)}\n\n{text}"
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _DEFINITIONS):
             yield from _documented(child, f"{name}.{child.name}")
@@ -198,7 +198,8 @@ def _documented(node: ast.AST, name: str) -> Iterator[str]:
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def _heading(node: ast.AST, name: str) -> str:
+def heading(node: ast.AST, name: str) -> str:
+    """How an object is written at the head of its documentation: a class with its bases, a function's signature."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         return f"class {name}({bases})" if bases else f"class {name}"

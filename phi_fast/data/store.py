@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from phi_fast._C import tokens as _tokens
 
 from ..errors import MachineError
 from .formats import Dtype, FormatError, TokenLayout, open_layout
+from .manifest import BEGINS, TRAINED
 from .mixture import Mixture
 
 Mode = Literal["auto", "mmap", "pread"]
@@ -34,6 +35,8 @@ class CorpusError(MachineError, RuntimeError):
 
 
 LARGEST_ID = 2**31 - 1
+IGNORED = -100
+"""Label of a token that does not count in the loss, as torch's cross_entropy has it."""
 
 SAMPLED_BLOCKS = 64
 """Maximum number of blocks of a file that are compared after its change time changed."""
@@ -55,23 +58,34 @@ class Store:
                     f"corpus {name!r} ({layout.path}) has {layout.tokens} tokens, fewer than one row of "
                     f"sequence_length={sequence_length} + 1; use a shorter sequence_length or a larger corpus"
                 )
+            check_rows(layout, sequence_length)
         mapped = mode == "mmap" or (mode == "auto" and sum(x.bytes for x in self.layouts.values()) <= MAPPED_BYTES)
         self.files = [open_file(layout, mapped=mapped) for layout in self.layouts.values()]
-        self._contents = [
-            _Content(layout, file) for layout, file in zip(self.layouts.values(), self.files, strict=True)
-        ]
+        self.marks = [open_marks(layout, mapped=mapped) for layout in self.layouts.values()]
+        """The file of marks of each corpus, or None."""
+        self._contents = []
+        for layout, file, marks in zip(self.layouts.values(), self.files, self.marks, strict=True):
+            self._contents.append(_Content(layout.path, file, layout.width, layout, layout.sha256))
+            if layout.marks is not None and marks is not None:
+                self._contents.append(_Content(layout.marks, marks, 1, layout, layout.marks_sha256))
         self.order = _tokens.Order(
             corpora=[(_key(name), layout.tokens) for name, layout in self.layouts.items()],
             stages=mixture.schedule(),
             sequence_length=sequence_length,
             seed=seed,
+            packed=[bool(layout.row_tokens) for layout in self.layouts.values()],
         )
 
     def delimiters(self) -> list[int]:
-        """The id between documents, for each corpus. Raises FormatError for a corpus that does not record it."""
+        """The id between documents, for each corpus; -1 where marks say where they begin.
+
+        Raises FormatError for a corpus that records neither.
+        """
         ids = []
         for component, layout in zip(self.mixture.components, self.layouts.values(), strict=True):
             delimiter = layout.delimiter if component.delimiter is None else component.delimiter
+            if layout.marks is not None:
+                delimiter = -1  # its marks say where documents begin
             if delimiter is None:
                 raise FormatError(
                     f"corpus {component.name!r} ({layout.path}, {layout.format}) does not record which id is between "
@@ -101,16 +115,18 @@ class Store:
 
 
 class _Content:
-    """Checksums of a token file's blocks, from its manifest or computed when it was opened."""
+    """Checksums of the blocks of a file of tokens or marks, from its manifest or computed when it was opened."""
 
-    def __init__(self, layout: TokenLayout, file: _tokens.TokenFile) -> None:
-        self._path, self._file, self._tokens, self._width = layout.path, file, layout.tokens, layout.width
-        self._step = (layout.block_bytes if layout.sha256 else SAMPLED_BYTES) // layout.width
+    def __init__(
+        self, path: Path, file: _tokens.TokenFile, width: int, layout: TokenLayout, sha256: tuple[str, ...]
+    ) -> None:
+        self._path, self._file, self._tokens, self._width = path, file, layout.tokens, width
+        self._step = (layout.block_bytes if sha256 else SAMPLED_BYTES) // width
         blocks = -(-layout.tokens // self._step)
         count = min(blocks, SAMPLED_BLOCKS)
         self._sampled = [block * (blocks - 1) // max(count - 1, 1) for block in range(count)]
         self._stamp = file.change_stamp()
-        self._sha256 = [layout.sha256[block] if layout.sha256 else self._digest(block) for block in self._sampled]
+        self._sha256 = [sha256[block] if sha256 else self._digest(block) for block in self._sampled]
 
     def recheck(self) -> bool:
         """True if the file was touched and its content is the same. Raises RuntimeError if its content changed."""
@@ -155,6 +171,26 @@ def open_file(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile:
         raise FormatError(str(error)) from None
 
 
+def open_marks(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile | None:
+    """Open a layout's marks; None if it has none. Raises as `open_file` does."""
+    if layout.marks is None:
+        return None
+    try:
+        return _tokens.TokenFile(os.fsencode(layout.marks), 1, 0, layout.tokens, mapped)
+    except RuntimeError as error:
+        raise FormatError(str(error)) from None
+
+
+def check_rows(layout: TokenLayout, sequence_length: int) -> None:
+    """Raise FormatError if documents are packed into rows of another length than `sequence_length`."""
+    if layout.row_tokens not in (0, sequence_length):
+        raise FormatError(
+            f"{layout.path} has its documents packed into rows of {layout.row_tokens} tokens, and sequence_length is "
+            f"{sequence_length}: use --sequence-length {layout.row_tokens}, or prepare it again with --row-tokens "
+            f"{sequence_length}"
+        )
+
+
 def count_rows(path: Path | str, split: str, sequence_length: int, *, dtype: Dtype | None = None) -> int:
     """Total number of rows that `sequential_rows` yields."""
     return max(0, (open_layout(path, split, dtype).tokens - 1) // sequence_length)
@@ -163,9 +199,13 @@ def count_rows(path: Path | str, split: str, sequence_length: int, *, dtype: Dty
 def documents(input_ids: Tensor, delimiter: int) -> Tensor:
     """cu_seqlens, int32 (documents + 1,), for rows (batch, sequence_length), as in `TokenLoader`'s batches: a document
     begins at each row and at each delimiter."""
-    begins = input_ids == delimiter
+    return _cumulative(input_ids == delimiter)
+
+
+def _cumulative(begins: Tensor) -> Tensor:
+    """cu_seqlens from bool (batch, sequence_length), True where a document begins; one also begins with each row."""
     begins[:, 0] = True
-    return torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([input_ids.numel()]))).int()
+    return torch.cat((begins.flatten().nonzero().flatten(), torch.tensor([begins.numel()]))).int()
 
 
 def sequential_rows(
@@ -182,7 +222,8 @@ def sequential_rows(
     """Yield rows start ... stop - 1 of a split in file order, for a validation loss: no token is a label twice.
 
     Yields (input_ids, labels), int64 (rows, sequence_length), `batch` rows at a time and the rest at the end; row i
-    consists of tokens [i L, i L + L]. Tokens after the last complete row are not read.
+    consists of tokens [i L, i L + L]. Labels that marks leave out of the loss are -100. Tokens after the last complete
+    row are not read.
     max_token_id: the largest id that the model accepts (its vocabulary less 1). An id above the manifest's max_id is an
     error as well.
 
@@ -190,6 +231,29 @@ def sequential_rows(
     a larger id.
     """
     layout = open_layout(path, split, dtype)
+    for rows in _rows(layout, sequence_length, batch, start, stop, max_token_id):
+        yield rows[:2]
+
+
+def isolated_rows(
+    path: Path | str, split: str, sequence_length: int, *, batch: int, start: int, stop: int, max_token_id: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield (input_ids, labels, cu_seqlens): `sequential_rows`, and where documents begin (see `documents`).
+
+    cu_seqlens is None for a corpus that does not record where its documents begin.
+    """
+    layout = open_layout(path, split)
+    for input_ids, labels, begins in _rows(layout, sequence_length, batch, start, stop, max_token_id):
+        if begins is None:
+            yield input_ids, labels, None if layout.delimiter is None else documents(input_ids, layout.delimiter)
+        else:
+            yield input_ids, labels, _cumulative(begins)
+
+
+def _rows(
+    layout: TokenLayout, sequence_length: int, batch: int, start: int, stop: int | None, max_token_id: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield (input_ids, labels, begins), begins bool (rows, sequence_length) from the marks, or None without marks."""
     rows = max(0, (layout.tokens - 1) // sequence_length)
     stop = rows if stop is None else stop
     if not 0 <= start <= stop <= rows or rows == 0:
@@ -197,15 +261,12 @@ def sequential_rows(
             f"{layout.path} has {rows} rows of sequence_length={sequence_length}, asked for rows {start} to {stop}; "
             "ask for fewer rows or prepare a larger split"
         )
-    file = open_file(layout, mapped=False)
+    check_rows(layout, sequence_length)
+    file, marks_file = open_file(layout, mapped=False), open_marks(layout, mapped=False)
     largest = min(id for id in (layout.max_id, max_token_id, LARGEST_ID) if id is not None)
     for first in range(start, stop, batch):
         count = min(batch, stop - first)
-        raw = np.empty(count * sequence_length + 1, f"<u{layout.width}")
-        try:
-            file.read(first * sequence_length, raw.size, raw)
-        except RuntimeError as error:
-            raise CorpusError(str(error)) from None
+        raw = _read(file, layout.width, first * sequence_length, count * sequence_length + 1)
         if raw.max() > largest:
             at = int((raw > largest).argmax())
             raise CorpusError(
@@ -213,7 +274,21 @@ def sequential_rows(
                 f"expected: {_who_says(layout, largest)}"
             )
         ids = torch.from_numpy(raw.astype(np.int64))
-        yield ids[:-1].view(count, -1), ids[1:].view(count, -1)
+        if marks_file is None:
+            yield ids[:-1].view(count, -1), ids[1:].view(count, -1), None
+            continue
+        marks = torch.from_numpy(_read(marks_file, 1, first * sequence_length, count * sequence_length + 1))
+        labels = ids[1:].masked_fill((marks[1:] & TRAINED) == 0, IGNORED)
+        yield ids[:-1].view(count, -1), labels.view(count, -1), ((marks[:-1] & BEGINS) != 0).view(count, -1)
+
+
+def _read(file: _tokens.TokenFile, width: int, first: int, count: int) -> np.ndarray[Any, Any]:
+    raw = np.empty(count, f"<u{width}")
+    try:
+        file.read(first, raw.size, raw)
+    except RuntimeError as error:
+        raise CorpusError(str(error)) from None
+    return raw
 
 
 def _who_says(layout: TokenLayout, largest: int) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -13,20 +11,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ..data import vocabulary
+from ..data.chat import FILES
 from ..errors import UsageError
-
-FILES = ("tokenizer_config.json", "chat_template.jinja")
-
-
-def described(tokenizer: Tokenizer, folders: Iterable[Path | None]) -> PreTrainedTokenizerFast:
-    """`tokenizer` with the special tokens and the chat template from the first folder that has one of `FILES`, if any.
-
-    The tokenizer class that the folder names is not used, so no code from the folder runs.
-    """
-    for folder in folders:
-        if folder is not None and any((folder / name).exists() for name in FILES):
-            return PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=tokenizer, local_files_only=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def prompt(

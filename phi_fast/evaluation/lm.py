@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from .. import terminal
 from ..conversion.load import load
 from ..conversion.source import Source
+from ..data.chat import described
 from ..data.vocabulary import TokenizerError
 from ..errors import UsageError
 from ..generation import Sampling, complete
@@ -105,7 +106,7 @@ class PhiFastLM(TemplateLM):
             folders = [source.folder, source.run] if tokenizer is None else [_folder(tokenizer)]
             model, hf_tokenizer = load(source, device=device or "auto", dtype=_dtype(dtype), tokenizer=tokenizer)
         self.model, self.hf_tokenizer = model, hf_tokenizer
-        self.tokenizer = chat.described(hf_tokenizer, folders)
+        self.tokenizer = described(hf_tokenizer, folders)
         self.template: str | None = None
         self.name = str(tokenizer or pretrained or "phi_fast")
         self._max_length = _length(max_length, model.config.max_position_embeddings)

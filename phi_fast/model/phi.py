@@ -149,15 +149,16 @@ class Phi(nn.Module):
         *,
         loss_scale: float | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Output:
         """Loss with `labels`, logits without.
 
         input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out. With
-        labels: `.loss`, the mean over the labels that are not left out, a scalar in fp32 (fp64 for an fp64 model), and
-        `.logits` is None. Without: `.logits` (batch, sequence, vocab_size). loss_scale: see
-        `kernels.linear_cross_entropy`; fp16 does not need one. cu_seqlens (documents + 1,) int32, from `data.Batch`:
-        where documents begin in the rows joined end to end, and the end of the last row; no token attends to another
-        document. Raises ValueError for a shape that does not fit.
+        labels: `.loss`, the mean over the labels that are not left out, or with reduction "sum" their sum, a scalar in
+        fp32 (fp64 for an fp64 model), and `.logits` is None. Without: `.logits` (batch, sequence, vocab_size).
+        loss_scale: see `kernels.linear_cross_entropy`; fp16 does not need one. cu_seqlens (documents + 1,) int32, from
+        `data.Batch`: where documents begin in the rows joined end to end, and the end of the last row; no token attends
+        to another document. Raises ValueError for a shape that does not fit.
         """
         batch_and_length = tuple(input_ids.shape)
         if len(batch_and_length) != 2 or batch_and_length[1] > self.config.max_position_embeddings:
@@ -176,8 +177,8 @@ class Phi(nn.Module):
         if labels is None:
             return Output(None, self.lm_head(x))
         z_loss, head = self.z_loss if self.training else 0.0, self.lm_head
-        loss = linear_cross_entropy(x, head.weight, head.bias, labels, z_loss=z_loss, loss_scale=loss_scale)
-        return Output(loss, None)
+        options = {"z_loss": z_loss, "loss_scale": loss_scale, "reduction": reduction}
+        return Output(linear_cross_entropy(x, head.weight, head.bias, labels, **options), None)
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KeyValueCache, *, all_logits: bool = False) -> Tensor:

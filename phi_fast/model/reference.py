@@ -128,8 +128,15 @@ class ReferencePhi(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Output:
-        """Logits, and with `labels` the loss.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Output:
+        """Logits, and with `labels` the loss: the mean over the labels, or with reduction "sum" their sum.
 
         input_ids, labels: (batch, sequence) int64; labels[t] is the token after input_ids[t], -100 is left out.
         cu_seqlens (documents + 1,) int32: where documents begin in the rows joined end to end; no token attends to
@@ -140,7 +147,8 @@ class ReferencePhi(nn.Module):
         if labels is not None:
             wide = torch.promote_types(logits.dtype, torch.float32)
             rows, targets = logits.flatten(0, 1).to(wide), labels.flatten()
-            loss = F.cross_entropy(rows, targets)
+            loss = F.cross_entropy(rows, targets, reduction=reduction)
             if self.z_loss and self.training:
-                loss = loss + self.z_loss * rows[targets != -100].logsumexp(-1).square().mean()
+                squares = rows[targets != -100].logsumexp(-1).square()
+                loss = loss + self.z_loss * (squares.sum() if reduction == "sum" else squares.mean())
         return Output(loss, logits)

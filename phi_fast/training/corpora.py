@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,8 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..config import PhiConfig
-from ..data import Mixture, TokenLoader, count_rows, documents, sequential_rows, stdlib_corpus
+from ..data import Mixture, TokenLoader, count_rows, sequential_rows, stdlib_corpus
+from ..data.chat import ChatFiles
 from ..data.manifest import Manifest
+from ..data.store import isolated_rows
 from ..data.token_bytes import token_bytes
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
@@ -58,8 +62,22 @@ class Corpora:
                     f"corpus {name!r} at {path} has token id {largest}, but the model's vocabulary has "
                     f"{recipe.model.vocab_size} entries; use the corpus's tokenizer or raise --model.vocab-size"
                 )
+        self.chat = next(filter(None, map(ChatFiles.read, self.paths.values())), None)
+        """The chat template of the first corpus made of conversations; None if there is none."""
+        self.tokens = recipe.tokens if recipe.tokens is not None or recipe.epochs is None else self._tokens_of_epochs()
+        """Tokens to train on: the recipe's, or those of its epochs; None if it has neither."""
         self.model = self._with_token_ids(recipe.model)
         """The recipe's model with the token ids that begin and end a text in these corpora."""
+
+    def _tokens_of_epochs(self) -> int:
+        """Count the tokens of whole steps in which every corpus is read `recipe.epochs` times or more."""
+        recipe, total = self.recipe, sum(self.recipe.mixture.values())
+        most = 0.0
+        for name, weight in recipe.mixture.items():
+            rows = count_rows(self.paths[name], "train", recipe.sequence_length)
+            most = max(most, rows * total / weight)
+        assert recipe.epochs is not None
+        return math.ceil(most * recipe.epochs / recipe.global_batch_size) * recipe.tokens_per_step
 
     def _need(self, name: str, path: Path) -> None:
         """Raise FileNotFoundError if there is no corpus at `path`."""
@@ -75,6 +93,8 @@ class Corpora:
     def _with_token_ids(self, model: PhiConfig) -> PhiConfig:
         """Set both ids to the corpora's delimiter, else the tokenizer's `<|endoftext|>`, else None.
 
+        The token that ends the answers of conversations goes before the delimiters of other corpora.
+
         Raises UsageError if the corpora, the tokenizer, and the model's own ids and vocabulary contradict each other.
         """
         size = vocab_size(self.tokenizer)
@@ -83,7 +103,8 @@ class Corpora:
                 f"tokenizer {self.recipe.tokenizer!r} has {size} ids, but the model's vocabulary has "
                 f"{model.vocab_size} entries; raise --model.vocab-size, or use another --tokenizer"
             )
-        ends = {name: manifest.delimiter.id for name, manifest in self.manifests.items() if manifest.delimiter}
+        chats = {name: manifest for name, manifest in self.manifests.items() if manifest.marked}
+        ends = {name: one.delimiter.id for name, one in (chats or self.manifests).items() if one.delimiter}
         if len(set(ends.values())) > 1:
             each = ", ".join(f"{name} with {id}" for name, id in ends.items())
             raise UsageError(f"the corpora end their documents with different ids, {each}: prepare them again")
@@ -143,17 +164,14 @@ class Corpora:
             there = min(rows, count_rows(path, "validation", self.recipe.sequence_length))
             start, stop = (there * rank // self.world.size for rank in (self.world.rank, self.world.rank + 1))
             if start < stop:
-                delimiter = self.manifests[name].delimiter if self.recipe.document_isolation else None
-                for input_ids, labels in sequential_rows(
-                    path,
-                    "validation",
-                    self.recipe.sequence_length,
-                    batch=batch,
-                    start=start,
-                    stop=stop,
-                    max_token_id=self.recipe.model.vocab_size - 1,
-                ):
-                    yield name, input_ids, labels, documents(input_ids, delimiter.id) if delimiter else None
+                length, largest = self.recipe.sequence_length, self.recipe.model.vocab_size - 1
+                rows_of: dict[str, Any] = {"batch": batch, "start": start, "stop": stop, "max_token_id": largest}
+                if self.recipe.document_isolation:
+                    for isolated in isolated_rows(path, "validation", length, **rows_of):
+                        yield name, *isolated
+                else:
+                    for joined in sequential_rows(path, "validation", length, **rows_of):
+                        yield name, *joined, None
 
     def summary(self) -> str:
         """Describe the mixture in one line: each corpus's share and training tokens, then later stages' shares."""

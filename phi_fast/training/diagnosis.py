@@ -56,6 +56,8 @@ def find_overflow(
     found = None
     for _ in range(micro_batches):
         batch = next(loader)
+        if batch.trained == 0:
+            continue  # it adds nothing to the loss, and has no mean of its own
         there = batch.to(world.device)
         found = first_overflow(model, there.input_ids, there.labels, scale, there.cu_seqlens)
         if found is not None:

@@ -24,12 +24,14 @@ from .options import Options, defaults, parse
 def parse_on(shape: PhiConfig, arguments: Sequence[str], init_from: str) -> Options:
     """Parse the command line with the shape of `init_from`'s weights as the default of --model.
 
+    The defaults of --tokenizer and --sequence-length follow: the corpora's tokenizer, and at most the model's context.
     Raises UsageError naming each option that contradicts the shape.
     """
     shape = shape.replace(bos_token_id=None, eos_token_id=None)  # they come from the corpora, as in every run
     recipe = defaults(arguments)
     named = recipe.tokenizer if recipe.tokenizer == "stdlib" else "data"
-    options = parse(arguments, replace(recipe, model=shape, tokenizer=named))
+    length = min(recipe.sequence_length, shape.max_position_embeddings)
+    options = parse(arguments, replace(recipe, model=shape, tokenizer=named, sequence_length=length))
     here, there = asdict(options.model), asdict(shape)
     wrong = [
         f"--model.{name.replace('_', '-')} {here[name]}, where the weights have {there[name]}"

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..conversion.folder import chat_files
 from ..data import Batch
-from ..errors import INTERRUPTED
+from ..errors import INTERRUPTED, UsageError
 from ..json_files import flatten
 from ..terminal import printable
 from . import cuda_graphs
@@ -47,9 +48,13 @@ class Trainer:
     def __init__(self, setup: Setup, run: Run, signals: Signals, console: Console) -> None:
         world = setup.world
         self.corpora = Corpora(setup.options, world, console)
+        if setup.options.cuda_graphs and any(one.marked for one in self.corpora.manifests.values()):
+            raise UsageError("--cuda-graphs takes corpora whose labels all count, and this data has conversations")
         if setup.options.val_every:
             self.corpora.need_validation()
-        self.options = options = run.options = replace(setup.options, model=self.corpora.model)
+        self.options = options = run.options = replace(
+            setup.options, model=self.corpora.model, tokens=self.corpora.tokens, epochs=None
+        )
         self.setup = setup = setup._replace(options=options)
         self.run, self.signals, self.console, self.trouble = run, signals, console, Trouble(world)
         initial = open_initial(options, self.corpora.tokenizer, console) if run.source is None else None
@@ -65,11 +70,14 @@ class Trainer:
             reduce_once=reduces_once(options, world, setup.accumulation),
             capture=cuda_graphs.capture if options.cuda_graphs else None,
         )
-        self.sampling = plan_sample(options, self.corpora.tokenizer) if options.sample_tokens else None
+        self.sampling = None
+        if options.sample_tokens:
+            self.sampling = plan_sample(options, self.corpora.tokenizer, self.corpora.chat)
         self.loader = self.corpora.loader(setup.micro_batch_size)
         self.done = run.restore(self.zero, self.loader, console)
         self.tasks = TasksDuringTraining(options, self.corpora.tokenizer, world) if options.eval_every else None
-        run.create(self.corpora.tokenizer, self.zero.checkpoint_bytes())
+        chat = self.corpora.chat or (chat_files(initial) if initial is not None else None)
+        run.create(self.corpora.tokenizer, self.zero.checkpoint_bytes(), chat)
         header(console, setup, run, self.corpora, self.done)
         self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields())) if world.is_main else None
         self.meter = Meter(options, world)

@@ -56,6 +56,8 @@ class StepRecord:
     """`val_bpb` of the averaged weights; null if not measured."""
     tasks: dict[str, float] | None = None
     """Accuracy by task, a fraction of 1; null if not measured (--eval-every)."""
+    trained_tokens: int | None = None
+    """Labels of this step that count in the loss; null if all do, because no corpus has marks."""
 
 
 OPTIONAL = {field.name for field in fields(StepRecord) if field.default is None}
@@ -74,6 +76,7 @@ TAGS = {
     "grad_norm": "optimizer/grad_norm",
     "loss_scale": "optimizer/loss_scale",
     "skipped": "optimizer/skipped",
+    "trained_tokens": "data/trained_tokens",
     "tokens_per_s": "speed/tokens_per_s",
     "step_ms": "speed/step_ms",
     "mfu": "speed/mfu",
@@ -103,6 +106,7 @@ class Meter:
             skipped=outcome.skipped,
             tokens_per_s=tokens_per_s,
             step_ms=1000 * seconds,
+            trained_tokens=outcome.trained_tokens,
             mfu=None if self._peak is None else tokens_per_s * self._flops_per_token / (self._peak * self._size),
             **measured,
         )

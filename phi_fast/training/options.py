@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -108,6 +108,8 @@ class Options(Recipe):
         """Check the recipe's fields and the trainer's own."""
         super().check()
         check_names(self)
+        if self.recipe == "sft" and self.init_from is None:
+            raise UsageError("--recipe sft trains a model further: name its weights with --init-from")
         if not 0 < self.rank_timeout <= 1e9:
             raise UsageError(f"rank_timeout={self.rank_timeout}: must be seconds, greater than 0 and at most 1e9")
         if not 0 <= self.save_minutes < math.inf:
@@ -148,14 +150,24 @@ def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
     Raises UsageError for a file that cannot be read or holds what is not an option.
     """
     arguments = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed's launcher
-    default = overlay(default or defaults(arguments), from_file(arguments), str(named(arguments, "config")))
-    return tyro.cli(
-        Options,
-        args=arguments,
-        default=default,
-        prog="python -m phi_fast.train",
-        config=(tyro.conf.AvoidSubcommands,),
+    base = default or defaults(arguments)
+    default = overlay(base, from_file(arguments), str(named(arguments, "config")))
+    options = tyro.cli(
+        Options, args=arguments, default=default, prog="python -m phi_fast.train", config=(tyro.conf.AvoidSubcommands,)
     )
+    return _of_one_length(options, base)
+
+
+def _of_one_length(options: Options, default: Options) -> Options:
+    """Let --tokens or --epochs, whichever was given, replace the default of the other. UsageError if both were."""
+    by_tokens, by_epochs = options.tokens != default.tokens, options.epochs != default.epochs
+    if by_tokens and by_epochs and options.tokens is not None and options.epochs is not None:
+        raise UsageError(
+            f"--tokens {options.tokens} and --epochs {options.epochs} both set the length: give one of them"
+        )
+    if by_tokens:
+        return replace(options, epochs=None)
+    return replace(options, tokens=None) if by_epochs else options
 
 
 def defaults(arguments: Sequence[str]) -> Options:

@@ -6,6 +6,7 @@ checkpoints/      see phi_fast.training.checkpoint
 tensorboard/
 tokenizer.json    the tokenizer, so that the directory alone is enough to generate text; tokenizer_config.json names the
                   tokens that begin and end a text
+chat_template.jinja  the chat template of the run's conversations, if it has any
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data import TokenLoader
+from ..data.chat import TEMPLATE_FILE, ChatFiles
 from ..data.vocabulary import TokenIds
 from ..errors import UsageError
 from ..files import write_atomically, writing
@@ -106,9 +108,10 @@ class Run:
         )
         raise CheckpointError(f"{self.source} belongs to another run: {reason}. {way_out}")
 
-    def create(self, tokenizer: Tokenizer, checkpoint_bytes: int) -> None:
+    def create(self, tokenizer: Tokenizer, checkpoint_bytes: int, chat: ChatFiles | None = None) -> None:
         """Write the options and the tokenizer, after everything that training needs has been created and checked.
 
+        chat: the chat template of the run's conversations, and its special tokens.
         Raises UsageError if they cannot be written, and on every rank if there is no room for one checkpoint.
         """
         problem = self._refuse_a_full_disk(checkpoint_bytes) if self.world.is_main else None
@@ -124,6 +127,9 @@ class Run:
             "tokenizer.json": tokenizer.to_str(True),
             "tokenizer_config.json": json.dumps(tokenizer_config, indent=2),
         }
+        if chat is not None:
+            files["tokenizer_config.json"] = json.dumps(tokenizer_config | chat.names, indent=2)
+            files[TEMPLATE_FILE] = chat.template
         with writing(self.directory, WAY_OUT):
             self.directory.mkdir(parents=True, exist_ok=True)
             for name, text in files.items():  # atomically: a failing resume must not damage the existing files

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..data.store import IGNORED
 from .corpora import Corpora
 from .signals import Signals
 from .trouble import Trouble
@@ -55,7 +56,7 @@ def _bits_per_byte(nats: float, size: float) -> float | None:
 def validate(
     model: nn.Module, corpora: Corpora, rows: int, batch: int, signals: Signals, trouble: Trouble
 ) -> Validation | None:
-    """Compute the mean loss over the first `rows` validation rows of each corpus, in nats per token.
+    """Compute the mean loss over the first `rows` validation rows of each corpus, in nats per token that is trained.
 
     The ranks divide the rows. The result is None if a rank was asked to stop meanwhile or could not read its rows;
     `signals.stop` or `signals.ended` is then set on every rank.
@@ -67,10 +68,13 @@ def validate(
         for name, input_ids, labels, cu_seqlens in corpora.validation(rows, batch):
             if signals.stop_received:
                 break
+            counted = labels[labels != IGNORED]
+            if not counted.numel():
+                continue  # the mean over no label is not a number
             there = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.to(world.device)}
             loss = model(input_ids.to(world.device), labels.to(world.device), **there).loss
-            size = int(corpora.token_bytes[labels].sum())
-            sums[name] += torch.tensor([float(loss) * labels.numel(), labels.numel(), size])
+            size = int(corpora.token_bytes[counted].sum())
+            sums[name] += torch.tensor([float(loss) * counted.numel(), counted.numel(), size])
     model.train()
     asked = torch.tensor([float(signals.stop_received), float(trouble.here), 0.0], dtype=torch.float64)
     table = torch.stack([asked, *sums.values()]).to(world.device)  # (1 + corpora, [loss sum, labels, bytes])

@@ -66,6 +66,8 @@ class StepOutcome:
     broken: bool
     """A weight or a moment in this rank's partition is not finite after the update, so the state must not be saved.
     Always False with DeepSpeed's own step, which does not check: then `checkpoint.save` does."""
+    trained_tokens: int | None = None
+    """Labels of the global batch that count in the loss; None if all do, because no corpus has marks."""
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -133,13 +135,20 @@ class Zero2:
         """The loss scale of the next gradients; 1 unless fp16."""
         return float(self.zero.loss_scale) if self.dynamic else 1.0
 
-    def loss(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Compute the mean loss of one micro-batch.
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, trained: Tensor | None = None
+    ) -> Tensor:
+        """Compute the loss of one micro-batch, whose mean over all ranks and micro-batches is the step's loss.
 
         input_ids, labels: (batch, sequence) int64 on the model's device; cu_seqlens: see `Phi.forward`.
+        trained: number of labels that count in the global batch, a scalar on the device. The step's loss is then the
+        mean over these labels, of which each micro-batch may have another number, or none. None: all labels count.
         """
         documents = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
-        return self.engine(input_ids, labels, **documents).loss
+        if trained is None:
+            return self.engine(input_ids, labels, **documents).loss
+        total = self.engine(input_ids, labels, reduction="sum", **documents).loss
+        return total * (self.accumulation * self.world.size / trained.clamp(min=1))
 
     def backward(self, loss: Tensor) -> None:
         """Run backward for one micro-batch; after the last of `accumulation`, the averaged gradients are ready."""
@@ -152,12 +161,13 @@ class Zero2:
         if self._micro_batches < self.accumulation:
             self.engine.step()  # updates nothing: DeepSpeed counts micro-batches by calls of `step`
 
-    def micro_batch(self, batch: Batch) -> None:
-        """Run forward and backward for one micro-batch in host memory; see `backward`."""
+    def micro_batch(self, batch: Batch, trained: Tensor | None = None) -> None:
+        """Run forward and backward for one micro-batch in host memory; see `backward`. trained: see `loss`."""
         if not self._captured:
             there = batch.to(self.world.device)
-            self.backward(self.loss(there.input_ids, there.labels, there.cu_seqlens))
+            self.backward(self.loss(there.input_ids, there.labels, there.cu_seqlens, trained))
             return
+        assert trained is None  # the loop refuses such corpora
         self._captured(batch, self.loss_scale, first=self._micro_batches == 0)
         self._count_micro_batch()
         if self._micro_batches == self.accumulation:

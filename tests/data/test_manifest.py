@@ -89,7 +89,7 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     ("field", "value", "message"),
     [
         ("format", "megatron", "format is 'megatron', expected 'phi_fast tokens'"),
-        ("version", 2, "version is 2, this phi_fast reads 1"),
+        ("version", 3, "version is 3, this phi_fast reads 1 and 2"),
         ("dtype", "int32", "dtype is 'int32', expected one of 'uint16', 'uint32'"),
         ("vocab_size", 0, "vocab_size is 0, expected an integer of at least 1"),
         ("vocab_size", 50, "train has id 50, and tokenizer 'tests' has only 50 ids"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,21 @@ def write_corpus(directory: Path, ids: np.ndarray, dtype: str = "uint16", split:
     )
     vocab_size = max(50295, int(ids.max()) + 1)
     Manifest(dtype, "phi-1.5", "0" * 64, vocab_size, Delimiter(DELIMITER), {split: part}).write(directory)
+    return directory
+
+
+def write_marked(directory: Path, ids: np.ndarray, marks: np.ndarray, row_tokens: int, dtype: str = "uint16") -> Path:
+    """A corpus directory with a train split of packed rows, as `prepare --chat` writes it."""
+    write_corpus(directory, ids, dtype)
+    manifest = Manifest.read(directory)
+    (directory / "train.marks").write_bytes(marks.astype("u1").tobytes())
+    split = replace(
+        manifest.splits["train"],
+        marks="train.marks",
+        marks_sha256=(hashlib.sha256(marks.astype("u1").tobytes()).hexdigest(),),
+        row_tokens=row_tokens,
+    )
+    replace(manifest, splits={"train": split}).write(directory)
     return directory
 
 

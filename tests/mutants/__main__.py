@@ -50,8 +50,10 @@ SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         BACKENDS,
         ("triton_guard_pages", "triton_far_rows", "linear_cross_entropy", "linear_cross_entropy_options"),
     ),
+    "linear_cross_entropy_on_chip": (BACKENDS, ("linear_cross_entropy_on_chip",)),
     "rotary": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "rotary")),
     "rounding": (ALL, ("rounding",)),
+    "softcap": (BACKENDS, ("linear_cross_entropy_options", "linear_cross_entropy_on_chip")),
 }
 """Module of kernels/triton -> pytest's -k, and the files of tests/kernels, the fast ones first."""
 

@@ -19,6 +19,7 @@ from phi_fast.conversion.load import load
 from phi_fast.data import sequential_rows
 from phi_fast.model.merged import to_merged
 from phi_fast.train import INTERRUPTED, main
+from phi_fast.training.initial import _difference, parse_on
 
 ROWS = 8
 
@@ -162,6 +163,22 @@ def test_a_shape_that_contradicts_the_weights_is_named(option, value, found, fol
     assert f"contradicts --model.{option} {value}, where the weights have {found}" in capfd.readouterr().err
     same = [*words(data, tmp_path / "run", folders["hf"]), "--model.hidden-size", str(CONFIG.hidden_size)]
     assert main(same) == 0
+
+
+def test_new_tokens_may_take_the_place_of_padding():
+    plain, more = tiny_tokenizer(), tiny_tokenizer()
+    more.add_special_tokens(["<|im_start|>"])
+    assert _difference(plain, more) is None
+    assert _difference(more, plain) is None
+    other = tiny_tokenizer()
+    other.add_special_tokens(["<|im_end|>"])
+    assert _difference(more, other) == "id 257 is '<|im_start|>' there and '<|im_end|>' here"
+
+
+def test_the_other_defaults_follow_the_weights():
+    options = parse_on(CONFIG, ["--recipe", "sft"], "somewhere")
+    assert (options.model.hidden_size, options.sequence_length, options.tokenizer) == (128, 64, "data")
+    assert parse_on(CONFIG, [], "somewhere").tokenizer == "stdlib"
 
 
 PEAK = """

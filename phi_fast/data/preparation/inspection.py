@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ...terminal import printable
-from ..manifest import Manifest
+from ..manifest import TRAINED, Manifest
 from ..plain_reads import read_array
 from ..vocabulary import TokenizerError, digest, tokenizer
 
@@ -29,6 +29,8 @@ def inspect(directory: Path, samples: int) -> Iterator[str]:
     manifest.verify(directory)
     delimiter = manifest.delimiter
     between = "nothing" if delimiter is None else f"id {delimiter.id} {delimiter.side} each"
+    if delimiter is not None and manifest.marked:
+        between = f"marks say where they begin, and id {delimiter.id} ends a text"
     yield f"{directory}: {manifest.dtype}, checksums verified"
     yield (
         f"tokenizer {printable(manifest.tokenizer)}, {manifest.vocab_size:,} ids, sha256 {manifest.tokenizer_sha256}; "
@@ -45,6 +47,12 @@ def inspect(directory: Path, samples: int) -> Iterator[str]:
             f"{lengths.max():,} tokens (median {np.median(lengths):,.0f}, mean {lengths.mean():,.0f}), "
             f"largest id {split.max_id}"
         )
+        if split.marks is not None:
+            marks = read_array(directory / split.marks, "u1", split.tokens)
+            yield (
+                f"{np.count_nonzero(marks & TRAINED):,} tokens are trained; documents are packed into rows of "
+                f"{split.row_tokens:,} tokens, whose padding counts to their last document"
+            )
         yield from histogram(lengths)
         if decoder is not None:
             yield from _decoded(directory / split.file, split.offset, manifest.numpy_dtype, ends[:samples], decoder)

@@ -25,11 +25,14 @@ from tokenizers import Tokenizer
 from ...errors import UsageError
 from ...files import Claim, sync_directory, write_atomically
 from ...json_files import JsonFileError, read_object
+from ..chat import ChatFiles
 from ..manifest import DTYPES, FILE_NAME, Delimiter, Manifest
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .containers import PrepareError
+from .conversations import MARKED, Conversations, MarkedEncoding, TrainOn
 from .inputs import FOLDER_SUFFIXES, Input, find_inputs
 from .merge import merge
+from .packing import pack_splits
 from .progress import Meter
 from .readers import Reader, check_field
 from .tasks import Task, cut
@@ -63,6 +66,14 @@ class Settings:
     """Random seed for the document shuffle and the validation split."""
     skip_malformed: bool = False
     """Leave out records that are not UTF-8, not JSON or without a text, and count them; otherwise stop at the first."""
+    chat: bool = False
+    """Whether the inputs are conversations: JSONL with "messages", or "prompt" and "completion"."""
+    chat_template: Path | None = None
+    """Conversations: file with a Jinja template; None: the tokenizer's own, else `chat.DEFAULT_TEMPLATE`."""
+    train_on: TrainOn = "assistant"
+    """Conversations: the tokens that count in the loss."""
+    row_tokens: int = 2048
+    """Conversations: tokens per row that whole conversations are packed into."""
 
 
 def prepare(
@@ -81,9 +92,17 @@ def prepare(
     inputs = find_inputs(paths, settings.suffixes, settings.text_field)
     check_field(inputs.read, settings.text_field)
     unit_bytes = _unit_bytes(sum(entry.size for entry in inputs.read))
-    plan = {**asdict(settings), "tokenizer": digest(encoder)}
+    plan = {name: value for name, value in asdict(settings).items() if name not in _OF_CHAT}
+    plan["tokenizer"] = digest(encoder)
+    conversations = None
+    if settings.chat:
+        conversations, encoding = _plan_chat(settings, encoder, inputs.read)
+        manifest = replace(manifest, delimiter=Delimiter(conversations.end))
+        plan |= {name: getattr(settings, name) for name in _OF_CHAT}
+        plan["chat_template"] = conversations.tokenizer.chat_template
     workers = workers or available_cores()
-    with _partial(place, plan) as partial, _pool(workers, encoding, settings) as pool:
+    reader = Reader(settings.text_field, settings.skip_malformed, conversations)
+    with _partial(place, plan) as partial, _pool(workers, encoding, reader) as pool:
         work = _Work(partial, encoding.dtype, json.dumps({**plan, "skip_malformed": None}).encode(), settings)
         units = _encode_all(pool, workers, work, inputs.read, unit_bytes, console)
         corpus = partial / "corpus"
@@ -91,6 +110,12 @@ def prepare(
         corpus.mkdir()
         console.print("merging, shuffled by document")
         manifest = replace(manifest, splits=merge(units, corpus, encoding.dtype, pool.map))
+        if conversations is not None:
+            splits = pack_splits(
+                manifest.splits, corpus, manifest.numpy_dtype, settings.row_tokens, conversations.end, console.print
+            )
+            manifest = replace(manifest, splits=splits)
+            ChatFiles.of(conversations.tokenizer).write(corpus)
         if "train" not in manifest.splits:
             raise PrepareError(_no_training(paths, settings.validation, manifest))
         save_tokenizer(encoder, corpus)
@@ -177,7 +202,7 @@ def plan_encoding(settings: Settings) -> tuple[Tokenizer, Encoding, Manifest]:
     size = vocab_size(encoder)
     dtype = choose_dtype(settings.dtype, size, settings.tokenizer)
     delimiter = None
-    if settings.delimiter is not None:
+    if settings.delimiter is not None and not settings.chat:
         delimiter = encoder.token_to_id(settings.delimiter)
         if delimiter is None:
             raise TokenizerError(
@@ -193,6 +218,21 @@ def plan_encoding(settings: Settings) -> tuple[Tokenizer, Encoding, Manifest]:
         splits={},
     )
     return encoder, Encoding(encoder, delimiter, DTYPES[dtype], settings.seed, settings.validation), manifest
+
+
+_OF_CHAT = ("chat", "chat_template", "train_on", "row_tokens")
+"""Settings that only conversations have."""
+
+
+def _plan_chat(settings: Settings, encoder: Tokenizer, inputs: list[Input]) -> tuple[Conversations, Encoding]:
+    """The reader of conversations, and how they are encoded. Raises PrepareError for settings that do not fit."""
+    if settings.row_tokens < 2:
+        raise PrepareError(f"--row-tokens {settings.row_tokens}: expected at least 2")
+    for entry in inputs:
+        if entry.kind != "lines":
+            raise PrepareError(f"{entry.path} is not JSONL: --chat reads conversations from .jsonl files, one per line")
+    conversations = Conversations.of(encoder, settings.tokenizer, settings.chat_template, settings.train_on)
+    return conversations, MarkedEncoding(encoder, None, MARKED, settings.seed, settings.validation)
 
 
 def choose_dtype(asked: str | None, vocab_size: int, tokenizer: str) -> str:
@@ -306,9 +346,8 @@ def _encode_all(
 
 
 @contextmanager
-def _pool(workers: int, encoding: Encoding, settings: Settings) -> Iterator[ProcessPoolExecutor]:
+def _pool(workers: int, encoding: Encoding, reader: Reader) -> Iterator[ProcessPoolExecutor]:
     """Worker processes."""
-    reader = Reader(settings.text_field, settings.skip_malformed)
     pool = ProcessPoolExecutor(workers, _context(), _start_worker, (encoding, reader))
     try:
         yield pool

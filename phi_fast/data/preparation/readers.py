@@ -10,6 +10,7 @@ from typing import Any
 
 from ..vocabulary import END_OF_TEXT
 from .containers import PrepareError, damaged
+from .conversations import Conversations
 from .inputs import Input
 from .tasks import Task, open_dataset
 
@@ -26,6 +27,8 @@ class Reader:
     """JSONL, Parquet, datasets: the field that holds the text."""
     skip_malformed: bool = False
     """Leave out records that are not UTF-8, not JSON, or without a text; otherwise they are errors."""
+    conversations: Conversations | None = None
+    """Reads lines as conversations instead; None for texts."""
     skipped: int = field(default=0, init=False)
     """Number of records left out so far."""
 
@@ -34,7 +37,7 @@ class Reader:
         records, parse = _READERS[task.kind]
         for place, record in records(task, self.text_field):
             try:
-                text = parse(record, self.text_field)
+                text = self.conversations.document(record) if self.conversations else parse(record, self.text_field)
                 text.encode()  # JSON can escape half a surrogate pair
             except (ValueError, TypeError, RecursionError) as error:  # RecursionError: deeply nested JSON
                 if not self.skip_malformed:

@@ -47,6 +47,20 @@ class Encoding:
     validation: float = 0.0
     """Share of documents in the validation split, 0…1, by a hash of their text: equal documents stay together."""
 
+    def encode(self, texts: list[str]) -> Iterator[_Array]:
+        """Yield the tokens of each document, including its delimiter.
+
+        Names of special tokens in a document are encoded as ordinary text, so that a delimiter in the corpus is always
+        between documents.
+        """
+        self.tokenizer.encode_special_tokens = True
+        tail = np.array([] if self.delimiter is None else [self.delimiter], self.dtype)
+        short = [text for text in texts if len(text) <= LONG_DOCUMENT]
+        encoded = iter(self.tokenizer.encode_batch_fast(short, add_special_tokens=False))
+        for text in texts:
+            parts = [next(encoded)] if len(text) <= LONG_DOCUMENT else _encode_long(text, self.tokenizer)
+            yield np.concatenate([*(np.array(part.ids, self.dtype) for part in parts), tail])
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -73,14 +87,12 @@ def encode_unit(
 
     key: the summary's key. skipped: called after all documents were read; returns the number of records left out.
 
-    Names of special tokens in a document are encoded as ordinary text, so that a delimiter in the corpus is always
-    between documents. The index is renamed into place last: a unit that has one is complete.
+    The index is renamed into place last: a unit that has one is complete.
     """
-    encoding.tokenizer.encode_special_tokens = True
     encoded: list[_Array] = []
     hashes: list[int] = []
     for batch in _batches(documents):
-        encoded += _encode(batch, encoding)
+        encoded += encoding.encode(batch)
         hashes += [_hash(text, encoding) for text in batch]
     held_out = np.array([hashed < encoding.validation * 2**64 for hashed in hashes], np.uint64)
     keys = _shuffle_keys(number, len(encoded), encoding.seed) | (held_out << np.uint64(63))
@@ -168,17 +180,6 @@ def completed(path: Path, dtype: np.dtype[Any], key: bytes) -> Summary | None:
     except (FileNotFoundError, CutShortError):
         return None
     return summary if whole and summary.key == key else None
-
-
-def _encode(texts: list[str], encoding: Encoding) -> Iterator[_Array]:
-    """The tokens of each document, including its delimiter."""
-    tokenizer = encoding.tokenizer
-    tail = np.array([] if encoding.delimiter is None else [encoding.delimiter], encoding.dtype)
-    short = [text for text in texts if len(text) <= LONG_DOCUMENT]
-    encoded = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
-    for text in texts:
-        parts = [next(encoded)] if len(text) <= LONG_DOCUMENT else _encode_long(text, tokenizer)
-        yield np.concatenate([*(np.array(part.ids, encoding.dtype) for part in parts), tail])
 
 
 def _encode_long(text: str, tokenizer: Tokenizer) -> Iterator[Any]:
