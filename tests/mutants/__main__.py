@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Result:
     """The test that failed first, or how the run ended."""
     seconds: float
     """CPU time."""
+    durations: dict[str, float] = field(default_factory=dict)
+    """Without a fault: the seconds of each test."""
 
 
 class Copy:
@@ -101,13 +104,13 @@ class Copy:
         self.worker.stdin.close()
         self.worker.wait()
 
-    def test(self, kernel: str, cpu_seconds: int) -> dict[str, Any]:
-        """The worker's answer on the kernel's tests."""
+    def test(self, kernel: str, cpu_seconds: int, order: Sequence[str] = ()) -> dict[str, Any]:
+        """The worker's answer on the kernel's tests, those of `order` first."""
         expression, names = SELECTIONS[kernel]
         guards = f"not (guard_pages or far_rows) or {kernel.removesuffix('_forward').removesuffix('_backward')}"
         arguments = [f"tests/kernels/test_{name}.py" for name in names]
         arguments += ["-m", "not slow", *(["-k", f"({expression}) and ({guards})"] if expression else [])]
-        self.worker.stdin.write(json.dumps({"arguments": arguments, "cpu_seconds": cpu_seconds}) + "\n")
+        self.worker.stdin.write(json.dumps({"arguments": arguments, "order": order, "cpu_seconds": cpu_seconds}) + "\n")
         self.worker.stdin.flush()
         answer = self.worker.stdout.readline()
         if not answer:
@@ -123,19 +126,26 @@ class Copy:
         if answer["status"]:
             sys.exit(f"mutants: the tests of {kernel} fail without a fault:\n{self.output()}")
         print(f"{kernel}: {answer['seconds']:.1f} s without a fault", flush=True)
-        return Result("survived", "", answer["seconds"])
+        return Result("survived", "", answer["seconds"], answer["durations"])
 
-    def try_fault(self, fault: Fault, cpu_seconds: int) -> Result:
+    def try_fault(self, fault: Fault, cpu_seconds: int, order: Sequence[str]) -> Result:
         place = self.folder / "phi_fast" / fault.path
         source = place.read_bytes()
         place.write_bytes(fault.applied(source))
-        answer = self.test(place.stem, cpu_seconds)
+        answer = self.test(place.stem, cpu_seconds, order)
         place.write_bytes(source)
         status = answer["status"]
         if status not in (0, 1, 2) and status >= 0:  # 1: a test failed; 2: a module did not import
             sys.exit(f"mutants: pytest ended with status {status}:\n{self.output()}")
         ended = answer["failed"] or (f"signal {-status}" if status < 0 else "")
         return Result("survived" if status == 0 else "killed", ended, answer["seconds"])
+
+
+def order(kernel: str, results: dict[str, Result]) -> list[str]:
+    """The kernel's tests, those first that killed many faults of its module in little time."""
+    kills = Counter(result.by for key, result in results.items() if key.startswith(f"kernels/triton/{kernel}.py"))
+    durations = results[" ".join(SELECTIONS[kernel][1])].durations
+    return sorted(durations, key=lambda test: durations[test] / (1 + kills[test]))
 
 
 def main() -> int:
@@ -161,7 +171,7 @@ def main() -> int:
                     results[tests] = copy.test_kernel(kernel)
                     keep(tests, kernel, results[tests], copy)
                 limit = int(CPU_FACTOR * results[tests].seconds) + CPU_SECONDS
-                result = results[fault.key] = copy.try_fault(fault, limit)
+                result = results[fault.key] = copy.try_fault(fault, limit, order(kernel, results))
                 keep(fault.key, kernel, result, copy)
                 print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
             copy.close()
@@ -188,10 +198,12 @@ def parse() -> argparse.Namespace:
 
 
 def depends_on(kernel: str, by: str, package: Path, root: Path) -> str:
-    """Digest of the files that a result holds for: the kernels, and the test that killed or all that did not."""
+    """Digest of the files that a result holds for: the kernels, and the test that killed, or all that did not and what
+    these import."""
     folder = root / "tests" / "kernels"
     test = by.partition("::")[0].rpartition("/")[2]
-    tests = [test] if test.startswith("test_") else [f"test_{name}.py" for name in SELECTIONS[kernel][1]]
+    helpers = [file.name for file in folder.glob("*.py") if not file.name.startswith("test_")]
+    tests = [test] if test.startswith("test_") else [*helpers, *(f"test_{name}.py" for name in SELECTIONS[kernel][1])]
     kernels = sorted((package / "kernels" / "triton").glob("*.py"))
     files = [*kernels, *(folder / name for name in sorted(tests))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -210,7 +222,7 @@ def known() -> dict[str, Result]:
     results = {}
     for line in map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else []):
         if depends_on(line["kernel"], line["by"], ROOT, ROOT) == line["depends_on"]:
-            results[line["key"]] = Result(line["outcome"], line["by"], line["seconds"])
+            results[line["key"]] = Result(line["outcome"], line["by"], line["seconds"], line["durations"])
     return results
 
 
