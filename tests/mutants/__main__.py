@@ -29,8 +29,8 @@ KERNELS = ROOT / "kernels" / "triton"
 RESULTS = ROOT / "build" / "mutants.jsonl"
 EQUIVALENT = Path(__file__).parent / "equivalent.json"
 PER_KIND = 3
-CPU_FACTOR, CPU_SECONDS = 5, 30
-"""A run that takes this many times the CPU time of the tests without a fault, and as long again, hangs: killed."""
+CPU_FACTOR, CPU_SECONDS = 3, 10
+"""A run hangs, and is killed, at this multiple of the CPU time of the tests without a fault plus these seconds."""
 
 BACKENDS, ALL = "triton and not cpp", ""
 ATTENTION = (
@@ -157,7 +157,8 @@ def main() -> int:
     seeded = [fault for fault in seeded if fault.kind in (options.kinds or KINDS) and options.match in fault.key]
     print(f"{len(seeded)} of {len(everything)} faults", flush=True)
     results = known()
-    untried = [fault for fault in seeded if fault.key not in results]
+    same = {entry["fault"] for entry in equivalents()}
+    untried = sorted((fault for fault in seeded if fault.key not in results), key=lambda fault: fault.key in same)
     if options.report:
         print(f"{len(untried)} of them were not tried yet")
         seeded = [fault for fault in seeded if fault.key in results]
@@ -175,7 +176,7 @@ def main() -> int:
                 keep(fault.key, kernel, result, copy)
                 print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
             copy.close()
-    missing = {entry["fault"] for entry in equivalents() if entry["fault"].partition(":")[0] in sources}
+    missing = {fault for fault in same if fault.partition(":")[0] in sources}
     for key in sorted(missing - {fault.key for fault in everything}):
         print(f"equivalent.json lists a fault that the kernels no longer have: {key}")
     return report(seeded, results, sources)
