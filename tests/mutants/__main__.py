@@ -34,27 +34,26 @@ CPU_FACTOR, CPU_SECONDS = 3, 10
 
 BACKENDS, ALL = "triton and not cpp", ""
 ATTENTION = (
-    "triton and (guard_pages or far_rows or (errs and float32) or (errs and bfloat16 and 128) or touched"
+    "triton and (guard_pages or far_rows or rounded or (errs and float32) or (errs and bfloat16 and 128) or touched"
     " or ends_of_blocks or two_rotated or tables or log_sum_exp)"
 )
 """Every case in fp32, one in bf16, and what only single tests see."""
+SHARED = ("formulas", "rounded_once", "triton_guard_pages", "triton_far_rows")
+"""Tests of many kernels, which have the op in their names."""
 SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "adam": (BACKENDS, ("triton_guard_pages", "adam", "adam_options")),
-    "attention_forward": (ATTENTION, ("triton_guard_pages", "triton_far_rows", "attention")),
-    "attention_backward": (ATTENTION, ("triton_guard_pages", "triton_far_rows", "attention")),
-    "bias_gelu": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "bias_gelu")),
+    "adam": (BACKENDS, (*SHARED, "adam", "adam_options")),
+    "attention_forward": (ATTENTION, (*SHARED, "attention")),
+    "attention_backward": (ATTENTION, (*SHARED, "attention")),
+    "bias_gelu": (BACKENDS, (*SHARED, "bias_gelu")),
     "common": (ALL, ("launch_description", "launch", "launching", "specimens")),
     "grid": (BACKENDS, ("bias_gelu", "rotary")),
-    "layer_norm": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "layer_norm")),
-    "layer_norm_wide": (BACKENDS, ("triton_guard_pages", "layer_norm")),
-    "linear_cross_entropy": (
-        BACKENDS,
-        ("triton_guard_pages", "triton_far_rows", "linear_cross_entropy", "linear_cross_entropy_options"),
-    ),
+    "layer_norm": (BACKENDS, (*SHARED, "layer_norm")),
+    "layer_norm_wide": (BACKENDS, (*SHARED, "layer_norm")),
+    "linear_cross_entropy": (BACKENDS, (*SHARED, "linear_cross_entropy", "linear_cross_entropy_options")),
     "linear_cross_entropy_on_chip": (BACKENDS, ("linear_cross_entropy_on_chip",)),
-    "rotary": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "rotary")),
+    "rotary": (BACKENDS, (*SHARED, "rotary")),
     "rounding": (ALL, ("rounding",)),
-    "softcap": (BACKENDS, ("linear_cross_entropy_options", "linear_cross_entropy_on_chip")),
+    "softcap": (BACKENDS, ("formulas", "linear_cross_entropy_options", "linear_cross_entropy_on_chip")),
 }
 """Module of kernels/triton -> pytest's -k, and the files of tests/kernels, the fast ones first."""
 
@@ -107,7 +106,9 @@ class Copy:
     def test(self, kernel: str, cpu_seconds: int, order: Sequence[str] = ()) -> dict[str, Any]:
         """The worker's answer on the kernel's tests, those of `order` first."""
         expression, names = SELECTIONS[kernel]
-        guards = f"not (guard_pages or far_rows) or {kernel.removesuffix('_forward').removesuffix('_backward')}"
+        shared = " or ".join(f"test_{name}" for name in SHARED)
+        op = kernel.removesuffix("_forward").removesuffix("_backward").removesuffix("_wide")
+        guards = f"not ({shared}) or {op}"
         arguments = [f"tests/kernels/test_{name}.py" for name in names]
         arguments += ["-m", "not slow", *(["-k", f"({expression}) and ({guards})"] if expression else [])]
         self.worker.stdin.write(json.dumps({"arguments": arguments, "order": order, "cpu_seconds": cpu_seconds}) + "\n")
