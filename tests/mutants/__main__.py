@@ -236,13 +236,21 @@ def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, b
     for fault in seeded:
         outcome = results[fault.key].outcome
         outcome = "equivalent" if outcome == "survived" and fault.key in equivalent else outcome
+        stopped = outcome == "killed" and not results[fault.key].by.startswith("tests/")
         for row in (Path(fault.path).stem, "all"):
             for column in (fault.kind, "all"):
                 counts.setdefault(row, Counter())[column, outcome] += 1
+                counts[row][column, "stopped"] += stopped
+    rows = [*(name for name in SELECTIONS if name in counts), "all"]
+    print("\n| kernel | tried | a test failed | process died or hung | equivalent | survived |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        killed, died, same, survived = (counts[row]["all", x] for x in ("killed", "stopped", "equivalent", "survived"))
+        print(f"| {row} | {killed + same + survived} | {killed - died} | {died} | {same} | {survived} |")
     print("\nkilled / seeded; = cannot change a result\n")
     print("| kernel | " + " | ".join((*KINDS, "all")) + " |")
     print("|---" * (len(KINDS) + 2) + "|")
-    for row in (*(name for name in SELECTIONS if name in counts), "all"):
+    for row in rows:
         print(f"| {row} | " + " | ".join(cell(counts[row], kind) for kind in (*KINDS, "all")) + " |")
     for fault in survivors:
         print("\n" + diff(fault, sources[fault.path]))
