@@ -64,10 +64,19 @@ def rotate(
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a b in fp32. Triton's interpreter would multiply bf16's bits as integers: there it is widened."""
+    """accumulator + a b in fp32. Triton's interpreter would multiply bf16's bits as integers: there it is widened.
+
+    fp32's products run on ordinary units, which add one term after another. The products of a tile are summed apart, or
+    a key's gradient would be one chain over the rows of all its query heads, with three times plain PyTorch's error.
+    Triton would join the sums again, but for the limit on inexact sums, which means nothing to these units.
+    """
+    APART: tl.constexpr = a.dtype == tl.float32 and PRECISION == "ieee"
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    if APART:
+        product = tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+        return accumulator + product
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +29,31 @@ KERNELS = ROOT / "kernels" / "triton"
 RESULTS = ROOT / "build" / "mutants.jsonl"
 EQUIVALENT = Path(__file__).parent / "equivalent.json"
 PER_KIND = 3
-CPU_FACTOR, CPU_SECONDS = 5, 30
-"""A run that takes this many times the CPU time of the tests without a fault, and as long again, hangs: killed."""
+CPU_FACTOR, CPU_SECONDS = 3, 10
+"""A run hangs, and is killed, at this multiple of the CPU time of the tests without a fault plus these seconds."""
 
 BACKENDS, ALL = "triton and not cpp", ""
 ATTENTION = (
-    "triton and (guard_pages or far_rows or (errs and float32) or (errs and bfloat16 and 128) or touched"
+    "triton and (guard_pages or far_rows or rounded or (errs and float32) or (errs and bfloat16 and 128) or touched"
     " or ends_of_blocks or two_rotated or tables or log_sum_exp)"
 )
 """Every case in fp32, one in bf16, and what only single tests see."""
+SHARED = ("formulas", "rounded_once", "triton_guard_pages", "triton_far_rows")
+"""Tests of many kernels, which have the op in their names."""
 SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "adam": (BACKENDS, ("triton_guard_pages", "adam", "adam_options")),
-    "attention_forward": (ATTENTION, ("triton_guard_pages", "triton_far_rows", "attention")),
-    "attention_backward": (ATTENTION, ("triton_guard_pages", "triton_far_rows", "attention")),
-    "bias_gelu": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "bias_gelu")),
+    "adam": (BACKENDS, (*SHARED, "adam", "adam_options")),
+    "attention_forward": (ATTENTION, (*SHARED, "attention")),
+    "attention_backward": (ATTENTION, (*SHARED, "attention")),
+    "bias_gelu": (BACKENDS, (*SHARED, "bias_gelu")),
     "common": (ALL, ("launch_description", "launch", "launching", "specimens")),
     "grid": (BACKENDS, ("bias_gelu", "rotary")),
-    "layer_norm": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "layer_norm")),
-    "layer_norm_wide": (BACKENDS, ("triton_guard_pages", "layer_norm")),
-    "linear_cross_entropy": (
-        BACKENDS,
-        ("triton_guard_pages", "triton_far_rows", "linear_cross_entropy", "linear_cross_entropy_options"),
-    ),
+    "layer_norm": (BACKENDS, (*SHARED, "layer_norm")),
+    "layer_norm_wide": (BACKENDS, (*SHARED, "layer_norm")),
+    "linear_cross_entropy": (BACKENDS, (*SHARED, "linear_cross_entropy", "linear_cross_entropy_options")),
     "linear_cross_entropy_on_chip": (BACKENDS, ("linear_cross_entropy_on_chip",)),
-    "rotary": (BACKENDS, ("triton_guard_pages", "triton_far_rows", "rotary")),
+    "rotary": (BACKENDS, (*SHARED, "rotary")),
     "rounding": (ALL, ("rounding",)),
-    "softcap": (BACKENDS, ("linear_cross_entropy_options", "linear_cross_entropy_on_chip")),
+    "softcap": (BACKENDS, ("formulas", "linear_cross_entropy_options", "linear_cross_entropy_on_chip")),
 }
 """Module of kernels/triton -> pytest's -k, and the files of tests/kernels, the fast ones first."""
 
@@ -68,6 +68,8 @@ class Result:
     """The test that failed first, or how the run ended."""
     seconds: float
     """CPU time."""
+    durations: dict[str, float] = field(default_factory=dict)
+    """Without a fault: the seconds of each test."""
 
 
 class Copy:
@@ -101,13 +103,15 @@ class Copy:
         self.worker.stdin.close()
         self.worker.wait()
 
-    def test(self, kernel: str, cpu_seconds: int) -> dict[str, Any]:
-        """The worker's answer on the kernel's tests."""
+    def test(self, kernel: str, cpu_seconds: int, order: Sequence[str] = ()) -> dict[str, Any]:
+        """The worker's answer on the kernel's tests, those of `order` first."""
         expression, names = SELECTIONS[kernel]
-        guards = f"not (guard_pages or far_rows) or {kernel.removesuffix('_forward').removesuffix('_backward')}"
+        shared = " or ".join(f"test_{name}" for name in SHARED)
+        op = kernel.removesuffix("_forward").removesuffix("_backward").removesuffix("_wide")
+        guards = f"not ({shared}) or {op}"
         arguments = [f"tests/kernels/test_{name}.py" for name in names]
         arguments += ["-m", "not slow", *(["-k", f"({expression}) and ({guards})"] if expression else [])]
-        self.worker.stdin.write(json.dumps({"arguments": arguments, "cpu_seconds": cpu_seconds}) + "\n")
+        self.worker.stdin.write(json.dumps({"arguments": arguments, "order": order, "cpu_seconds": cpu_seconds}) + "\n")
         self.worker.stdin.flush()
         answer = self.worker.stdout.readline()
         if not answer:
@@ -123,19 +127,26 @@ class Copy:
         if answer["status"]:
             sys.exit(f"mutants: the tests of {kernel} fail without a fault:\n{self.output()}")
         print(f"{kernel}: {answer['seconds']:.1f} s without a fault", flush=True)
-        return Result("survived", "", answer["seconds"])
+        return Result("survived", "", answer["seconds"], answer["durations"])
 
-    def try_fault(self, fault: Fault, cpu_seconds: int) -> Result:
+    def try_fault(self, fault: Fault, cpu_seconds: int, order: Sequence[str]) -> Result:
         place = self.folder / "phi_fast" / fault.path
         source = place.read_bytes()
         place.write_bytes(fault.applied(source))
-        answer = self.test(place.stem, cpu_seconds)
+        answer = self.test(place.stem, cpu_seconds, order)
         place.write_bytes(source)
         status = answer["status"]
         if status not in (0, 1, 2) and status >= 0:  # 1: a test failed; 2: a module did not import
             sys.exit(f"mutants: pytest ended with status {status}:\n{self.output()}")
         ended = answer["failed"] or (f"signal {-status}" if status < 0 else "")
         return Result("survived" if status == 0 else "killed", ended, answer["seconds"])
+
+
+def order(kernel: str, results: dict[str, Result]) -> list[str]:
+    """The kernel's tests, those first that killed many faults of its module in little time."""
+    kills = Counter(result.by for key, result in results.items() if key.startswith(f"kernels/triton/{kernel}.py"))
+    durations = results[" ".join(SELECTIONS[kernel][1])].durations
+    return sorted(durations, key=lambda test: durations[test] / (1 + kills[test]))
 
 
 def main() -> int:
@@ -147,7 +158,8 @@ def main() -> int:
     seeded = [fault for fault in seeded if fault.kind in (options.kinds or KINDS) and options.match in fault.key]
     print(f"{len(seeded)} of {len(everything)} faults", flush=True)
     results = known()
-    untried = [fault for fault in seeded if fault.key not in results]
+    same = {entry["fault"] for entry in equivalents()}
+    untried = sorted((fault for fault in seeded if fault.key not in results), key=lambda fault: fault.key in same)
     if options.report:
         print(f"{len(untried)} of them were not tried yet")
         seeded = [fault for fault in seeded if fault.key in results]
@@ -161,11 +173,11 @@ def main() -> int:
                     results[tests] = copy.test_kernel(kernel)
                     keep(tests, kernel, results[tests], copy)
                 limit = int(CPU_FACTOR * results[tests].seconds) + CPU_SECONDS
-                result = results[fault.key] = copy.try_fault(fault, limit)
+                result = results[fault.key] = copy.try_fault(fault, limit, order(kernel, results))
                 keep(fault.key, kernel, result, copy)
                 print(f"{i + 1:>4} {result.outcome:<9}{result.seconds:>6.1f} s  {fault.key}  {result.by}", flush=True)
             copy.close()
-    missing = {entry["fault"] for entry in equivalents() if entry["fault"].partition(":")[0] in sources}
+    missing = {fault for fault in same if fault.partition(":")[0] in sources}
     for key in sorted(missing - {fault.key for fault in everything}):
         print(f"equivalent.json lists a fault that the kernels no longer have: {key}")
     return report(seeded, results, sources)
@@ -188,10 +200,12 @@ def parse() -> argparse.Namespace:
 
 
 def depends_on(kernel: str, by: str, package: Path, root: Path) -> str:
-    """Digest of the files that a result holds for: the kernels, and the test that killed or all that did not."""
+    """Digest of the files that a result holds for: the kernels, and the test that killed, or all that did not and what
+    these import."""
     folder = root / "tests" / "kernels"
     test = by.partition("::")[0].rpartition("/")[2]
-    tests = [test] if test.startswith("test_") else [f"test_{name}.py" for name in SELECTIONS[kernel][1]]
+    helpers = [file.name for file in folder.glob("*.py") if not file.name.startswith("test_")]
+    tests = [test] if test.startswith("test_") else [*helpers, *(f"test_{name}.py" for name in SELECTIONS[kernel][1])]
     kernels = sorted((package / "kernels" / "triton").glob("*.py"))
     files = [*kernels, *(folder / name for name in sorted(tests))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -210,7 +224,7 @@ def known() -> dict[str, Result]:
     results = {}
     for line in map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else []):
         if depends_on(line["kernel"], line["by"], ROOT, ROOT) == line["depends_on"]:
-            results[line["key"]] = Result(line["outcome"], line["by"], line["seconds"])
+            results[line["key"]] = Result(line["outcome"], line["by"], line["seconds"], line["durations"])
     return results
 
 
@@ -222,13 +236,21 @@ def report(seeded: list[Fault], results: dict[str, Result], sources: dict[str, b
     for fault in seeded:
         outcome = results[fault.key].outcome
         outcome = "equivalent" if outcome == "survived" and fault.key in equivalent else outcome
+        stopped = outcome == "killed" and not results[fault.key].by.startswith("tests/")
         for row in (Path(fault.path).stem, "all"):
             for column in (fault.kind, "all"):
                 counts.setdefault(row, Counter())[column, outcome] += 1
+                counts[row][column, "stopped"] += stopped
+    rows = [*(name for name in SELECTIONS if name in counts), "all"]
+    print("\n| kernel | tried | a test failed | process died or hung | equivalent | survived |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        killed, died, same, survived = (counts[row]["all", x] for x in ("killed", "stopped", "equivalent", "survived"))
+        print(f"| {row} | {killed + same + survived} | {killed - died} | {died} | {same} | {survived} |")
     print("\nkilled / seeded; = cannot change a result\n")
     print("| kernel | " + " | ".join((*KINDS, "all")) + " |")
     print("|---" * (len(KINDS) + 2) + "|")
-    for row in (*(name for name in SELECTIONS if name in counts), "all"):
+    for row in rows:
         print(f"| {row} | " + " | ".join(cell(counts[row], kind) for kind in (*KINDS, "all")) + " |")
     for fault in survivors:
         print("\n" + diff(fault, sources[fault.path]))

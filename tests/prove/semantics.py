@@ -11,7 +11,8 @@ of them writes it. This module adds five things:
 - A kernel is compiled once per signature, as by Triton. ttsem alone compiles and parses it for every launch.
 - A matrix product of tiles is summed in float64 and rounded once, so that only the kernel's own rounding remains. ttsem
   alone adds one product after another, as the fp32 units of a GPU do. But the bound of the tests is plain PyTorch's
-  error on the same device, here the CPU, whose BLAS adds in shorter chains.
+  error on the same device, here the CPU, whose BLAS adds in other orders: single elements come out several times closer
+  to float64 by that alone (docs/kernels.md has the figures).
 
 The names used here are internal to ttsem; requirements.txt pins its version.
 """
