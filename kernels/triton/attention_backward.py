@@ -13,13 +13,23 @@ import triton.language as tl
 
 from .attention_forward import document_of, dot, rotate, visible
 from .grid import split_program
-from .rounding import narrow
+from .rounding import fma, narrow
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _probabilities(scores, lse, scale, scale_log2, DTYPE: tl.constexpr):
+    """exp(scale * scores - lse) in fp32, lse broadcast: one multiply-add for 16-bit tensors. For fp32 tensors log2(e)
+    multiplies the difference, because log2(e) * lse is rounded once more, which fp32 gradients would show."""
+    exponents = fma(scores, scale, -lse) * LOG2_E if tl.float32 == DTYPE else fma(scores, scale_log2, -lse * LOG2_E)
+    return tl.exp2(exponents)
 
 
 @triton.jit
 def _add_dq(
     dq, q, dout, lse, delta, k_tile, v_tile, stride_k, stride_v, start, end,
-    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+    rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, HALF: tl.constexpr,
     N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +48,7 @@ def _add_dq(
         if HALF > 0:
             k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
         scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
-        p = tl.exp2((scores - lse[:, None]) * scale_log2)
+        p = _probabilities(scores, lse[:, None], scale, scale_log2, k.dtype)
         dp = dot(dout, tl.trans(v), tl.zeros((M, N), tl.float32), PRECISION)
         dscores = p * (dp - delta[:, None])
         if MASKED:
@@ -86,7 +96,7 @@ def dq_kernel(
     statistics = batch_head.to(tl.int64) * sequence + rows
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_pointer + statistics, delta, mask=rows < sequence)
-    lse = tl.load(lse_pointer + statistics, mask=rows < sequence, other=float("inf")) / scale
+    lse = tl.load(lse_pointer + statistics, mask=rows < sequence, other=float("inf"))
     q = tl.load(q_tile + local * stride_q_s + dims, mask=inside, other=0.0)
     if HALF > 0:
         q = rotate(
@@ -114,13 +124,13 @@ def dq_kernel(
         masked_start = block_start // N * N
         dq = _add_dq(
             dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
-            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+            rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale, scale_log2,
             False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
         )  # fmt: skip
         start = masked_start
     dq = _add_dq(
         dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
-        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
+        rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale, scale_log2,
         True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
     )  # fmt: skip
     dq *= scale
@@ -155,14 +165,14 @@ def _add_dkv(
         q = tl.load(q_tile + m_long * stride_q_s + h_long * stride_q_h, mask=inside[:, None], other=0.0)  # (M, D)
         dout = tl.load(dout_tile + m_long * stride_dout_s + h_long * stride_dout_h, mask=inside[:, None], other=0.0)
         # Rows past the end give nothing: exp2(0 - inf) = 0.
-        lse = tl.load(lse_row + member * sequence + rows, mask=inside, other=float("inf")) / scale
+        lse = tl.load(lse_row + member * sequence + rows, mask=inside, other=float("inf"))
         delta = tl.load(delta_row + member * sequence + rows, mask=inside, other=0.0)
         if HALF > 0:
             q = rotate(
                 q, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF
             )  # fmt: skip
         scores = dot(k, tl.trans(q), tl.zeros((N, M), tl.float32), PRECISION)
-        p = tl.exp2((scores - lse[None, :]) * scale_log2)
+        p = _probabilities(scores, lse[None, :], scale, scale_log2, k.dtype)
         if MASKED:
             # first and last bound the column's document: the row's too, wherever one may see the other.
             if BANDED:

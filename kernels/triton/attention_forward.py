@@ -5,9 +5,11 @@
 over blocks of keys, with m the running maximum of a row, l its running sum: of a new block with maximum m',
 O = O exp(m - m') + exp(S - m') V and l = l exp(m - m') + Σ_j exp(S_j - m'), and O / l at the end.
 
-Online softmax in base 2: exp(x) = exp2(x log2(e)), and log2(e) is folded into the scale. The row's maximum, and in the
-backward its log-sum-exp, is subtracted from the raw score before the scale multiplies: near the maximum that difference
-is exact, where a fused score * scale - maximum loses 2% of a probability once scores reach 1e5.
+Online softmax in base 2: exp(x) = exp2(x log2(e)), and log2(e) is folded into the scale. The row's maximum is
+subtracted from the raw score before the scale multiplies: near the maximum that difference is exact, and a row that
+sees one key returns its value unchanged. Fused into score * scale - maximum, which is one instruction less per score,
+the maximum's own probability would be 1 plus the rounding of maximum * scale: 0.5% once scores reach 1e5. The backward
+does fuse them, since its log-sum-exp has such a rounding already.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rounding to a storage dtype that is the same on a GPU and in Triton's interpreter."""
+"""Roundings that are the same on a GPU and in Triton's interpreter: to a storage dtype, and of a fused multiply-add."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def narrow(x, DTYPE: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x != x, float("nan"), rounded)  # cut off, a NaN of low bits alone would be infinite
     return x.to(DTYPE)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x * y + z in fp32, rounded once. The interpreter of Triton 3.6 rounds the product too: there fp64 holds it."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    return tl.fma(x, y, z)

@@ -1,6 +1,9 @@
-"""`narrow` rounds as torch does: to the nearest, ties to the even neighbour, NaN and infinities as they are."""
+"""`narrow` rounds as torch does: to the nearest, ties to the even neighbour, NaN and infinities as they are. `fma`
+rounds once."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from phi_fast.kernels.triton.rounding import narrow
+from phi_fast.kernels.triton.rounding import fma, narrow
 
 LOW_HALVES = (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
 """Of fp32's bits below bf16's: exact, just above, just below a tie, the tie, just above, just below the next."""
@@ -46,3 +49,24 @@ def test_every_sign_exponent_and_tie(dtype: torch.dtype, device: str) -> None:
     numbers = ~expected.isnan()
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(out.view(bits)[numbers], expected.view(bits)[numbers])
+
+
+@triton.jit
+def _fma(x, y, z, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, fma(tl.load(x + at), y, tl.load(z + at)))
+
+
+def test_a_fused_multiply_add_keeps_what_the_product_would_round_away(device: str) -> None:
+    """Nothing would remain of x * y - round(x * y) after two roundings. float64 holds the exact value."""
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0)) * 1e6
+    y = torch.tensor(math.log2(math.e) / 8).item()  # an fp32 number: the interpreter does not round scalars
+    z = -(x * y)
+    exact = x.double() * y + z.double()
+    assert exact.abs().max() > 1e-3
+    out = torch.empty_like(x, device=device)
+    _fma[(1,)](x.to(device), y, z.to(device), out, BLOCK=256)
+    assert torch.equal(out.cpu(), exact.float())
+    x[0], x[1], z[2] = torch.inf, torch.nan, -torch.inf
+    _fma[(1,)](x.to(device), y, z.to(device), out, BLOCK=256)
+    assert out[0] == torch.inf and out[1].isnan() and out[2] == -torch.inf
