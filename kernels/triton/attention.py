@@ -15,6 +15,7 @@ import math
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.attention import AttentionOptions
 from .attention_backward import dkv_kernel, dq_kernel
@@ -29,6 +30,8 @@ _OPERANDS = {
     "dq": ("dout", "q", "k", "v", "lse", "delta", "out", "dq"),
     "dkv": ("dout", "q", "k", "v", "lse", "delta", "dk", "dv"),
 }
+_MOVED = {"forward": ("k", "v"), "dq": ("k", "v"), "dkv": ("q", "dout")}
+"""Operands that a kernel reads block after block: by descriptors, where its tile says so."""
 
 
 def forward(
@@ -117,6 +120,12 @@ def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions
         "scale": scale,
         "scale_log2": scale * math.log2(math.e),
     }
+    moved, rows = _MOVED[name], chosen.m if name == "dkv" else chosen.n
+    descriptors = chosen.descriptors and all(_describable(tensors[operand]) for operand in moved)
+    if descriptors:
+        for operand in moved:
+            described = TensorDescriptor.from_tensor(tensors[operand], [1, rows, 1, head_dim])
+            arguments[f"{operand}_pointer"] = described
     return Launch(
         kernel=kernel,
         grid=(triton.cdiv(keys if name == "dkv" else sequence, block) * programs,),
@@ -131,11 +140,19 @@ def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions
             "PRECISION": precision,
             "M": chosen.m,
             "N": chosen.n,
+            "DESCRIPTORS": descriptors,
         },
         num_warps=chosen.warps,
         num_stages=chosen.stages,
         tile=chosen,
     )
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can say where x lies: every row on 16 bytes, none of them twice (CUDA driver API,
+    cuTensorMapEncodeTiled). Other tensors are read by pointers, whatever the tile says."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _precision() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_forward import document_of, dot, rotate, visible
+from .attention_forward import document_of, dot, load_rows, rotate, rows_of, visible
 from .grid import split_program
 from .rounding import fma, narrow
 
@@ -28,23 +28,18 @@ def _probabilities(scores, lse, scale, scale_log2, DTYPE: tl.constexpr):
 
 @triton.jit
 def _add_dq(
-    dq, q, dout, lse, delta, k_tile, v_tile, stride_k, stride_v, start, end,
+    dq, q, dout, lse, delta, k_tile, v_tile, batch, key_head, stride_k, stride_v, start, end,
     rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, HALF: tl.constexpr,
-    N: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dq (M, D), without the scale, plus what the keys start..end give it."""
     M: tl.constexpr = q.shape[0]
+    D: tl.constexpr = q.shape[1]
     for n in range(start, end, N):
         columns = n + tl.arange(0, N)
-        n_long = tl.cast(n, tl.int64)
-        if MASKED:
-            inside = (columns < keys)[:, None]
-            k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)
-            v = tl.load(v_tile + n_long * stride_v, mask=inside, other=0.0)
-        else:
-            k = tl.load(k_tile + n_long * stride_k)
-            v = tl.load(v_tile + n_long * stride_v)
+        k = load_rows(k_tile, batch, key_head, 0, n, keys, stride_k, 0, N, D, MASKED, DESCRIPTORS)  # (N, D)
+        v = load_rows(v_tile, batch, key_head, 0, n, keys, stride_v, 0, N, D, MASKED, DESCRIPTORS)
         if HALF > 0:
             k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
         scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
@@ -67,7 +62,7 @@ def dq_kernel(
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h, stride_dq_b, stride_dq_s, stride_dq_h,
     heads, sequence, keys, least, most, documents, search_steps, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
-    BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of M rows of one query head, and their delta. Grid (row blocks * batch * heads,)."""
     blocks = tl.cdiv(sequence, M)
@@ -86,10 +81,9 @@ def dq_kernel(
     q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + row_start * stride_q_s
     dout_tile = dout_pointer + batch * stride_dout_b + head * stride_dout_h + row_start * stride_dout_s
     out_tile = out_pointer + batch * stride_out_b + head * stride_out_h + row_start * stride_out_s
-    k_tile = k_pointer + batch * stride_k_b + (head // GROUP) * stride_k_h
-    k_tile += tl.arange(0, N)[:, None] * stride_k_s + dims
-    v_tile = v_pointer + batch * stride_v_b + (head // GROUP) * stride_v_h
-    v_tile += tl.arange(0, N)[:, None] * stride_v_s + dims
+    key_head = head // GROUP
+    k_tile = rows_of(k_pointer, batch, key_head, stride_k_b, stride_k_s, stride_k_h, N, D, DESCRIPTORS)
+    v_tile = rows_of(v_pointer, batch, key_head, stride_v_b, stride_v_s, stride_v_h, N, D, DESCRIPTORS)
 
     dout = tl.load(dout_tile + local * stride_dout_s + dims, mask=inside, other=0.0)  # (M, D)
     out = tl.load(out_tile + local * stride_out_s + dims, mask=inside, other=0.0)
@@ -123,15 +117,15 @@ def dq_kernel(
     if CAUSAL and not VARLEN and HALF == 0:  # as in the forward kernel
         masked_start = block_start // N * N
         dq = _add_dq(
-            dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
+            dq, q, dout, lse, delta, k_tile, v_tile, batch, key_head, stride_k_s, stride_v_s, start, masked_start,
             rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale, scale_log2,
-            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
+            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         start = masked_start
     dq = _add_dq(
-        dq, q, dout, lse, delta, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
+        dq, q, dout, lse, delta, k_tile, v_tile, batch, key_head, stride_k_s, stride_v_s, start, end,
         rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale, scale_log2,
-        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
+        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION, DESCRIPTORS,
     )  # fmt: skip
     dq *= scale
     if HALF > 0:
@@ -144,26 +138,28 @@ def dq_kernel(
 
 @triton.jit
 def _add_dkv(
-    dk, dv, k, v, q_tile, dout_tile, lse_row, delta_row,
+    dk, dv, k, v, q_tile, dout_tile, batch, head, lse_row, delta_row,
     stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, end, columns, first, last,
     cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
     GROUP: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr,
-    HALF: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dk (N, D), without the scale, and dv (N, D) plus what the rows start..end of GROUP query heads give them.
 
     One loop over heads and rows: one inside the other takes up to 70 more registers.
     """
     N: tl.constexpr = k.shape[0]
+    D: tl.constexpr = k.shape[1]
     steps = tl.cdiv(end - start, M)
     for i in range(GROUP * steps):
         member = i // steps if GROUP > 1 else 0
         m = start + (i - member * steps) * M
         rows = m + tl.arange(0, M)
-        m_long, h_long = tl.cast(m, tl.int64), tl.cast(member, tl.int64)
         inside = rows < sequence
-        q = tl.load(q_tile + m_long * stride_q_s + h_long * stride_q_h, mask=inside[:, None], other=0.0)  # (M, D)
-        dout = tl.load(dout_tile + m_long * stride_dout_s + h_long * stride_dout_h, mask=inside[:, None], other=0.0)
+        q = load_rows(q_tile, batch, head, member, m, sequence, stride_q_s, stride_q_h, M, D, True, DESCRIPTORS)
+        dout = load_rows(
+            dout_tile, batch, head, member, m, sequence, stride_dout_s, stride_dout_h, M, D, True, DESCRIPTORS
+        )  # (M, D)
         # Rows past the end give nothing: exp2(0 - inf) = 0.
         lse = tl.load(lse_row + member * sequence + rows, mask=inside, other=float("inf"))
         delta = tl.load(delta_row + member * sequence + rows, mask=inside, other=0.0)
@@ -201,7 +197,7 @@ def dkv_kernel(
     stride_v_b, stride_v_s, stride_v_h, stride_dk_b, stride_dk_s, stride_dk_h, stride_dv_b, stride_dv_s, stride_dv_h,
     key_heads, sequence, keys, least, most, documents, search_steps, scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
-    BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    BANDED: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of N keys of one key head, over GROUP query heads. Grid (blocks * batch * key_heads,)."""
     if not BANDED:
@@ -242,17 +238,16 @@ def dkv_kernel(
     dk = tl.zeros((N, D), tl.float32)
     dv = tl.zeros((N, D), tl.float32)
     head = key_head * GROUP
-    q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + tl.arange(0, M)[:, None] * stride_q_s + dims
-    dout_tile = dout_pointer + batch * stride_dout_b + head * stride_dout_h
-    dout_tile += tl.arange(0, M)[:, None] * stride_dout_s + dims
+    q_tile = rows_of(q_pointer, batch, head, stride_q_b, stride_q_s, stride_q_h, M, D, DESCRIPTORS)
+    dout_tile = rows_of(dout_pointer, batch, head, stride_dout_b, stride_dout_s, stride_dout_h, M, D, DESCRIPTORS)
     statistics = (batch * key_heads * GROUP + head) * sequence
     # One loop, masked throughout: a second one, without the mask, for the rows that see every key would take up to 40
     # more registers, and under Triton 3.6 wait for each product on sm_90.
     dk, dv = _add_dkv(
-        dk, dv, k, v, q_tile, dout_tile, lse_pointer + statistics, delta_pointer + statistics,
+        dk, dv, k, v, q_tile, dout_tile, batch, head, lse_pointer + statistics, delta_pointer + statistics,
         stride_q_s, stride_q_h, stride_dout_s, stride_dout_h, start, end, columns[:, None], first, last,
         cos, sin, cu_seqlens, documents, search_steps, sequence, keys, least, most, scale, scale_log2,
-        GROUP, CAUSAL or VARLEN or BANDED, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION,
+        GROUP, CAUSAL or VARLEN or BANDED, CAUSAL, VARLEN, BANDED, HALF, M, PRECISION, DESCRIPTORS,
     )  # fmt: skip
     dk *= scale
     if HALF > 0:

@@ -103,24 +103,53 @@ def visible(
 
 
 @triton.jit
+def rows_of(
+    pointer, batch, head, stride_b, stride_s, stride_h, ROWS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """The tile that load_rows moves: pointers (ROWS, D) to a head's first rows, or the tensor's descriptor."""
+    if DESCRIPTORS:
+        tile = pointer
+    else:
+        tile = pointer + batch * stride_b + head * stride_h
+        tile += tl.arange(0, ROWS)[:, None] * stride_s + tl.arange(0, D)[None, :]
+    return tile
+
+
+@triton.jit
+def load_rows(
+    tile, batch, head, member, row, end, stride_s, stride_h,
+    ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, D): rows of head `head` + member from `row` on, and 0 in the place of rows from `end` on.
+
+    With DESCRIPTORS the tensor memory accelerator of Hopper and later fetches the tile: it computes the addresses, so
+    that no thread holds a pointer, and gives 0 outside of the tensor, which ends at `end`. It writes shared memory
+    through the path that the tensor cores read by; after a thread's copy each product needs a fence first.
+    """
+    if DESCRIPTORS:
+        x = tile.load([tl.cast(batch, tl.int32), row, tl.cast(head, tl.int32) + member, 0])
+        x = tl.reshape(x, (ROWS, D))
+    else:
+        # sequence * stride passes 2**31 in long packed buffers
+        at = tile + tl.cast(row, tl.int64) * stride_s + tl.cast(member, tl.int64) * stride_h
+        x = tl.load(at, mask=(row + tl.arange(0, ROWS) < end)[:, None], other=0.0) if MASKED else tl.load(at)
+    return x
+
+
+@triton.jit
 def _attend(
-    accumulator, total, maximum, q, k_tile, v_tile, stride_k, stride_v, start, end,
+    accumulator, total, maximum, q, k_tile, v_tile, batch, key_head, stride_k, stride_v, start, end,
     rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, HALF: tl.constexpr,
-    N: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys start..end into accumulator (M, D), total (M,) and maximum (M,), the last before the scale."""
     M: tl.constexpr = q.shape[0]
+    D: tl.constexpr = q.shape[1]
     for n in range(start, end, N):
         columns = n + tl.arange(0, N)
-        n_long = tl.cast(n, tl.int64)  # sequence * stride passes 2**31 in long packed buffers
-        if MASKED:
-            inside = (columns < keys)[:, None]
-            k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)
-            v = tl.load(v_tile + n_long * stride_v, mask=inside, other=0.0)
-        else:
-            k = tl.load(k_tile + n_long * stride_k)
-            v = tl.load(v_tile + n_long * stride_v)
+        k = load_rows(k_tile, batch, key_head, 0, n, keys, stride_k, 0, N, D, MASKED, DESCRIPTORS)  # (N, D)
+        v = load_rows(v_tile, batch, key_head, 0, n, keys, stride_v, 0, N, D, MASKED, DESCRIPTORS)
         if HALF > 0:
             k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
         scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
@@ -151,6 +180,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
     BANDED: tl.constexpr,  # row i sees key j where least <= j - i <= most; else keys = sequence
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # k and v are tensor descriptors of blocks (1, N, 1, D)
 ):  # fmt: skip
     """One program: M rows of one query head against all keys they see. Grid (row blocks * batch * heads,)."""
     blocks = tl.cdiv(sequence, M)
@@ -167,10 +197,9 @@ def forward_kernel(
 
     q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + row_start * stride_q_s
     q_tile += tl.arange(0, M)[:, None] * stride_q_s + dims[None, :]
-    k_tile = k_pointer + batch * stride_k_b + (head // GROUP) * stride_k_h
-    k_tile += tl.arange(0, N)[:, None] * stride_k_s + dims[None, :]
-    v_tile = v_pointer + batch * stride_v_b + (head // GROUP) * stride_v_h
-    v_tile += tl.arange(0, N)[:, None] * stride_v_s + dims[None, :]
+    key_head = head // GROUP
+    k_tile = rows_of(k_pointer, batch, key_head, stride_k_b, stride_k_s, stride_k_h, N, D, DESCRIPTORS)
+    v_tile = rows_of(v_pointer, batch, key_head, stride_v_b, stride_v_s, stride_v_h, N, D, DESCRIPTORS)
 
     q = tl.load(q_tile, mask=(rows < sequence)[:, None], other=0.0)
     if HALF > 0:
@@ -203,15 +232,16 @@ def forward_kernel(
     if CAUSAL and not VARLEN and HALF == 0:
         masked_start = block_start // N * N
         accumulator, total, maximum = _attend(
-            accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, masked_start,
+            accumulator, total, maximum, q, k_tile, v_tile, batch, key_head, stride_k_s, stride_v_s,
+            start, masked_start,
             rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
-            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
+            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         start = masked_start
     accumulator, total, maximum = _attend(
-        accumulator, total, maximum, q, k_tile, v_tile, stride_k_s, stride_v_s, start, end,
+        accumulator, total, maximum, q, k_tile, v_tile, batch, key_head, stride_k_s, stride_v_s, start, end,
         rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
-        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION,
+        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION, DESCRIPTORS,
     )  # fmt: skip
 
     LN2: tl.constexpr = 0.6931471805599453

@@ -39,6 +39,9 @@ class Tile(NamedTuple):
     n: int
     warps: int
     stages: int
+    descriptors: bool = False
+    """Whether the loop's tiles are fetched by tensor descriptors, where the tensors' strides allow it. (In Hopper and
+    later, the tensor memory accelerator does that; Triton makes ordinary loads of them for other GPUs.)"""
 
 
 class Case(NamedTuple):
@@ -57,7 +60,13 @@ class Case(NamedTuple):
     """Keys, as a power of two (`bucket`)."""
 
 
-_TRIED = {"m": (16, 32, 64, 128), "n": (16, 32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3, 4)}
+_TRIED = {
+    "m": (16, 32, 64, 128),
+    "n": (16, 32, 64, 128),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4),
+    "descriptors": (False, True),
+}
 KERNELS = {name: Tunable(f"attention.{name}", Tile, Case, _TRIED) for name in ("forward", "dq", "dkv")}
 """What the tuner may choose of each kernel."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MOST_PROGRAMS = 2**31 - 1
 """Programs that the first axis of a grid holds; the others hold 65,535."""
@@ -38,7 +39,7 @@ class Launch:
     grid: tuple[int]
     """Programs, along one axis."""
     arguments: dict[str, Any]
-    """Run-time arguments by name: tensors, ints, floats, or None."""
+    """Run-time arguments by name: tensors, their descriptors, ints, floats, or None."""
     constants: dict[str, Any]
     """`tl.constexpr` arguments by name."""
     num_warps: int = 4
@@ -133,6 +134,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _type(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}"
     if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):

@@ -8,12 +8,14 @@ it follows from what `launch` compares here, so the compiled kernel is called at
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import Launch
 
@@ -27,9 +29,17 @@ class Varying(float):
     """A number that is another at every launch, such as a learning rate: the kernel must take it as it is."""
 
 
+class _Address(int):
+    """The base of a tensor descriptor, which Triton asks for its address only."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
 class _Ready(NamedTuple):
     run: Callable[..., None]
     arguments: list[Any]
+    """None where the value is new each time, and a descriptor where its address is."""
     places: list[tuple[int, Any]]
     """(index among the arguments, index among the values that `launch` reads)."""
     device: int
@@ -37,10 +47,18 @@ class _Ready(NamedTuple):
     def __call__(self, values: list[Any]) -> None:
         arguments = self.arguments.copy()
         for argument, value in self.places:
-            arguments[argument] = values[value]
+            descriptor = arguments[argument]
+            arguments[argument] = values[value] if descriptor is None else _moved(descriptor, values[value])
         here = torch.cuda.current_device() == self.device
         with contextlib.nullcontext() if here else torch.cuda.device(self.device):
             self.run(*arguments)
+
+
+def _moved(descriptor: TensorDescriptor, address: int) -> TensorDescriptor:
+    """`descriptor`, of the tensor that lies at `address`."""
+    moved = copy.copy(descriptor)
+    moved.base = _Address(address)
+    return moved
 
 
 _ready: dict[tuple, _Ready] = {}
@@ -99,11 +117,12 @@ def _keep(key: tuple, described: Launch, compiled: CompiledKernel, changing: lis
     given = {id(x): index for index, x in enumerate(changing)}
     bound = {**described.arguments, **described.constants}
     arguments = [bound[name] for name in described.kernel.arg_names]
-    places = [(i, given.get(id(x))) for i, x in enumerate(arguments) if isinstance(x, Tensor | Varying)]
+    new = (Tensor, Varying, TensorDescriptor)  # at every launch
+    places = [(i, given.get(id(getattr(x, "base", x)))) for i, x in enumerate(arguments) if isinstance(x, new)]
     if any(value is None for _, value in places):
         return
     for i, _ in places:
-        arguments[i] = None
+        arguments[i] = _moved(arguments[i], 0) if isinstance(arguments[i], TensorDescriptor) else None
     if len(_ready) >= MOST:
         forget()
     device = next(x for x in changing if isinstance(x, Tensor)).get_device()

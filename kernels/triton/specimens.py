@@ -142,7 +142,7 @@ def _attention_specimens(
         attention.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
     note = f"({batch}, {sequence}, {heads}, {head_dim}) {_words(dtype)}{note}"
     for name, launch in zip(("forward", "dq", "dkv"), launches, strict=True):
-        operands = [x for argument, x in launch.arguments.items() if argument.endswith("_pointer")]
+        operands = [getattr(x, "base", x) for argument, x in launch.arguments.items() if argument.endswith("_pointer")]
         moved = sum(x.numel() * x.element_size() for x in operands)
         yield Specimen(f"attention.{name}", launch, moved, moved, note)
 

@@ -98,6 +98,72 @@ def test_triton_tiles_of_any_shape_agree(
         torch.testing.assert_close(x.double(), exact[tensor], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def described(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Triton's tiles are to be fetched by descriptors; for each launch, whether they were."""
+    kernels = pytest.importorskip("phi_fast.kernels.triton.attention")
+    tile = importlib.import_module("phi_fast.kernels.triton.attention_tiles").Tile(32, 32, 4, 1, descriptors=True)
+    used: list[bool] = []
+
+    def launch(describe: Any, *arguments: Any) -> None:
+        found = describe(*arguments)
+        read = [x for x in found.arguments.values() if isinstance(x, kernels.TensorDescriptor)]
+        assert len(read) == (2 if found.constants["DESCRIPTORS"] else 0)
+        used.append(found.constants["DESCRIPTORS"])
+        found()
+
+    monkeypatch.setattr(kernels, "tile", lambda *_: tile)
+    monkeypatch.setattr(kernels, "launch", launch)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ("17 rows, head_dim 128", torch.float16),
+        ("63 rows, full", torch.float16),
+        ("65 rows, 4 queries a key", torch.bfloat16),
+        ("65 rows, 4 queries a key", torch.float32),
+        ("130 rows, two sequences", torch.float16),
+        ("130 rows, full, documents, rotary, grouped", torch.float16),
+        ("150 rows of 90 keys, window on both sides", torch.float16),
+    ],
+    ids=str,
+)
+def test_triton_by_descriptors_errs_no_more_than_torch(
+    options: str, dtype: torch.dtype, device: str, described: list[bool]
+) -> None:
+    assert_case("triton", Case(dtype, device, **CASES[options]))
+    assert described == [True] * 3
+
+
+def test_triton_by_descriptors_reads_slices_and_says_0_past_the_end(device: str, described: list[bool]) -> None:
+    """Beside q, k and v, and after their last rows, lie NaNs: a wrong stride or a tile that goes on would show."""
+    case = Case(torch.float16, device, sequence=70, key_heads=1)
+    expected = run("triton", case, case)
+    for name, x in case.inputs.items():
+        wide = torch.full((1, 90, x.shape[2] + 1, 128), torch.nan, dtype=x.dtype, device=device)
+        case.inputs[name] = wide[:, :70, 1:, 64:].copy_(x)
+    assert all(torch.equal(x, expected[tensor]) for tensor, x in run("triton", case, case).items())
+    assert described == [True] * 6
+
+
+@pytest.mark.parametrize("reason", ["stride", "address", "the same rows twice"])
+def test_triton_reads_by_pointers_what_no_descriptor_can_say(reason: str, device: str, described: list[bool]) -> None:
+    case = Case(torch.float16, device, sequence=40)
+    kernels, options = importlib.import_module("phi_fast.kernels.triton.attention"), AttentionOptions(0.125)
+    q, k, v = case.inputs.values()
+    if reason == "the same rows twice":
+        k = k[:, :, :1].expand(-1, -1, 2, -1)
+    expected = kernels.forward(q, k.contiguous(), v, options)[0]
+    if reason == "stride":
+        v = v.new_empty(1, 40, 2, 65)[..., :64].copy_(v)
+    elif reason == "address":
+        v = v.new_empty(v.numel() + 1)[1:].view(v.shape).copy_(v)
+    assert torch.equal(kernels.forward(q, k, v, options)[0], expected)
+    assert described == [True, False]
+
+
 @pytest.mark.parametrize("name", ["reference", "sdpa"])
 def test_gradients_in_float64_are_the_derivative(name: str) -> None:
     case = Case(torch.float64, "cpu", sequence=5, heads=2, key_heads=1, head_dim=4, rotary_dim=2, documents=[0, 2, 5])

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
@@ -55,8 +57,14 @@ def ready(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
 def bound(launch: Launch) -> tuple:
     """The arguments in the kernel's order, with tensors replaced by their addresses."""
     values = {**launch.arguments, **launch.constants}
-    ordered = (values[name] for name in launch.kernel.arg_names)
-    return tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in ordered)
+    return tuple(_known(values[name]) for name in launch.kernel.arg_names)
+
+
+def _known(x: Any) -> Any:
+    """x, with addresses in the place of tensors."""
+    if isinstance(x, TensorDescriptor):
+        return x.base.data_ptr(), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
+    return x.data_ptr() if isinstance(x, Tensor) else x
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -143,11 +151,12 @@ CALLS: dict[str, Callable[[], None]] = {
 }
 
 
+@pytest.mark.parametrize("descriptors", [False, True])
 def test_a_ready_launch_has_the_arguments_of_a_described_one(
-    ready: list[tuple], monkeypatch: pytest.MonkeyPatch
+    descriptors: bool, ready: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Runs every op with every kind of option three times with new tensors, and compares each launch with a
-    description."""
+    description. With tensor descriptors: attention."""
     counted = {"ready": 0, "all": 0}
 
     def spy(build: Callable[..., Launch], *arguments: Any) -> None:
@@ -158,10 +167,12 @@ def test_a_ready_launch_has_the_arguments_of_a_described_one(
         for kernel, grid, given in ready[before:]:
             counted["ready"] += 1
             assert kernel is described.kernel and grid == (*described.grid, 1, 1)
-            assert given == bound(described)
+            assert tuple(map(_known, given)) == bound(described)
 
     for module in MODULES:
         monkeypatch.setattr(module, "launch", spy)
+    if descriptors:
+        monkeypatch.setattr(attention, "tile", lambda *_: attention_tiles.Tile(16, 16, 4, 1, descriptors=True))
     kept = []  # so that no address is used again
     for _ in range(3):
         for name, call in CALLS.items():

@@ -43,7 +43,7 @@ def test_specimens_are_launched_with_the_tiles_of_their_architecture(architectur
     ]
     expected = tiles.tile("dkv", architecture, 128, 2, False, False)
     actual = (launch.constants["M"], launch.constants["N"], launch.num_warps, launch.num_stages)
-    assert actual == tuple(expected)
+    assert actual == tuple(expected)[:4]
     assert launch.constants["GROUP"] == 4 and launch.arguments["dk_pointer"].shape == (2, 2048, 4, 128)
     assert launch.signature()["q_pointer"] == "*bf16"
 
