@@ -151,7 +151,7 @@ def plain_losses(given: Options, world_and_steps: int) -> tuple[list[float], lis
             optimizer.step()
             optimizer.zero_grad()
             found.append(loss.item())
-            other.append(float(sum(total / number for total, number in sums)) / world_and_steps)
+            other.append(float(sum(total.detach() / number for total, number in sums)) / world_and_steps)
             counts.append(count)
     return found, other, counts
 
