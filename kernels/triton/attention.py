@@ -21,7 +21,7 @@ from ..reference.attention import AttentionOptions
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
 from .attention_tiles import HEAD_DIMS, KERNELS, Tile, architecture, case_of, mask_of, tile
-from .common import Launch
+from .common import Launch, fp32_precision
 from .launching import launch
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
@@ -52,7 +52,7 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
     elif q.numel():
-        launch(_describe, "forward", _tile("forward", q, k, options), _precision(), options, q, k, v, out, lse)
+        launch(_describe, "forward", _tile("forward", q, k, options), fp32_precision(), options, q, k, v, out, lse)
     return out, lse
 
 
@@ -76,7 +76,7 @@ def backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
     else:
-        precision, read = _precision(), (dout, q, k, v, lse, delta)
+        precision, read = fp32_precision(), (dout, q, k, v, lse, delta)
         launch(_describe, "dq", _tile("dq", q, k, options), precision, options, *read, out, dq)  # writes delta for dkv
         launch(_describe, "dkv", _tile("dkv", q, k, options), precision, options, *read, dk, dv)
 
@@ -153,13 +153,6 @@ def _describable(x: Tensor) -> bool:
     cuTensorMapEncodeTiled). Other tensors are read by pointers, whatever the tile says."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-
-
-def _precision() -> str:
-    """How Triton multiplies fp32: as torch's own switch says."""
-    matmul = torch.backends.cuda.matmul  # from torch 2.9 on the older name raises where the newer one was set
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
 
 
 def _check(q: Tensor, options: AttentionOptions) -> None:

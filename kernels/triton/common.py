@@ -156,6 +156,13 @@ def _base_address(value: torch.Tensor) -> int:
     return 0 if value.is_meta else value.untyped_storage().data_ptr()
 
 
+def fp32_precision() -> str:
+    """How Triton multiplies fp32: as torch's own switch says."""
+    matmul = torch.backends.cuda.matmul  # from torch 2.9 on the older name raises where the newer one was set
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
 def next_power_of_2(n: int) -> int:
     """As triton.next_power_of_2, which takes 5 µs: launches wait for it."""
     return 1 << (n - 1).bit_length() if n > 0 else 0

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..reference.linear_cross_entropy import Objective, losses_of_statistics
 from .attention_forward import dot
 from .attention_tiles import architecture
-from .common import Launch, refuse_double
+from .common import Launch, fp32_precision, refuse_double
 from .grid import split_program
 from .launching import launch
 from .softcap import capped
@@ -182,6 +182,7 @@ def _statistics_launch(
     statistics: Tensor,
     objective: Objective,
     blocks: int,
+    precision: str,
     tile: Tile,
 ) -> Launch:
     (rows, width), vocab, parts = hidden.shape, weight.shape[0], statistics.shape[1]
@@ -208,7 +209,7 @@ def _statistics_launch(
             "SMOOTH": objective.label_smoothing != 0,
             "CAPPED": objective.softcap is not None,
             "WHOLE": width % tile.K == 0,
-            "PRECISION": "ieee",
+            "PRECISION": precision,
             **{name: getattr(tile, name) for name in ("M", "N", "K")},
         },
         num_warps=tile.num_warps,
@@ -231,7 +232,8 @@ def linear_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     shape = ON_CHIP.tile(hidden.device, by_hand, case_of, hidden, objective)
     parts, blocks = _parts(rows, vocab, shape)
     statistics = hidden.new_empty(4, parts, rows, dtype=torch.float32)
-    launch(_statistics_launch, hidden, weight, bias, labels.contiguous(), statistics, objective, blocks, shape)
+    given = hidden, weight, bias, labels.contiguous(), statistics, objective, blocks, fp32_precision(), shape
+    launch(_statistics_launch, *given)
     tops, sums, targets, totals = statistics
     top = tops.amax(0)
     total = (sums * (tops - top).exp()).sum(0)

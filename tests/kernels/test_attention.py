@@ -360,7 +360,7 @@ def test_triton_follows_torchs_switch_of_fp32_products(precision: str) -> None:
     before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:
         found = [specimen.launch.constants.get("PRECISION") for specimen in module.specimens("sm_90", torch.float32)]
-        assert set(found) == {None, precision}, "kernels without products, and attention"
+        assert set(found) == {None, precision}, "kernels without products, and those with"
     finally:
         matmul.fp32_precision = before
 

@@ -248,7 +248,7 @@ def test_what_a_person_sees(stdlib: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     end = lines[[line.startswith("    took  ") for line in lines].index(True) + 1 :]
     assert re.fullmatch(r"   speed  [\d,]+ tokens/s, median of 3 steps", end[0])
-    assert re.fullmatch(r"val loss  \d\.\d{4} → \d\.\d{4} nats per token", end[1])
+    assert re.fullmatch(r"val loss  \d\.\d{4} → \d\.\d{4} nats per token, \d\.\d{4} bits per byte", end[1])
     assert end[2] == f"   saved  {run / 'checkpoints' / 'step-3'}"
     assert end[-3:] == [
         f'  python -m phi_fast.generate --model {run} --prompt "The module"',
