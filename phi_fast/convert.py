@@ -85,7 +85,9 @@ def convert(
     ids = _token_ids(source, tokenizer, options, tell)
     if options.gguf is not None:
         with writing(options.gguf, "make room or grant write permission, or name another file"):
-            gguf_file.write(options.gguf, source, tokenizer, ids, DTYPES.get(options.dtype), progress)
+            chat = beside.chat_files(source, options.tokenizer)
+            template = chat.template if chat else None
+            gguf_file.write(options.gguf, source, tokenizer, ids, template, DTYPES.get(options.dtype), progress)
     if options.out is not None:
         out = options.out
         with writing(out, "make room or grant write permission, or name another folder"):

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 from ..data.vocabulary import TokenIds
 from ..files import sync_directory, sync_file
-from . import inside
 from .errors import ConversionError
 from .source import Source
 
@@ -48,14 +47,16 @@ def write(
     source: Source,
     tokenizer: Tokenizer,
     ids: TokenIds,
+    template: str | None,
     dtype: torch.dtype | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `path`, which appears only when it is complete, one tensor at a time.
 
-    dtype: that of the matrices; None: the source's own. Biases and LayerNorms are fp32, which is all that llama.cpp
-    adds to a product; fp16 and bf16 widen to it exactly. progress(done, total) is called for each tensor. Raises
-    ConversionError for a dtype that llama.cpp does not compute in, and for a tokenizer that it would read differently.
+    template: chat template in Jinja, if the model has one. dtype: that of the matrices; None: the source's own. Biases
+    and LayerNorms are fp32, which is all that llama.cpp adds to a product; fp16 and bf16 widen to it exactly.
+    progress(done, total) is called for each tensor. Raises ConversionError for a dtype that llama.cpp does not compute
+    in, and for a tokenizer that it would read differently.
     """
     dtypes = {part: _stored_dtype(source, part, dtype) for part in source.parts}
     vocabulary = Vocabulary(tokenizer, source.config.vocab_size)
@@ -66,7 +67,7 @@ def write(
     file = _gguf().GGUFWriter(temporary, ARCHITECTURE)
     try:
         _add_model(file, source, dtypes)
-        _add_tokenizer(file, source, vocabulary, ids)
+        _add_tokenizer(file, vocabulary, ids, template)
         _write_tensors(file, source, dtypes, progress)
         file.close()
         sync_file(temporary)
@@ -116,7 +117,7 @@ def _add_model(file: Any, source: Source, dtypes: dict[str, torch.dtype]) -> Non
     file.add_file_type(types[matrices.pop()])
 
 
-def _add_tokenizer(file: Any, source: Source, vocabulary: Vocabulary, ids: TokenIds) -> None:
+def _add_tokenizer(file: Any, vocabulary: Vocabulary, ids: TokenIds, template: str | None) -> None:
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre(PRE_TOKENIZER)
     file.add_token_list(vocabulary.tokens)
@@ -126,7 +127,7 @@ def _add_tokenizer(file: Any, source: Source, vocabulary: Vocabulary, ids: Token
     file.add_eos_token_id(ids.end)
     file.add_pad_token_id(ids.end if ids.padding is None else ids.padding)
     file.add_add_bos_token(False)  # texts are continued as they are, here as there
-    if (template := _chat_template(source)) is not None:
+    if template is not None:
         file.add_chat_template(template)
 
 
@@ -197,14 +198,3 @@ def _check_kind(content: dict[str, Any]) -> None:
             f"{'; '.join(wrong)}. llama.cpp would read texts differently; convert such a model with llama.cpp's own "
             "convert_hf_to_gguf.py, from the folder that --to hf writes"
         )
-
-
-def _chat_template(source: Source) -> str | None:
-    """The source's chat template in Jinja, if it has one: its own file, or a field of tokenizer_config.json."""
-    for folder in filter(None, (source.folder, source.run)):
-        if (path := inside.find(folder, "chat_template.jinja")) is not None:
-            return inside.read_text(path, 2**20)
-        settings = inside.read_fields(folder, "tokenizer_config.json")
-        if settings is not None and isinstance(settings.values.get("chat_template"), str):
-            return settings.values["chat_template"]
-    return None
