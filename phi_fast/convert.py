@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .conversion import folder as beside
-from .conversion import gguf_file, model_card, published_layouts, target, writer
+from .conversion import gguf_file, hub, model_card, published_layouts, target, writer
 from .conversion.errors import ConversionError
 from .conversion.masters import use_average, use_masters
 from .conversion.source import Source
@@ -48,6 +48,11 @@ class ConvertOptions:
     """The folder to write; must not exist yet, unless --overwrite. May be left out with --gguf."""
     gguf: Path | None = None
     """GGUF file to write for llama.cpp, beside OUT or instead of it. Needs the extra `gguf`."""
+    push: str | None = None
+    """OWNER/NAME on the Hugging Face hub, to which OUT is uploaded in one commit; made if it does not exist. Needs a
+    token: `hf auth login`, or HF_TOKEN."""
+    private: bool = False
+    """If --push makes a repository, only its owner sees it."""
     to: Literal["hf", "phi-msft", "mixformer", "merged"] = "hf"
     """Layout to write. hf: transformers' `phi`. merged: this project's own."""
     dtype: Literal["keep", "fp32", "fp16", "bf16"] = "keep"
@@ -69,6 +74,7 @@ def convert(
     tell: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Write `options.out` and `options.gguf`, which appear only when complete; returns the first that is set.
+    Then upload the first, with `options.push`.
 
     progress(done, total) is called for each tensor; tell(line) is called for what was copied from the source, changed
     or left out. Memory: the largest tensor and its copy, whatever the model's size. Raises ConversionError, and
@@ -92,6 +98,8 @@ def convert(
         out = options.out
         with writing(out, "make room or grant write permission, or name another folder"):
             target.write(out, lambda folder: _fill(folder, out, source, tokenizer, ids, options, progress, tell))
+        if options.push is not None:
+            tell(f"uploaded to {hub.push(out, options.push, private=options.private)}")
     return options.out or options.gguf  # type: ignore[return-value]  # _open demands one
 
 
@@ -101,6 +109,10 @@ def _open(options: ConvertOptions) -> Source:
         raise ConversionError(f"--max-shard-gb {options.max_shard_gb}: expected a size above 0")
     if options.out is None and options.gguf is None:
         raise ConversionError("name a folder to write, OUT, or a file, --gguf FILE")
+    if options.push is not None:
+        if options.out is None:
+            raise ConversionError(f"--push {options.push} uploads a folder: name it, OUT")
+        hub.check(options.push)
     if options.gguf is not None:
         gguf_file.check(options.gguf, options.out, overwrite=options.overwrite)
     if options.out is not None and options.out.exists() and not options.overwrite:
@@ -159,7 +171,7 @@ def _fill(
     beside.write_config(folder, options.to, config, entries[0].dtype, ids)
     for line in beside.write_tokenizer(folder, source, options.tokenizer, tokenizer, ids):
         tell(line)
-    model_card.write(folder, source, options.to, out)
+    model_card.write(folder, source, options.to, options.push or out.absolute().name)
     writer.write(folder, entries, read, int(options.max_shard_gb * GIGABYTE))
 
 
