@@ -283,6 +283,21 @@ def check_quick_start(folder: Path, printed: list[str]) -> None:
 
 def test_the_quick_start_works_small(tmp_path: Path, stdlib: Path) -> None:
     check_quick_start(tmp_path, run_quick_start(tmp_path, stdlib, SMALL))
+    check_shipping(tmp_path)
+
+
+def check_shipping(folder: Path) -> None:
+    """Run the server, the questions to it and the GGUF conversion of shipping.md on the run of the quick start."""
+    page = ROOT / "docs" / "shipping.md"
+    lines = [line for block in blocks(page, "sh") for line in block.text.splitlines()]
+    [serve] = [line for line in lines if "--serve" in line]
+    [questions] = blocks(page, "bash")
+    waiting = "curl --silent --fail --retry 120 --retry-delay 1 --retry-connrefused "
+    asked = serve_and_ask(f"{serve} 2> server.log &\n{questions.text.replace('curl ', waiting)}\nkill $!", folder)
+    assert '"object":"text_completion"' in asked and '"chat.completion.chunk"' in asked and "data: [DONE]" in asked
+    [convert] = [line for line in lines if "--gguf" in line]
+    in_bash(convert, folder)
+    assert (folder / "tiny.gguf").read_bytes()[:4] == b"GGUF"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ TOKEN = "hf_test"
 
 
 class Hub(ThreadingHTTPServer):
-    """Records commits; answers status 500 to paths that contain `broken`."""
+    """Records commits; answers status 403, after which no client tries again, to paths that contain `broken`."""
 
     broken = "nothing"
 
@@ -39,7 +39,7 @@ class Answer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.server.broken in self.path:
-            self.reply(500, {"error": "the hub is ill"})
+            self.reply(403, {"error": "you may not write here"})
         elif self.path == "/api/repos/create":
             self.server.created.append(json.loads(body))
             self.reply(200, {"url": "https://huggingface.co/me/phi"})
