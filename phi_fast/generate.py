@@ -1,4 +1,4 @@
-"""`python -m phi_fast.generate --model RUN_OR_FOLDER`: continue prompts or files of prompts, or chat."""
+"""`python -m phi_fast.generate --model RUN_OR_FOLDER`: continue prompts or files of prompts, chat, or serve."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from .generation.dialogue import Dialogue, Named, Templated
 from .json_files import Fields, parse_lines
 from .kernels.backend import isa_problem
 from .model.phi import Phi
+from .serving import server
 from .startup import tolerate_encodings
 from .terminal import console as open_console
 from .terminal import printable
@@ -42,7 +43,7 @@ from .terminal import printable
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue text with a trained phi: from --prompt, from --file, from standard input, or in a --chat."""
+    """Continue text with a trained phi: from --prompt, from --file, from standard input, in a --chat, or by HTTP."""
 
     model: str
     """A run directory, a checkpoint, a model folder in any layout, or OWNER/NAME on the Hugging Face hub."""
@@ -57,16 +58,27 @@ class GenerateOptions:
     chat: bool = False
     """Chat: each line is added to a dialogue and the answer is streamed; an empty line or the end of input ends it. A
     model with a chat template sees the dialogue as the template renders it."""
+    serve: bool = False
+    """Serve OpenAI's API by HTTP: /v1/completions, /v1/chat/completions, /v1/models. Requests join the running batch,
+    of at most --batch-size. Needs the extra `serve`."""
+    host: str = "127.0.0.1"
+    """Address to serve at. The default can be reached from this machine only; the server asks for no password."""
+    port: int = 8000
+    """Port to serve at; 0: any free one."""
+    queue: int = 64
+    """Maximum number of texts that wait for a place in the served batch; further requests get status 429."""
     user: str = "Alice"
     """Your name in a chat with a model without a chat template, which continues a dialogue between two people."""
     assistant: str = "Bob"
     """The model's name in such a chat."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.8))
-    """How tokens are sampled. In --stop, "\\n" is a newline, "\\t" a tab and "\\\\" a backslash."""
+    """How tokens are sampled; with --serve, what a request leaves out. In --stop, "\\n" is a newline, "\\t" a tab and
+    "\\\\" a backslash."""
     n: int = 1
     """Samples per prompt; more than 1 needs a temperature above 0."""
     batch_size: int = 8
-    """Prompts per batch, sorted by length; the results do not depend on it."""
+    """Prompts per batch, sorted by length; the results do not depend on it. With --serve each place in the batch has a
+    cache for the whole context: 403 MB for phi-1.5 in fp16."""
     device: str = "auto"
     """auto: CUDA if torch sees a GPU, else cpu."""
     dtype: str = "auto"
@@ -89,11 +101,27 @@ def main() -> int:
         check(options)
         if problem := isa_problem():
             raise UsageError(problem)
+        listening = server.listen(options.host, options.port) if options.serve else None
         source = Source.open(options.model)
         model, tokenizer = load(
             source, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer, ema=options.ema
         )
-        return run(options, model, tokenizer, console, chat_files(source, options.tokenizer))
+        template = chat_files(source, options.tokenizer)
+        if listening is None:
+            return run(options, model, tokenizer, console, template)
+        server.serve(
+            listening,
+            model,
+            tokenizer,
+            name=options.model,
+            template=template,
+            people=(options.user, options.assistant),
+            defaults=options.sampling,
+            slots=options.batch_size,
+            queue=options.queue,
+            tell=lambda line: console.print(printable(line)),
+        )
+        return 0
     except (UsageError, ValueError, OSError) as error:
         console.print(printable(f"error: {error}"), style="red")
         return 2
@@ -111,8 +139,14 @@ def unescape(text: str) -> str:
 
 def check(options: GenerateOptions) -> None:
     """Raise UsageError for options that exclude each other, or results that could not be written."""
-    if (options.file is not None) + bool(options.prompt) + options.chat > 1:
-        raise UsageError("--prompt, --file and --chat exclude each other: name one")
+    if (options.file is not None) + bool(options.prompt) + options.chat + options.serve > 1:
+        raise UsageError("--prompt, --file, --chat and --serve exclude each other: name one")
+    if options.serve and options.batch_size < 1:
+        raise UsageError(f"--batch-size {options.batch_size}: expected at least 1")
+    if options.queue < 0:
+        raise UsageError(f"--queue {options.queue}: expected 0 (no one waits) or more")
+    if options.n > 1 and options.serve:
+        raise UsageError("--n is for prompts: a request to the server names its own n")
     if options.n < 1:
         raise UsageError(f"--n {options.n}: expected at least 1")
     if options.n > 1 and options.sampling.temperature == 0:

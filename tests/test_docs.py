@@ -12,6 +12,7 @@ import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -256,7 +257,19 @@ def run_quick_start(folder: Path, stdlib: Path, training: str) -> list[str]:
             done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             printed.append(done.stdout + done.stderr)
+    [serving] = blocks(QUICK_START, "bash")
+    printed.append(serve_and_ask(serving.text, folder))
     return printed
+
+
+def serve_and_ask(text: str, folder: Path) -> str:
+    """Run a block that starts a server and ends it, at a free port instead of 8000; return what it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    text = text.replace("8000", port).replace("--serve", f"--serve --port {port}")
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("pip "))
+    return in_bash(f"trap 'kill $(jobs -p) || true' EXIT\n{text}\nwait", folder)
 
 
 def check_quick_start(folder: Path, printed: list[str]) -> None:
@@ -264,12 +277,27 @@ def check_quick_start(folder: Path, printed: list[str]) -> None:
     assert (folder / "phi-tiny-hf" / "config.json").is_file()
     assert (folder / "runs" / "tiny" / "evaluation" / "results.json").is_file()
     everything = "\n".join(printed)
-    for word in ("The module", "arc_easy", "1,418,270,720"):
+    for word in ("The module", "arc_easy", "1,418,270,720", '"object":"text_completion"'):
         assert word in everything
 
 
 def test_the_quick_start_works_small(tmp_path: Path, stdlib: Path) -> None:
     check_quick_start(tmp_path, run_quick_start(tmp_path, stdlib, SMALL))
+    check_shipping(tmp_path)
+
+
+def check_shipping(folder: Path) -> None:
+    """Run the server, the questions to it and the GGUF conversion of shipping.md on the run of the quick start."""
+    page = ROOT / "docs" / "shipping.md"
+    lines = [line for block in blocks(page, "sh") for line in block.text.splitlines()]
+    [serve] = [line for line in lines if "--serve" in line]
+    [questions] = blocks(page, "bash")
+    waiting = "curl --silent --fail --retry 120 --retry-delay 1 --retry-connrefused "
+    asked = serve_and_ask(f"{serve} 2> server.log &\n{questions.text.replace('curl ', waiting)}\nkill $!", folder)
+    assert '"object":"text_completion"' in asked and '"chat.completion.chunk"' in asked and "data: [DONE]" in asked
+    [convert] = [line for line in lines if "--gguf" in line]
+    in_bash(convert, folder)
+    assert (folder / "tiny.gguf").read_bytes()[:4] == b"GGUF"
 
 
 @pytest.mark.slow
@@ -312,11 +340,12 @@ def test_the_branch_trains_and_is_drawn(tmp_path: Path, stdlib: Path) -> None:
     assert (tmp_path / "runs" / "stable-and-decayed.html").is_file()
 
 
-def in_bash(text: str, folder: Path) -> None:
-    """Run a block of a page in `folder`, with this Python as python."""
+def in_bash(text: str, folder: Path) -> str:
+    """Run a block of a page in `folder`, with this Python as python; return what it prints."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-ec", text], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_file_of_the_sweep_is_read(tmp_path: Path) -> None:

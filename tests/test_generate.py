@@ -123,8 +123,8 @@ def test_a_chat_on_a_terminal(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a", "--file", "p.txt"], "--prompt, --file and --chat exclude each other"),
-        (["--prompt", "a", "--chat"], "--prompt, --file and --chat exclude each other"),
+        (["--prompt", "a", "--file", "p.txt"], "--prompt, --file, --chat and --serve exclude each other"),
+        (["--prompt", "a", "--chat"], "--prompt, --file, --chat and --serve exclude each other"),
         (["--prompt", "a", "--out", "o.jsonl"], "--out is for the results of --file"),
         (["--file", "p.txt", "--out", "."], "Is a directory"),
         (["--file", "p.txt", "--out", "p.txt"], "--out p.txt is the file of prompts, p.txt, itself"),

@@ -16,10 +16,10 @@ from .errors import ConversionError
 from .source import Source
 
 
-def write(folder: Path, source: Source, to: str, out: Path) -> None:
-    """Write README.md in `folder`, for a model that will be moved to `out`. Texts from the source are escaped, so that
-    they are never markup; the name of `out` becomes a string in the example's code."""
-    config, name = source.config, json.dumps(_utf8(out.absolute().name), ensure_ascii=False)
+def write(folder: Path, source: Source, to: str, name: str) -> None:
+    """Write README.md in `folder`, for a model that is loaded by `name`: its folder's, or that on the hub. Texts from
+    the source are escaped, so that they are never markup; `name` becomes a string in the example's code."""
+    config, name = source.config, json.dumps(_utf8(name), ensure_ascii=False)
     lines = [
         "---",
         "library_name: transformers" if to == "hf" else "library_name: phi_fast",

@@ -94,7 +94,7 @@ def complete(
     context = model.config.max_position_embeddings
     keep = max(context - sampling.max_new_tokens, context // 2)
     end = model.config.eos_token_id if end is None else end
-    ids = [_encode(model, tokenizer, prompt)[-keep:] for prompt in prompts]
+    ids = [prompt_ids(model, tokenizer, prompt)[-keep:] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
     results: list[Completion | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -107,7 +107,7 @@ def complete(
     return [result for result in results if result is not None]
 
 
-def _encode(model: Phi, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+def prompt_ids(model: Phi, tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
     """Token ids as in a training corpus: without the special tokens that a tokenizer may add to a text. An empty text
     becomes the model's beginning-of-text token. Token ids stay as they are."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
