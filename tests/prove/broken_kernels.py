@@ -44,9 +44,9 @@ def normal(*shape: int) -> Tensor:
 
 
 def layer_norm_passes(module: ModuleType) -> None:
-    x, weight, bias = normal(5, 48), normal(48), normal(48)
+    x, weight, bias = normal(99, 48), normal(48), normal(48)
     _, mean, rstd = module.forward(x, weight, bias, 1e-5)
-    module.backward(normal(5, 48), x, weight, mean, rstd)
+    module.backward(normal(99, 48), x, weight, mean, rstd)
 
 
 def bias_gelu_forward(module: ModuleType) -> None:
@@ -103,8 +103,8 @@ BREAKS = {
     ),
     "reads keys past the end": Break(
         "attention_forward",
-        "            k = tl.load(k_tile + n_long * stride_k, mask=inside, other=0.0)  # (N, D)",
-        "            k = tl.load(k_tile + n_long * stride_k)",
+        "        x = tl.load(at, mask=(row + tl.arange(0, ROWS) < end)[:, None], other=0.0) if MASKED else tl.load(at)",
+        "        x = tl.load(at)",
         "oob_read",
         lambda broken: attention_passes(forward=broken.forward_kernel),
     ),
@@ -117,11 +117,11 @@ BREAKS = {
     ),
     "programs write one row": Break(
         "layer_norm",
-        "    at = partial + program.to(tl.int64) * d + column",
-        "    at = partial + column",
+        "    at = partial + program.to(tl.int64) * d + own",
+        "    at = partial + own",
         "race",
         layer_norm_passes,
-        at="    tl.store(at, dweight, mask=inside)",
+        at="    tl.store(at, tl.sum(dweight, axis=0), mask=own < d)",
     ),
     "programs add to shared columns": Break(
         "linear_cross_entropy",
@@ -145,7 +145,7 @@ BREAKS = {
         "    tl.store(mean + row, mu, mask=row > 0)",
         "nobody wrote",
         layer_norm_passes,
-        at="        x_hat = tl.where(inside, (v - tl.load(mean + row)) * r, 0.0)",
+        at="        mu = tl.load(mean + row, mask=row < rows, other=0.0)",
     ),
     "reads what the other kernel did not write": Break(
         "attention_backward",

@@ -179,7 +179,8 @@ def session(tallies: dict[str, Tally], test: Callable[[], str], adam: ModuleType
         nonlocal running
         running = tallies.setdefault(kernel_name(record.fn), Tally())
         running.add(1, math.prod(record.grid) == 1, {}, {})
-        Checked.passed = [value for value in record.bound.values() if isinstance(value, Tensor)]
+        given = [getattr(value, "base", value) for value in record.bound.values()]  # base: a descriptor's tensor
+        Checked.passed = [value for value in given if isinstance(value, Tensor)]
         Checked.by_address = tuple(tables) if "table" in record.bound else ()
         specialised = harness._specialize(record.fn, record.args, record.kwargs, target)
         key = record.fn, repr(specialised)
