@@ -1,6 +1,6 @@
 """Steps that Muon needs for AdamW's validation loss, with the learning rate of each swept.
 
-`python -m benchmarks.experiments.muon --run-dir runs/muon` trains recipe tiny once per optimizer and learning rate, each
+`python -m benchmarks.experiments.muon --run-dir runs/muon` trains recipe tiny per optimizer and learning rate, each
 run by `phi_fast.train` in its own process, and prints a Markdown table. Runs that are complete are read, not repeated.
 """
 
