@@ -158,6 +158,11 @@ class Recipe:
     """Final learning rate of "linear", "cosine" and "wsd"; not used by "constant"."""
     warmup_steps: int = 0
     """Steps of linear warmup: section 2.3, "no warm up"."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: the report's. muon: Muon (docs/optimizers.md) for the matrices of the layers, AdamW for embeddings, head,
+    biases and LayerNorms, both with the same learning rate and weight decay (arXiv 2502.16982)."""
+    muon_momentum: float = 0.95
+    """Momentum of "muon", in Nesterov's form; not used by "adamw"."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Adam's momentum: section 2.3, "momentum 0.9, 0.98"."""
     eps: float = 1e-7
@@ -274,6 +279,8 @@ class Recipe:
             )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed={self.seed}: must not be negative, and fit in 63 bits")
+        if not 0 <= self.muon_momentum < 1:
+            raise UsageError(f"muon_momentum={self.muon_momentum}: must be in [0, 1)")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas={self.betas}: each must be in [0, 1)")
         self._check_mixture()

@@ -83,6 +83,17 @@ def test_the_peak_is_what_a_step_of_the_trainer_allocates(
     assert planned.peak == pytest.approx(peak_bytes(step), rel=0.1)
 
 
+def test_muon_keeps_one_moment_of_each_matrix() -> None:
+    """What the trainer's own partitions hold, and what its checkpoint has, is what is planned."""
+    config = PhiConfig.preset("phi-tiny").replace(num_hidden_layers=2, vocab_size=2048)
+    recipe = RECIPES["tiny"].replace(model=config, optimizer="muon")
+    zero = Zero2(Phi(config), recipe, join("cpu"), precision="fp32", micro_batch_size=4, accumulation=1)
+    case = Shape(config, 256, 4, 4, "norm_gelu", False, on_cpu=True)
+    planned = memory(case, 1, gpu=False, accumulating=False, muon=True)
+    assert planned.optimizer == sum(tensor.nbytes for tensor in zero.partitions().values())
+    assert plan(Job(recipe, H100, 1)).checkpoint_bytes == zero.checkpoint_bytes() - 2 * config.num_parameters()
+
+
 def test_memory_adds_up_and_falls_with_ranks_and_recomputation() -> None:
     peaks = {
         level: memory(Shape(PhiConfig(), 2048, 8, 2, level, True), 8, gpu=True, accumulating=True).peak

@@ -1,9 +1,9 @@
 """Reads the fp32 weights of a checkpoint: the optimizer's own, from which its 16-bit weights were rounded, or their
 moving average (`--ema-decay`).
 
-Each rank's file holds its part of every parameter group, flattened and joined end to end: first the parameters with
-weight decay, then the others (`zero.parameter_groups`), each group in the model's order. All parts have the same
-length; the last one is padded.
+Each rank's file holds its part of every parameter group, flattened and joined end to end: first Muon's matrices, if
+there are any, then the parameters with weight decay, then the others (`model.matrices`), each group in the model's
+order. All parts have the same length; the last one is padded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..model.matrices import parameter_group
 from ..model.phi import Phi
 from ..model.reference import ReferencePhi
-from ..recipes import decays
 from . import inside
 from .errors import ConversionError
 from .source import Source
@@ -57,7 +57,9 @@ class Masters:
         if inside.find(source.folder, f"rank-0-of-{ranks}.safetensors") is None:
             return None
         shards = [SafetensorsFile(_shard(source.folder, rank, ranks)) for rank in range(ranks)]
-        places = _places(source, state.inner("options").text("decay"), kind)
+        options = state.inner("options")
+        optimizer = options.text("optimizer") if "optimizer" in options else "adamw"  # the only one of older runs
+        places = _places(source, optimizer, options.text("decay"), kind)
         length = {name: header.shape[0] for name, header in shards[0].headers().items() if len(header.shape) == 1}
         sizes = state.inner("sizes")
         for name in {place.name for place in places.values()}:
@@ -145,14 +147,13 @@ def _shard(folder: Path, rank: int, ranks: int) -> Path:
     return path
 
 
-def _places(source: Source, decay: str, kind: str) -> dict[str, _Place]:
+def _places(source: Source, optimizer: str, decay: str, kind: str) -> dict[str, _Place]:
     with torch.device("meta"):
         model = Phi(source.config) if source.layout == "merged" else ReferencePhi(source.config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    groups = [
-        {name: shape for name, shape in shapes.items() if decays(decay, len(shape)) is decayed}
-        for decayed in (True, False)
-    ]
+    groups: list[dict[str, tuple[int, ...]]] = [{}, {}, {}]
+    for name, shape in shapes.items():
+        groups[parameter_group(name, len(shape), optimizer=optimizer, decay=decay)][name] = shape
     places = {}
     for number, group in enumerate(filter(None, groups)):
         start = 0

@@ -11,7 +11,7 @@ from ..recipes import Recipe
 from ..training.deferred_gradients import sums_fit
 from .communication import Communication, communication
 from .devices import LAUNCH, Device
-from .memory import Memory, memory
+from .memory import Memory, hidden_matrices, memory
 from .work import Kernel, Phase, Recompute, Shape, gradients, micro_batch, model_flops, update
 
 
@@ -129,7 +129,8 @@ def plan(job: Job) -> Plan:
         hours=hours,
         device_hours=device_hours,
         cost=None if device_hours is None or price is None else device_hours * price,
-        checkpoint_bytes=config.num_parameters() * (job.itemsize + (12 if recipe.ema_decay is None else 16)),
+        checkpoint_bytes=config.num_parameters() * (job.itemsize + (12 if recipe.ema_decay is None else 16))
+        - (4 * hidden_matrices(config) if recipe.optimizer == "muon" else 0),
         loader_rows_per_second=recipe.global_batch_size / seconds,
         loader_bytes_per_second=2 * tokens / seconds,
     )
@@ -180,6 +181,7 @@ def _memory(job: Job, rows: int) -> Memory:
     accumulating, deferred = _rows(job) > rows, _deferred(job, rows)
     average = job.recipe.ema_decay is not None
     options = {"gpu": job.on_gpu, "accumulating": accumulating, "deferred": deferred, "average": average}
+    options["muon"] = job.recipe.optimizer == "muon"
     return memory(job.shape(rows), job.ranks, **options)
 
 

@@ -18,6 +18,12 @@ def bucket_elements(config: PhiConfig) -> int:
     return min(BUCKET, max(1_000_000, config.num_parameters()))
 
 
+def hidden_matrices(config: PhiConfig) -> int:
+    """Count the elements of the layers' matrices: q, k, v and dense; fc1 and fc2."""
+    d = config.hidden_size
+    return config.num_hidden_layers * (4 * d * d + 2 * d * config.intermediate_size)
+
+
 @dataclass(frozen=True)
 class Activations:
     """Bytes that one micro-batch keeps from the forward for the backward pass."""
@@ -64,7 +70,8 @@ class Memory:
     """fp32 sums of the micro-batches' gradients, if they are reduced once per step; freed during the last backward
     pass."""
     optimizer: float
-    """This rank's part of master, exp_avg, exp_avg_sq, and of the weights' average if there is one: fp32."""
+    """This rank's part of master, exp_avg, exp_avg_sq (of Muon's matrices master and momentum), and of the weights'
+    average if there is one: fp32."""
     buckets: float
     """DeepSpeed's bucket buffers (two with overlap_comm), and the flattened copy of one while it is reduced; held only
     in the backward pass. 0 on one rank."""
@@ -84,12 +91,20 @@ class Memory:
 
 
 def memory(
-    shape: Shape, ranks: int, *, gpu: bool, accumulating: bool, deferred: bool = False, average: bool = False
+    shape: Shape,
+    ranks: int,
+    *,
+    gpu: bool,
+    accumulating: bool,
+    deferred: bool = False,
+    average: bool = False,
+    muon: bool = False,
 ) -> Memory:
     """Count memory by component, and `peak`, the largest of four moments of a micro-batch.
 
     accumulating: there are several micro-batches per step, so that earlier ones' gradients are held. deferred: they are
     held as fp32 sums on each rank, and reduced once per step. average: the run keeps a moving average (--ema-decay).
+    muon: the matrices of the layers are stepped by Muon (--optimizer muon), which keeps one moment of each.
     """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
     d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
@@ -97,6 +112,8 @@ def memory(
     kept = activations(shape)
     size = gradient_itemsize(e, ranks, accumulating=accumulating)
     weights, gradients, optimizer = parameters * e, size * part, (16 if average else 12) * part
+    matrices = math.ceil(hidden_matrices(config) / ranks) if muon else 0
+    optimizer -= 4 * matrices
     chunk = shape.chunk * math.ceil(vocabulary / 64) * 64 * e
     chunk += 4 * d * max(shape.chunk, min(8192, vocabulary)) if e == 2 else 0
     again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]
@@ -119,6 +136,8 @@ def memory(
         moments["first reduction"] = kept.blocks * (1 - filled) + working + buffers + bucket + apart
     else:
         moments["end of the backward"] = kept.blocks / config.num_hidden_layers + working + gradients
+    if muon:  # directions; on several ranks also the pieces that leave, and the owned matrices whole (`training.muon`)
+        moments["Muon's update"] = gradients + min(e, 4) * matrices * (3 if ranks > 1 else 1)
     held = weights + optimizer + max(moments.values())
     context = CONTEXT.value if gpu else 0.0
     fragmentation = FRAGMENTATION.value * held if gpu else 0.0

@@ -40,7 +40,12 @@ def overview(job: Job, p: Plan, console: Console) -> None:
         table.add_row("run", f"{p.hours:,.1f} h", f"{p.steps:,} steps, {p.device_hours:,.1f} device hours")
         cost = "no price given: --price" if p.cost is None else "steps only: no checkpoints, faults or idle devices"
         table.add_row("cost", "–" if p.cost is None else f"${p.cost:,.0f}", cost)
-    kept = "weights; fp32 master, exp_avg, exp_avg_sq" + ("" if job.recipe.ema_decay is None else ", average")
+    muon = job.recipe.optimizer == "muon"
+    kept = (
+        "weights; fp32 master, exp_avg, exp_avg_sq"
+        + (" (of Muon's matrices momentum)" if muon else "")
+        + ("" if job.recipe.ema_decay is None else ", average")
+    )
     table.add_row("checkpoint", _bytes(p.checkpoint_bytes), kept)
     table.add_row(
         "loader",

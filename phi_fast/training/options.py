@@ -16,7 +16,7 @@ from ..recipes import RECIPES, Names, Recipe, RecipeName
 from .config_file import overlay, read_config
 
 MUST_AGREE = (
-    *("model", "init_from", "implementation", "decay"),
+    *("model", "init_from", "implementation", "decay", "optimizer"),
     *("mixture", "mixture_stages", "document_isolation", "sequence_length", "global_batch_size", "seed", "tokenizer"),
 )
 """Options that a resumed run cannot change, because the model or the order of the data would be different."""
@@ -127,6 +127,8 @@ class Options(Recipe):
                 raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
         if self.ema_decay is not None and self.zero_step == "deepspeed":
             raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
+        if self.optimizer == "muon" and self.zero_step == "deepspeed":
+            raise UsageError("--optimizer muon needs --zero-step fused: DeepSpeed's own step has Adam alone here")
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
         if self.cuda_graphs and self.zero_step == "deepspeed":

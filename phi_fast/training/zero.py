@@ -2,9 +2,9 @@
 
 DeepSpeed partitions and communicates: after a backward pass, every rank has the averaged gradient of its flat partition
 (over gloo `flat_gradients` averages; a single rank has the gradients that autograd made, see `gradients`).
-`FusedStep` does the rest. One pass finds the norm and any overflow; another unscales, clips, applies Adam and writes
-the 16-bit weights, unless a flag on the device says to skip the step. DeepSpeed's own step makes a pass for each of
-these and waits for the host first.
+`FusedStep` does the rest. One pass finds the norm and any overflow; another unscales, clips, applies Adam or Muon
+and writes the 16-bit weights, unless a flag on the device says to skip the step. DeepSpeed's own step makes a pass for
+each of these and waits for the host first.
 Gradients are divided by the loss scale they were computed with: DeepSpeed 0.19.8 updates the scale first, so that its
 step halves the update whenever the scale grows.
 """
@@ -25,12 +25,14 @@ from ..data import Batch
 from ..kernels import FusedAdam
 from ..kernels.adam import adam_step_, grad_norm_squared, unscale_and_clip
 from ..precision import Precision
-from ..recipes import Recipe, decays
+from ..recipes import Recipe
 from .average import WeightAverage
 from .cuda_graphs import Capture, CapturedMicroBatch
 from .deepspeed_config import deepspeed_config
 from .distributed import World, deepspeed
 from .gradients import Gradients, gradients_of
+from .muon import MuonStep, moments
+from .muon import parameter_groups as parameter_groups
 from .partitions import gather, sends_directly
 from .spikes import NO_FILTERS, SpikeFilters
 
@@ -70,14 +72,6 @@ class StepOutcome:
     """Labels of the global batch that count in the loss; None if all do, because no corpus has marks."""
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Split the parameters into groups with and without weight decay (`recipe.decay`), each in the model's order."""
-    decayed = [p for p in model.parameters() if decays(recipe.decay, p.dim())]
-    others = [p for p in model.parameters() if not decays(recipe.decay, p.dim())]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 class Zero2:
     """A model under DeepSpeed ZeRO-2: `loss` and `backward` run once per micro-batch, then `step` updates weights."""
 
@@ -98,6 +92,8 @@ class Zero2:
         capture: makes `micro_batch` a CUDA graph, and reduces once per step; ValueError unless `fused`."""
         if capture and not fused:
             raise ValueError("capture needs fused=True: DeepSpeed's own step needs DeepSpeed's hooks")
+        if recipe.optimizer == "muon" and not fused:
+            raise ValueError("optimizer='muon' needs fused=True: DeepSpeed's own step has Adam alone here")
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
         )
@@ -124,6 +120,7 @@ class Zero2:
             spikes = SpikeFilters.of(recipe, world.device)
             gradients = gradients_of(self.zero, world, accumulation, reduce_once=reduce_once or capture is not None)
             self.fused = FusedStep(self.zero, world, recipe.gradient_clipping, self._loss, gradients, spikes)
+            self.fused.muon = MuonStep.of(self.zero, model, world, recipe)
             if recipe.ema_decay is not None:
                 self.fused.average = WeightAverage(recipe.ema_decay, self.zero.single_partition_of_fp32_groups)
             self.zero.step = self.fused
@@ -229,13 +226,13 @@ class Zero2:
         return not self.dynamic or (scaler.cur_scale <= scaler.min_scale and scaler.cur_hysteresis <= 1)
 
     def partitions(self) -> dict[str, Tensor]:
-        """Return this rank's flat tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", …, and with an
-        average "ema.0", …"""
+        """Return this rank's flat tensors by name and group: "master.0", "exp_avg.0", "exp_avg_sq.0", … (of Muon's
+        group "momentum.0"), and with an average "ema.0", …"""
         tensors = {}
         for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
             state = self.zero.optimizer.state[master]
             tensors[f"master.{group}"] = master.detach()
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in moments(self.zero.optimizer.param_groups[group]):
                 tensors[f"{name}.{group}"] = state[name] if name in state else torch.zeros_like(master)
         averages = self.average.averages if self.average else []
         return tensors | {f"ema.{group}": average for group, average in enumerate(averages)}
@@ -266,7 +263,7 @@ class Zero2:
                 master.copy_(partitions[f"master.{group}"])
                 slot = self.zero.optimizer.state[master]
                 slot["step"] = torch.tensor(float(state["updates"]), device=master.device)
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in moments(self.zero.optimizer.param_groups[group]):
                     slot[name] = partitions[f"{name}.{group}"].to(master.device)
         if self.average:
             averages = [tensor for name, tensor in partitions.items() if name.startswith("ema.")]
@@ -307,6 +304,7 @@ class FusedStep:
         self.zero, self.world, self.clip, self.spikes = zero, world, clip, spikes
         self.loss, self.gradients = loss, gradients
         self.average: WeightAverage | None = None
+        self.muon: MuonStep | None = None
         self.mean_loss = 0.0
         """Mean loss of the last step over the ranks."""
         self.spike = False
@@ -350,7 +348,11 @@ class FusedStep:
             state = zero.optimizer.state[master]
             if not state:
                 state["step"] = torch.zeros((), device=master.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+                state |= {name: torch.zeros_like(master) for name in moments(options)}
+            scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "nonfinite": self.nonfinite}
+            if self.muon and options.get("muon"):
+                self.muon(grads[group], weights.data, master.data, state, options, **scalars)
+                continue
             flat = (weights.data, state["exp_avg"], state["exp_avg_sq"], master.data)
             params, exp_avgs, exp_avg_sqs, masters = (
                 [x.narrow(0, at, grad.numel()) for at, grad in grads[group]] for x in flat
@@ -366,9 +368,7 @@ class FusedStep:
                 betas=options["betas"],
                 eps=options["eps"],
                 weight_decay=options["weight_decay"],
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                nonfinite=self.nonfinite,
+                **scalars,
             )
 
     @torch.no_grad()

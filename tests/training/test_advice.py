@@ -26,6 +26,7 @@ from phi_fast.train import INTERRUPTED
         (["--skip-spikes", "4", "--zero-step", "deepspeed"], "--zero-step fused"),
         (["--skip-norm-spikes", "4", "--zero-step", "deepspeed"], "--zero-step fused"),
         (["--ema-decay", "0.9", "--zero-step", "deepspeed"], "--zero-step fused"),
+        (["--optimizer", "muon", "--zero-step", "deepspeed"], "--zero-step fused"),
         (["--decay-steps", "1"], "--schedule wsd"),
         (["--schedule", "wsd"], "--decay-steps 1"),
         (["--sample-tokens", "5", "--sample-prompt", "x ! " * 200], "--sample-tokens 0"),

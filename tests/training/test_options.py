@@ -67,6 +67,8 @@ def test_what_is_not_understood_exits_with_status_2(arguments: list[str], capsys
         ({"learning_rate": 0.0}, r"learning_rate=0\.0: must be greater than 0"),
         ({"skip_spikes": 0.0}, r"skip_spikes=0\.0: must be greater than 0"),
         ({"skip_norm_spikes": -1.0}, r"skip_norm_spikes=-1\.0: must be greater than 0"),
+        ({"muon_momentum": 1.0}, r"muon_momentum=1\.0: must be in \[0, 1\)"),
+        ({"muon_momentum": -0.1}, r"muon_momentum=-0\.1: must be in \[0, 1\)"),
         ({"ema_decay": 1.0}, r"ema_decay=1\.0: must be greater than 0, and less than 1"),
         ({"ema_decay": 0.0}, r"ema_decay=0\.0: must be greater than 0"),
         ({"z_loss": -1e-4}, r"z_loss=-0\.0001: must not be negative"),
