@@ -128,6 +128,12 @@ def muon_step_(
         if tensors is not None and len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors and params {len(params)}: expected as many")
     for i, param in enumerate(params):
+        if param.dim() != 2 or 0 in param.shape:
+            raise ValueError(f"params[{i}] is {tuple(param.shape)}: expected (rows, columns), neither of them 0")
+        for name, tensors in (("grads", grads), ("momenta", momenta), ("masters", masters)):
+            if tensors is not None and tensors[i].shape != param.shape:
+                raise ValueError(f"{name}[{i}] is {tuple(tensors[i].shape)} and params[{i}] {tuple(param.shape)}")
+    for i, param in enumerate(params):
         momentum, master = momenta[i], None if masters is None else masters[i]
         direction = torch.empty_like(param, dtype=dtype)
         momentum_(

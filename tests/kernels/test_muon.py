@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi_fast.kernels.muon import COEFFICIENTS, muon_step_, orthogonalize, update_scale
+from phi_fast.kernels.muon import COEFFICIENTS, momentum_, muon_step_, orthogonalize, update_scale
 
 SHAPES = [(48, 48), (96, 32), (32, 96), (1, 7)]
 
@@ -112,7 +112,7 @@ def test_a_graph_of_the_old_weights_raises() -> None:
         (lambda: orthogonalize(torch.zeros(3, 3), steps=-1), "steps=-1: expected 0 or more"),
         (lambda: muon_step_([torch.zeros(3, 3)], [], [], lr=1.0), "grads has 0 tensors and params 1"),
         (
-            lambda: muon_step_([torch.zeros(3, 3)], [torch.zeros(3)], [torch.zeros(3, 3)], lr=1.0),
+            lambda: momentum_(torch.zeros(3), torch.zeros(3, 3), torch.zeros(3, 3)),
             r"grad is \(3,\) on cpu, not the 9 elements of momentum",
         ),
     ],
@@ -120,3 +120,19 @@ def test_a_graph_of_the_old_weights_raises() -> None:
 def test_what_does_not_fit_is_refused(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("params", "grads", "masters", "message"),
+    [
+        ([(4, 6), (6,)], [(4, 6), (6,)], None, r"params\[1\] is \(6,\): expected \(rows, columns\)"),
+        ([(4, 6), (6, 4)], [(4, 6), (4, 6)], None, r"grads\[1\] is \(4, 6\) and params\[1\] \(6, 4\)"),
+        ([(4, 6), (6, 4)], [(4, 6), (6, 4)], [(4, 6), (4, 6)], r"masters\[1\] is \(4, 6\) and params\[1\] \(6, 4\)"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused_before_anything_changes(params, grads, masters, message) -> None:
+    weights, momenta = [torch.ones(shape) for shape in params], [torch.zeros(shape) for shape in params]
+    others = None if masters is None else [torch.ones(shape) for shape in masters]
+    with pytest.raises(ValueError, match=message):
+        muon_step_(weights, [torch.ones(shape) for shape in grads], momenta, others, lr=0.1)
+    assert all(bool((w == 1).all()) for w in weights) and not any(bool(m.any()) for m in momenta)
