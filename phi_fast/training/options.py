@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -97,6 +98,10 @@ class Options(Recipe):
     """Keep the checkpoints of all steps divisible by this number; 0: none."""
     log_every: int = 10
     """Steps between printed lines if the output is not a terminal; metrics.jsonl has every step."""
+    log_norms: int = 0
+    """Steps between lines of norms.jsonl: the norms of each parameter's weights, gradient and update; 0: none."""
+    profile: str | None = None
+    """Trace the steps FROM:TO (both included) for Perfetto, with a snapshot of the GPU's memory, into RUN/profile."""
     sample_tokens: int = 120
     """Length of the text sampled at the end, in tokens; 0: none."""
     sample_prompt: str = "The"
@@ -118,7 +123,7 @@ class Options(Recipe):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value}: must be at least 1")
-        for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "sample_tokens"):
+        for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "log_norms", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("skip_spikes", "skip_norm_spikes"):
@@ -127,6 +132,10 @@ class Options(Recipe):
                 raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
         if self.ema_decay is not None and self.zero_step == "deepspeed":
             raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
+        if self.log_norms and self.zero_step == "deepspeed":
+            raise UsageError("--log-norms needs --zero-step fused: DeepSpeed's own step does not show its gradients")
+        if self.profile is not None:
+            profiled_steps(self.profile)
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
         if self.cuda_graphs and self.zero_step == "deepspeed":
@@ -214,6 +223,15 @@ def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
             f"rows, but global_batch_size={batch}; change one of them so that the product is {batch}"
         )
     return micro, steps
+
+
+def profiled_steps(text: str) -> range:
+    """Parse FROM:TO, both included, counted from 1. Raises UsageError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text, re.ASCII)
+    steps = range(int(match[1]), int(match[2]) + 1) if match else range(0)
+    if not steps or steps[0] < 1:
+        raise UsageError(f"--profile {text}: expected FROM:TO, two steps counted from 1, such as 10:12")
+    return steps
 
 
 def plain(value: Any) -> Any:
