@@ -14,7 +14,7 @@ from trainer_processes import arguments, finish, losses, optimizer_state, weight
 
 from phi_fast.errors import UsageError
 from phi_fast.train import INTERRUPTED
-from phi_fast.training.options import Options, profiled_steps
+from phi_fast.training.options import parse, profiled_steps
 
 
 def norms(run: Path) -> dict[int, dict[str, dict[str, float]]]:
@@ -115,12 +115,12 @@ def test_wrong_ranges_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="FROM:TO"):
         profiled_steps(text)
     with pytest.raises(UsageError, match="FROM:TO"):
-        Options(tokens=2048, profile=text).check()
+        parse([f"--profile={text}"]).check()
 
 
 def test_wrong_options_are_refused() -> None:
     assert list(profiled_steps("2:4")) == [2, 3, 4]
     with pytest.raises(UsageError, match="log_norms=-1"):
-        Options(tokens=2048, log_norms=-1).check()
+        parse(["--log-norms=-1"]).check()
     with pytest.raises(UsageError, match="--log-norms needs --zero-step fused"):
-        Options(tokens=2048, log_norms=1, zero_step="deepspeed").check()
+        parse(["--log-norms=1", "--zero-step=deepspeed"]).check()
