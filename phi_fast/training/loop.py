@@ -30,6 +30,7 @@ from .signals import Signals
 from .start import Setup, build_model, header
 from .step import train_step
 from .task_scores import TasksDuringTraining
+from .trackers.opening import open_trackers
 from .trouble import Trouble
 from .validation import validate
 from .zero import StepOutcome, Zero2
@@ -40,7 +41,13 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     setup = Setup.of(options, signals.world)
     with Run.open(options, signals.world, console) as run:
         signals.abandon = run.close
-        return Trainer(setup, run, signals, console).train()
+        trainer = Trainer(setup, run, signals, console)
+        try:
+            return trainer.train()
+        except Exception:
+            if trainer.log:  # what trackers have not sent yet shows why the run failed
+                trainer.log.close()
+            raise
 
 
 class Trainer:
@@ -81,7 +88,10 @@ class Trainer:
         chat = self.corpora.chat or (chat_files(initial) if initial is not None else None)
         run.create(self.corpora.tokenizer, self.zero.checkpoint_bytes(), chat)
         header(console, setup, run, self.corpora, self.done)
-        self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields())) if world.is_main else None
+        self.log = None
+        if world.is_main:
+            trackers = open_trackers(options.track, run.directory, options.tracked(), console.print)
+            self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields()), trackers)
         self.meter = Meter(options, world)
 
     def train(self) -> int:

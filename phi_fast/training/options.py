@@ -13,8 +13,10 @@ import tyro
 
 from ..errors import UsageError
 from ..files import check_names
+from ..json_files import flatten
 from ..recipes import RECIPES, Names, Recipe, RecipeName
-from .config_file import overlay, read_config
+from .config_file import OF_ONE_START, overlay, read_config
+from .trackers.opening import check_trackers
 
 MUST_AGREE = (
     *("model", "init_from", "implementation", "decay"),
@@ -98,6 +100,8 @@ class Options(Recipe):
     """Keep the checkpoints of all steps divisible by this number; 0: none."""
     log_every: int = 10
     """Steps between printed lines if the output is not a terminal; metrics.jsonl has every step."""
+    track: Names = ()
+    """Also show the run in wandb, trackio, mlflow, or several; TensorBoard's events are always written."""
     log_norms: int = 0
     """Steps between lines of norms.jsonl: the norms of each parameter's weights, gradient and update; 0: none."""
     profile: str | None = None
@@ -134,6 +138,7 @@ class Options(Recipe):
             raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
         if self.log_norms and self.zero_step == "deepspeed":
             raise UsageError("--log-norms needs --zero-step fused: DeepSpeed's own step does not show its gradients")
+        check_trackers(self.track)
         if self.profile is not None:
             profiled_steps(self.profile)
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
@@ -150,6 +155,10 @@ class Options(Recipe):
         """Return the recipe's fields, which determine the losses, JSON-able."""
         names = {field.name for field in fields(Recipe)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k in names}
+
+    def tracked(self) -> dict[str, Any]:
+        """Return the options that outlive a single start by dotted name, JSON-able."""
+        return flatten({name: value for name, value in plain(asdict(self)).items() if name not in OF_ONE_START})
 
 
 def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
