@@ -6,6 +6,7 @@ import importlib.util
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def open_trackers(
     if not chosen:
         return []
     run = TrackedRun(directory, *_identity(directory), config)
-    return [Background(name, lambda opener=OPENERS[name]: opener(run), warn) for name in chosen]
+    return [Background(name, partial(OPENERS[name], run), warn) for name in chosen]
 
 
 def _identity(directory: Path) -> tuple[str, str]:
