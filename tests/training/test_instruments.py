@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from trainer_processes import arguments, finish, losses, optimizer_state, weight
 
 from phi_fast.errors import UsageError
 from phi_fast.train import INTERRUPTED
+from phi_fast.training.distributed import World
 from phi_fast.training.options import parse, profiled_steps
+from phi_fast.training.profile import Profile
+from phi_fast.training.trouble import Trouble
 
 
 def norms(run: Path) -> dict[int, dict[str, dict[str, float]]]:
@@ -136,3 +141,27 @@ def test_wrong_options_are_refused() -> None:
         parse(["--log-norms=-1"]).check()
     with pytest.raises(UsageError, match="--log-norms needs --zero-step fused"):
         parse(["--log-norms=1", "--zero-step=deepspeed"]).check()
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA.*:UserWarning")
+def test_on_cuda_the_memory_is_recorded_for_the_traced_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins that have the signatures of torch's own functions."""
+    calls = {}
+    for module, name in (
+        (torch.cuda.memory, "_record_memory_history"),
+        (torch.cuda.memory, "_dump_snapshot"),
+        (torch.cuda.nvtx, "range"),
+        (torch.cuda, "synchronize"),
+    ):
+        calls[name] = create_autospec(getattr(module, name))
+        monkeypatch.setattr(module, name, calls[name])
+    calls["range"].side_effect = lambda name: nullcontext()
+    world = World(1, 2, 0, torch.device("cuda", 0))
+    traced = Profile(tmp_path / "profile", range(2, 4), world, Trouble(world))
+    for step in range(1, 5):
+        with traced.step(step), traced.span("update"):
+            torch.ones(3).sum()
+    assert [call.kwargs.get("enabled", "all") for call in calls["_record_memory_history"].mock_calls] == ["all", None]
+    calls["_dump_snapshot"].assert_called_once_with(str(tmp_path / "profile" / "memory-rank-1-steps-2-3.pickle"))
+    assert [call.args[0] for call in calls["range"].mock_calls] == ["step 2", "update", "step 3", "update"]
+    assert (tmp_path / "profile" / "trace-rank-1-steps-2-3.json.gz").stat().st_size > 100
