@@ -28,6 +28,11 @@ from phi_fast.training.zero import Zero2
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.scandir", "os.listdir")
 
 
+def set_environment(rank: int, given: dict[str, str]) -> None:
+    """Set environment variables."""
+    os.environ.update(given)
+
+
 def die_at_file_operation(rank: int, given: list[int]) -> None:
     """Kill this rank before its given[rank]-th operation on a file or folder in checkpoints/; 0: never."""
     left = given[rank]

@@ -20,7 +20,7 @@ from ..json_files import read_object, read_regular
 if TYPE_CHECKING:
     from .options import Options
 
-OF_ONE_START = ("run_dir", "resume", "elastic", "allow_change", "stop_after", "config", "print_config")
+OF_ONE_START = ("run_dir", "resume", "elastic", "allow_change", "stop_after", "profile", "config", "print_config")
 """Options that apply to a single start, and that neither --resume nor a run's config.json passes on."""
 ONLY_TYPED = ("config", "print_config")
 """Options that no file can hold."""

@@ -21,6 +21,7 @@ from .deferred_gradients import reduces_once
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .display import Display
 from .initial import open_initial
+from .instruments import Instruments
 from .metrics import Meter, MetricsLog
 from .options import Options
 from .run_directory import Run
@@ -29,6 +30,7 @@ from .signals import Signals
 from .start import Setup, build_model, header
 from .step import train_step
 from .task_scores import TasksDuringTraining
+from .trackers.opening import open_trackers
 from .trouble import Trouble
 from .validation import validate
 from .zero import StepOutcome, Zero2
@@ -39,7 +41,13 @@ def train(options: Options, signals: Signals, console: Console) -> int:
     setup = Setup.of(options, signals.world)
     with Run.open(options, signals.world, console) as run:
         signals.abandon = run.close
-        return Trainer(setup, run, signals, console).train()
+        trainer = Trainer(setup, run, signals, console)
+        try:
+            return trainer.train()
+        except Exception:
+            if trainer.log:  # what trackers have not sent yet shows why the run failed
+                trainer.log.close()
+            raise
 
 
 class Trainer:
@@ -76,10 +84,14 @@ class Trainer:
         self.loader = self.corpora.loader(setup.micro_batch_size)
         self.done = run.restore(self.zero, self.loader, console)
         self.tasks = TasksDuringTraining(options, self.corpora.tokenizer, world) if options.eval_every else None
+        self.instruments = Instruments(options, self.zero, run.directory, self.done, self.trouble, console)
         chat = self.corpora.chat or (chat_files(initial) if initial is not None else None)
         run.create(self.corpora.tokenizer, self.zero.checkpoint_bytes(), chat)
         header(console, setup, run, self.corpora, self.done)
-        self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields())) if world.is_main else None
+        self.log = None
+        if world.is_main:
+            trackers = open_trackers(options.track, run.directory, options.tracked(), console.print)
+            self.log = MetricsLog(run.directory, self.done, flatten(options.recipe_fields()), trackers)
         self.meter = Meter(options, world)
 
     def train(self) -> int:
@@ -89,14 +101,14 @@ class Trainer:
         last = min(steps, first + options.stop_after) if options.stop_after else steps
         batches = self.next_batches()
         signals.ready()
-        with Display(self.console, steps, first, options.log_every) as display:
+        with Display(self.console, steps, first, options.log_every) as display, self.instruments:
             if first == 0 and options.val_every:
                 self.validate_before(display)
             started = time.perf_counter()
             while self.done < last and signals.go_on:
                 tick = time.perf_counter()
                 lr = options.learning_rate_at(self.done)
-                outcome = train_step(self.zero, batches, lr)
+                outcome = train_step(self.zero, batches, lr, self.instruments.at(self.done + 1))
                 self.done += 1
                 if self.done < last:  # the step just taken is still saved if the next batch cannot be read
                     with self.trouble.kept():

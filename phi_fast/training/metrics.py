@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +17,10 @@ from ..peaks import peak_flops
 from ..recipes import Recipe
 from ..step_records import read_records
 from .distributed import World
+from .trackers.background import Background
+from .trackers.opening import send_report
+from .trackers.tensorboard import TensorBoard
+from .trackers.tracker import Tracker
 from .zero import StepOutcome
 
 
@@ -113,26 +117,31 @@ class Meter:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard in a run directory; only rank 0 has one.
+    """Appends to `metrics.jsonl` and TensorBoard in a run directory, and to trackers; only rank 0 has one.
 
     One line per step, preceded by a line for step 0 with the validation loss before training.
     """
 
-    def __init__(self, run: Path, resume_step: int, hyperparameters: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        resume_step: int,
+        hyperparameters: Mapping[str, Any] | None = None,
+        trackers: Sequence[Background] = (),
+    ) -> None:
         """Open the files; lines after `resume_step` are dropped, for a new run (0) all of them.
 
         hyperparameters: by dotted name, for TensorBoard.
         Raises UsageError if the files cannot be written, or a line of metrics.jsonl is not a step's record.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = run / "metrics.jsonl"
+        self._path, self._more = run / "metrics.jsonl", trackers
         with self._writing():
             _drop_after(self._path, resume_step)
             self._file = self._path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+            board = TensorBoard(run / "tensorboard", resume_step)
             if hyperparameters:
-                self._write_hyperparameters(hyperparameters)
+                board.hyperparameters(hyperparameters, {TAGS["loss"]: 0.0, TAGS["val_loss"]: 0.0})
+        self._trackers: list[Tracker] = [board, *trackers]
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(self._path, "make room, and go on from the newest checkpoint with --resume")
@@ -145,31 +154,28 @@ class MetricsLog:
         self._write({key: value for key, value in asdict(record).items() if key not in OPTIONAL or value is not None})
 
     def _write(self, line: dict[str, Any]) -> None:
+        scalars = dict(member for key, tag in TAGS.items() for member in _members(tag, line.get(key)))
         with self._writing():
             self._file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
             self._file.flush()
-            for key, tag in TAGS.items():
-                for name, value in _members(tag, line.get(key)):
-                    self._board.add_scalar(name, value, line["step"])
-
-    def _write_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Write `values` into the run's own events for TensorBoard's HPARAMS page.
-
-        `add_hparams` would create a second run beside it.
-        """
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in values.items()}
-        writer = self._board._get_file_writer()
-        for summary in hparams(plain, {TAGS["loss"]: 0.0, TAGS["val_loss"]: 0.0}):
-            writer.add_summary(summary)
+            for tracker in self._trackers:
+                tracker.scalars(scalars, line["step"])
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self._board.add_text(tag, text, step)
+        for tracker in self._trackers:
+            tracker.text(tag, text, step)
 
     def close(self) -> None:
+        """Close the files, and send the trackers the report page and what is left; a second call does nothing."""
+        if self._file.closed:
+            return
         self._file.close()
-        self._board.close()
+        board, *more = self._trackers
+        board.close()
+        if more:
+            send_report(self._path.parent, self._more)
+        for tracker in more:
+            tracker.close()
 
 
 def _finite(value: object) -> object:

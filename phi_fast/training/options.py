@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import tyro
 
 from ..errors import UsageError
 from ..files import check_names
+from ..json_files import flatten
 from ..recipes import RECIPES, Names, Recipe, RecipeName
-from .config_file import overlay, read_config
+from .config_file import OF_ONE_START, overlay, read_config
+from .trackers.opening import check_trackers
 
 MUST_AGREE = (
     *("model", "init_from", "implementation", "decay", "optimizer"),
@@ -97,6 +100,12 @@ class Options(Recipe):
     """Keep the checkpoints of all steps divisible by this number; 0: none."""
     log_every: int = 10
     """Steps between printed lines if the output is not a terminal; metrics.jsonl has every step."""
+    track: Names = ()
+    """Also show the run in wandb, trackio, mlflow, or several; TensorBoard's events are always written."""
+    log_norms: int = 0
+    """Steps between lines of norms.jsonl: the norms of each parameter's weights, gradient and update; 0: none."""
+    profile: str | None = None
+    """Trace the steps FROM:TO (both included) for Perfetto, with a snapshot of the GPU's memory, into RUN/profile."""
     sample_tokens: int = 120
     """Length of the text sampled at the end, in tokens; 0: none."""
     sample_prompt: str = "The"
@@ -118,7 +127,7 @@ class Options(Recipe):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value}: must be at least 1")
-        for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "sample_tokens"):
+        for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "log_norms", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("skip_spikes", "skip_norm_spikes"):
@@ -129,6 +138,11 @@ class Options(Recipe):
             raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
         if self.optimizer == "muon" and self.zero_step == "deepspeed":
             raise UsageError("--optimizer muon needs --zero-step fused: DeepSpeed's own step has Adam alone here")
+        if self.log_norms and self.zero_step == "deepspeed":
+            raise UsageError("--log-norms needs --zero-step fused: DeepSpeed's own step does not show its gradients")
+        check_trackers(self.track)
+        if self.profile is not None:
+            profiled_steps(self.profile)
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
         if self.cuda_graphs and self.zero_step == "deepspeed":
@@ -143,6 +157,10 @@ class Options(Recipe):
         """Return the recipe's fields, which determine the losses, JSON-able."""
         names = {field.name for field in fields(Recipe)}
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k in names}
+
+    def tracked(self) -> dict[str, Any]:
+        """Return the options that outlive a single start by dotted name, JSON-able."""
+        return flatten({name: value for name, value in plain(asdict(self)).items() if name not in OF_ONE_START})
 
 
 def parse(arguments: Sequence[str], default: Options | None = None) -> Options:
@@ -216,6 +234,15 @@ def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
             f"rows, but global_batch_size={batch}; change one of them so that the product is {batch}"
         )
     return micro, steps
+
+
+def profiled_steps(text: str) -> range:
+    """Parse FROM:TO, both included, counted from 1. Raises UsageError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text, re.ASCII)
+    steps = range(int(match[1]), int(match[2]) + 1) if match else range(0)
+    if not steps or steps[0] < 1:
+        raise UsageError(f"--profile {text}: expected FROM:TO, two steps counted from 1, such as 10:12")
+    return steps
 
 
 def plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ config.json       the options of the latest start
 metrics.jsonl     one line per step
 checkpoints/      see phi_fast.training.checkpoint
 tensorboard/
+norms.jsonl       with --log-norms; profile/ with --profile; tracked.json and report.html with --track
 tokenizer.json    the tokenizer, so that the directory alone is enough to generate text; tokenizer_config.json names the
                   tokens that begin and end a text
 chat_template.jinja  the chat template of the run's conversations, if it has any

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from ..data import Batch
 from .distributed import World
+from .instruments import UNWATCHED, StepWatch
 from .zero import StepOutcome, Zero2
 
 
-def train_step(zero: Zero2, batches: Sequence[Batch], lr: float) -> StepOutcome:
+def train_step(zero: Zero2, batches: Sequence[Batch], lr: float, watch: StepWatch = UNWATCHED) -> StepOutcome:
     """Run forward and backward on this rank's micro-batches, then update the weights at learning rate `lr`."""
-    trained = count_trained(batches, zero.world)
-    for batch in batches:
-        zero.micro_batch(batch, trained)
-    outcome = zero.step(lr)
+    with watch.step():
+        trained = count_trained(batches, zero.world)
+        for batch in batches:
+            with watch.micro_batch():
+                zero.micro_batch(batch, trained)
+        with watch.update():
+            outcome = zero.step(lr)
     return outcome if trained is None else replace(outcome, trained_tokens=int(trained))
 
 

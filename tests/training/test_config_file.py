@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "zero_step": "deepspeed",
     "reduce_gradients": "step",
     "eval_tasks": ("piqa", "boolq"),
+    "track": ("wandb", "mlflow"),
     "initial_loss_scale": 1024.0,
     "sample_prompt": 'tab\t "quoted" \\ é 猫',
     "tokens": 10**12,
