@@ -112,3 +112,33 @@ PRESETS = {
         eos_token_id=0,
     ),
 }
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "fc1", "dense", "fc2")
+"""The projections that can have adapters, by their names in transformers' phi, as PEFT's `target_modules` has them."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape of a model's low-rank adapters (LoRA: Hu et al., arXiv 2106.09685): x Wᵀ + alpha / rank · (x Aᵀ) Bᵀ."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names from `LORA_TARGETS`."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def shapes(self, config: PhiConfig) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+        """Shapes of A (rank, inputs) and B (outputs, rank) of each target, in the order of `LORA_TARGETS`."""
+        d, inner = config.hidden_size, config.intermediate_size
+        inputs, outputs = {"fc2": inner}, {"fc1": inner}
+        ordered = (target for target in LORA_TARGETS if target in self.targets)
+        return {t: ((self.rank, inputs.get(t, d)), (outputs.get(t, d), self.rank)) for t in ordered}
+
+    def num_parameters(self, config: PhiConfig) -> int:
+        """Number of elements of all adapters of a model."""
+        pairs = self.shapes(config).values()
+        return config.num_hidden_layers * sum(rows * columns for pair in pairs for rows, columns in pair)
