@@ -8,7 +8,7 @@ are two ways, for T tokens and the 12 d² weights of a block of width d with an 
   block's weights and one of their gradients exist for a time.
 - The products with A and B beside the merged ones. For all six parts each costs 2r times the sum of their inputs and
   outputs, 18 d: 36 d r T FLOPs in the forward, 90 d r T in the backward (x Aᵀ is computed again, not kept), no weight
-  gradient, and T r numbers of memory. At d = 2048 and r = 16, 2% of 24 d² T for the forward's products.
+  gradient, and T r numbers of memory. At d = 2048 and r = 16 this is 2% of the 48 d² T that the merged products cost.
 
 Here it is the second. The merged products stay one each way; adapters add to the columns of their part in place.
 """

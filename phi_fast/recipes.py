@@ -217,6 +217,13 @@ class Recipe:
         """Number of parameters that the optimizer updates."""
         return self.lora.num_parameters(self.model) if self.lora else self.model.num_parameters()
 
+    def flops_per_token(self, *, causal: bool) -> int:
+        """Count forward and backward FLOPs per token, as the model does; frozen weights have no gradient."""
+        whole = self.model.flops_per_token(self.sequence_length, causal=causal)
+        if self.lora is None:
+            return whole
+        return whole - 2 * self.model.matmul_parameters() + 6 * self.trained_parameters
+
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from model_folders import CONFIG, make_source, random_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainer_processes import arguments, finish, latest, losses
 
+from phi_fast import evaluate, generate, plan
 from phi_fast.config import LORA_TARGETS
 from phi_fast.conversion.errors import ConversionError
 from phi_fast.conversion.load import load
@@ -100,6 +101,90 @@ def test_peft_and_the_merged_model_have_the_loss_that_validation_measured(
     )
     assert first[0] == pytest.approx(last[-1], abs=2e-6)
     assert last[-1] < last[0] - 0.5
+
+
+def test_generate_evaluate_and_plan_take_the_run(trained: Path, tmp_path: Path, capsys, monkeypatch):
+    greedy = ["--prompt", "if x", "--max-new-tokens", "8", "--temperature", "0", "--quiet", "--device", "cpu"]
+    texts = []
+    for model in (trained, convert(ConvertOptions(str(trained), tmp_path / "merged", dtype="fp32"))):
+        monkeypatch.setattr("sys.argv", ["generate", "--model", str(model), *greedy])
+        assert generate.main() == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    (tmp_path / "text.txt").write_text("if x is not y then z " * 20)
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate", "--model", str(trained), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
+    )
+    assert evaluate.main() == 0
+    assert plan.main(["--config", str(trained), "--precision", "bf16", "--json", str(tmp_path / "plan.json")]) == 0
+    size = 2 * RANK * 18 * CONFIG.hidden_size
+    assert "trained parameters" in capsys.readouterr().out
+    planned = json.loads((tmp_path / "plan.json").read_text())["plans"]["norm_gelu"]
+    assert planned["checkpoint_bytes"] == 14 * size
+
+
+def test_an_adapter_that_peft_wrote_is_read(base: Path, data: Path, tmp_path: Path):
+    """Also as the start of a full run, and of more adapters."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc1", "v_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(plain, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours, _ = load(tmp_path / "adapter")
+    ids = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    finish(words(data, tmp_path / "more", tmp_path / "adapter", 2), tmp_path)
+    again, _ = load(tmp_path / "more")
+    change = adapters(tmp_path / "more")
+    names = [f"base_model.model.model.layers.1.mlp.fc1.lora_{which}.weight" for which in "BA"]
+    expected = ours.layers[1].in_proj.weight[384:] + 2 * change[names[0]] @ change[names[1]]
+    torch.testing.assert_close(again.layers[1].in_proj.weight[384:], expected, rtol=1e-5, atol=1e-6)
+
+
+def damaged(kind: str, folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    changes = {
+        "dora": {"use_dora": True},
+        "bias": {"bias": "all"},
+        "kind": {"peft_type": "IA3"},
+        "rank": {"r": 0},
+        "target": {"target_modules": ["q_proj", "lm_head"]},
+        "fewer": {"target_modules": ["q_proj"]},
+        "self": {"base_model_name_or_path": str(folder)},
+    }
+    file.write_text(json.dumps(config | changes.get(kind, {})))
+    if kind == "shape":
+        tensors = load_file(folder / ADAPTER)
+        name = next(iter(tensors))
+        save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, folder / ADAPTER)
+    if kind == "gone":
+        (folder / ADAPTER).unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("dora", "use_dora is True, which is not supported: merge the adapter with peft"),
+        ("bias", "bias is 'all', which is not supported"),
+        ("kind", "peft_type is 'IA3', expected 'LORA'"),
+        ("rank", "r is 0, expected an integer of at least 1"),
+        ("target", r"target_modules has \['lm_head'\], expected"),
+        ("fewer", "extra: .*fc1.lora_A.weight"),
+        ("self", "at the end of 8 adapters of each other"),
+        ("shape", r"misshapen: .* expected \(4, "),
+        ("gone", "no adapter_model.safetensors: get the adapter again"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_refused(kind, message, trained: Path, tmp_path: Path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in (ADAPTER, "adapter_config.json"):
+        shutil.copy(latest(trained) / name, folder / name)
+    damaged(kind, folder)
+    with pytest.raises(ConversionError, match=message):
+        load(folder)
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "bf16"), (1, "fp16")])
