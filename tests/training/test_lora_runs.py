@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,13 @@ from phi_fast.config import LORA_TARGETS
 from phi_fast.conversion.errors import ConversionError
 from phi_fast.conversion.load import load
 from phi_fast.convert import ConvertOptions, convert
+from phi_fast.model import Phi
+from phi_fast.model.lora import add_lora
+from phi_fast.precision import DTYPES
+from phi_fast.recipes import RECIPES
 from phi_fast.train import INTERRUPTED, main
+from phi_fast.training.distributed import join
+from phi_fast.training.zero import Zero2
 
 RANK = 4
 ADAPTER = "adapter_model.safetensors"
@@ -71,6 +78,41 @@ def test_the_loss_falls_and_only_adapters_are_saved(trained: Path):
     }
 
 
+def wide_matrices() -> int:
+    """Count the fp32 tensors with at least as many elements as a merged weight."""
+    gc.collect()
+    least = 5 * CONFIG.hidden_size**2
+    return sum(
+        isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.numel() >= least for x in gc.get_objects()
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_frozen_weights_stay_and_have_no_fp32_copy(precision: str, fused: bool):
+    before = wide_matrices()
+    recipe = RECIPES["tiny"].replace(model=CONFIG, init_from="x", lora_rank=RANK, learning_rate=0.01)
+    torch.manual_seed(0)
+    model = Phi(CONFIG).to(DTYPES[precision])
+    add_lora(model, recipe.lora)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    settings = {"precision": precision, "micro_batch_size": 2, "accumulation": 2, "fused": fused}
+    zero = Zero2(model, recipe, join("cpu"), **settings)
+    ids = torch.randint(0, 257, (2, 17), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        for _ in range(2):
+            zero.backward(zero.loss(ids[:, :-1], ids[:, 1:]))
+        assert not zero.step(0.01).skipped
+    for name, tensor in frozen.items():
+        assert torch.equal(model.get_parameter(name), tensor), name
+        assert model.get_parameter(name).grad is None
+    assert all(not torch.equal(model.get_parameter(name), tensor) for name, tensor in trained.items())
+    kept = zero.partitions().values()
+    assert sum(tensor.nbytes for tensor in kept) == 12 * recipe.trained_parameters
+    assert wide_matrices() == before
+
+
 def test_peft_and_the_merged_model_have_the_loss_that_validation_measured(
     trained: Path, base: Path, data: Path, tmp_path: Path
 ):
@@ -116,7 +158,12 @@ def test_generate_evaluate_and_plan_take_the_run(trained: Path, tmp_path: Path, 
         "sys.argv", ["evaluate", "--model", str(trained), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
     )
     assert evaluate.main() == 0
-    assert plan.main(["--config", str(trained), "--precision", "bf16", "--json", str(tmp_path / "plan.json")]) == 0
+    assert (
+        plan.main(
+            ["--config", str(trained), "--precision", "bf16", "--gpus", "1", "--json", str(tmp_path / "plan.json")]
+        )
+        == 0
+    )
     size = 2 * RANK * 18 * CONFIG.hidden_size
     assert "trained parameters" in capsys.readouterr().out
     planned = json.loads((tmp_path / "plan.json").read_text())["plans"]["norm_gelu"]
