@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -130,6 +131,22 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def check(self, config: PhiConfig) -> None:
+        """Raise ValueError, naming the option, for adapters that a model of this shape cannot have."""
+        if not 1 <= self.rank <= config.hidden_size:
+            raise ValueError(
+                f"lora_rank={self.rank}: must be at least 1, and at most the model's width of {config.hidden_size}"
+            )
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.alpha}: must be greater than 0, and finite")
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                near = difflib.get_close_matches(target, LORA_TARGETS, 1)
+                way_out = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(LORA_TARGETS)}"
+                raise ValueError(f"lora_targets: {target!r} is no projection of phi; {way_out}")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora_targets={','.join(self.targets)}: name at least one projection, and each once")
 
     def shapes(self, config: PhiConfig) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
         """Shapes of A (rank, inputs) and B (outputs, rank) of each target, in the order of `LORA_TARGETS`."""

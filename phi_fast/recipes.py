@@ -6,7 +6,6 @@ Hyperparameters that the report does not state are fields too, and their docstri
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
@@ -220,9 +219,8 @@ class Recipe:
     def flops_per_token(self, *, causal: bool) -> int:
         """Count forward and backward FLOPs per token, as the model does; frozen weights have no gradient."""
         whole = self.model.flops_per_token(self.sequence_length, causal=causal)
-        if self.lora is None:
-            return whole
-        return whole - 2 * self.model.matmul_parameters() + 6 * self.trained_parameters
+        saved = 2 * self.model.matmul_parameters() - 6 * self.trained_parameters
+        return whole if self.lora is None else whole - saved
 
     @property
     def tokens_per_step(self) -> int:
@@ -315,29 +313,16 @@ class Recipe:
         self._check_mixture()
 
     def _check_lora(self) -> None:
-        if self.lora_rank is None:
+        if self.lora is None:
             if self.lora_alpha is not None or tuple(self.lora_targets) != LORA_TARGETS:
                 raise UsageError("lora_alpha and lora_targets are for adapters: add --lora-rank, or leave them out")
             return
-        if not 1 <= self.lora_rank <= self.model.hidden_size:
-            raise UsageError(
-                f"lora_rank={self.lora_rank}: must be at least 1, and at most the model's width of "
-                f"{self.model.hidden_size}; leave --lora-rank out to train all weights"
-            )
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise UsageError(f"lora_alpha={self.lora_alpha}: must be greater than 0, and finite")
-        for target in self.lora_targets:
-            if target not in LORA_TARGETS:
-                near = difflib.get_close_matches(target, LORA_TARGETS, 1)
-                way_out = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(LORA_TARGETS)}"
-                raise UsageError(f"lora_targets: {target!r} is no projection of phi; {way_out}")
-        if not self.lora_targets or len(set(self.lora_targets)) < len(self.lora_targets):
-            named = ",".join(self.lora_targets)
-            raise UsageError(f"lora_targets={named}: name at least one projection, and each once")
+        try:
+            self.lora.check(self.model)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if self.init_from is None:
-            raise UsageError(
-                f"lora_rank={self.lora_rank}: adapters change the weights of a trained model; name it with --init-from"
-            )
+            raise UsageError(f"lora_rank={self.lora_rank}: adapters need trained weights; name them with --init-from")
 
     def _check_decay(self) -> None:
         if self.schedule != "wsd":

@@ -98,8 +98,8 @@ class Zero2:
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
         )
-        parameters = sum(parameter.numel() for parameter in trained_weights(model).values())
-        config = deepspeed_config(recipe, world, precision, micro_batch_size, accumulation, parameters)
+        trained = sum(parameter.numel() for parameter in trained_weights(model).values())
+        config = deepspeed_config(recipe, world, precision, micro_batch_size, accumulation, trained)
         self.engine = deepspeed(world.device.type).initialize(model=model, optimizer=optimizer, config=config)[0]
         self.world = world
         self.model = model

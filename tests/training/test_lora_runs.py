@@ -249,7 +249,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(ranks, precision, data
 
 def test_two_ranks_train_as_one(data: Path, base: Path, tmp_path: Path):
     for name, ranks in (("one", 1), ("two", 2)):
-        finish(words(data, tmp_path / name, base, 3, lora_targets="q_proj,fc2"), tmp_path, ranks=ranks)
+        command = words(data, tmp_path / name, base, 3, lora_targets="q_proj,fc2", micro_batch_size=1)
+        finish([*command, "--document-isolation"], tmp_path, ranks=ranks)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert len(adapters(tmp_path / "two")) == 2 * 2 * CONFIG.num_hidden_layers
 
