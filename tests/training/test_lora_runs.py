@@ -283,6 +283,7 @@ def test_other_weights_under_the_bases_name_are_refused(data: Path, base: Path, 
         ({"init_from": None}, "name them with --init-from"),
         ({"implementation": "reference"}, "--lora-rank needs --implementation phi"),
         ({"ema_decay": 0.9}, "--lora-rank and --ema-decay"),
+        ({"optimizer": "muon"}, "--lora-rank and --optimizer muon"),
     ],
 )
 def test_wrong_options_are_refused_before_any_work(changes, message, data: Path, base: Path, tmp_path: Path, capfd):
