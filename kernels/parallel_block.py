@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import autocast, backend, dispatch
+from . import autocast, backend, dispatch, parallel_block_adapters
 from .attention import check_documents
+from .parallel_block_adapters import Adapters
 from .parallel_block_passes import Inputs, Options, backward, forward
 
 RECOMPUTE = ("none", "norm_gelu", "all")
@@ -48,6 +49,7 @@ def parallel_block(
     eps: float = 1e-5,
     recompute: str = "norm_gelu",
     cu_seqlens: Tensor | None = None,
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """x + W_o attention(h) + b_o + W_2 gelu(W_1 h + b_1) + b_2 with h = LayerNorm(x), causal, GELU in its tanh form.
 
@@ -58,6 +60,7 @@ def parallel_block(
     out_bias_attention, out_bias_mlp  (d,): added both; their gradients are the same tensor's values
     cos, sin               (positions >= sequence, rotary_dim / 2) from `rotary_table`, half-split pairs
     cu_seqlens             (documents + 1,) int32 with batch 1, as in `attention`: no document sees another
+    adapters               low-rank changes of the weights (LoRA); see `parallel_block_adapters`
     One dtype but for cos, sin, cu_seqlens: fp16, bf16, fp32 or fp64 (Triton: not fp64). Returns (batch, sequence, d).
     Autocast has no effect inside.
 
@@ -67,17 +70,21 @@ def parallel_block(
 
     Under torch.autocast the parameters are cast to x's dtype. The backward is deterministic where the matrix products
     are. Parameters that need no gradient cost no product. Raises ValueError for a shape, stride, device or option,
-    TypeError for a dtype, NotImplementedError for a second derivative.
+    TypeError for a dtype, NotImplementedError for a second derivative, and for adapters where torch must see the block
+    as one op (torch.compile, torch.func, FakeTensorMode).
     """
     given = (norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias_attention, out_bias_mlp)
     named = dict(zip(_PARAMETERS, given, strict=True))
-    by_library = dispatch.by_library("parallel_block", x=x, **named, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
+    more = {} if adapters is None else {"adapters.a": adapters.a, "adapters.b": adapters.b}
+    by_library = dispatch.by_library("parallel_block", x=x, **named, cos=cos, sin=sin, cu_seqlens=cu_seqlens, **more)
     parameters = tuple(p.to(x.dtype) for p in given) if autocast.active(x) else given
     _check(x, parameters, cos, sin, num_heads, recompute)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, x)
     options = Options(num_heads, eps, recompute, backend.rotary_inside(x.device))
     inputs = Inputs(x.contiguous(), *parameters, cos, sin, cu_seqlens)  # type: ignore[call-arg]
+    if adapters is not None:
+        return _with_adapters(inputs, options, adapters, by_library)
     if by_library:
         return _forward_op(*inputs, *options)[0]
     recording = torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:8])
@@ -100,6 +107,43 @@ class _ParallelBlock(torch.autograd.Function):
         by_library = dispatch.backward_by_library("parallel_block", dout)
         gradients = (backward_by_library if by_library else backward)(dout, saved, inputs, ctx.options, wanted)
         return None, *gradients, None, None, None
+
+
+def _with_adapters(inputs: Inputs, options: Options, adapters: Adapters, by_library: bool) -> Tensor:
+    x = inputs.x
+    if autocast.active(x):
+        a, b = (tuple(t.to(x.dtype) for t in tensors) for tensors in (adapters.a, adapters.b))
+        adapters = adapters._replace(a=a, b=b)
+    parallel_block_adapters.check(adapters, x, inputs.in_weight.shape[0])
+    if by_library:
+        raise NotImplementedError(
+            "parallel_block: adapters under torch.compile, torch.func or FakeTensorMode; call it outside, or add "
+            "them to the weights and leave them out"
+        )
+    tensors = (*adapters.a, *adapters.b)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs[:8], *tensors)):
+        return _AdaptedBlock.apply(options, adapters.parts, adapters.scale, *inputs, *tensors)
+    return forward(inputs, options, recording=False, adapters=adapters)[0]
+
+
+class _AdaptedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, parts, scale, *tensors):
+        inputs, of_adapters = Inputs(*tensors[:11]), tensors[11:]
+        out, *saved = forward(inputs, options, adapters=Adapters.of(parts, scale, of_adapters))
+        ctx.save_for_backward(*inputs.kept(), *of_adapters, *saved)
+        ctx.options, ctx.parts, ctx.scale = options, parts, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        kept, end = ctx.saved_tensors, 9 + 2 * len(ctx.parts)
+        if dispatch.backward_by_library("parallel_block", dout):
+            raise NotImplementedError("parallel_block with adapters can be differentiated once, by plain tensors")
+        adapters = Adapters.of(ctx.parts, ctx.scale, kept[9:end])
+        inputs, wanted = Inputs.of_kept(kept[:9]), ctx.needs_input_grad[3:11]
+        gradients = backward(dout, kept[end:], inputs, ctx.options, wanted, adapters)
+        return None, None, None, *gradients[:8], None, None, None, *gradients[8:]
 
 
 # Under torch.compile the graph holds one opaque op per block each way.

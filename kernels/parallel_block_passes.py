@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, backend
+from .parallel_block_adapters import IN, OUT, Adapters
 from .reference.attention import AttentionOptions
 from .reference.layer_norm import UNTOUCHED, ResidualStream
 
@@ -83,6 +84,7 @@ def _activations(
     *,
     apart: bool = False,
     stream: ResidualStream = UNTOUCHED,
+    adapters: Adapters | None = None,
 ) -> tuple[Activations, Tensor]:
     """(everything up to the last product, o); x + stream.shift is written to `stream.shifted` on the way.
 
@@ -95,6 +97,8 @@ def _activations(
     norm = backend.implementation("layer_norm", device)
     h, mean, rstd = norm.forward(rows, inputs.norm_weight, inputs.norm_bias, options.eps, stream)
     packed = torch.addmm(inputs.in_bias, h, inputs.in_weight.T)
+    if adapters:
+        adapters.add_to_packed_(packed, h)
     if not options.rotary_inside:
         backend.implementation("rotary", device).rotate_(heads.rotating(packed), inputs.cos, inputs.sin, 0)
     mixed = packed.new_empty(rows.shape[0], packed.shape[1] - 2 * d)
@@ -113,15 +117,20 @@ def _attention(inputs: Inputs, options: Options) -> AttentionOptions:
     return AttentionOptions(scale, True, None, inputs.cu_seqlens, *tables)
 
 
-def forward(inputs: Inputs, options: Options, *, recording: bool = True) -> list[Tensor]:
+@autocast.off
+def forward(
+    inputs: Inputs, options: Options, *, recording: bool = True, adapters: Adapters | None = None
+) -> list[Tensor]:
     """[the block's output, then what `options.recompute` keeps where `recording`]."""
     x = inputs.x
     out = x.new_empty(x.shape)
     shifted = out.view(-1, x.shape[-1])
     apart = recording and options.recompute == "norm_gelu"
     stream = ResidualStream(shift=inputs.out_bias_attention + inputs.out_bias_mlp, shifted=shifted)
-    kept, o = _activations(inputs, options, apart=apart, stream=stream)
+    kept, o = _activations(inputs, options, apart=apart, stream=stream, adapters=adapters)
     shifted.addmm_(kept.mixed, inputs.out_weight.T)
+    if adapters:
+        adapters.add_to_output_(shifted, kept.mixed)
     if options.recompute == "all" or not recording:
         return [out]
     if options.recompute == "none":
@@ -131,9 +140,17 @@ def forward(inputs: Inputs, options: Options, *, recording: bool = True) -> list
 
 @autocast.off
 def backward(
-    dout: Tensor, saved: Sequence[Tensor], inputs: Inputs, options: Options, wanted: Sequence[bool]
+    dout: Tensor,
+    saved: Sequence[Tensor],
+    inputs: Inputs,
+    options: Options,
+    wanted: Sequence[bool],
+    adapters: Adapters | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of x and of the seven parameters, None where not `wanted`. saved: `forward`'s tail."""
+    """Gradients of x and of the seven parameters, None where not `wanted`, and of all A and B of `adapters`.
+
+    saved: `forward`'s tail.
+    """
     x = inputs.x
     want_x, want_norm, want_in, want_in_bias = wanted[0], wanted[1] or wanted[2], wanted[3], wanted[4]
     want_out, want_out_bias = wanted[5], wanted[6] or wanted[7]
@@ -147,10 +164,13 @@ def backward(
         h, mean, rstd, packed, mixed, lse = saved
         o = mixed[:, :d]
     else:
-        (h, mean, rstd, packed, mixed, lse), o = _activations(inputs, options)
+        (h, mean, rstd, packed, mixed, lse), o = _activations(inputs, options, adapters=adapters)
 
     # The two branches: [dO | dG] in, [dQ | dK | dV | dU] out. Once read, [dO | dG] makes room for [o | g].
     dmixed = torch.mm(dy, inputs.out_weight)
+    if adapters:
+        narrowed = adapters.narrowed(OUT, dy, d)
+        adapters.add_to_gradients_(dmixed, narrowed, d)
     dpacked = torch.empty_like(packed)
     dq, dk, dv = heads.split(dpacked)
     (q, k, v), attention = heads.split(packed), _attention(inputs, options)
@@ -161,7 +181,7 @@ def backward(
         backend.implementation("rotary", device).rotate_(
             heads.rotating(dpacked), inputs.cos, inputs.sin, 0, inverse=True
         )
-    again = options.recompute == "norm_gelu" and want_out
+    again = options.recompute == "norm_gelu" and (want_out or adapters is not None)
     _, du_sum = gelu.backward(
         dmixed[:, d:],
         packed[:, 3 * d :],
@@ -176,13 +196,21 @@ def backward(
         grads[5] = gradient.product(dy, dmixed if again else mixed)
     if want_out_bias:
         grads[6] = grads[7] = dy.sum(0)
-    if want_in:
+    if want_in or adapters:
         h = norm.forward(rows, inputs.norm_weight, inputs.norm_bias, options.eps)[0] if h is None else h
+    if want_in:
         grads[3] = gradient.product(dpacked, h)
+    of_adapters: list[Tensor] = []
+    if adapters:
+        narrowed |= adapters.narrowed(IN, dpacked, d)
+        mixed = dmixed if again else mixed
+        of_adapters = adapters.gradients(h, mixed, dpacked, dy, narrowed, gradient.product)
     if want_in_bias:
         grads[4] = torch.cat((dpacked[:, : 3 * d].sum(0), du_sum.to(x.dtype)))
     if want_x or want_norm:
         dh = torch.mm(dpacked, inputs.in_weight)
+        if adapters:
+            adapters.add_to_gradients_(dh, {part: narrowed[part] for part in narrowed if part in IN}, d)
         dx, dweight, dbias = norm.backward(dh, rows, inputs.norm_weight, mean, rstd, residual_grad=dy, dx=dh)
         grads[:3] = dx.view(x.shape), dweight.to(x.dtype), dbias.to(x.dtype)
-    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return [*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *of_adapters]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -112,3 +113,49 @@ PRESETS = {
         eos_token_id=0,
     ),
 }
+
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "fc1", "dense", "fc2")
+"""The projections that can have adapters, by their names in transformers' phi, as PEFT's `target_modules` has them."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape of a model's low-rank adapters (LoRA: Hu et al., arXiv 2106.09685): x Wᵀ + alpha / rank · (x Aᵀ) Bᵀ."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names from `LORA_TARGETS`."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def check(self, config: PhiConfig) -> None:
+        """Raise ValueError, naming the option, for adapters that a model of this shape cannot have."""
+        if not 1 <= self.rank <= config.hidden_size:
+            raise ValueError(
+                f"lora_rank={self.rank}: must be at least 1, and at most the model's width of {config.hidden_size}"
+            )
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.alpha}: must be greater than 0, and finite")
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                near = difflib.get_close_matches(target, LORA_TARGETS, 1)
+                way_out = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(LORA_TARGETS)}"
+                raise ValueError(f"lora_targets: {target!r} is no projection of phi; {way_out}")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora_targets={','.join(self.targets)}: name at least one projection, and each once")
+
+    def shapes(self, config: PhiConfig) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+        """Shapes of A (rank, inputs) and B (outputs, rank) of each target, in the order of `LORA_TARGETS`."""
+        d, inner = config.hidden_size, config.intermediate_size
+        inputs, outputs = {"fc2": inner}, {"fc1": inner}
+        ordered = (target for target in LORA_TARGETS if target in self.targets)
+        return {t: ((self.rank, inputs.get(t, d)), (outputs.get(t, d), self.rank)) for t in ordered}
+
+    def num_parameters(self, config: PhiConfig) -> int:
+        """Number of elements of all adapters of a model."""
+        pairs = self.shapes(config).values()
+        return config.num_hidden_layers * sum(rows * columns for pair in pairs for rows, columns in pair)

@@ -118,7 +118,7 @@ def _open(options: ConvertOptions) -> Source:
     if options.out is not None and options.out.exists() and not options.overwrite:
         target.check(options.out, (), overwrite=False)
     source = Source.open(options.source)
-    read = [source.folder, *source.paths, *([source.run] if source.run else [])]
+    read = [source.folder, *source.bases, *source.paths, *([source.run] if source.run else [])]
     if options.out is not None:
         target.check(options.out, read, overwrite=options.overwrite)
     if options.gguf is not None and options.gguf.resolve() in {path.resolve() for path in source.paths}:

@@ -127,8 +127,8 @@ class Report:
         return {
             "device": self.job.device.name,
             "parameters": config.num_parameters(),
-            "flops_per_token_full": config.flops_per_token(recipe.sequence_length, causal=False),
-            "flops_per_token_causal": config.flops_per_token(recipe.sequence_length, causal=True),
+            "flops_per_token_full": recipe.flops_per_token(causal=False),
+            "flops_per_token_causal": recipe.flops_per_token(causal=True),
             "recompute": self.job.recompute,
             "plans": {level: asdict(found) for level, found in self.plans.items()},
             "scaling": None if self.scaling is None else asdict(self.scaling),
@@ -169,7 +169,9 @@ def _cpu_report(options: Options, recipe: Recipe) -> Report:
     rows = options.micro_batch_size or next(size for size in range(min(8, batch), 0, -1) if batch % size == 0)
     inside = backend.rotary_inside("cpu")
     itemsize = 4 if precision == "fp32" else 2
-    shape = Shape(recipe.model, recipe.sequence_length, rows, itemsize, options.recompute, inside, on_cpu=True)
+    shape = Shape(
+        recipe.model, recipe.sequence_length, rows, itemsize, options.recompute, inside, on_cpu=True, lora=recipe.lora
+    )
     job = Job(
         recipe, probe(shape, precision), 1, itemsize, options.recompute, rows, options.price, rotary_inside=inside
     )

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
-from .config import PhiConfig
+from .config import LORA_TARGETS, LoraConfig, PhiConfig
 from .errors import UsageError
 
 
@@ -124,6 +124,13 @@ class Recipe:
     init_from: str | None = None
     """Start from these weights instead of random ones: a run directory, a checkpoint, a model folder in any layout, or
     OWNER/NAME on the Hugging Face hub. The model has their shape, and the optimizer starts anew."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank beside frozen weights (LoRA, arXiv 2106.09685), which --init-from names,
+    instead of the weights themselves. None: train all weights."""
+    lora_alpha: float | None = None
+    """The adapters' output is multiplied by this ÷ rank. Default: twice the rank."""
+    lora_targets: Names = LORA_TARGETS
+    """Projections with adapters, by the names that PEFT takes for phi."""
     data: Path = Path("data")
     """Directory with one prepared corpus (`phi_fast.prepare`) per mixture entry, under the entry's name."""
     mixture: Mixture = field(default_factory=dict)
@@ -195,6 +202,25 @@ class Recipe:
     validations and checkpoints have it beside the weights. None: no average, as in the report."""
     seed: int = 1337
     """Seed of the initialisation and of the data order. NOT STATED by the report."""
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """Shape of the adapters; None if all weights are trained."""
+        if self.lora_rank is None:
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoraConfig(self.lora_rank, alpha, tuple(self.lora_targets))
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that the optimizer updates."""
+        return self.lora.num_parameters(self.model) if self.lora else self.model.num_parameters()
+
+    def flops_per_token(self, *, causal: bool) -> int:
+        """Count forward and backward FLOPs per token, as the model does; frozen weights have no gradient."""
+        whole = self.model.flops_per_token(self.sequence_length, causal=causal)
+        saved = 2 * self.model.matmul_parameters() - 6 * self.trained_parameters
+        return whole if self.lora is None else whole - saved
 
     @property
     def tokens_per_step(self) -> int:
@@ -270,6 +296,7 @@ class Recipe:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UsageError(f"ema_decay={self.ema_decay}: must be greater than 0, and less than 1")
         self._check_decay()
+        self._check_lora()
         if self.initial_loss_scale < 1 or math.frexp(self.initial_loss_scale)[0] != 0.5:
             raise UsageError(f"initial_loss_scale={self.initial_loss_scale}: must be a power of two, as 65536")
         if not 0 < self.min_loss_scale <= self.initial_loss_scale:
@@ -284,6 +311,18 @@ class Recipe:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UsageError(f"betas={self.betas}: each must be in [0, 1)")
         self._check_mixture()
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            if self.lora_alpha is not None or tuple(self.lora_targets) != LORA_TARGETS:
+                raise UsageError("lora_alpha and lora_targets are for adapters: add --lora-rank, or leave them out")
+            return
+        try:
+            self.lora.check(self.model)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if self.init_from is None:
+            raise UsageError(f"lora_rank={self.lora_rank}: adapters need trained weights; name them with --init-from")
 
     def _check_decay(self) -> None:
         if self.schedule != "wsd":

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from phi_fast.config import PhiConfig
+from phi_fast.config import LORA_TARGETS, LoraConfig, PhiConfig
 from phi_fast.errors import UsageError
 from phi_fast.model import Phi
+from phi_fast.model.lora import add_lora
 from phi_fast.plan import LEVELS, Options, main, parse, run
 from phi_fast.planning import plot
 from phi_fast.planning.communication import communication
@@ -54,6 +55,39 @@ def test_whole_blocks_again_cost_the_in_projection_and_attention_again() -> None
     d, layers = case.config.hidden_size, case.config.num_hidden_layers
     again = layers * case.tokens * (14 * d * d + 2 * case.sequence * d)
     assert flops("all") - flops("none") == pytest.approx(again)
+
+
+LORA = LoraConfig(4, 8.0, LORA_TARGETS)
+
+
+def test_with_adapters_frozen_weights_are_in_two_products() -> None:
+    """Each element of A is in three products for its output and one more, x Aᵀ again; of B in three."""
+    case = replace(shape(), lora=LORA)
+    flops = sum(k.count * k.flops for k in micro_batch(case) if k.kind == "product")
+    of_a = case.config.num_hidden_layers * 4 * 9 * case.config.hidden_size  # all inputs are as wide as all outputs
+    expected = 4 * case.config.matmul_parameters() + 6 * LORA.num_parameters(case.config) + 2 * of_a
+    assert flops == pytest.approx(expected * case.tokens, rel=1e-12)
+    assert LORA.num_parameters(case.config) == 2 * of_a
+    recipe = PHI.replace(init_from="x", lora_rank=4)
+    assert plan(Job(recipe, H100, 1)).checkpoint_bytes == 14 * recipe.trained_parameters
+    whole = plan(Job(PHI, H100, 1, micro_batch_size=1))
+    assert plan(Job(recipe, H100, 1, micro_batch_size=1)).step_seconds < 0.9 * whole.step_seconds
+
+
+@pytest.mark.parametrize("recompute", LEVELS)
+def test_with_adapters_the_peak_is_what_a_step_of_the_trainer_allocates(recompute: Recompute) -> None:
+    config = PhiConfig.preset("phi-tiny").replace(num_hidden_layers=2, vocab_size=2048)
+    recipe = RECIPES["tiny"].replace(model=config, global_batch_size=4, init_from="x", lora_rank=4)
+    assert recipe.lora is not None
+    case = Shape(config, 256, 2, 2, recompute, False, on_cpu=True, lora=recipe.lora)
+    model = Phi(config, recompute=recompute).bfloat16()
+    add_lora(model, recipe.lora)
+    assert activations(case).total == pytest.approx(kept_for_backward(model, case), rel=0.02)
+    zero = Zero2(model, recipe, join("cpu"), precision="bf16", micro_batch_size=2, accumulation=2)
+    step = Step(zero, 1e-3, case, 2)
+    step()
+    assert memory(case, 1, gpu=False, accumulating=True).peak == pytest.approx(peak_bytes(step), rel=0.1)
+    assert sum(tensor.nbytes for tensor in zero.partitions().values()) == 12 * recipe.trained_parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,16 +156,16 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
 
 def test_zero2_sends_what_the_papers_formula_says() -> None:
     parameters = PHI.model.num_parameters()
-    few = communication(PHI.model, H100, 32, 2, 4, backward_seconds=0.5)
+    few = communication(PHI.model.num_parameters(), H100, 32, 2, 4, backward_seconds=0.5)
     assert few.gather_bytes == pytest.approx(31 / 32 * 2 * parameters)
     assert few.gradient_bytes == pytest.approx(4 * few.gather_bytes)
-    sent = communication(PHI.model, H100, 64, 2, 4, backward_seconds=0.5)
+    sent = communication(PHI.model.num_parameters(), H100, 64, 2, 4, backward_seconds=0.5)
     assert sent.gather_bytes == pytest.approx(63 / 64 * 2 * parameters)
     assert sent.gradient_bytes == pytest.approx(8 * sent.gather_bytes), "an all-reduce"
     assert sent.bus == pytest.approx(0.8 * min(450e9, 8 * 50e9))
-    slow = communication(PHI.model, H100, 64, 2, 4, backward_seconds=0.0)
+    slow = communication(PHI.model.num_parameters(), H100, 64, 2, 4, backward_seconds=0.0)
     assert sent.exposed_seconds < slow.exposed_seconds == pytest.approx(slow.gradient_seconds)
-    assert communication(PHI.model, H100, 1, 2, 4, 0.5).gradient_bytes == 0
+    assert communication(PHI.model.num_parameters(), H100, 1, 2, 4, 0.5).gradient_bytes == 0
 
 
 def test_gradients_are_reduced_once_where_their_sums_are_a_tenth_of_the_memory() -> None:

@@ -158,7 +158,7 @@ def _folder_of(source: Source, name_or_path: str | Path | None) -> Path | None:
 
 def _tokenizer_folder(source: Source) -> Path | None:
     """The folder with the model's own tokenizer.json."""
-    folders = (source.folder, source.run)
+    folders = (source.folder, source.run, *source.bases)
     return next((folder for folder in folders if folder and inside.find(folder, "tokenizer.json")), None)
 
 

@@ -49,6 +49,8 @@ class Masters:
 
         Raises ConversionError if the ranks' files do not fit the model.
         """
+        if source.adapters:  # masters of the adapters are not masters of the weights
+            return None
         state = inside.read_fields(source.folder, "state.json")
         manifest = inside.read_fields(source.folder, "manifest.json")
         if state is None or manifest is None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config import PhiConfig
-from . import inside, published_layouts
+from ..files import sha256_of
+from . import adapter, inside, published_layouts
 from .errors import ConversionError
 from .hf_config import read_config, run_config
 from .tensor_files import FLOATS, Header, SafetensorsFile, TensorFile, TorchFile
 
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.txt"]
+MOST_ADAPTERS = 8
+"""Longest chain of adapters that were each trained on the one before."""
 MOST_PROBLEMS = 100
 """Maximum number of lines about wrong tensors in one message."""
 
@@ -21,14 +25,18 @@ MOST_PROBLEMS = 100
 class Source:
     """Weights of one model in one of the layouts. All headers are checked before any weight is read.
 
-    Attributes: `folder` (its files), `run` (the run directory it belongs to, or None), `config`, `layout`.
+    Attributes: `folder` (its files), `run` (the run directory it belongs to, or None), `config`, `layout`. With
+    adapters (LoRA), `folder` and `run` are the last adapter's, and each tensor is read with the adapters added to it.
     """
 
     def __init__(self, folder: Path, run: Path | None) -> None:
         self.folder, self.run = folder, run
+        self.adapters: list[adapter.PeftAdapter] = []
+        self.bases: list[Path] = []
+        """Folders and runs of what the adapters were trained on, the last one first."""
         files = _weight_files(folder)
         headers = [(file, file.headers()) for file in files.values()]
-        self.paths = tuple(files)
+        self.paths: tuple[Path, ...] = tuple(files)
         """The files with the weights."""
         self.files: dict[str, TensorFile] = {name: file for file, names in headers for name in names}
         self.headers: dict[str, Header] = {
@@ -49,28 +57,42 @@ class Source:
         self.pieces = published_layouts.pieces(self.table, self.parts)
 
     @staticmethod
-    def open(name_or_path: str | Path) -> Source:
+    def open(name_or_path: str | Path, *, most_adapters: int = MOST_ADAPTERS) -> Source:
         """Open a run directory (its newest checkpoint), a checkpoint, a folder, or a name on the hub ("owner/name").
 
-        Raises ConversionError if nothing is found, saying what was looked for, and if the weights do not fit the
+        A checkpoint of a run with --lora-rank and a folder with a PEFT adapter are opened with the weights that they
+        name. Raises ConversionError if nothing is found, saying what was looked for, and if the weights do not fit the
         configuration, listing every missing, extra and misshapen key.
         """
         path = Path(name_or_path)
         if path.is_dir():
             if (path / "checkpoints").is_dir() and not _holds_weights(path):
-                return Source(_latest(path), path)
+                return _open(_latest(path), path, most_adapters)
             run = path.absolute().parent.parent if (path / "state.json").exists() else None
-            return Source(path, run if run and path.absolute().parent.name == "checkpoints" else None)
+            return _open(path, run if run and path.absolute().parent.name == "checkpoints" else None, most_adapters)
         if path.exists():
             raise ConversionError(
                 f"{path} is a file, expected a folder (a run, a checkpoint, a Hugging Face model): name the folder "
                 f"that holds it, {path.parent}"
             )
         if str(name_or_path).count("/") == 1 and not str(name_or_path).startswith((".", "/", "~")):
-            return Source(_download(str(name_or_path)), None)
+            return _open(_download(str(name_or_path)), None, most_adapters)
         raise ConversionError(
             f"{name_or_path} is neither a folder (a run, a checkpoint, a Hugging Face model) nor a name on the hub"
         )
+
+    def adapt(self, folder: Path, run: Path | None) -> None:
+        """Add an adapter to the weights. Raises ConversionError if it does not fit them."""
+        new = adapter.PeftAdapter(folder, self.config)
+        self.adapters.append(new)
+        self.paths += (new.path,)
+        self.bases = [self.folder, *([self.run] if self.run else []), *self.bases]
+        self.folder, self.run = folder, run
+
+    def digest(self) -> str:
+        """Compute a SHA-256 over the names and contents of the files with the weights."""
+        lines = [f"{path.name} {sha256_of(path)}\n" for path in self.paths]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def dtype(self, part: str) -> torch.dtype:
         """Storage dtype of a Hugging Face tensor."""
@@ -79,9 +101,13 @@ class Source:
         return dtype
 
     def read(self, part: str) -> Tensor:
-        """Read one Hugging Face tensor: an exact copy on the CPU."""
+        """Read one Hugging Face tensor: an exact copy on the CPU; where an adapter is added, the sum in fp32."""
         piece = self.pieces[part]
-        return self.files[piece.name].read(piece.name, piece.dim, piece.start, piece.length)
+        tensor = self.files[piece.name].read(piece.name, piece.dim, piece.start, piece.length)
+        for added in self.adapters:
+            change = added.change(part)
+            tensor = tensor if change is None else tensor + change
+        return tensor
 
     def read_joined(self, joined: published_layouts.Joined) -> Tensor:
         """Read a tensor of any layout."""
@@ -120,6 +146,25 @@ class Source:
                 f"{self.folder} ({self.layout} layout) does not hold the weights of its configuration; "
                 f"{len(problems)} problems:\n  " + "\n  ".join(shown)
             )
+
+
+def _open(folder: Path, run: Path | None, most_adapters: int) -> Source:
+    if _holds_weights(folder) or not adapter.is_adapter(folder):
+        return Source(folder, run)
+    name = adapter.base_of(folder)
+    if not most_adapters:
+        raise ConversionError(f"{folder} is an adapter of {name}, at the end of {MOST_ADAPTERS} adapters of each other")
+    try:
+        source = Source.open(name, most_adapters=most_adapters - 1)
+    except ConversionError as error:
+        raise ConversionError(f"{folder} is an adapter of other weights, which cannot be read: {error}") from error
+    state = inside.read_fields(folder, "state.json")
+    if state is not None and "base" in state and state.inner("base").text("sha256") != source.digest():
+        raise ConversionError(
+            f"{folder} was trained on other weights than {name} now holds (their SHA-256 differs): put those back"
+        )
+    source.adapt(folder, run)
+    return source
 
 
 def _is_parameter(name: str) -> bool:

@@ -13,6 +13,7 @@ from ..config import PhiConfig
 from ..kernels import apply_rotary_, bias_gelu, layer_norm, linear_cross_entropy, parallel_block, rotary_table
 from ..kernels.parallel_block import RECOMPUTE
 from .cache import KeyValueCache
+from .lora import LoRA
 from .output import Output
 
 
@@ -52,6 +53,8 @@ class Block(nn.Module):
         self.norm = Norm(config)
         self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size + config.intermediate_size)
         self.out_proj = OutProjection(config)
+        self.lora: LoRA | None = None
+        """Adapters, see `lora.add_lora`."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, recompute: str, cu_seqlens: Tensor | None = None) -> Tensor:
         return parallel_block(
@@ -69,17 +72,26 @@ class Block(nn.Module):
             eps=self.norm.eps,
             recompute=recompute,
             cu_seqlens=cu_seqlens,
+            adapters=None if self.lora is None else self.lora.tensors(),
         )
 
     def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache, layer: int) -> Tensor:
         """Apply the block to new tokens x (batch, new, d), and add their keys and values to the cache's `layer`."""
         d, heads = self.config.hidden_size, self.config.num_attention_heads
-        packed = self.in_proj(self.norm(x))  # (batch, new, 7d)
+        h = self.norm(x)
+        packed = self.in_proj(h)  # (batch, new, 7d)
+        adapters = None if self.lora is None else self.lora.tensors()
+        if adapters:
+            adapters.add_to_packed_(packed.flatten(0, 1), h.flatten(0, 1))
         rotating = packed[..., : 2 * d].unflatten(-1, (2 * heads, -1))
         apply_rotary_(rotating, None, cos, sin, offset=cache.length)
         q, k, v = (part.unflatten(-1, (heads, -1)) for part in packed[..., : 3 * d].split(d, -1))
         o = cache.attend(layer, q, k, v)
-        return x + self.out_proj(torch.cat((o.flatten(2), bias_gelu(packed[..., 3 * d :])), -1))
+        mixed = torch.cat((o.flatten(2), bias_gelu(packed[..., 3 * d :])), -1)
+        out = self.out_proj(mixed)
+        if adapters:
+            adapters.add_to_output_(out.flatten(0, 1), mixed.flatten(0, 1))
+        return x + out
 
 
 class Phi(nn.Module):
@@ -92,8 +104,8 @@ class Phi(nn.Module):
     Parameters, with d = hidden_size and V = vocab_size: embed_tokens.weight (V, d); layers.{i}.norm.weight and .bias
     (d), in_proj.weight (7d, d) with rows q, k, v, fc1 and in_proj.bias (7d), out_proj.weight (d, 5d) with columns
     dense, fc2, out_proj.bias_attention and out_proj.bias_mlp (d); final_norm.weight and .bias (d); lm_head.weight (V,
-    d), lm_head.bias. All have one dtype (`.half()`, `.bfloat16()`); the rotary table stays fp32. Autocast has no
-    effect: convert the model.
+    d), lm_head.bias; with adapters (`lora.add_lora`) also layers.{i}.lora.adapters.{target}.a and .b. All have one
+    dtype (`.half()`, `.bfloat16()`); the rotary table stays fp32. Autocast has no effect: convert the model.
     """
 
     cos: Tensor

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import PhiConfig
 from ..training.deferred_gradients import reduces_to_owners
 from .devices import HOP, LINK_EFFICIENCY, NETWORK_HOP, Device
 from .memory import bucket_elements
@@ -36,17 +35,17 @@ class Communication:
 
 
 def communication(
-    config: PhiConfig, device: Device, ranks: int, itemsize: int, reductions: int, backward_seconds: float
+    parameters: int, device: Device, ranks: int, itemsize: int, reductions: int, backward_seconds: float
 ) -> Communication:
     """Count the bytes and estimate the time of one step's communication.
 
-    reductions: how often gradients are reduced in the step. backward_seconds: time of one micro-batch's backward pass,
-    which overlaps with the reductions. Each bucket is reduced while the next one fills; so nothing overlaps before the
-    first is full, and the last is sent at the end.
+    parameters: the number that is trained. reductions: how often gradients are reduced in the step. backward_seconds:
+    time of one micro-batch's backward pass, which overlaps with the reductions. Each bucket is reduced while
+    the next one fills; so nothing overlaps before the first is full, and the last is sent at the end.
     """
     if ranks == 1:
         return Communication(0, 0, 0, 0, 0, 0)
-    parameters, bucket = config.num_parameters(), bucket_elements(config)
+    bucket = bucket_elements(parameters)
     bus, tree, ring = _links(device, ranks)
     sent = (ranks - 1) / ranks * parameters * itemsize
     to_owners = reduces_to_owners(ranks)

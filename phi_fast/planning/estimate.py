@@ -12,7 +12,7 @@ from ..training.deferred_gradients import sums_fit
 from .communication import Communication, communication
 from .devices import LAUNCH, Device
 from .memory import Memory, hidden_matrices, memory
-from .work import Kernel, Phase, Recompute, Shape, gradients, micro_batch, model_flops, update
+from .work import Kernel, Phase, Recompute, Shape, gradients, micro_batch, update
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Job:
             self.recompute,
             self.rotary_inside,
             on_cpu=not self.on_gpu,
+            lora=recipe.lora,
         )
 
 
@@ -93,7 +94,7 @@ class Plan:
 
 def plan(job: Job) -> Plan:
     """Plan a job. Raises UsageError if the global batch cannot be divided over ranks and micro-batches."""
-    recipe, config = job.recipe, job.recipe.model
+    recipe, trained = job.recipe, job.recipe.trained_parameters
     rows = _rows(job)
     largest = largest_micro_batch(job)
     size = job.micro_batch_size or largest or 1
@@ -103,7 +104,7 @@ def plan(job: Job) -> Plan:
     used = _memory(job, size)
     phases = phase_seconds(job, size)
     reductions = 1 if _deferred(job, size) else accumulation
-    sent = communication(config, job.device, job.ranks, job.itemsize, reductions, phases["backward"] / accumulation)
+    sent = communication(trained, job.device, job.ranks, job.itemsize, reductions, phases["backward"] / accumulation)
     seconds = sum(phases.values()) + sent.exposed_seconds + sent.gather_seconds
     tokens = recipe.tokens_per_step
     peak = job.ranks * job.device.flops.value * seconds
@@ -123,14 +124,14 @@ def plan(job: Job) -> Plan:
         phases=phases,
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
-        mfu_full=model_flops(config, recipe.sequence_length, tokens, causal=False) / peak,
-        mfu_causal=model_flops(config, recipe.sequence_length, tokens, causal=True) / peak,
+        mfu_full=recipe.flops_per_token(causal=False) * tokens / peak,
+        mfu_causal=recipe.flops_per_token(causal=True) * tokens / peak,
         steps=steps,
         hours=hours,
         device_hours=device_hours,
         cost=None if device_hours is None or price is None else device_hours * price,
-        checkpoint_bytes=config.num_parameters() * (job.itemsize + (12 if recipe.ema_decay is None else 16))
-        - (4 * hidden_matrices(config) if recipe.optimizer == "muon" else 0),
+        checkpoint_bytes=trained * (job.itemsize + (12 if recipe.ema_decay is None else 16))
+        - (4 * hidden_matrices(recipe.model) if recipe.optimizer == "muon" else 0),
         loader_rows_per_second=recipe.global_batch_size / seconds,
         loader_bytes_per_second=2 * tokens / seconds,
     )
@@ -154,11 +155,12 @@ def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
 
 def kernels(job: Job, rows: int) -> list[Kernel]:
     """List the kernels of one micro-batch of `rows` rows, and of the update."""
-    config = job.recipe.model
-    arguments, accumulating = (config, job.itemsize, job.ranks), _rows(job) > rows
+    recipe, accumulating = job.recipe, _rows(job) > rows
+    trained = recipe.trained_parameters
     deferred = _rows(job) // rows if _deferred(job, rows) else 1
-    reduced = gradients(*arguments, accumulating=accumulating, deferred=deferred)
-    return [*micro_batch(job.shape(rows)), *reduced, *update(*arguments, accumulating=accumulating)]
+    reduced = gradients(trained, job.itemsize, job.ranks, accumulating=accumulating, deferred=deferred)
+    updated = update(recipe.model, job.itemsize, job.ranks, accumulating=accumulating, trained=trained)
+    return [*micro_batch(job.shape(rows)), *reduced, *updated]
 
 
 def kernel_seconds(device: Device, kernel: Kernel, *, gpu: bool) -> float:
@@ -189,7 +191,7 @@ def _deferred(job: Job, rows: int) -> bool:
     """Whether the trainer would reduce gradients once per step, as `--reduce-gradients auto` decides."""
     if job.ranks == 1 or _rows(job) == rows:
         return False
-    return job.device.memory is None or sums_fit(job.recipe.model.num_parameters(), job.device.memory.value)
+    return job.device.memory is None or sums_fit(job.recipe.trained_parameters, job.device.memory.value)
 
 
 def _fits(job: Job, used: Memory) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from ..model.lora import add_lora
 from ..model.phi import Phi
 from ..precision import DTYPES, Precision
 from ..training.distributed import join
@@ -47,6 +48,8 @@ def judge(job: Job, rows: int, precision: Precision, *, rounds: int = 3) -> Judg
     recipe, shape = job.recipe, job.shape(rows)
     torch.manual_seed(recipe.seed)
     model = Phi(recipe.model, recompute=shape.recompute).to(DTYPES[precision])
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora)
     kept = kept_for_backward(model, shape)
     accumulation = recipe.global_batch_size // rows
     zero = Zero2(model, recipe, join("cpu"), precision=precision, micro_batch_size=rows, accumulation=accumulation)

@@ -13,9 +13,9 @@ BUCKET = 500_000_000
 """Elements of a DeepSpeed bucket, unless the model is smaller (`deepspeed_config`)."""
 
 
-def bucket_elements(config: PhiConfig) -> int:
-    """Compute `reduce_bucket_size` as `deepspeed_config` does."""
-    return min(BUCKET, max(1_000_000, config.num_parameters()))
+def bucket_elements(trained: int) -> int:
+    """Compute `reduce_bucket_size` as `deepspeed_config` does, for a number of trained parameters."""
+    return min(BUCKET, max(1_000_000, trained))
 
 
 def hidden_matrices(config: PhiConfig) -> int:
@@ -35,7 +35,8 @@ class Activations:
     final_norm: int
     """The last block's output and the LayerNorm's statistics."""
     loss_gradients: int
-    """fp32 gradients of the hidden states and of lm_head's weight and bias, which are computed with the loss."""
+    """fp32 gradients of the hidden states and, unless they are frozen, of lm_head's weight and bias, which are
+    computed with the loss."""
 
     @property
     def total(self) -> int:
@@ -53,7 +54,7 @@ def activations(shape: Shape) -> Activations:
         inputs=8 * tokens,
         blocks=config.num_hidden_layers * block,
         final_norm=tokens * (d * e + 8),
-        loss_gradients=4 * (tokens * d + config.vocab_size * (d + 1) + 1),
+        loss_gradients=4 * (tokens * d + (0 if shape.lora else config.vocab_size * (d + 1)) + 1),
     )
 
 
@@ -107,30 +108,31 @@ def memory(
     muon: the matrices of the layers are stepped by Muon (--optimizer muon), which keeps one moment of each.
     """
     config, tokens, e = shape.config, shape.tokens, shape.itemsize
-    d, vocabulary, parameters = config.hidden_size, config.vocab_size, config.num_parameters()
+    d, vocabulary, parameters = config.hidden_size, config.vocab_size, shape.trained
+    frozen = config.num_parameters() if shape.lora else 0
     part = math.ceil(parameters / ranks)
     kept = activations(shape)
     size = gradient_itemsize(e, ranks, accumulating=accumulating)
-    weights, gradients, optimizer = parameters * e, size * part, (16 if average else 12) * part
+    weights, gradients, optimizer = (parameters + frozen) * e, size * part, (16 if average else 12) * part
     matrices = math.ceil(hidden_matrices(config) / ranks) if muon else 0
     optimizer -= 4 * matrices
     chunk = shape.chunk * math.ceil(vocabulary / 64) * 64 * e
     chunk += 4 * d * max(shape.chunk, min(8192, vocabulary)) if e == 2 else 0
     again = {"none": 0, "norm_gelu": 1, "all": 13}[shape.recompute]
     # [dO | dG], [dQ | dK | dV | dU], dh, what is recomputed, and the weights' gradients.
-    working = (5 + 7 + 1 + again) * d * tokens * e + 12 * d * d * e
-    bucket = bucket_elements(config) * e if ranks > 1 else 0
+    working = (5 + 7 + 1 + again) * d * tokens * e + (0 if shape.lora else 12 * d * d * e)
+    bucket = bucket_elements(parameters) * e if ranks > 1 else 0
     buffers = 2 * bucket if gpu else bucket  # overlap_comm has two
     sums = 4 * parameters * deferred
     before = sums or gradients * accumulating
-    head = 0 if accumulating or ranks > 1 else vocabulary * d * e  # its gradient waits for the update
+    head = 0 if accumulating or ranks > 1 or shape.lora else vocabulary * d * e  # its gradient waits for the update
     moments: dict[str, float] = {
         "end of the forward": kept.total + chunk + before,
-        "backward of the loss": kept.total + (tokens + vocabulary) * d * e + before,
+        "backward of the loss": kept.total + (tokens + (0 if shape.lora else vocabulary)) * d * e + before,
         "backward of the last block": kept.blocks + kept.final_norm + working + head + buffers + before,
     }
     if ranks > 1:
-        filled = min(1.0, bucket / weights)  # share of the backward when the first bucket is full and is copied
+        filled = min(1.0, bucket / (parameters * e))  # share of the backward when the first bucket is full
         # fp32 gradients stay in the bucket; 16-bit gradients are accumulated in a separate tensor.
         apart = gradients * (accumulating or e == 2) + sums * (1 - filled)
         moments["first reduction"] = kept.blocks * (1 - filled) + working + buffers + bucket + apart

@@ -19,8 +19,11 @@ def overview(job: Job, p: Plan, console: Console) -> None:
     """Print the run's size, time and cost."""
     recipe, config = job.recipe, job.recipe.model
     table = _table(f"{p.ranks} × {job.device.name}", "", "", "")
-    per_token = [config.flops_per_token(recipe.sequence_length, causal=causal) / 1e9 for causal in (False, True)]
+    per_token = [recipe.flops_per_token(causal=causal) / 1e9 for causal in (False, True)]
     table.add_row("parameters", f"{config.num_parameters():,}", f"{config.matmul_parameters():,} in matrix products")
+    if recipe.lora is not None:
+        adapters = f"adapters of rank {recipe.lora.rank}; the others are frozen"
+        table.add_row("trained parameters", f"{recipe.trained_parameters:,}", adapters)
     table.add_row("FLOPs per token", f"{per_token[0]:.3f} G", f"attention in full; {per_token[1]:.3f} G causal")
     table.add_row(
         "global batch",

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..config import PhiConfig
+from ..config import LoraConfig, PhiConfig
 from ..kernels.linear_cross_entropy_chunks import rows_of_a_chunk
 from .devices import Kind
 
 Recompute = Literal["none", "norm_gelu", "all"]
 Phase = Literal["forward", "backward", "gradients", "update"]
+
+
+OUT_OF_BLOCK = ("out_proj", "adapter of dense", "adapter of fc2")
+"""Kernels of the block's last product, which is not computed again."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,13 @@ class Shape:
     """True if the attention kernel rotates q and k while it reads them (`kernels.fuse_rotary`)."""
     on_cpu: bool = False
     """On a CPU the loss has a larger minimum chunk of logits (`rows_of_a_chunk`)."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained beside frozen weights (--lora-rank); None: all weights are trained."""
+
+    @property
+    def trained(self) -> int:
+        """Number of parameters that have gradients and optimizer state."""
+        return self.lora.num_parameters(self.config) if self.lora else self.config.num_parameters()
 
     @property
     def tokens(self) -> int:
@@ -77,19 +88,18 @@ def block(shape: Shape) -> list[Kernel]:
     forward = list(_block_forward(shape))
     kernels = _with("forward", forward)
     if shape.recompute == "all":  # the block's forward again, except its last product
-        kernels += _with("backward", [k for k in forward if k.name != "out_proj"])
+        kernels += _with("backward", [k for k in forward if k.name not in OUT_OF_BLOCK])
     return [*kernels, *_with("backward", list(_block_backward(shape)))]
 
 
-def gradients(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool, deferred: int = 1) -> list[Kernel]:
-    """List what is done to a micro-batch's gradients on the device.
+def gradients(parameters: int, itemsize: int, ranks: int, *, accumulating: bool, deferred: int = 1) -> list[Kernel]:
+    """List what is done to a micro-batch's gradients, of so many trained parameters, on the device.
 
     DeepSpeed 0.19.8 copies them into the bucket, divides, flattens, copies back from the reduction, and accumulates
     this rank's part in fp32 (`stage_1_and_2.py`: average_tensor and below). deferred: number of micro-batches whose sum
     is reduced at once; with more than 1, each is added to fp32 sums (`training.deferred_gradients`). A single rank only
     accumulates micro-batches (`training.local_gradients`).
     """
-    parameters = config.num_parameters()
     copies = Kernel("buckets", "gradients", "memory", 0, 8 * itemsize * parameters / deferred)
     added = Kernel("fp32 accumulation", "gradients", "memory", 0, (itemsize + 8) * parameters / ranks / deferred)
     sums = Kernel("fp32 sums", "gradients", "memory", 0, (itemsize + 8) * parameters)
@@ -103,16 +113,17 @@ def gradient_itemsize(itemsize: int, ranks: int, *, accumulating: bool) -> int:
     return 4 if ranks > 1 or accumulating else itemsize
 
 
-def update(config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool) -> list[Kernel]:
-    """List the kernels of the fused step on this rank's part (`zero.FusedStep`): a norm of the gradients, then Adam."""
-    part, gradient = config.num_parameters() / ranks, gradient_itemsize(itemsize, ranks, accumulating=accumulating)
+def update(
+    config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool, trained: int | None = None
+) -> list[Kernel]:
+    """List the kernels of the fused step on this rank's part (`zero.FusedStep`): a norm of the gradients, then Adam.
+
+    trained: number of parameters that are trained; None: all.
+    """
+    part = (config.num_parameters() if trained is None else trained) / ranks
+    gradient = gradient_itemsize(itemsize, ranks, accumulating=accumulating)
     adam = (gradient + 3 * 8 + itemsize) * part  # gradient read; master, m, v read and written; weight written
     return [Kernel("norm", "update", "memory", 0, gradient * part), Kernel("adam", "update", "memory", 0, adam)]
-
-
-def model_flops(config: PhiConfig, sequence: int, tokens: int, *, causal: bool) -> float:
-    """Count the FLOPs for an MFU: 6N and attention, without recomputation."""
-    return float(config.flops_per_token(sequence, causal=causal) * tokens)
 
 
 def _with(phase: Phase, kernels: list[Kernel]) -> list[Kernel]:
@@ -137,23 +148,37 @@ def _block_forward(shape: Shape) -> Iterator[Kernel]:
     carried = 2 if shape.recompute == "norm_gelu" else 0  # o into [o | g]
     yield Kernel("gelu", "forward", "memory", 0, (8 + carried) * row)
     yield _product("out_proj", tokens, d, 5 * d, e)
+    yield from _adapters(shape, "forward", 1)
+
+
+def _adapters(shape: Shape, phase: Phase, passes: float) -> Iterator[Kernel]:
+    """The two products of each adapter, `passes` times: x Aᵀ, and the product with B added to the output in place."""
+    for target, (a, b) in shape.lora.shapes(shape.config).items() if shape.lora else ():
+        one = _product("", shape.tokens, a[0], a[1], shape.itemsize)
+        two = _product("", shape.tokens, b[0], b[1], shape.itemsize)
+        moved = one.bytes_moved + two.bytes_moved + shape.tokens * b[0] * shape.itemsize  # the output read, too
+        yield Kernel(f"adapter of {target}", phase, "product", passes * (one.flops + two.flops), passes * moved)
 
 
 def _block_backward(shape: Shape) -> Iterator[Kernel]:
     tokens, d, e = shape.tokens, shape.config.hidden_size, shape.itemsize
     row = float(tokens * d * e)
-    again = shape.recompute == "norm_gelu"
+    again, whole = shape.recompute == "norm_gelu", shape.lora is None
     yield _product("out_proj data gradient", tokens, 5 * d, d, e)
     # FlashAttention's backward has five products, and its forward two: q·k is computed again.
     yield Kernel("attention", "backward", "attention backward", 5.0 * tokens * shape.sequence * d, 8 * row)
     if not shape.rotary_inside:
         yield Kernel("rotary", "backward", "memory", 0, 2 * row)
     yield Kernel("gelu", "backward", "memory", 0, (18 if again else 12) * row)
-    yield _product("out_proj weight gradient", d, 5 * d, tokens, e)
-    yield Kernel("bias gradients", "backward", "memory", 0, 4 * row)
+    if whole:
+        yield _product("out_proj weight gradient", d, 5 * d, tokens, e)
+        yield Kernel("bias gradients", "backward", "memory", 0, 4 * row)
     if again:
         yield Kernel("layer_norm again", "backward", "memory", 0, 2 * row)
-    yield _product("in_proj weight gradient", 7 * d, d, tokens, e)
+    if whole:
+        yield _product("in_proj weight gradient", 7 * d, d, tokens, e)
+    # x Aᵀ again, the gradients of x Aᵀ and x, and of A and B: two and a half times the forward.
+    yield from _adapters(shape, "backward", 2.5)
     yield _product("in_proj data gradient", tokens, d, 7 * d, e)
     yield Kernel("layer_norm", "backward", "memory", 0, 4 * row)
 
@@ -166,10 +191,12 @@ def head(shape: Shape) -> Iterator[Kernel]:
     yield _product("logits", chunk, vocabulary, d, e, count=shape.chunks)
     yield Kernel("cross_entropy", "forward", "memory", 0, 3.0 * tokens * vocabulary * e)  # read twice, written once
     yield _product("hidden gradient", chunk, d, vocabulary, e, count=shape.chunks)
-    yield _product("lm_head gradient", vocabulary, d, chunk, e, count=shape.chunks)
-    adding = 8 if e == 4 else 16  # a 16-bit product is written in fp32 before it is added
-    yield Kernel("lm_head gradient, added up in fp32", "forward", "memory", 0, adding * weight, shape.chunks)
-    yield Kernel("loss gradients, scaled", "backward", "memory", 0, (4.0 + e) * (weight + tokens * d))
+    if shape.lora is None:
+        yield _product("lm_head gradient", vocabulary, d, chunk, e, count=shape.chunks)
+        adding = 8 if e == 4 else 16  # a 16-bit product is written in fp32 before it is added
+        yield Kernel("lm_head gradient, added up in fp32", "forward", "memory", 0, adding * weight, shape.chunks)
+    scaled = tokens * d + (weight if shape.lora is None else 0)
+    yield Kernel("loss gradients, scaled", "backward", "memory", 0, (4.0 + e) * scaled)
     yield Kernel("final_norm", "backward", "memory", 0, 3 * row)
 
 
@@ -177,4 +204,5 @@ def _embedding(shape: Shape) -> Iterator[Kernel]:
     row = float(shape.tokens * shape.config.hidden_size * shape.itemsize)
     yield Kernel("embedding", "forward", "memory", 0, 2 * row)
     dense = shape.config.vocab_size * shape.config.hidden_size * shape.itemsize
-    yield Kernel("embedding", "backward", "memory", 0, dense + 3 * row)
+    if shape.lora is None:
+        yield Kernel("embedding", "backward", "memory", 0, dense + 3 * row)

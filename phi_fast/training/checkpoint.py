@@ -9,7 +9,8 @@ does this while training goes on: it copies the tensors to host memory, and a th
       step-400/
         manifest.json                sizes and hashes of the files below, and its own hash; written last
         state.json                   step, configuration, data position, loss scale
-        model.safetensors            weights as the model uses them, by parameter name
+        model.safetensors            weights as the model uses them, by parameter name; with --lora-rank instead
+                                     adapter_model.safetensors and adapter_config.json, as PEFT has them
         rank-0-of-2.safetensors      fp32 master, exp_avg, exp_avg_sq and, with --ema-decay, ema: this rank's flat ZeRO
                                      partition of each group
         rank-0-of-2.json             this rank's random states of Python, NumPy and torch
@@ -39,12 +40,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..conversion.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import PhiFastError
 from ..files import sha256_of, sync_directory, sync_file
 from ..json_files import Fields, JsonFileError, read_object
 from .distributed import World
 
 FORMAT = 2
+MODEL_FILES = {"model.safetensors"}
+ADAPTER_FILES = {WEIGHTS_FILE, CONFIG_FILE}
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -62,6 +66,8 @@ class Snapshot:
     """Weights by parameter name; the same on every rank."""
     partitions: dict[str, Tensor]
     """This rank's flat partition of each optimizer tensor, e.g. "master.0"; 1-D."""
+    adapter: dict[str, Any] | None = None
+    """Content of adapter_config.json, if `model` holds adapters, under PEFT's names."""
     random_states: dict[str, Any] = field(default_factory=lambda: random_states())
     """This rank's random states, JSON-able."""
     checked: bool = False
@@ -181,11 +187,16 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's weights by parameter name. Raises CheckpointError if the file is not safetensors."""
+    """Read a checkpoint's weights by parameter name, or its adapters by PEFT's names.
+
+    Raises CheckpointError if the file is not safetensors.
+    """
+    adapter = path / WEIGHTS_FILE
+    file = adapter if adapter.exists() else path / "model.safetensors"
     try:
-        return load_file(path / "model.safetensors")
+        return load_file(file)
     except SafetensorError as error:
-        raise CheckpointError(f"{path / 'model.safetensors'} is not a safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
 
 
 def load_partitions(path: Path, sizes: dict[str, tuple[int, int]], world: World) -> dict[str, Tensor]:
@@ -253,9 +264,13 @@ def _write_rank(folder: Path, snapshot: Snapshot, world: World) -> dict[str, dic
     names = [f"{stem}.safetensors", f"{stem}.json"]
     if world.is_main:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.model.items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        model = "model.safetensors" if snapshot.adapter is None else WEIGHTS_FILE
+        save_file(weights, folder / model, metadata={"format": "pt"})
+        if snapshot.adapter is not None:
+            (folder / CONFIG_FILE).write_text(json.dumps(snapshot.adapter, indent=1), encoding="utf-8")
+            names.append(CONFIG_FILE)
         (folder / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
-        names += ["model.safetensors", "state.json"]
+        names += [model, "state.json"]
     for name in names:
         sync_file(folder / name)
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
@@ -331,7 +346,8 @@ def _read_manifest(path: Path) -> Fields:
         manifest.refuse("sha256", f"{_own_sha256(content)}, the hash of its content: the file is damaged")
     world_size = manifest.whole("world_size", least=1, most=2**20)
     ranks = {f"rank-{rank}-of-{world_size}{end}" for rank in range(world_size) for end in (".safetensors", ".json")}
-    if set(manifest.inner("files").values) != {"model.safetensors", "state.json", *ranks}:
+    files = set(manifest.inner("files").values)
+    if all(files != {*model, "state.json", *ranks} for model in (MODEL_FILES, ADAPTER_FILES)):
         manifest.refuse("files", f"model.safetensors, state.json, and two files for each of {world_size} ranks")
     return manifest
 

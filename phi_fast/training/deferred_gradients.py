@@ -99,7 +99,7 @@ def reduces_once(options: Options, world: World, accumulation: int) -> bool:
         return False
     if choice == "step" or world.device.type != "cuda":
         return True
-    return sums_fit(options.model.num_parameters(), torch.cuda.get_device_properties(world.device).total_memory)
+    return sums_fit(options.trained_parameters, torch.cuda.get_device_properties(world.device).total_memory)
 
 
 def sums_fit(parameters: int, memory: float) -> bool:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..data import TokenLoader
 from ..errors import PhiFastError
+from ..model.lora import merged_state
 from ..model.merged import OUTSIDE, to_split
 from ..model.phi import Block
 from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin, within_documents
@@ -85,7 +86,8 @@ def first_overflow(
         probe.look(loss, "the loss, from lm_head's logits", forward=True)
         probe.claim(loss, "lm_head and the loss")
     if probe.found is None:
-        torch.autograd.grad(loss * scale, list(model.parameters()), allow_unused=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(loss * scale, trained, allow_unused=True)
     if probe.found is not None and isinstance(probe.module, Block):
         inside = _inside(probe.module, probe.name, probe.inputs[probe.module], probe.gradient, cu_seqlens)
         return inside or probe.found
@@ -184,7 +186,7 @@ class Probe(TorchFunctionMode):
 
 def _inside(block: Block, name: str, x: Tensor, gradient: Tensor | None, cu_seqlens: Tensor | None) -> Overflow | None:
     """Find the first non-finite tensor inside a block, from its input x (batch, sequence, d) and output gradient."""
-    merged = {f"layers.0.{key}": value for key, value in block.state_dict().items()}
+    merged = {f"layers.0.{key}": value for key, value in merged_state(block).items()}
     split = to_split({**dict.fromkeys(OUTSIDE, x), **merged})
     layer = "model.layers.0."
     plain = ParallelBlock(block.config).to(x)

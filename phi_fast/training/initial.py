@@ -43,14 +43,15 @@ def parse_on(shape: PhiConfig, arguments: Sequence[str], init_from: str) -> Opti
     return options
 
 
-def open_initial(options: Options, tokenizer: Tokenizer, console: Console) -> Source | None:
+def open_initial(options: Options, tokenizer: Tokenizer, console: Console, name: str | None = None) -> Source | None:
     """Open --init-from, whose tokens must be those of the corpora's `tokenizer`; None for random weights.
 
+    name: where those weights are, if not under the name that the option gives.
     Raises ConversionError as `Source.open` does, and UsageError if the shape or the tokens differ.
     """
     if options.init_from is None:
         return None
-    source = Source.open(options.init_from)
+    source = Source.open(name or options.init_from)
     if _shape(source.config) != _shape(options.model):
         raise UsageError(
             f"--init-from {options.init_from} has another shape than this run: it was replaced since the run began. "

@@ -20,7 +20,6 @@ from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .diagnosis import Diverged, explain, explain_broken, find_overflow
 from .display import Display
-from .initial import open_initial
 from .instruments import Instruments
 from .metrics import Meter, MetricsLog
 from .options import Options
@@ -65,7 +64,7 @@ class Trainer:
         )
         self.setup = setup = setup._replace(options=options)
         self.run, self.signals, self.console, self.trouble = run, signals, console, Trouble(world)
-        initial = open_initial(options, self.corpora.tokenizer, console) if run.source is None else None
+        initial = run.open_initial(self.corpora.tokenizer, console)
         self.model = build_model(setup, initial)
         self.zero = Zero2(
             self.model,

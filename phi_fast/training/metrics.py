@@ -93,7 +93,7 @@ class Meter:
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self._tokens_per_step, self._size = recipe.tokens_per_step, world.size
-        self._flops_per_token = recipe.model.flops_per_token(recipe.sequence_length, causal=False)
+        self._flops_per_token = recipe.flops_per_token(causal=False)
         cuda = world.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if cuda else None
 

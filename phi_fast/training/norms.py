@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import write_atomically, writing
 from ..json_files import Fields, read_lines
@@ -27,16 +27,21 @@ class Segment(NamedTuple):
     """The part of a parameter that lies in this rank's flat partition of a parameter group."""
 
     parameter: int
-    """Index into the model's parameters."""
+    """Index into the parameters that are trained."""
     group: int
     start: int
     """First element in the partition."""
     length: int
 
 
+def trained(zero: Zero2) -> list[tuple[str, nn.Parameter]]:
+    """List the parameters that are trained by name; weights frozen beside adapters have no update."""
+    return [(name, parameter) for name, parameter in zero.model.named_parameters() if parameter.requires_grad]
+
+
 def segments(zero: Zero2) -> list[Segment]:
     """List what this rank's partitions hold of each parameter; the padding belongs to none."""
-    index = {parameter: i for i, parameter in enumerate(zero.model.parameters())}
+    index = {parameter: i for i, (_, parameter) in enumerate(trained(zero))}
     found = []
     for group, master in enumerate(zero.zero.single_partition_of_fp32_groups):
         first = zero.world.rank * master.numel()
@@ -62,7 +67,7 @@ class NormLog:
         Raises UsageError if the file cannot be read or written.
         """
         self._path, self._every, self._zero, self._trouble = path, every, zero, trouble
-        self._names = [name for name, _ in zero.model.named_parameters()]
+        self._names = [name for name, _ in trained(zero)]
         self._segments = segments(zero)
         if zero.world.is_main:
             with self._writing():

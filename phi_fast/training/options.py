@@ -20,6 +20,7 @@ from .trackers.opening import check_trackers
 
 MUST_AGREE = (
     *("model", "init_from", "implementation", "decay", "optimizer"),
+    *("lora_rank", "lora_alpha", "lora_targets"),
     *("mixture", "mixture_stages", "document_isolation", "sequence_length", "global_batch_size", "seed", "tokenizer"),
 )
 """Options that a resumed run cannot change, because the model or the order of the data would be different."""
@@ -143,6 +144,12 @@ class Options(Recipe):
         check_trackers(self.track)
         if self.profile is not None:
             profiled_steps(self.profile)
+        if self.lora_rank is not None and self.implementation == "reference":
+            raise UsageError("--lora-rank needs --implementation phi: the reference has no adapters")
+        if self.lora_rank is not None and self.ema_decay is not None:
+            raise UsageError("--lora-rank and --ema-decay: no average of adapters is kept; leave one of them out")
+        if self.lora_rank is not None and self.optimizer == "muon":
+            raise UsageError("--lora-rank and --optimizer muon: adapters are trained by Adam; leave one of them out")
         if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
             raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
         if self.cuda_graphs and self.zero_step == "deepspeed":

@@ -24,6 +24,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..conversion.adapter import peft_config, peft_name
+from ..conversion.source import Source
 from ..data import TokenLoader
 from ..data.chat import TEMPLATE_FILE, ChatFiles
 from ..data.vocabulary import TokenIds
@@ -32,8 +34,10 @@ from ..files import write_atomically, writing
 from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
 from .distributed import World
+from .initial import open_initial
 from .options import MUST_AGREE, Options, plain
 from .ownership import WAY_OUT, Owned
+from .parameters import trained_weights
 from .resuming import changes
 from .zero import Zero2
 
@@ -46,6 +50,8 @@ class Run:
         self._owned = owned
         self.source: Path | None = None
         """The checkpoint to resume from, or None."""
+        self.base: dict[str, str] | None = None
+        """With --lora-rank, where the frozen weights are ("name") and a hash of their files ("sha256")."""
         self._saver: Saver | None = None
         self._saved_at = time.monotonic()
 
@@ -109,6 +115,30 @@ class Run:
         )
         raise CheckpointError(f"{self.source} belongs to another run: {reason}. {way_out}")
 
+    def open_initial(self, tokenizer: Tokenizer, console: Console) -> Source | None:
+        """Open the weights that the model is built from: a start's, and every time the frozen ones of --lora-rank.
+
+        Raises as `initial.open_initial` does, and CheckpointError if the frozen weights are not those that the
+        adapters in `source` were trained on.
+        """
+        options, base = self.options, None
+        if options.lora is None:
+            return None if self.source else open_initial(options, tokenizer, console)
+        if self.source:
+            base = checkpoint.load_state(self.source)["base"]
+        opened = open_initial(options, tokenizer, console, base and base["name"])
+        assert opened is not None  # Options.check: --lora-rank needs --init-from
+        given = str(options.init_from)
+        name = base["name"] if base else str(opened.folder.absolute()) if Path(given).exists() else given
+        digest = self.world.broadcast(opened.digest() if self.world.is_main else None)
+        self.base = {"name": name, "sha256": digest}
+        if base and base != self.base:
+            raise CheckpointError(
+                f"{self.source} has adapters of other weights than {name} now holds (their SHA-256 differs): put those "
+                "back, or start a new run in another --run-dir"
+            )
+        return opened
+
     def create(self, tokenizer: Tokenizer, checkpoint_bytes: int, chat: ChatFiles | None = None) -> None:
         """Write the options and the tokenizer, after everything that training needs has been created and checked.
 
@@ -164,8 +194,14 @@ class Run:
             "sizes": {name: whole for name, (_, whole) in zero.partition_sizes().items()},
             "data": {**loader.state_dict(), "row": step * self.options.global_batch_size},
         }
-        weights: dict[str, Tensor] = dict(zero.model.named_parameters())
-        return self._saver.save(Snapshot(state, weights, zero.partitions(), checked=zero.fused is not None))
+        weights: dict[str, Tensor] = dict(trained_weights(zero.model))
+        adapter = None
+        if self.base is not None and self.options.lora is not None:
+            state["base"] = self.base
+            adapter = peft_config(self.options.lora, self.base["name"])
+            weights = {peft_name(name): tensor for name, tensor in weights.items()}
+        snapshot = Snapshot(state, weights, zero.partitions(), adapter, checked=zero.fused is not None)
+        return self._saver.save(snapshot)
 
     @property
     def save_failed(self) -> bool:
@@ -228,7 +264,10 @@ class Run:
             self.refuse(str(error), lambda state: state["data"]["corpora"] == corpora)
         saved = {name: size for name, size in wanted.items() if name in state["sizes"]}
         partitions = checkpoint.load_partitions(self.source, saved, self.world)
-        zero.load(checkpoint.load_model(self.source), partitions, state["zero"])
+        weights = checkpoint.load_model(self.source)
+        if self.options.lora is not None:
+            weights = {name: weights[peft_name(name)] for name in trained_weights(zero.model)}
+        zero.load(weights, partitions, state["zero"])
         checkpoint.restore_random_states(self.source, self.world)
         branched = self.source.parent.resolve() != self.checkpoints.resolve()
         console.print(f"{'branched' if branched else 'resumed'} from {self.source}")

@@ -12,6 +12,7 @@ from ..conversion.source import Source
 from ..errors import MachineError, UsageError
 from ..kernels import BackendUnavailable, in_use, layer_norm, use
 from ..kernels.backend import OPS, implementation, tiles
+from ..model.lora import add_lora
 from ..model.phi import Phi
 from ..model.reference import ReferencePhi
 from ..precision import DTYPES, Precision, auto_precision
@@ -71,7 +72,11 @@ def build_model(setup: Setup, initial: Source | None = None) -> nn.Module:
     options = setup.options
     torch.manual_seed(options.seed)
     if initial is not None:
-        return initial_model(options, initial, DTYPES[setup.precision], setup.world.device)
+        loaded = initial_model(options, initial, DTYPES[setup.precision], setup.world.device)
+        if options.lora is not None:
+            assert isinstance(loaded, Phi)
+            add_lora(loaded, options.lora)
+        return loaded
     if options.implementation == "reference":
         model: nn.Module = ReferencePhi(options.model, z_loss=options.z_loss)
     else:
@@ -82,7 +87,7 @@ def build_model(setup: Setup, initial: Source | None = None) -> nn.Module:
 def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int) -> None:
     """Print what is about to run, before the first step."""
     options, world = setup.options, setup.world
-    config, left = options.model, options.steps - done
+    config, left, lora = options.model, options.steps - done, options.lora
     used = in_use(world.device)
     if options.implementation == "reference":
         used = {"adam": used["adam"]}
@@ -95,6 +100,14 @@ def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int
         "model": f"{config.num_parameters():,} parameters: {config.num_hidden_layers} layers, "
         f"width {config.hidden_size}, vocabulary {config.vocab_size}, {options.implementation}",
         **({"weights": f"from {options.init_from}"} if options.init_from and not done else {}),
+        **(
+            {}
+            if lora is None
+            else {
+                "lora": f"{options.trained_parameters:,} parameters: rank {lora.rank}, alpha "
+                f"{lora.alpha:g}, {', '.join(lora.targets)}"
+            }
+        ),
         "data": corpora.summary(),
         "device": f"{world.size} × {device}{threads}, {setup.precision}, DeepSpeed ZeRO-2, {options.zero_step} step"
         f"{', CUDA graphs' if options.cuda_graphs else ''}",

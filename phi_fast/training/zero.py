@@ -33,6 +33,7 @@ from .distributed import World, deepspeed
 from .gradients import Gradients, gradients_of
 from .muon import MuonStep, moments
 from .muon import parameter_groups as parameter_groups
+from .parameters import trained_weights
 from .partitions import gather, sends_directly
 from .spikes import NO_FILTERS, SpikeFilters
 
@@ -97,8 +98,8 @@ class Zero2:
         optimizer = FusedAdam(
             parameter_groups(model, recipe), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps
         )
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        config = deepspeed_config(recipe, world, precision, micro_batch_size, accumulation, parameters)
+        trained = sum(parameter.numel() for parameter in trained_weights(model).values())
+        config = deepspeed_config(recipe, world, precision, micro_batch_size, accumulation, trained)
         self.engine = deepspeed(world.device.type).initialize(model=model, optimizer=optimizer, config=config)[0]
         self.world = world
         self.model = model
@@ -248,7 +249,7 @@ class Zero2:
 
     def checkpoint_bytes(self) -> int:
         """Compute the total size of the tensors that all ranks together save."""
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        weights = sum(parameter.nbytes for parameter in trained_weights(self.model).values())
         return weights + 4 * sum(whole for _, whole in self.partition_sizes().values())
 
     def load(self, model: dict[str, Tensor], partitions: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -257,7 +258,7 @@ class Zero2:
         An average that `partitions` lacks starts as these weights.
         """
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in trained_weights(self.model).items():
                 parameter.copy_(model[name])
             for group, master in enumerate(self.zero.single_partition_of_fp32_groups):
                 master.copy_(partitions[f"master.{group}"])

@@ -9,6 +9,8 @@ import torch
 from trainer_processes import arguments, finish, latest, losses
 
 from phi_fast import Phi, PhiConfig
+from phi_fast.config import LORA_TARGETS, LoraConfig
+from phi_fast.model.lora import add_lora
 from phi_fast.model.merged import to_merged
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.train import INTERRUPTED
@@ -58,6 +60,21 @@ def test_a_forward_overflow_is_named(implementation: str, weight: str, value: fl
     prefix = "model." if implementation == "reference" else ""
     assert found.what == expected.format(prefix)
     assert found.largest <= 65504
+
+
+def test_an_overflow_of_adapters_is_named() -> None:
+    """In the forward, by the projection that has them; and none, with frozen weights that take no gradient."""
+    _, model = models()
+    add_lora(model, LoraConfig(2, 2.0, LORA_TARGETS))
+    model = model.half()
+    assert first_overflow(model, *tokens()) is None
+    with torch.no_grad():
+        model.layers[1].norm.bias.fill_(4.0)
+        model.layers[1].lora.adapters["fc1"].a.fill_(1.0)
+        model.layers[1].lora.adapters["fc1"].b.fill_(300.0)
+    found = first_overflow(model, *tokens())
+    assert found is not None
+    assert found.what == "the output of linear in layers.1.mlp.fc1"
 
 
 @pytest.mark.parametrize("implementation", ["reference", "phi"])
