@@ -12,6 +12,7 @@ if __name__ != "kernels":
     from .linear_cross_entropy import linear_cross_entropy
     from .memory import keep_freed_memory
     from .parallel_block import parallel_block
+    from .rms_norm import rms_norm
     from .rotary import apply_rotary_, rotary_table
 
     def __getattr__(name: str) -> object:
@@ -37,6 +38,7 @@ if __name__ != "kernels":
         "linear_cross_entropy",
         "parallel_block",
         "restore",
+        "rms_norm",
         "rotary_table",
         "use",
     ]

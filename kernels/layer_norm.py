@@ -41,7 +41,7 @@ def layer_norm(
     weight = x.new_ones(x.shape[-1:]) if weight is None else weight
     bias = x.new_zeros(x.shape[-1:]) if bias is None else bias
     dtype = torch.promote_types(x.dtype, torch.float32) if x.is_cuda and autocast.active(x) else x.dtype
-    _check(x, weight, bias, residual)
+    check(x, {"weight": weight, "bias": bias}, residual)
     carried = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     wide = functools.reduce(torch.promote_types, (weight.dtype, bias.dtype, carried), dtype)
     weight, bias = weight.to(wide), bias.to(wide)
@@ -59,7 +59,7 @@ def layer_norm(
     return out if residual is None else (out, summed)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(..., d) -> (rows, d) with last stride 1, without a copy where the strides allow it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
@@ -71,11 +71,11 @@ def _forward(
     """(out, what was normalised, mean, rstd); the first two shaped as x. New tensors are no views: autograd forbids an
     in-place op on a view that a Function made."""
     kernels = backend.implementation("layer_norm", x.device)
-    rows, out = _rows(x), x.new_empty(x.shape)
+    rows, out = rows_of(x), x.new_empty(x.shape)
     stream, normalised = ResidualStream(), x
     if residual is not None:
         normalised = x.new_empty(x.shape)
-        stream = ResidualStream(_rows(residual), normalised.view(rows.shape))
+        stream = ResidualStream(rows_of(residual), normalised.view(rows.shape))
     _, mean, rstd = kernels.forward(rows, weight, bias, eps, stream, out=out.view(rows.shape))
     return out, normalised, mean, rstd
 
@@ -84,10 +84,10 @@ def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dsummed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = backend.implementation("layer_norm", x.device)
-    rows, dx = _rows(x), x.new_empty(x.shape)
-    residual_grad = None if dsummed is None else _rows(dsummed)
+    rows, dx = rows_of(x), x.new_empty(x.shape)
+    residual_grad = None if dsummed is None else rows_of(dsummed)
     _, dweight, dbias = kernels.backward(
-        _rows(dout), rows, weight, mean, rstd, residual_grad=residual_grad, dx=dx.view(rows.shape)
+        rows_of(dout), rows, weight, mean, rstd, residual_grad=residual_grad, dx=dx.view(rows.shape)
     )
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
@@ -167,14 +167,15 @@ _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 dispatch.once("layer_norm", _backward_op)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+def check(x: Tensor, vectors: dict[str, Tensor], residual: Tensor | None) -> None:
+    """Raise where x, residual or a vector over the last dim has a shape, dtype or device that does not fit."""
     if x.dim() < 1:
         raise ValueError("x is a scalar; expected (..., d)")
     if x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., d) with d of at least 1")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x is {x.dtype}; expected float16, bfloat16, float32 or float64")
-    for name, vector in (("weight", weight), ("bias", bias)):
+    for name, vector in vectors.items():
         if vector.shape != x.shape[-1:]:
             raise ValueError(f"{name} has shape {tuple(vector.shape)}; expected ({x.shape[-1]},), x's last dim")
         if vector.dtype not in _DTYPES:
@@ -183,6 +184,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
         raise ValueError(f"residual has shape {tuple(residual.shape)} and x {tuple(x.shape)}; expected the same")
     if residual is not None and residual.dtype not in _DTYPES:
         raise TypeError(f"residual is {residual.dtype}; expected float16, bfloat16, float32 or float64")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+    for name, tensor in (*vectors.items(), ("residual", residual)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x is on {x.device}; move them to one device")

@@ -19,13 +19,14 @@ void bind_layer_norm(py::module_& module) {
   module.def(
       "layer_norm_forward",
       [](const Tensor& x, const MaybeTensor& residual, const MaybeTensor& summed, const Tensor& out,
-         const MaybeTensor& shifted, const Tensor& weight, const Tensor& bias, const MaybeTensor& shift, float eps,
-         const Tensor& mean, const Tensor& rstd, int threads) {
+         const MaybeTensor& shifted, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& shift, float eps,
+         const MaybeTensor& mean, const Tensor& rstd, int threads) {
         const Call call("layer_norm");
         const DType dtype = call.dtype("x", x, 2);
         const int64_t rows = x.sizes[0], columns = x.sizes[1];
         call.expect(!residual || summed, "a residual, and nothing that the sum goes to");
         call.expect(!shift || shifted, "a shift, and nothing that the shifted rows go to");
+        call.expect(!bias == !mean, "one of bias and mean; LayerNorm has both and RMSNorm neither");
         const auto matrix = [&](const char* name, const auto& given) {
           return call.rows(name, given, dtype, rows, columns);
         };
@@ -39,10 +40,11 @@ void bind_layer_norm(py::module_& module) {
   module.def(
       "layer_norm_backward",
       [](const Tensor& dy, const Tensor& x, const MaybeTensor& residual_grad, const Tensor& dx, const Tensor& weight,
-         const Tensor& mean, const Tensor& rstd, const Tensor& dweight, const Tensor& dbias, int threads) {
+         const MaybeTensor& mean, const Tensor& rstd, const Tensor& dweight, const MaybeTensor& dbias, int threads) {
         const Call call("layer_norm");
         const DType dtype = call.dtype("x", x, 2);
         const int64_t rows = x.sizes[0], columns = x.sizes[1];
+        call.expect(!mean == !dbias, "one of mean and dbias; LayerNorm has both and RMSNorm neither");
         const auto matrix = [&](const char* name, const auto& given) {
           return call.rows(name, given, dtype, rows, columns);
         };

@@ -16,20 +16,21 @@ _OP = "layer_norm"
 def forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `reference.layer_norm.forward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
     residual, summed, shift, shifted = stream
     out = x.new_empty(x.shape) if out is None else out
     if residual is not None and summed is None:
         summed = x.new_empty(x.shape)
-    wide_weight, wide_bias = wide(weight), wide(bias)
+    wide_weight, wide_bias = wide(weight), None if bias is None else wide(bias)
     wide_shift = None if shift is None or shifted is None else wide(shift)
-    mean, rstd = x.new_empty((2, x.shape[0]), dtype=torch.float32).unbind()
+    statistics = x.new_empty((2, x.shape[0]), dtype=torch.float32)
+    mean, rstd = None if bias is None else statistics[0], statistics[1]
     cpu.layer_norm_forward(
         described(_OP, x),
         maybe(_OP, residual),
@@ -37,10 +38,10 @@ def forward(
         described(_OP, out),
         maybe(_OP, shifted),
         described(_OP, wide_weight),
-        described(_OP, wide_bias),
+        maybe(_OP, wide_bias),
         maybe(_OP, wide_shift),
         eps,
-        described(_OP, mean),
+        maybe(_OP, mean),
         described(_OP, rstd),
         torch.get_num_threads(),
     )
@@ -51,26 +52,27 @@ def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     residual_grad: Tensor | None = None,
     dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `reference.layer_norm.backward`. Raises TypeError for another dtype, ValueError for a shape or stride."""
     dx = x.new_empty(x.shape) if dx is None else dx
-    wide_weight, means, rstds = wide(weight), wide(mean), wide(rstd)
-    dweight, dbias = x.new_empty((2, x.shape[1]), dtype=torch.float32).unbind()
+    wide_weight, means, rstds = wide(weight), None if mean is None else wide(mean), wide(rstd)
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    dweight, dbias = sums[0], None if mean is None else sums[1]
     cpu.layer_norm_backward(
         described(_OP, dy),
         described(_OP, x),
         maybe(_OP, residual_grad),
         described(_OP, dx),
         described(_OP, wide_weight),
-        described(_OP, means),
+        maybe(_OP, means),
         described(_OP, rstds),
         described(_OP, dweight),
-        described(_OP, dbias),
+        maybe(_OP, dbias),
         torch.get_num_threads(),
     )
     return dx, dweight, dbias

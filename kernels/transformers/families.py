@@ -52,7 +52,7 @@ LAYER_NORM = Replacement(layers.layer_norm, "layer_norm", layers.why_no_layer_no
 _LOSS = Replacement(loss.causal_lm, "linear_cross_entropy, when it trains with labels")
 _ATTENTION = "apply_rotary_, attention"
 _GATED = "gated SiLU: no op for it here"
-_RMS = "RMSNorm: the op is LayerNorm"
+_RMS = Replacement(layers.rms_norm, "rms_norm")
 
 
 def _attention(project: Callable, out: str, cache: str = "past_key_values") -> Replacement:
@@ -101,18 +101,18 @@ FAMILIES = (
     ),
     Family(
         "phi3",
-        {"Phi3ForCausalLM": _LOSS, "Phi3Attention": _attention(attention.packed, "o_proj")},
-        {"Phi3MLP": _GATED, "Phi3RMSNorm": _RMS},
+        {"Phi3ForCausalLM": _LOSS, "Phi3Attention": _attention(attention.packed, "o_proj"), "Phi3RMSNorm": _RMS},
+        {"Phi3MLP": _GATED},
     ),
     Family(
         "llama",
-        {"LlamaForCausalLM": _LOSS, "LlamaAttention": _attention(attention.separate, "o_proj")},
-        {"LlamaMLP": _GATED, "LlamaRMSNorm": _RMS},
+        {"LlamaForCausalLM": _LOSS, "LlamaAttention": _attention(attention.separate, "o_proj"), "LlamaRMSNorm": _RMS},
+        {"LlamaMLP": _GATED},
     ),
     Family(
         "qwen2",
-        {"Qwen2ForCausalLM": _LOSS, "Qwen2Attention": _attention(attention.separate, "o_proj")},
-        {"Qwen2MLP": _GATED, "Qwen2RMSNorm": _RMS},
+        {"Qwen2ForCausalLM": _LOSS, "Qwen2Attention": _attention(attention.separate, "o_proj"), "Qwen2RMSNorm": _RMS},
+        {"Qwen2MLP": _GATED},
     ),
 )
 

@@ -1,4 +1,4 @@
-"""LayerNorm and the GELU MLP of Hugging Face models on this library's ops."""
+"""LayerNorm, RMSNorm and the GELU MLP of Hugging Face models on this library's ops."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 from ..bias_gelu import bias_gelu
 from ..layer_norm import layer_norm as layer_norm_op
+from ..rms_norm import rms_norm as rms_norm_op
 from .modules import Builder, Forward, hooked, plain
 
 _APPROXIMATE = {
@@ -47,6 +48,19 @@ def layer_norm(base: type[nn.Module]) -> Forward:
         if x.dtype != self.weight.dtype or autocast:  # torch would answer in fp32
             return base.forward(self, x)
         return layer_norm_op(x, self.weight, self.bias, self.eps)
+
+    return forward
+
+
+def rms_norm(base: type[nn.Module]) -> Forward:
+    """The RMSNorm of Llama and its kin, over the last dim, with weight."""
+
+    def forward(self, hidden_states):
+        dtype = hidden_states.dtype
+        autocast = dtype != torch.float32 and torch.is_autocast_enabled(hidden_states.device.type)
+        if dtype != self.weight.dtype or autocast:  # the op's result has another dtype than transformers'
+            return base.forward(self, hidden_states)
+        return rms_norm_op(hidden_states, self.weight, self.variance_epsilon)
 
     return forward
 

@@ -60,9 +60,9 @@ BACKWARD = Tunable("layer_norm.backward", BackwardTile, RowCase, {"warps": (4, 8
 def _layer_norm_forward(
     x,  # (rows, d)
     weight,  # (d,)
-    bias,  # (d,)
+    bias,  # (d,) or None, with mean: RMSNorm
     out,  # (rows, d)
-    mean,  # (rows,) fp32
+    mean,  # (rows,) fp32, or None
     rstd,  # (rows,) fp32
     residual,  # (rows, d) or None: x + residual is normalised, and written to
     summed,  # (rows, d)
@@ -89,14 +89,18 @@ def _layer_norm_forward(
     if shift is not None:
         moved = v + tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(shifted + row * shifted_stride + column, narrow(moved, shifted.dtype.element_ty), mask=inside)
-    mu = tl.sum(v, axis=0) / d
+    mu = 0.0
+    if mean is not None:
+        mu = tl.sum(v, axis=0) / d
+        tl.store(mean + row, mu)
     centred = tl.where(inside, v - mu, 0.0)
     r = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / d + eps)
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    result = centred * r * w + b
+    result = centred * r * w
+    if bias is not None:
+        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        result += b
     tl.store(out + row * out_stride + column, narrow(result, out.dtype.element_ty), mask=inside)
-    tl.store(mean + row, mu)
     tl.store(rstd + row, r)
 
 
@@ -105,7 +109,7 @@ def _layer_norm_backward(
     dy,  # (rows, d)
     x,  # (rows, d)
     weight,  # (d,)
-    mean,  # (rows,) fp32
+    mean,  # (rows,) fp32, or None: RMSNorm, which has neither the mean of γ dy nor dbias
     rstd,  # (rows,) fp32
     row_means,  # (2, rows) fp32, of `row_means_launch`; None where a tile holds whole rows
     residual_grad,  # (rows, d) or None
@@ -134,7 +138,9 @@ def _layer_norm_backward(
         inside = (row < rows) & (column < d)
         g = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-        mu = tl.load(mean + row, mask=row < rows, other=0.0)
+        mu = 0.0
+        if mean is not None:
+            mu = tl.load(mean + row, mask=row < rows, other=0.0)
         r = tl.load(rstd + row, mask=row < rows, other=0.0)
         x_hat = (v - mu) * r  # beyond the row's end g is 0
         dweight += g * x_hat
@@ -146,6 +152,8 @@ def _layer_norm_backward(
         else:
             c1 = tl.load(row_means + row, mask=row < rows, other=0.0)
             c2 = tl.load(row_means + rows + row, mask=row < rows, other=0.0)
+        if mean is None:
+            c2 = 0.0
         result = (g - c2 - x_hat * c1) * r
         if residual_grad is not None:
             residual = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
@@ -190,11 +198,11 @@ def _forward_launch(
     tile: ForwardTile,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     stream: ResidualStream,
     out: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
 ) -> Launch:
     residual, summed, shift, shifted = stream
@@ -206,7 +214,7 @@ def _forward_launch(
         {
             "x": x,
             "weight": weight.contiguous(),
-            "bias": bias.contiguous(),
+            "bias": None if bias is None else bias.contiguous(),
             "out": out,
             "mean": mean,
             "rstd": rstd,
@@ -253,7 +261,7 @@ def _backward_launch(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     row_means: Tensor | None,
     residual_grad: Tensor | None,
@@ -291,18 +299,19 @@ def _backward_launch(
 def forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Same contract as `reference.layer_norm.forward`. Raises TypeError for fp64, ValueError for rows of more than
     32768."""
     refuse_double("layer_norm", x)
     rows, _ = x.shape
     out = x.new_empty(x.shape) if out is None else out
-    mean, rstd = x.new_empty((2, rows), dtype=torch.float32)
+    statistics = x.new_empty((2, rows), dtype=torch.float32)
+    mean, rstd = None if bias is None else statistics[0], statistics[1]
     if stream.residual is not None and stream.summed is None:
         stream = stream._replace(summed=x.new_empty(x.shape))
     if rows:
@@ -314,12 +323,12 @@ def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     residual_grad: Tensor | None = None,
     dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Same contract as `reference.layer_norm.backward`. Raises TypeError for fp64, ValueError for rows of more than
     32768."""
     refuse_double("layer_norm", x)
@@ -333,4 +342,4 @@ def backward(
             launch(row_means_launch, dy, x, weight, mean, rstd, row_means)
         launch(_backward_launch, tile, dy, x, weight, mean, rstd, row_means, residual_grad, dx, partial)
     dweight, dbias = partial.sum(1)
-    return dx, dweight, dbias
+    return dx, dweight, None if mean is None else dbias

@@ -19,9 +19,9 @@ TILE = 2048  # elements of a part: 8 per thread
 def _layer_norm_forward_wide(
     x,  # (rows, d)
     weight,  # (d,)
-    bias,  # (d,)
+    bias,  # (d,) or None, with mean: RMSNorm
     out,  # (rows, d)
-    mean,  # (rows,) fp32
+    mean,  # (rows,) fp32, or None
     rstd,  # (rows,) fp32
     residual,  # (rows, d) or None: x + residual is normalised, and written to
     summed,  # (rows, d)
@@ -56,7 +56,10 @@ def _layer_norm_forward_wide(
     if residual is not None:
         normalised = summed + row * summed_stride
         tl.debug_barrier()  # other threads have written what this one reads
-    mu = tl.sum(total, axis=0) / d
+    mu = 0.0
+    if mean is not None:
+        mu = tl.sum(total, axis=0) / d
+        tl.store(mean + row, mu)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for first in tl.range(0, d, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
@@ -69,10 +72,11 @@ def _layer_norm_forward_wide(
         inside = column < d
         v = tl.load(normalised + column, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-        result = (v - mu) * r * w + b
+        result = (v - mu) * r * w
+        if bias is not None:
+            b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+            result += b
         tl.store(out + row * out_stride + column, narrow(result, out.dtype.element_ty), mask=inside)
-    tl.store(mean + row, mu)
     tl.store(rstd + row, r)
 
 
@@ -81,7 +85,7 @@ def _layer_norm_row_means(
     dy,  # (rows, d)
     x,  # (rows, d)
     weight,  # (d,)
-    mean,  # (rows,) fp32
+    mean,  # (rows,) fp32, or None: RMSNorm
     rstd,  # (rows,) fp32
     row_means,  # (2, rows) fp32: Σ(γ dy x̂) / d and Σ(γ dy) / d
     rows,
@@ -92,7 +96,9 @@ def _layer_norm_row_means(
     STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    mu = tl.load(mean + row)
+    mu = 0.0
+    if mean is not None:
+        mu = tl.load(mean + row)
     r = tl.load(rstd + row)
     g_x_hat = tl.zeros([BLOCK], dtype=tl.float32)
     g_sum = tl.zeros([BLOCK], dtype=tl.float32)
@@ -108,7 +114,9 @@ def _layer_norm_row_means(
     tl.store(row_means + rows + row, tl.sum(g_sum, axis=0) / d)
 
 
-def row_means_launch(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, row_means: Tensor) -> Launch:
+def row_means_launch(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, row_means: Tensor
+) -> Launch:
     rows, d = x.shape
     return Launch(
         _layer_norm_row_means,

@@ -300,13 +300,20 @@ def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
 
 
 def _row_variants(architecture: str) -> Iterator[Specimen]:
-    """LayerNorm and cross entropy."""
+    """LayerNorm, RMSNorm and cross entropy."""
     for dtype, d, residual in itertools.product(_DTYPES, (64, 768, 2048, 8192, 16384, 32768), (False, True)):
         x, vector, row = _empty(TOKENS, d, dtype=dtype), _empty(d, dtype=dtype), _empty(TOKENS)
         stream = ResidualStream(residual=x, shift=vector, shifted=x) if residual else ResidualStream()
         note = f"({TOKENS}, {d}) {_words(dtype)}{', residual' * residual}"
         forward = functools.partial(layer_norm.forward, x, vector, vector, 1e-5, stream)
         backward = functools.partial(layer_norm.backward, x, x, vector, row, row, residual_grad=x if residual else None)
+        for found in _recorded(architecture, note, ("layer_norm", forward), ("layer_norm", backward)):
+            yield replace(found, name=found.launch.kernel.__name__.removeprefix("_").replace("norm_", "norm."))
+    for dtype, d in itertools.product(_DTYPES, (2048, 32768)):
+        x, vector, row = _empty(TOKENS, d, dtype=dtype), _empty(d, dtype=dtype), _empty(TOKENS)
+        forward = functools.partial(layer_norm.forward, x, vector, None, 1e-6, ResidualStream(residual=x))
+        backward = functools.partial(layer_norm.backward, x, x, vector, None, row, residual_grad=x)
+        note = f"({TOKENS}, {d}) {_words(dtype)}, RMSNorm, residual"
         for found in _recorded(architecture, note, ("layer_norm", forward), ("layer_norm", backward)):
             yield replace(found, name=found.launch.kernel.__name__.removeprefix("_").replace("norm_", "norm."))
     name = "linear_cross_entropy"

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..backend import BackendUnavailable
 from ..reference.layer_norm import UNTOUCHED, ResidualStream
 
+_NO_RMS = "rms_norm: backend 'apex' has only layer_norm here; use('auto', op='layer_norm')"
+
 
 def library(module: str, op: str) -> ModuleType:
     """apex's compiled module of that name. Raises BackendUnavailable where it is not installed."""
@@ -29,13 +31,15 @@ def library(module: str, op: str) -> ModuleType:
 def forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     stream: ResidualStream = UNTOUCHED,
     *,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Same contract as `reference.layer_norm.forward`."""
+    if bias is None:
+        raise BackendUnavailable(_NO_RMS)
     kernels = library("fused_layer_norm_cuda", "layer_norm")
     residual, summed, shift, shifted = stream
     if residual is not None:
@@ -50,14 +54,16 @@ def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     residual_grad: Tensor | None = None,
     dx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Same contract as `reference.layer_norm.backward`, but for dweight and dbias, which apex has rounded to the
     weight's dtype."""
+    if mean is None:
+        raise BackendUnavailable(_NO_RMS)
     kernels = library("fused_layer_norm_cuda", "layer_norm")
     # Where apex keeps the input, not the output, it reads neither the bias nor eps: the weight stands in for the bias.
     arguments = (dy.contiguous(), mean, rstd, x.contiguous(), x.shape[1:], weight, weight, 0.0, False)

@@ -74,9 +74,14 @@ def row_entries(dtype: torch.dtype) -> Iterator[Entry]:
     arguments = {"x": x(), "residual": x(), "summed": x(), "out": x(), "shifted": x(), "weight": vector()}
     arguments |= {"bias": vector(), "shift": vector(), "eps": 1e-5, **rows, "threads": 1}
     nowhere = {"a sum that goes nowhere": {"summed": None}, "a shift that goes nowhere": {"shifted": None}}
+    first = arguments
     yield Entry("layer_norm_forward", arguments, nowhere)
     arguments = {"dy": x(), "x": x(), "residual_grad": x(), "dx": x(), "weight": vector(), **rows}
-    yield Entry("layer_norm_backward", arguments | {"dweight": vector(), "dbias": vector(), "threads": 1})
+    second = arguments | {"dweight": vector(), "dbias": vector(), "threads": 1}
+    yield Entry("layer_norm_backward", second)
+    without = {"residual": None, "summed": None, "shift": None, "shifted": None}
+    yield Entry("layer_norm_forward", first | without | {"bias": None, "mean": None})
+    yield Entry("layer_norm_backward", second | {"mean": None, "dbias": None})
     yield Entry("bias_gelu_forward", {"tanh": True, "x": x(), "out": x(), "bias": vector(), "threads": 1})
     arguments = {"tanh": False, "dout": x(), "x": x(), "dx": x(), "activation": x(), "bias": vector()}
     yield Entry("bias_gelu_backward", arguments | {"dbias": vector(), "threads": 1})

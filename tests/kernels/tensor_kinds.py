@@ -22,7 +22,15 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from phi_fast.kernels import apply_rotary_, attention, bias_gelu, layer_norm, linear_cross_entropy, parallel_block
+from phi_fast.kernels import (
+    apply_rotary_,
+    attention,
+    bias_gelu,
+    layer_norm,
+    linear_cross_entropy,
+    parallel_block,
+    rms_norm,
+)
 
 SEQUENCE, HEADS, D = 4, 2, 8
 Op = Callable[..., Tensor]
@@ -39,6 +47,14 @@ class Case:
 
 def _layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat(layer_norm(x, weight, bias, residual=residual), -1)
+
+
+def _rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat(rms_norm(x, weight, residual=residual), -1)
+
+
+def _plain_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((F.rms_norm(x + residual, (D,), weight, 1e-6), x + residual), -1)
 
 
 def _plain_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -105,6 +121,7 @@ def cases() -> dict[str, Case]:
         "attention": Case(_attention, _plain_attention, (draw(heads), draw(heads), draw(heads), *table)),
         "linear_cross_entropy": Case(_loss, _plain_loss, (draw(4, D), draw(5, D), draw(5))),
         "parallel_block": Case(_block, _plain_block, (draw(rows), *vectors, *weights, *vectors, *table)),
+        "rms_norm": Case(_rms_norm, _plain_rms_norm, (draw(rows), draw(rows), vectors[0])),
     }
 
 

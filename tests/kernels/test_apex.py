@@ -135,3 +135,13 @@ def test_adam_refuses_dtypes_that_apex_does_not_combine() -> None:
     for params, grads, masters in ((half, half, None), (half, single, single), (single, half, None)):
         with backend.use("apex", op="adam"), pytest.raises(ValueError, match="backend 'apex' got torch"):
             adam_step_(params, grads, [torch.zeros(3)], [torch.zeros(3)], masters, step=torch.zeros(()), lr=0.1)
+
+
+def test_rms_norm_is_refused() -> None:
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with backend.use("apex", op="layer_norm"):
+        apex = backend.implementation("layer_norm", torch.device("cpu"))
+        with pytest.raises(backend.BackendUnavailable, match="rms_norm: backend 'apex' has only layer_norm"):
+            apex.forward(x, weight, None, 1e-6)
+        with pytest.raises(backend.BackendUnavailable, match="rms_norm: backend 'apex' has only layer_norm"):
+            apex.backward(x, x, weight, None, torch.ones(3))

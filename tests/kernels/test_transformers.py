@@ -104,11 +104,15 @@ def test_the_ops_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_report_counts_and_explains() -> None:
     report = accelerate(build("llama"))
     assert report.model == "LlamaForCausalLM"
-    assert {entry.module: entry.count for entry in report.replaced} == {"LlamaForCausalLM": 1, "LlamaAttention": 2}
-    assert {entry.module: entry.count for entry in report.left} == {"LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert {entry.module: entry.count for entry in report.replaced} == {
+        "LlamaForCausalLM": 1,
+        "LlamaAttention": 2,
+        "LlamaRMSNorm": 5,
+    }
+    assert {entry.module: entry.count for entry in report.left} == {"LlamaMLP": 2}
     text = str(report)
     assert "2 x LlamaAttention: apply_rotary_, attention" in text
-    assert "5 x LlamaRMSNorm: RMSNorm: the op is LayerNorm" in text
+    assert "5 x LlamaRMSNorm" in text
     assert "padding" in text
 
 
