@@ -249,7 +249,8 @@ def gradient_graph(case: Case) -> str:
     """A run of make_fx over the backward pass of a forward that ran before."""
     x = case.inputs[0].clone().requires_grad_()
     out, expected = case.op(x, *case.inputs[1:]), case.plain(x, *case.inputs[1:])
-    grads = [torch.randn(out.shape) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)  # the same for each case, whichever ran before
+    grads = [torch.randn(out.shape, generator=generator) for _ in range(2)]
 
     def backward(function_out: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         return lambda dout: torch.autograd.grad(function_out, x, dout, retain_graph=True)
