@@ -141,8 +141,8 @@ BREAKS = {
     ),
     "reads what forward did not write": Break(
         "layer_norm",
-        "    tl.store(mean + row, mu)",
-        "    tl.store(mean + row, mu, mask=row > 0)",
+        "        tl.store(mean + row, mu)",
+        "        tl.store(mean + row, mu, mask=row > 0)",
         "nobody wrote",
         layer_norm_passes,
         at="        mu = tl.load(mean + row, mask=row < rows, other=0.0)",
