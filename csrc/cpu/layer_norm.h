@@ -56,7 +56,7 @@ inline void layer_norm_forward(const LayerNormForward& a) {
   with_type(a.dtype, [&](auto type) {
     parallel_for(a.rows, threads_for(a.rows * a.columns, a.threads), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        a.mean ? layer_norm_forward_row<decltype(type), true>(a, r)
+        a.bias ? layer_norm_forward_row<decltype(type), true>(a, r)
                : layer_norm_forward_row<decltype(type), false>(a, r);
       }
     });
@@ -129,14 +129,14 @@ inline void layer_norm_backward(const LayerNormBackward& a) {
         fill(weight_sum, a.columns, 0.0f);
         fill(bias_sum, a.columns, 0.0f);
         blocks.by_group(b, [&](int64_t r, int count) {
-          a.mean ? layer_norm_backward_rows<decltype(type), true>(a, r, count, weight_sum, bias_sum)
+          a.dbias ? layer_norm_backward_rows<decltype(type), true>(a, r, count, weight_sum, bias_sum)
                  : layer_norm_backward_rows<decltype(type), false>(a, r, count, weight_sum, bias_sum);
         });
       }
     });
   });
   reduce_blocks(dweight, blocks.count, a.columns, false, a.dweight, a.threads);
-  if (a.mean) reduce_blocks(dbias, blocks.count, a.columns, false, a.dbias, a.threads);
+  if (a.dbias) reduce_blocks(dbias, blocks.count, a.columns, false, a.dbias, a.threads);
 }
 
 }  // namespace phi_fast::cpu::PHI_ISA

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def train(options: Options, signals: Signals, console: Console) -> int:
             return trainer.train()
         except Exception:
             if trainer.log:  # what trackers have not sent yet shows why the run failed
-                trainer.log.close()
+                with suppress(UsageError):  # no room: the run's own error says more
+                    trainer.log.close()
             raise
 
 

@@ -169,7 +169,8 @@ class MetricsLog:
         """Close the files, and send the trackers the report page and what is left; a second call does nothing."""
         if self._file.closed:
             return
-        self._file.close()
+        with self._writing():  # what could not be written before is tried again
+            self._file.close()
         board, *more = self._trackers
         board.close()
         if more:

@@ -12,7 +12,7 @@ from ..files import Claim, writing
 from ..json_files import flatten, read_object
 from .options import MUST_AGREE, Options, plain
 
-LEFT_BY_A_RUN = ("metrics.jsonl", "config.json", "tensorboard", "profile", "norms.jsonl", "tracked.json")
+LEFT_BY_A_RUN = ("metrics.jsonl", "config.json", "tensorboard")
 """Files by which a directory is recognised as one that a run began in."""
 WAY_OUT = "make room or grant write permission, or name another --run-dir"
 """What to do where the run directory cannot be written."""

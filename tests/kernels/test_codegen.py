@@ -221,7 +221,7 @@ def test_forward_attention_on_hopper(tmp_path: Path) -> None:
     assert plain["spilled"] == 0 and plain["registers"] <= 128 and plain["occupancy"] == 0.25
     assert plain["tensor_core"]["wgmma"] > 0
     wide = [access for access in plain["accesses"] if access["bytes_each"] >= 16]
-    assert len(wide) >= 4, "q, k, v and out"
+    assert len(wide) >= 3, "q; k and v, by one line; out"
     assert all(access["bits"] == [128] for access in wide)
 
 

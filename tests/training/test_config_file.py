@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_folders import make_source, random_weights
 from trainer_processes import arguments, finish, losses
 
 from phi_fast import plan
@@ -18,6 +19,7 @@ from phi_fast.train import main
 from phi_fast.training.config_file import OF_ONE_START, as_toml, overlay, read_config
 from phi_fast.training.options import Options, parse
 from phi_fast.training.options import plain as to_json
+from phi_fast.training.resuming import parse_command
 
 OTHER: dict[str, Any] = {
     "recipe": "phi-1.5",
@@ -25,6 +27,8 @@ OTHER: dict[str, Any] = {
     "mixture_stages": ((5, {"docs": 1}), (7, {"code": 1, "docs": 3})),
     "betas": (0.8, 0.9),
     "schedule": "cosine",
+    "optimizer": "muon",
+    "lora_targets": ("q_proj", "fc2"),
     "decay": "all",
     "precision": "bf16",
     "device": "cpu",
@@ -76,11 +80,12 @@ def test_what_is_printed_gives_the_same_options_back(
         "1e9",
         "--mixture-stages",
         "9:" + ",".join(f"{m}=1" for m in RECIPES[name].mixture),
+        *(["--init-from", str(make_source(tmp_path / "hf", "hf", random_weights()))] if name == "sft" else []),
     ]
     assert main([*words, "--print-config"]) == 0
     path = tmp_path / "run.toml"
     path.write_text(capsys.readouterr().out, encoding="utf-8")
-    assert in_file(parse(["--config", str(path)])) == in_file(parse(words))
+    assert in_file(parse_command(["--config", str(path)])) == in_file(parse_command(words))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +156,10 @@ def test_the_last_recipe_given_decides() -> None:
         ("tokens = true", "tokens is True, expected 'True' is not a whole number"),
         ("resume = 1", "resume is 1, expected a valid boolean"),
         ("schedule = 'steep'", "schedule is 'steep', expected 'constant', 'linear'"),
-        ("recipe = 'phi-2'", "recipe is 'phi-2', expected 'tiny', 'phi-1.5', 'phi-1.5-web' or 'phi-1.5-web-only'"),
+        (
+            "recipe = 'phi-2'",
+            "recipe is 'phi-2', expected 'tiny', 'phi-1.5', 'phi-1.5-web', 'phi-1.5-web-only' or 'sft'",
+        ),
         ("data = 3", "data is 3, expected a valid string"),
         ("betas = [0.9]", "betas is [0.9], expected an entry more, betas.1"),
         ("betas = [0.9, 'x']", "betas.1 is 'x', expected a valid number"),

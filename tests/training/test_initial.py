@@ -104,6 +104,8 @@ def test_from_the_hubs_cache_without_a_network(folders, data, tmp_path, monkeypa
     command = [sys.executable, "-m", "phi_fast.train", *words(data, tmp_path / "run", "someone/tiny-phi")]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)  # of a run in this process
     subprocess.run(command, check=True, timeout=180)
     expected = to_merged(load_file(folders["hf"] / "model.safetensors"))
     for name, tensor in weights(tmp_path / "run").items():
