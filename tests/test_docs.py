@@ -281,6 +281,7 @@ def check_quick_start(folder: Path, printed: list[str]) -> None:
         assert word in everything
 
 
+@pytest.mark.slow
 def test_the_quick_start_works_small(tmp_path: Path, stdlib: Path) -> None:
     check_quick_start(tmp_path, run_quick_start(tmp_path, stdlib, SMALL))
     check_shipping(tmp_path)

@@ -351,6 +351,7 @@ def test_what_cannot_be_compiled_is_said(interpret: str, message: str) -> None:
     assert message in done.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_second_run_compiles_nothing_again(tmp_path, monkeypatch) -> None:
     """A stopped check goes on from Triton's cache: what it holds is neither compiled nor disassembled again."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

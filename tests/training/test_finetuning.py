@@ -90,7 +90,7 @@ def error(found: Tensor, exact: Tensor) -> float:
         ("reference", torch.float32),
         ("cpp", torch.float32),
         ("cpp", torch.bfloat16),
-        ("triton", torch.float32),
+        pytest.param("triton", torch.float32, marks=pytest.mark.slow),
         pytest.param("triton", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )

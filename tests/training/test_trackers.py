@@ -105,7 +105,9 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "name", ["trackio", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wandb", "mlflow"))]
+)
 def test_a_resumed_run_is_one_tracked_run_with_everything(name: str, data: Path, tmp_path: Path) -> None:
     words = arguments(data, tmp_path / "run", 4, track=name, sample_tokens=8, val_every=2)
     given = {"fault": "set_environment", "given": environment(tmp_path), "timeout": 300}

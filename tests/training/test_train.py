@@ -184,6 +184,7 @@ def test_two_ranks_give_one_ranks_losses(stdlib: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_deepspeeds_launcher_starts_it(stdlib: Path, tmp_path: Path) -> None:
     launcher = (str(Path(sys.executable).with_name("deepspeed")), "--module", "phi_fast.train")
     process = start(arguments(stdlib, tmp_path / "run", 2), *launcher, DS_ACCELERATOR="cpu")
