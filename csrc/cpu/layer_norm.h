@@ -130,7 +130,7 @@ inline void layer_norm_backward(const LayerNormBackward& a) {
         fill(bias_sum, a.columns, 0.0f);
         blocks.by_group(b, [&](int64_t r, int count) {
           a.dbias ? layer_norm_backward_rows<decltype(type), true>(a, r, count, weight_sum, bias_sum)
-                 : layer_norm_backward_rows<decltype(type), false>(a, r, count, weight_sum, bias_sum);
+                  : layer_norm_backward_rows<decltype(type), false>(a, r, count, weight_sum, bias_sum);
         });
       }
     });
