@@ -21,7 +21,8 @@ from phi_fast import Phi, PhiConfig
 from phi_fast.kernels import FusedAdam
 from phi_fast.startup import tolerate_encodings
 from phi_fast.training.distributed import World, join, leave
-from phi_fast.training.zero import Zero2, parameter_groups
+from phi_fast.training.parameters import parameter_groups
+from phi_fast.training.zero import Zero2
 
 TOKENS = 64
 """Tokens of a micro-batch."""

@@ -23,7 +23,7 @@ from phi_fast.recipes import RECIPES
 from phi_fast.training import cuda_graphs
 from phi_fast.training.cuda_graphs import Capture, CapturedMicroBatch
 from phi_fast.training.distributed import World
-from phi_fast.training.zero import parameter_groups
+from phi_fast.training.parameters import parameter_groups
 
 ROWS = {"phi-tiny": 8, "phi-small": 4, "phi-1.5": 4, "a quarter of phi-1.5": 4}
 RECIPE = RECIPES["tiny"]

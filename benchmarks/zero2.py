@@ -20,7 +20,8 @@ from phi_fast import Phi, PhiConfig
 from phi_fast.precision import Precision
 from phi_fast.startup import tolerate_encodings
 from phi_fast.training.distributed import World, deepspeed, join, leave
-from phi_fast.training.zero import Zero2, parameter_groups
+from phi_fast.training.parameters import parameter_groups
+from phi_fast.training.zero import Zero2
 
 
 def trainer(config: PhiConfig, rows: int, world: World, dtype: Precision, *, fused: bool) -> Step:

@@ -105,13 +105,14 @@ def overlay(options: Options, values: Mapping[str, Any], where: str) -> Options:
 
 def as_toml(options: Options) -> str:
     """Write every option but `ONLY_TYPED` as TOML that `read_config` reads back."""
-    return tomli_w.dumps({name: plain(value) for name, value in asdict(options).items() if name not in ONLY_TYPED})
+    values = {name: value for name, value in asdict(options).items() if name not in ONLY_TYPED}
+    return tomli_w.dumps(plain(values, none=NONE))
 
 
-def plain(value: Any) -> Any:
-    """Make a value fit for TOML: paths become text, tuples lists, and None the word."""
+def plain(value: Any, none: str | None = None) -> Any:
+    """Make a value fit for JSON, or with a word for None for TOML: paths become text, and tuples lists."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, none) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return NONE if value is None else str(value) if isinstance(value, Path) else value
+        return [plain(item, none) for item in value]
+    return none if value is None else str(value) if isinstance(value, Path) else value

@@ -18,6 +18,7 @@ from ..errors import MachineError, UsageError
 from .deferred_gradients import reduces_once
 from .distributed import World
 from .options import Options
+from .parameters import trained_weights
 
 WARM_UP = 3
 """Runs before the capture, in which Triton compiles, libraries allocate workspaces, and autograd starts its threads."""
@@ -81,7 +82,7 @@ class CapturedMicroBatch:
     def __init__(self, model: nn.Module, loss: Tensor, world: World, accumulation: int, capture: Capture) -> None:
         self._model, self._loss, self._accumulation, self._capture = model, loss, accumulation, capture
         self._parts = accumulation * world.size
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = list(trained_weights(model).values())
         self._scale = torch.ones((), device=world.device)
         """The loss scale, which each replay reads."""
         self._inputs: tuple[Tensor, ...] = ()

@@ -21,6 +21,7 @@ from ..model.merged import OUTSIDE, to_split
 from ..model.phi import Block
 from ..model.reference import ParallelBlock, ReferencePhi, rotary_cos_sin, within_documents
 from .distributed import World
+from .parameters import trained_weights
 
 SLOWER = "--resume --allow-change with a lower --learning-rate"
 """Advice that works under every schedule. With a constant learning rate --allow-change would not be needed."""
@@ -86,8 +87,7 @@ def first_overflow(
         probe.look(loss, "the loss, from lm_head's logits", forward=True)
         probe.claim(loss, "lm_head and the loss")
     if probe.found is None:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        torch.autograd.grad(loss * scale, trained, allow_unused=True)
+        torch.autograd.grad(loss * scale, list(trained_weights(model).values()), allow_unused=True)
     if probe.found is not None and isinstance(probe.module, Block):
         inside = _inside(probe.module, probe.name, probe.inputs[probe.module], probe.gradient, cu_seqlens)
         return inside or probe.found

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch import nn
 
 from ..config import PhiConfig
 from ..conversion.errors import ConversionError
@@ -27,7 +26,7 @@ def parse_on(shape: PhiConfig, arguments: Sequence[str], init_from: str) -> Opti
     The defaults of --tokenizer and --sequence-length follow: the corpora's tokenizer, and at most the model's context.
     Raises UsageError naming each option that contradicts the shape.
     """
-    shape = shape.replace(bos_token_id=None, eos_token_id=None)  # they come from the corpora, as in every run
+    shape = _shape(shape)
     recipe = defaults(arguments)
     named = recipe.tokenizer if recipe.tokenizer == "stdlib" else "data"
     length = min(recipe.sequence_length, shape.max_position_embeddings)
@@ -70,19 +69,24 @@ def open_initial(options: Options, tokenizer: Tokenizer, console: Console, name:
     return source
 
 
-def initial_model(options: Options, source: Source, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def initial_model(options: Options, source: Source, dtype: torch.dtype, device: torch.device) -> Phi | ReferencePhi:
     """Build the model and read the weights into it; peak memory is the model and its largest tensor."""
     with torch.device("meta"):
-        if options.implementation == "reference":
-            model: Phi | ReferencePhi = ReferencePhi(options.model, z_loss=options.z_loss)
-        else:
-            model = Phi(options.model, recompute=options.recompute, z_loss=options.z_loss)
+        model = new_model(options)
     model = model.to(dtype).to_empty(device=device)
     fill(model, source)
     return model
 
 
+def new_model(options: Options) -> Phi | ReferencePhi:
+    """Make the model of --implementation, with random weights in fp32."""
+    if options.implementation == "reference":
+        return ReferencePhi(options.model, z_loss=options.z_loss)
+    return Phi(options.model, recompute=options.recompute, z_loss=options.z_loss)
+
+
 def _shape(config: PhiConfig) -> PhiConfig:
+    """Remove the token ids, which come from the corpora."""
     return config.replace(bos_token_id=None, eos_token_id=None)
 
 

@@ -17,31 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..kernels.muon import STEPS, momentum_, orthogonalize, update_, update_scale
-from ..model.matrices import parameter_group, parts
+from ..model.matrices import parts
 from ..recipes import Recipe
 from .distributed import World
-from .parameters import trained_weights
 
 CHUNK = 2**24
 """Elements that are stepped at once, which bounds the fp32 temporaries."""
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Split the trained parameters into Muon's matrices (`recipe.optimizer`), those with and those without weight decay
-    (`recipe.decay`); each group is in the model's order, and empty ones are left out."""
-    groups: list[list[nn.Parameter]] = [[], [], []]
-    for name, parameter in trained_weights(model).items():
-        groups[parameter_group(name, parameter.dim(), optimizer=recipe.optimizer, decay=recipe.decay)].append(parameter)
-    options: tuple[dict[str, Any], ...] = (
-        {"weight_decay": recipe.weight_decay, "muon": True},
-        {"weight_decay": recipe.weight_decay},
-        {},
-    )
-    return [
-        {"params": parameters, "weight_decay": 0.0, **more}
-        for parameters, more in zip(groups, options, strict=True)
-        if parameters
-    ]
 
 
 def moments(group: dict[str, Any]) -> tuple[str, ...]:

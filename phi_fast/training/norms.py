@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import write_atomically, writing
 from ..json_files import Fields, read_lines
+from .parameters import trained_weights
 from .trouble import Trouble
 from .zero import Zero2
 
@@ -34,14 +35,9 @@ class Segment(NamedTuple):
     length: int
 
 
-def trained(zero: Zero2) -> list[tuple[str, nn.Parameter]]:
-    """List the parameters that are trained by name; weights frozen beside adapters have no update."""
-    return [(name, parameter) for name, parameter in zero.model.named_parameters() if parameter.requires_grad]
-
-
 def segments(zero: Zero2) -> list[Segment]:
     """List what this rank's partitions hold of each parameter; the padding belongs to none."""
-    index = {parameter: i for i, (_, parameter) in enumerate(trained(zero))}
+    index = {parameter: i for i, parameter in enumerate(trained_weights(zero.model).values())}
     found = []
     for group, master in enumerate(zero.zero.single_partition_of_fp32_groups):
         first = zero.world.rank * master.numel()
@@ -67,7 +63,7 @@ class NormLog:
         Raises UsageError if the file cannot be read or written.
         """
         self._path, self._every, self._zero, self._trouble = path, every, zero, trouble
-        self._names = [name for name, _ in trained(zero)]
+        self._names = list(trained_weights(zero.model))
         self._segments = segments(zero)
         if zero.world.is_main:
             with self._writing():

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..files import check_names
 from ..json_files import flatten
 from ..recipes import RECIPES, Names, Recipe, RecipeName
-from .config_file import OF_ONE_START, overlay, read_config
+from .config_file import OF_ONE_START, overlay, plain, read_config
 from .trackers.opening import check_trackers
 
 MUST_AGREE = (
@@ -131,16 +131,7 @@ class Options(Recipe):
         for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "log_norms", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
-        for name in ("skip_spikes", "skip_norm_spikes"):
-            if getattr(self, name) and self.zero_step == "deepspeed":
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step cannot leave an update out")
-        if self.ema_decay is not None and self.zero_step == "deepspeed":
-            raise UsageError("--ema-decay needs --zero-step fused: DeepSpeed's own step does not say what it skipped")
-        if self.optimizer == "muon" and self.zero_step == "deepspeed":
-            raise UsageError("--optimizer muon needs --zero-step fused: DeepSpeed's own step has Adam alone here")
-        if self.log_norms and self.zero_step == "deepspeed":
-            raise UsageError("--log-norms needs --zero-step fused: DeepSpeed's own step does not show its gradients")
+        self._require_fused()
         check_trackers(self.track)
         if self.profile is not None:
             profiled_steps(self.profile)
@@ -150,15 +141,26 @@ class Options(Recipe):
             raise UsageError("--lora-rank and --ema-decay: no average of adapters is kept; leave one of them out")
         if self.lora_rank is not None and self.optimizer == "muon":
             raise UsageError("--lora-rank and --optimizer muon: adapters are trained by Adam; leave one of them out")
-        if self.reduce_gradients == "step" and self.zero_step == "deepspeed":
-            raise UsageError("--reduce-gradients step needs --zero-step fused: DeepSpeed's own step reduces each time")
-        if self.cuda_graphs and self.zero_step == "deepspeed":
-            raise UsageError("--cuda-graphs needs --zero-step fused: DeepSpeed's own step needs DeepSpeed's hooks")
         if self.cuda_graphs and self.document_isolation:
             raise UsageError(
                 "--cuda-graphs and --document-isolation: a graph has fixed shapes, but the number of documents differs "
                 "from batch to batch; leave one of them out"
             )
+
+    def _require_fused(self) -> None:
+        """Raise UsageError for an option that DeepSpeed's own step cannot do."""
+        asked = (
+            ("--skip-spikes", self.skip_spikes, "cannot leave an update out"),
+            ("--skip-norm-spikes", self.skip_norm_spikes, "cannot leave an update out"),
+            ("--ema-decay", self.ema_decay is not None, "does not say what it skipped"),
+            ("--optimizer muon", self.optimizer == "muon", "has Adam alone here"),
+            ("--log-norms", self.log_norms, "does not show its gradients"),
+            ("--reduce-gradients step", self.reduce_gradients == "step", "reduces each time"),
+            ("--cuda-graphs", self.cuda_graphs, "needs DeepSpeed's hooks"),
+        )
+        for option, given, why in asked:
+            if given and self.zero_step == "deepspeed":
+                raise UsageError(f"{option} needs --zero-step fused: DeepSpeed's own step {why}")
 
     def recipe_fields(self) -> dict[str, Any]:
         """Return the recipe's fields, which determine the losses, JSON-able."""
@@ -250,12 +252,3 @@ def profiled_steps(text: str) -> range:
     if not steps or steps[0] < 1:
         raise UsageError(f"--profile {text}: expected FROM:TO, two steps counted from 1, such as 10:12")
     return steps
-
-
-def plain(value: Any) -> Any:
-    """Make a value JSON-able: paths become text, tuples become lists."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

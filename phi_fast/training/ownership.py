@@ -10,7 +10,8 @@ from pathlib import Path
 from ..errors import UsageError
 from ..files import Claim, writing
 from ..json_files import flatten, read_object
-from .options import MUST_AGREE, Options, plain
+from .config_file import plain
+from .options import MUST_AGREE, Options
 
 LEFT_BY_A_RUN = ("metrics.jsonl", "config.json", "tensorboard")
 """Files by which a directory is recognised as one that a run began in."""

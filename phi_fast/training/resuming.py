@@ -11,9 +11,9 @@ from ..conversion.source import Source
 from ..errors import UsageError
 from ..json_files import Fields, read_object, read_regular
 from ..recipes import Recipe
-from .config_file import OF_ONE_START, ConfigFileError, overlay, typed
+from .config_file import OF_ONE_START, ConfigFileError, overlay, plain, typed
 from .initial import parse_on
-from .options import MUST_AGREE, Options, from_file, named, parse, plain
+from .options import MUST_AGREE, Options, from_file, named, parse
 from .ownership import newest_run
 
 AS_IT_GOES = (

@@ -33,9 +33,10 @@ from ..errors import UsageError
 from ..files import write_atomically, writing
 from . import checkpoint
 from .checkpoint import CheckpointError, Saver, Snapshot
+from .config_file import plain
 from .distributed import World
 from .initial import open_initial
-from .options import MUST_AGREE, Options, plain
+from .options import MUST_AGREE, Options
 from .ownership import WAY_OUT, Owned
 from .parameters import trained_weights
 from .resuming import changes

@@ -14,14 +14,13 @@ from ..kernels import BackendUnavailable, in_use, layer_norm, use
 from ..kernels.backend import OPS, implementation, tiles
 from ..model.lora import add_lora
 from ..model.phi import Phi
-from ..model.reference import ReferencePhi
 from ..precision import DTYPES, Precision, auto_precision
 from . import cuda_graphs
 from .corpora import Corpora
 from .deferred_gradients import reduces_once
 from .display import back_ends, show
 from .distributed import World
-from .initial import initial_model
+from .initial import initial_model, new_model
 from .options import Options, plan_batch
 from .run_directory import Run
 
@@ -71,17 +70,14 @@ def build_model(setup: Setup, initial: Source | None = None) -> nn.Module:
     """Build the model in the training dtype, the same on every rank: from `initial`'s weights, else from the seed."""
     options = setup.options
     torch.manual_seed(options.seed)
-    if initial is not None:
-        loaded = initial_model(options, initial, DTYPES[setup.precision], setup.world.device)
-        if options.lora is not None:
-            assert isinstance(loaded, Phi)
-            add_lora(loaded, options.lora)
-        return loaded
-    if options.implementation == "reference":
-        model: nn.Module = ReferencePhi(options.model, z_loss=options.z_loss)
-    else:
-        model = Phi(options.model, recompute=options.recompute, z_loss=options.z_loss)
-    return model.to(setup.world.device, DTYPES[setup.precision])
+    dtype, device = DTYPES[setup.precision], setup.world.device
+    if initial is None:
+        return new_model(options).to(device, dtype)
+    model = initial_model(options, initial, dtype, device)
+    if options.lora is not None:
+        assert isinstance(model, Phi)
+        add_lora(model, options.lora)
+    return model
 
 
 def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int) -> None:

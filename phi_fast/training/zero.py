@@ -32,8 +32,7 @@ from .deepspeed_config import deepspeed_config
 from .distributed import World, deepspeed
 from .gradients import Gradients, gradients_of
 from .muon import MuonStep, moments
-from .muon import parameter_groups as parameter_groups
-from .parameters import trained_weights
+from .parameters import parameter_groups, trained_weights
 from .partitions import gather, sends_directly
 from .spikes import NO_FILTERS, SpikeFilters
 

@@ -17,8 +17,8 @@ from phi_fast.config import PhiConfig
 from phi_fast.recipes import RECIPES
 from phi_fast.train import main
 from phi_fast.training.config_file import OF_ONE_START, as_toml, overlay, read_config
+from phi_fast.training.config_file import plain as to_json
 from phi_fast.training.options import Options, parse
-from phi_fast.training.options import plain as to_json
 from phi_fast.training.resuming import parse_command
 
 OTHER: dict[str, Any] = {

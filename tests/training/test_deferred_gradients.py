@@ -27,7 +27,8 @@ from phi_fast.training.deepspeed_config import deepspeed_config
 from phi_fast.training.deferred_gradients import reduces_once
 from phi_fast.training.distributed import World, join, leave
 from phi_fast.training.options import Options
-from phi_fast.training.zero import Zero2, parameter_groups
+from phi_fast.training.parameters import parameter_groups
+from phi_fast.training.zero import Zero2
 
 CONFIG = PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
 RECIPE = RECIPES["tiny"].replace(model=CONFIG, gradient_clipping=0.5, initial_loss_scale=2.0**10)

@@ -18,7 +18,7 @@ from phi_fast.model.merged import to_split
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.train import INTERRUPTED
 from phi_fast.training.options import Options, parse
-from phi_fast.training.zero import parameter_groups
+from phi_fast.training.parameters import parameter_groups
 
 
 def plain_losses(options: Options) -> tuple[list[float], int]:

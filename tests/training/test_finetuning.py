@@ -34,7 +34,7 @@ from phi_fast.terminal import console
 from phi_fast.training.corpora import Corpora
 from phi_fast.training.distributed import World
 from phi_fast.training.options import Options, parse
-from phi_fast.training.zero import parameter_groups
+from phi_fast.training.parameters import parameter_groups
 
 pytest.importorskip("transformers")
 

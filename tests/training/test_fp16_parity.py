@@ -16,7 +16,7 @@ from phi_fast.model import Phi
 from phi_fast.model.merged import to_split
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.training.options import Options, parse
-from phi_fast.training.zero import parameter_groups
+from phi_fast.training.parameters import parameter_groups
 
 STEPS, WINDOW, SCALE = 200, 50, 1024.0
 VOCABULARY = 512

@@ -19,7 +19,8 @@ from phi_fast.model.reference import ReferencePhi
 from phi_fast.recipes import RECIPES
 from phi_fast.train import INTERRUPTED
 from phi_fast.training.distributed import World, join
-from phi_fast.training.muon import cost, parameter_groups, share_out
+from phi_fast.training.muon import cost, share_out
+from phi_fast.training.parameters import parameter_groups
 from phi_fast.training.zero import Zero2
 
 RECIPE = RECIPES["tiny"].replace(

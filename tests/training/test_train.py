@@ -24,8 +24,8 @@ from phi_fast.model.merged import to_split
 from phi_fast.model.reference import ReferencePhi
 from phi_fast.train import INTERRUPTED, main
 from phi_fast.training.options import Options, parse
+from phi_fast.training.parameters import parameter_groups
 from phi_fast.training.signals import Signals
-from phi_fast.training.zero import parameter_groups
 
 SMALL = {
     "model.hidden-size": 64,

@@ -17,7 +17,8 @@ from phi_fast.model.reference import ReferencePhi
 from phi_fast.precision import DTYPES
 from phi_fast.recipes import RECIPES, Recipe
 from phi_fast.training.distributed import World, join
-from phi_fast.training.zero import FusedStep, Zero2, _require_internals, parameter_groups
+from phi_fast.training.parameters import parameter_groups
+from phi_fast.training.zero import FusedStep, Zero2, _require_internals
 
 RECIPE = RECIPES["tiny"].replace(
     model=PhiConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=1),
