@@ -30,11 +30,12 @@ help:
 train: $(VENV)/.run
 	$(BIN)/python -m phi_fast.train $(ARGS)
 
-# One thread per process: two tests run at a time, and more threads than cores would slow both down.
+# One thread per process, since more threads than cores would slow the tests down. Three processes on two cores: many tests
+# wait for processes that they started, or for a time limit.
 test test-slow: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 3 -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)

@@ -37,6 +37,16 @@ def results(full: bool, request: pytest.FixtureRequest) -> Results:
     return request.config.stash[COLLECTED]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark rows in bf16 as slow where nothing is measured: that a benchmark works is seen in fp32."""
+    if config.getoption("--benchmark"):
+        return
+    for item in items:
+        if item.path.parent == Path(__file__).parent and "bf16" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     """Remember that -k, -m, --deselect or --last-failed left something out."""
     for item in items[:1]:

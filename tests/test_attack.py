@@ -43,6 +43,7 @@ def test_each_campaign_reaches_its_target() -> None:
     assert rows(output) == {name: [expected[name], expected[name], 0] for name in names}
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_early_is_said() -> None:
     status, output = attack("--minutes", "0.2", "--only", "headers")
     assert status == 0, output
@@ -64,7 +65,9 @@ KERNELS = "import os; from phi_fast import kernels; kernels"
         ),
         ("headers", "from phi_fast.data import formats; formats.open_layout = lambda p, dtype: int('x')", "ValueError"),
         pytest.param("ops", f"{KERNELS}.bias_gelu = lambda *a, **k: {{}}[1]", "KeyError: 1", marks=pytest.mark.slow),
-        ("ops", f"{KERNELS}.layer_norm = lambda *a, **k: os.abort()", "ended with -6"),
+        pytest.param(
+            "ops", f"{KERNELS}.layer_norm = lambda *a, **k: os.abort()", "ended with -6", marks=pytest.mark.slow
+        ),
     ],
     ids=["flips", "headers", "an error in ops", "a crash in ops"],
 )

@@ -245,7 +245,11 @@ def test_a_file_is_whole_once_a_session_has_measured_all(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("arguments", "ends_whole"),
-    [([], True), (["-k", "one"], False), (["test_one.py"], False), (["test_one.py::test_one", "test_two.py"], False)],
+    [
+        ([], True),
+        (["test_one.py::test_one", "test_two.py"], False),
+        *(pytest.param(words, False, marks=pytest.mark.slow) for words in (["-k", "one"], ["test_one.py"])),
+    ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_session_prints_its_tables_and_knows_whether_it_was_whole(

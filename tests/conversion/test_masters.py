@@ -33,7 +33,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("ranks", "changes"),
     [
         pytest.param(1, {"precision": "bf16"}, marks=pytest.mark.slow),
-        (2, {"precision": "fp16", "decay": "all", "initial_loss_scale": 256}),
+        pytest.param(2, {"precision": "fp16", "decay": "all", "initial_loss_scale": 256}, marks=pytest.mark.slow),
         (2, {"precision": "bf16", "implementation": "reference", "model.num-hidden-layers": 2}),
         pytest.param(1, {"precision": "bf16", "zero_step": "deepspeed"}, marks=pytest.mark.slow),
     ],

@@ -162,20 +162,20 @@ def test_the_fullest_row_is_closed_when_too_many_are_open(monkeypatch):
     assert [[int(document[0]) for document in row.documents] for row in rows] == [[1], [0, 3], [2]]
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ([1], "found list; expected"),
-        ({"text": "x"}, "found the fields text; expected"),
-        ({"messages": []}, "found the fields messages; expected"),
-        ({"messages": ["hi"]}, "message 0 is 'hi'"),
-        ({"messages": [{"role": "user", "content": None}]}, "the content of message 0 is NoneType, expected text"),
-        (turns("a question"), "no message has the role 'assistant'"),
-        (turns("x", "<|endoftext|>"), "a text contains '<|endoftext|>', the name of a special token"),
-        ({"prompt": "x<|endoftext|>", "completion": "y"}, "a text contains '<|endoftext|>'"),
-        ({"prompt": "x", "completion": 3}, "found the fields prompt, completion; expected"),
-    ],
-)
+MALFORMED = [
+    ([1], "found list; expected"),
+    ({"text": "x"}, "found the fields text; expected"),
+    ({"messages": []}, "found the fields messages; expected"),
+    ({"messages": ["hi"]}, "message 0 is 'hi'"),
+    ({"messages": [{"role": "user", "content": None}]}, "the content of message 0 is NoneType, expected text"),
+    (turns("a question"), "no message has the role 'assistant'"),
+    (turns("x", "<|endoftext|>"), "a text contains '<|endoftext|>', the name of a special token"),
+    ({"prompt": "x<|endoftext|>", "completion": "y"}, "a text contains '<|endoftext|>'"),
+    ({"prompt": "x", "completion": 3}, "found the fields prompt, completion; expected"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), MALFORMED)
 def test_records_that_are_no_conversations(folder: Path, record, message, capsys):
     lines = [json.dumps(turns("hi", "yes")), json.dumps(record)]
     (folder.parent / "records.jsonl").write_text("\n".join(lines))
@@ -185,8 +185,12 @@ def test_records_that_are_no_conversations(folder: Path, record, message, capsys
     error = capsys.readouterr().err
     assert message in error
     assert "line 2" in error
-    assert main([*words, "--skip-malformed"]) == 0
-    assert "left out 1 malformed records" in capsys.readouterr().out
+
+
+def test_records_that_are_no_conversations_are_left_out_and_counted(folder: Path, capsys):
+    records = [turns("hi", "yes"), *(record for record, _ in MALFORMED)]
+    assert prepare(folder, records, "--row-tokens", "64", "--skip-malformed") == 0
+    assert f"left out {len(MALFORMED)} malformed records" in capsys.readouterr().out
 
 
 def test_a_template_that_changes_earlier_messages_is_refused(folder: Path, tmp_path: Path, capsys):

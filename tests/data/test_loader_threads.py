@@ -176,7 +176,7 @@ def at_exit(tmp_path: Path, threads: int, body: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("threads", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1)), 3])
 def test_daemon_threads_that_read_while_python_ends(tmp_path: Path, threads: int) -> None:
     """Every later call says that the loader is closed. The process ends with its own exit status."""
     body = """
@@ -187,7 +187,7 @@ def test_daemon_threads_that_read_while_python_ends(tmp_path: Path, threads: int
     assert at_exit(tmp_path, threads, body) == (0, "")
 
 
-@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("threads", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_daemon_threads_in_a_prefetcher_while_python_ends(tmp_path: Path, threads: int) -> None:
     """Nothing closes the loader: its threads stop waiting for Python's lock, which does not abort the process."""
     body = """

@@ -129,7 +129,7 @@ def test_a_long_temporary_directory(tmp_path: Path, small_tokenizer: Path, lengt
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), "latin-1"])
 def test_any_encoding_of_the_terminal(tmp_path: Path, small_tokenizer: Path, encoding: str) -> None:
     (tmp_path / "naïve 東京.jsonl").write_text(lines(["naïve 東京 \x1b]0;title\x07"] * 3))
     chosen = ("--tokenizer", small_tokenizer, "--workers", "1", "--validation", "0", "--out", "東京")

@@ -52,6 +52,7 @@ def contents(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_it_is_large_enough_for_the_default_run(stdlib: Path) -> None:
     seen = 400 * 8 * 256
     docs, code = (Manifest.read(stdlib / name).splits for name in ("docs", "code"))

@@ -10,3 +10,16 @@ import torch
 def device() -> str:
     """The device of the tests. On a CPU, Triton's kernels run in its interpreter (see `tests/conftest.py`)."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU, mark fp16 in Triton as slow where a test has the marker `interpreted_in_bf16`: bf16 runs the same
+    lines of the kernel, and the interpreter takes seconds for each."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("interpreted_in_bf16") and isinstance(item, pytest.Function):
+            given = item.callspec.params.values()
+            if torch.float16 in given and any(isinstance(value, str) and "triton" in value for value in given):
+                item.add_marker(pytest.mark.slow)

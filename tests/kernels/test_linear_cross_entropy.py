@@ -78,6 +78,7 @@ def compare(
         assert_no_worse(tensor, usual[name], exact[name], f"{backend_name} {name}")
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize(
@@ -96,6 +97,7 @@ def test_error_against_float64(device, dtype, backend_name, rows, d, vocab, magn
     compare(inputs, make_labels(rows, vocab, device), eps, z, backend_name, chunk_size=8)
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize(("eps", "z", "magnitude"), [(0.0, 0.0, 1.0), (0.1, 1e-2, 10.0), (0.0, 0.0, 300.0)])

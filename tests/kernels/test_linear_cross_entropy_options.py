@@ -82,6 +82,7 @@ def plain_loss(
     return loss + (extra.sum() if reduction == "sum" else extra.sum() / of_rows.sum())
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("backend_name", "name", "reduction"), CASES)
 def test_error_against_float64(dtype: torch.dtype, backend_name: str, name: str, reduction: str) -> None:
@@ -113,6 +114,7 @@ def test_error_against_float64(dtype: torch.dtype, backend_name: str, name: str,
         assert_no_worse(tensor, usual[name], exact[name], f"{backend_name} {name}")
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("backend_name", "name"), PRIMITIVE_CASES)
 def test_primitive_error_against_float64(dtype: torch.dtype, backend_name: str, name: str) -> None:

@@ -73,6 +73,7 @@ def upstream(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(9)).to(x.device, x.dtype)
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("choice", [*BACKENDS, *ROTARY])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "sequence", "heads", "mlp"), [(2, 9, 1, 96), (1, 17, 2, 512)])
@@ -91,6 +92,7 @@ STARTS = (0, 5, 6, 17)
 """Starts of the documents in a packed row, and its end; one document is a single token."""
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("choice", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)

@@ -66,6 +66,7 @@ def plain(x: Tensor, **p: Tensor) -> Tensor:
     return linear("dense", o) + linear("fc2", F.gelu(linear("fc1", h), approximate="tanh")) + x
 
 
+@pytest.mark.interpreted_in_bf16
 @pytest.mark.parametrize("choice", [*BACKENDS, *ROTARY])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_forward_and_all_gradients(choice, dtype, device):

@@ -198,7 +198,9 @@ def test_a_micro_batch_without_a_trained_label_adds_nothing(kind: type):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16"))]
+)
 def test_killed_and_resumed_bit_for_bit(chats: Path, tmp_path: Path, precision: str):
     """kill -9 after a checkpoint, then --resume: the losses, weights and optimizer of a run that nothing stopped."""
     finish(arguments(chats, tmp_path / "base", 2), tmp_path / "output")

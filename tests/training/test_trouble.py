@@ -153,7 +153,10 @@ def refused(data: Path, folder: Path, environment: dict[str, str]) -> str:
     return output
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "verify", "plan"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "generate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("evaluate", "verify", "plan"))],
+)
 def test_an_instruction_set_that_is_none(command: str, tmp_path: Path) -> None:
     from model_folders import make_source, random_weights
 
