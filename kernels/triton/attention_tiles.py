@@ -91,16 +91,16 @@ def mask_of(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[bool, int,
 
 _HALF_PRECISION = {
     # (kernel, head_dim, rotary inside): a tile by architecture, in the order of ARCHITECTURES
-    ("forward", 64, False): ((128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 1)),
-    ("forward", 64, True): ((128, 32, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 4, 1)),
+    ("forward", 64, False): ((128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 1)),
+    ("forward", 64, True): ((128, 32, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 1)),
     ("forward", 128, False): ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 4, 1)),
     ("forward", 128, True): ((64, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
     ("dq", 64, False): ((64, 32, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 4, 1)),
     ("dq", 64, True): ((64, 32, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 1)),
     ("dq", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
-    ("dq", 128, True): ((64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
+    ("dq", 128, True): ((64, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
     ("dkv", 64, False): ((32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
-    ("dkv", 64, True): ((32, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
+    ("dkv", 64, True): ((32, 32, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 1)),
     ("dkv", 128, False): ((64, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
     ("dkv", 128, True): ((32, 32, 8, 2), (32, 64, 8, 2), (32, 128, 8, 2), (32, 32, 4, 1)),
 }
@@ -108,13 +108,17 @@ _HALF_PRECISION = {
 # With documents each program searches them, and beside the rotation each thread, for the place of every key.
 _DOCUMENTS = {
     # (kernel, head_dim, rotary inside, architecture): a tile in the place of the one above
-    ("forward", 64, False, "sm_100"): (128, 64, 8, 3),
-    ("dq", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("forward", 64, False, "sm_100"): (128, 32, 8, 3),
+    ("forward", 64, True, "sm_100"): (128, 32, 8, 3),
+    ("dq", 64, True, "sm_80"): (64, 16, 4, 2),
+    ("dq", 64, True, "sm_100"): (128, 32, 4, 2),
     ("dq", 128, True, "sm_90"): (64, 16, 8, 2),
-    ("dkv", 64, True, "sm_80"): (32, 32, 4, 2),
+    ("dkv", 64, True, "sm_80"): (64, 16, 4, 2),
+    ("dkv", 64, False, "sm_90"): (32, 128, 8, 2),
     ("dkv", 128, False, "sm_90"): (32, 64, 8, 2),
     ("dkv", 128, True, "sm_90"): (32, 32, 8, 2),
     ("dkv", 128, False, "sm_100"): (64, 64, 8, 2),
+    ("dkv", 128, True, "sm_100"): (64, 64, 8, 2),
 }
 
 # fp32 operands take twice the room, and without TF32 the products run on the ordinary units from registers.

@@ -230,7 +230,7 @@ def _backward_tile(
     approximate: str,
     carry: tuple[Tensor, Tensor] | None,
 ) -> BackwardTile:
-    warps = max(1, _most_columns(x, carry, COLUMNS_BACKWARD) * ROWS_BACKWARD // 512)
+    warps = max(1, _most_columns(x, carry, COLUMNS_BACKWARD) * ROWS_BACKWARD * x.element_size() // 1024)
     by_hand = BackwardTile(ROWS_BACKWARD, COLUMNS_BACKWARD, warps, ROWS_EACH)
     return BACKWARD.tile(x.device, by_hand, _case, x, bias, approximate, activation, carry)
 

@@ -324,6 +324,6 @@ def _width(line: str) -> tuple[bool, int] | None:
         element = re.search(r"\.[busf](\d+)$", ptx[2])
         return ptx[1] == "st", int(vector[1] if vector else 1) * int(element[1] if element else 0)
     amd = re.match(r"\s*(?:global|buffer|flat|s)_(load|store)_([a-z]+\d?)(?!\d)", line)  # s: the same for all lanes
-    if amd:
+    if amd and ", s[0:1], 0x" not in line:  # a kernel begins with the address of its arguments there
         return amd[1] == "store", _DWORDS.get(amd[2], 0)
     return None

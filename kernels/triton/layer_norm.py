@@ -37,7 +37,7 @@ from .tiles import RowCase, Tunable, bucket, words
 WIDEST = 32768  # elements of a row
 WIDE_FORWARD = 16384  # beyond these, registers do not hold a row of the forward
 WIDE = 8192  # and of the backward, beside the sums of dweight and dbias
-WARPS = 16  # of the backward on a multiprocessor; with up to 128 registers per thread all of them are resident
+WARPS = 16  # of the backward on a multiprocessor in 16 bits; with up to 128 registers per thread all are resident
 PREFETCH = 96 * 1024  # bytes ahead of the backward's sums on a multiprocessor; consumer cards have 99 KB per block
 
 
@@ -183,15 +183,16 @@ def _case(x: Tensor, residual: Tensor | None, shift: Tensor | None) -> RowCase:
 
 def _forward_tile(x: Tensor, stream: ResidualStream) -> ForwardTile:
     d = x.shape[1]
-    # 16 elements per thread: two loads of 128 bits
-    by_hand = ForwardTile(8 if d > WIDE_FORWARD else max(1, min(16, _block(d) // 512)))
+    each = 16 if stream.residual is None else 8  # elements per thread: in 16 bits, two loads of 128 bits
+    by_hand = ForwardTile(8 if d > WIDE_FORWARD else max(1, min(16, _block(d) // (32 * each))))
     return FORWARD.tile(x.device, by_hand, _case, x, stream.residual, stream.shift)
 
 
 def _backward_tile(x: Tensor, residual_grad: Tensor | None) -> BackwardTile:
-    # 8 elements per thread, or 16 for rows of more than 4096: the sums stay in registers
-    warps = 8 if _shape(x.shape[1])[1] <= TILE else WARPS
-    return BACKWARD.tile(x.device, BackwardTile(warps, WARPS // warps), _case, x, residual_grad, None)
+    # 8 elements of 16 bits per thread, or 16 for rows of more than 4096: the sums stay in registers
+    narrow = _shape(x.shape[1])[1] <= TILE
+    warps = 8 if narrow and x.element_size() == 2 else WARPS
+    return BACKWARD.tile(x.device, BackwardTile(warps, 2 if narrow else 1), _case, x, residual_grad, None)
 
 
 def _forward_launch(

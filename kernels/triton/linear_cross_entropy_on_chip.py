@@ -65,11 +65,14 @@ ON_CHIP = Tunable(
 
 def tile(architecture: str, itemsize: int, width: int, objective: Objective) -> Tile:
     """Rows, columns and depth that a program multiplies at a time. Masks at the end of the width, smoothing, class
-    weights and a softcap need registers: then there are half as many columns."""
+    weights and a softcap need registers: then there are half as many columns. On sm_100, half as many warps too: for
+    8 the compiler keeps to 64 registers, and spills."""
     if itemsize == 4:
         return SINGLE
     usual = TILES[architecture]
-    return usual if _is_simple(objective) and width % usual.K == 0 else usual._replace(N=usual.N // 2)
+    if _is_simple(objective) and width % usual.K == 0:
+        return usual
+    return usual._replace(N=usual.N // 2, num_warps=4 if architecture == "sm_100" else usual.num_warps)
 
 
 def _is_simple(objective: Objective) -> bool:
@@ -147,7 +150,8 @@ def _statistics(
         x = tl.zeros([M, N], dtype=tl.float32)
         for start in range(0, width, K):
             if WHOLE:
-                x = dot(tl.load(h + start), tl.load(w + start), x, PRECISION)
+                a = tl.load(h + start)
+                x = dot(a, tl.load(w + start), x, PRECISION)
             else:
                 some = start + lane < width
                 a = tl.load(h + start, mask=some[None, :], other=0.0)

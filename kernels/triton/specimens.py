@@ -21,6 +21,7 @@ from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
 from . import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
 from .common import Launch, recording
+from .tiles import session
 
 TOKENS, WIDTH, HEADS, VOCABULARY = 8192, 2048, 32, 51200  # of phi-1.5
 
@@ -63,6 +64,7 @@ def variants(architecture: str) -> list[Specimen]:
     found: dict[Any, Specimen] = {}
     for specimen in (
         *_attention_variants(architecture),
+        *_described_variants(architecture),
         *_elementwise_variants(architecture),
         *_row_variants(architecture),
     ):
@@ -263,6 +265,21 @@ def _attention_variants(architecture: str) -> Iterator[Specimen]:
         for note, more in (("", {}), (", documents", {"documents": 8}), (", 4096 keys", {"keys": 4096})):
             whole = f", {head_dim} dims rotated inside{note}"
             yield from _attention_specimens(architecture, torch.float16, whole, batch=1, **(shape | more))
+
+
+def _described_variants(architecture: str) -> Iterator[Specimen]:
+    """Attention whose loop is fetched by tensor descriptors, which a measured tile may choose; other GPUs than these
+    have ordinary loads for them."""
+    if architecture not in ("sm_90", "sm_100"):
+        return
+    for dtype, head_dim in itertools.product(_DTYPES[:2], (64, 128)):
+        shape: dict[str, Any] = {"batch": 1, "heads": 2048 // head_dim, "head_dim": head_dim}
+        with session() as asked:
+            list(_attention_specimens(architecture, dtype, **shape))
+        tiles = {(one.tunable.name, one.case): one.by_hand._replace(descriptors=True) for one in asked.choices}
+        with session(tiles):
+            found = list(_attention_specimens(architecture, dtype, ", by descriptors", **shape))
+        yield from found
 
 
 def _recorded(architecture: str, note: str, *calls: tuple[str, Callable[[], Any]]) -> Iterator[Specimen]:

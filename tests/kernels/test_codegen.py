@@ -89,6 +89,7 @@ LLVM = """
 AMDGCN = """
 	.file	1 "/somewhere" "kernel.py"
 	.loc	1 14 5                          ; kernel.py:14:5
+	s_load_dwordx2 s[2:3], s[0:1], 0x40
 	global_load_dwordx4 v[6:9], v[4:5], off
 	.loc	1 15 5
 	global_store_short v[6:7], v4, off

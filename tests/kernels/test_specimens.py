@@ -48,6 +48,14 @@ def test_specimens_are_launched_with_the_tiles_of_their_architecture(architectur
     assert launch.signature()["q_pointer"] == "*bf16"
 
 
+@pytest.mark.parametrize(("architecture", "described"), [("sm_80", False), ("sm_90", True), ("sm_100", True)])
+def test_attention_by_descriptors_is_among_the_variants_where_they_are_fetched_in_hardware(
+    architecture: str, described: bool
+) -> None:
+    found = {specimen.name for specimen in variants(architecture) if specimen.launch.constants.get("DESCRIPTORS")}
+    assert found == ({"attention.forward", "attention.dq", "attention.dkv"} if described else set())
+
+
 def test_meta_tensors_are_launched_only_where_launches_are_recorded() -> None:
     x, table = torch.empty(2, 3, 4, 64, device="meta"), torch.empty(3, 16, device="meta")
     with recording("sm_90") as launches:
