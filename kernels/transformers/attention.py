@@ -31,7 +31,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 RULES = (
     "attention: where there is a mask (padding, packed or sliding window), where queries and keys differ in number "
     "(a step with a KV cache), with attention dropout, where attentions are asked for, or in Triton with a head_dim "
-    "other than 64 and 128",
+    "other than 64, 80, 96 and 128",
 )
 
 
@@ -114,8 +114,9 @@ def causal(module: Any, mask: Tensor | None) -> bool:
 
 def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
     """Whether the attention in use takes heads of that size, and can rotate that many of their dims itself. Triton's is
-    written for `HEAD_DIMS` and a rotary_dim that divides them; the others take any."""
-    return backend.name("attention", device) != "triton" or (head_dim in HEAD_DIMS and head_dim % rotary_dim == 0)
+    written for `HEAD_DIMS` and a rotary_dim that is a power of two; the others take any."""
+    power = rotary_dim & (rotary_dim - 1) == 0
+    return backend.name("attention", device) != "triton" or (head_dim in HEAD_DIMS and power)
 
 
 def _fits(

@@ -23,8 +23,8 @@ from .modules import Forward, hooked, original, plain
 
 RULES = (
     "parallel_block: with a mask or a KV cache, positions that differ by row, dropout, autocast, LoRA or hooks "
-    "inside the layer, or in Triton with a head_dim other than 64 and 128 or a rotary_dim that does not divide it: "
-    "then its LayerNorm, MLP and attention run on their own ops",
+    "inside the layer, or in Triton with a head_dim other than 64, 80, 96 and 128 or a rotary_dim that is no power of "
+    "two: then its LayerNorm, MLP and attention run on their own ops",
 )
 
 _INWARD, _INWARD_BIAS, _OUTWARD = slice(3, 7), slice(7, 11), slice(11, 13)

@@ -1,4 +1,4 @@
-"""Attention in Triton: head dims 64 and 128; fp16, bf16 and fp32; the rotation, where asked for, inside the loads.
+"""Attention in Triton: head dims 64, 80, 96, 128; fp16, bf16, fp32; the rotation, where asked for, inside the loads.
 
 Bytes: forward, q, k, v and out once per pass, and k and v again for every block of rows that L2 does not serve;
 backward, dq reads dout, out, q, k, v and writes dq and delta; dk and dv read dout, q, k, v and write dk and dv.
@@ -21,7 +21,7 @@ from ..reference.attention import AttentionOptions
 from .attention_backward import dkv_kernel, dq_kernel
 from .attention_forward import forward_kernel
 from .attention_tiles import HEAD_DIMS, KERNELS, Tile, architecture, case_of, mask_of, tile
-from .common import Launch, fp32_precision
+from .common import Launch, fp32_precision, next_power_of_2
 from .launching import launch
 
 _KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
@@ -120,11 +120,12 @@ def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions
         "scale": scale,
         "scale_log2": scale * math.log2(math.e),
     }
+    width = next_power_of_2(head_dim)
     moved, rows = _MOVED[name], chosen.m if name == "dkv" else chosen.n
     descriptors = chosen.descriptors and all(_describable(tensors[operand]) for operand in moved)
     if descriptors:
         for operand in moved:
-            described = TensorDescriptor.from_tensor(tensors[operand], [1, rows, 1, head_dim])
+            described = TensorDescriptor.from_tensor(tensors[operand], [1, rows, 1, width])
             arguments[f"{operand}_pointer"] = described
     return Launch(
         kernel=kernel,
@@ -133,6 +134,7 @@ def _describe(name: str, chosen: Tile, precision: str, options: AttentionOptions
         constants={
             "GROUP": heads // key_heads,
             "D": head_dim,
+            "WIDTH": width,
             "HALF": 0 if cos is None else cos.shape[1],
             "CAUSAL": causal and not banded,
             "VARLEN": cu_seqlens is not None,
@@ -163,13 +165,14 @@ def _check(q: Tensor, options: AttentionOptions) -> None:
         )
     if head_dim not in HEAD_DIMS:
         raise ValueError(
-            f"attention in Triton takes head_dim 64 or 128, not {head_dim}; use('sdpa' or 'reference', op='attention')"
+            f"attention in Triton takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}; "
+            "use('sdpa' or 'reference', op='attention')"
         )
     cos, sin = options.cos, options.sin
     if cos is None or sin is None:
         return
     half = cos.shape[1]
-    if half == 0 or half & (half - 1) or head_dim % (2 * half):
+    if half == 0 or half & (half - 1) or 2 * half > head_dim:
         raise ValueError(
             f"attention in Triton rotates 2 * 2**n dims, not {2 * half} of {head_dim}; call apply_rotary_ before it "
             "and leave cos and sin out"

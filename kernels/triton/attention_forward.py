@@ -40,10 +40,10 @@ def rotate(
     x, rows, cos, sin, cu_seqlens, documents, search_steps, sequence,
     INVERSE: tl.constexpr, VARLEN: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """x (M, D), its first 2 HALF columns rotated in half-split pairs by each row's place in its document: fp32 math.
+    """x (M, WIDTH), its first 2 HALF columns turned in half-split pairs by each row's place in its document, in fp32.
 
-    The columns are split as (D / (2 HALF), 2, HALF), and of the D / (2 HALF) groups only the first turns: in the others
-    cos is 1 and sin is 0.
+    The columns are split as (WIDTH / (2 HALF), 2, HALF). Of these groups only the first turns: in the others cos is 1
+    and sin is 0.
     """
     M: tl.constexpr = x.shape[0]
     GROUPS: tl.constexpr = x.shape[1] // (2 * HALF)
@@ -103,36 +103,51 @@ def visible(
 
 
 @triton.jit
+def inside(rows, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Mask of a tile's elements that exist, where `rows` (ROWS, 1) says which rows do: of WIDTH columns, D do. After
+    them lies the next head, or the tensor's end."""
+    if D < WIDTH:
+        rows = rows & (tl.arange(0, WIDTH) < D)[None, :]
+    return rows
+
+
+@triton.jit
 def rows_of(
-    pointer, batch, head, stride_b, stride_s, stride_h, ROWS: tl.constexpr, D: tl.constexpr, DESCRIPTORS: tl.constexpr
-):
-    """The tile that load_rows moves: pointers (ROWS, D) to a head's first rows, or the tensor's descriptor."""
+    pointer, batch, head, stride_b, stride_s, stride_h,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The tile that load_rows moves: pointers (ROWS, WIDTH) to a head's first rows, or the tensor's descriptor."""
     if DESCRIPTORS:
         tile = pointer
     else:
         tile = pointer + batch * stride_b + head * stride_h
-        tile += tl.arange(0, ROWS)[:, None] * stride_s + tl.arange(0, D)[None, :]
+        tile += tl.arange(0, ROWS)[:, None] * stride_s + tl.arange(0, WIDTH)[None, :]
     return tile
 
 
 @triton.jit
 def load_rows(
     tile, batch, head, member, row, end, stride_s, stride_h,
-    ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, D): rows of head `head` + member from `row` on, and 0 in the place of rows from `end` on.
+    """(ROWS, WIDTH): rows of head `head` + member from `row` on. Rows from `end` on and columns from D on are 0.
 
     With DESCRIPTORS the tensor memory accelerator of Hopper and later fetches the tile: it computes the addresses, so
-    that no thread holds a pointer, and gives 0 outside of the tensor, which ends at `end`. It writes shared memory
-    through the path that the tensor cores read by; after a thread's copy each product needs a fence first.
+    that no thread holds a pointer, and gives 0 outside of the tensor, which ends at `end` and D. It writes shared
+    memory through the path that the tensor cores read by; after a thread's copy each product needs a fence first.
     """
     if DESCRIPTORS:
         x = tile.load([tl.cast(batch, tl.int32), row, tl.cast(head, tl.int32) + member, 0])
-        x = tl.reshape(x, (ROWS, D))
+        x = tl.reshape(x, (ROWS, WIDTH))
     else:
         # sequence * stride passes 2**31 in long packed buffers
         at = tile + tl.cast(row, tl.int64) * stride_s + tl.cast(member, tl.int64) * stride_h
-        x = tl.load(at, mask=(row + tl.arange(0, ROWS) < end)[:, None], other=0.0) if MASKED else tl.load(at)
+        if MASKED:
+            x = tl.load(at, mask=inside((row + tl.arange(0, ROWS) < end)[:, None], D, WIDTH), other=0.0)
+        elif D < WIDTH:
+            x = tl.load(at, mask=(tl.arange(0, WIDTH) < D)[None, :], other=0.0)
+        else:
+            x = tl.load(at)
     return x
 
 
@@ -140,16 +155,16 @@ def load_rows(
 def _attend(
     accumulator, total, maximum, q, k_tile, v_tile, batch, key_head, stride_k, stride_v, start, end,
     rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, HALF: tl.constexpr,
-    N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, BANDED: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Folds the keys start..end into accumulator (M, D), total (M,) and maximum (M,), the last before the scale."""
+    """Folds the keys start..end into accumulator (M, WIDTH), total (M,) and maximum (M,), the last before the scale."""
     M: tl.constexpr = q.shape[0]
-    D: tl.constexpr = q.shape[1]
+    WIDTH: tl.constexpr = q.shape[1]
     for n in range(start, end, N):
         columns = n + tl.arange(0, N)
-        k = load_rows(k_tile, batch, key_head, 0, n, keys, stride_k, 0, N, D, MASKED, DESCRIPTORS)  # (N, D)
-        v = load_rows(v_tile, batch, key_head, 0, n, keys, stride_v, 0, N, D, MASKED, DESCRIPTORS)
+        k = load_rows(k_tile, batch, key_head, 0, n, keys, stride_k, 0, N, D, WIDTH, MASKED, DESCRIPTORS)  # (N, WIDTH)
+        v = load_rows(v_tile, batch, key_head, 0, n, keys, stride_v, 0, N, D, WIDTH, MASKED, DESCRIPTORS)
         if HALF > 0:
             k = rotate(k, columns, cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF)
         scores = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32), PRECISION)
@@ -176,11 +191,13 @@ def forward_kernel(
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
     heads, sequence, keys, least, most, documents, search_steps, scale, scale_log2,
     GROUP: tl.constexpr,  # query heads a key head
-    D: tl.constexpr, HALF: tl.constexpr,  # rotary_dim / 2, 0: no rotation
+    D: tl.constexpr,  # head_dim
+    WIDTH: tl.constexpr,  # columns of a tile, of which the first D exist: a power of two
+    HALF: tl.constexpr,  # rotary_dim / 2, 0: no rotation
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr,
     BANDED: tl.constexpr,  # row i sees key j where least <= j - i <= most; else keys = sequence
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,  # k and v are tensor descriptors of blocks (1, N, 1, D)
+    DESCRIPTORS: tl.constexpr,  # k and v are tensor descriptors of blocks (1, N, 1, WIDTH)
 ):  # fmt: skip
     """One program: M rows of one query head against all keys they see. Grid (row blocks * batch * heads,)."""
     blocks = tl.cdiv(sequence, M)
@@ -192,16 +209,17 @@ def forward_kernel(
     # The last rows see the most keys: they start first, so that no long program is left for the end.
     block_start = (blocks - 1 - block) * M
     rows = block_start + tl.arange(0, M)
-    dims = tl.arange(0, D)
+    dims = tl.arange(0, WIDTH)
+    stored = inside((rows < sequence)[:, None], D, WIDTH)
     row_start = tl.cast(block_start, tl.int64)
 
     q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + row_start * stride_q_s
     q_tile += tl.arange(0, M)[:, None] * stride_q_s + dims[None, :]
     key_head = head // GROUP
-    k_tile = rows_of(k_pointer, batch, key_head, stride_k_b, stride_k_s, stride_k_h, N, D, DESCRIPTORS)
-    v_tile = rows_of(v_pointer, batch, key_head, stride_v_b, stride_v_s, stride_v_h, N, D, DESCRIPTORS)
+    k_tile = rows_of(k_pointer, batch, key_head, stride_k_b, stride_k_s, stride_k_h, N, WIDTH, DESCRIPTORS)
+    v_tile = rows_of(v_pointer, batch, key_head, stride_v_b, stride_v_s, stride_v_h, N, WIDTH, DESCRIPTORS)
 
-    q = tl.load(q_tile, mask=(rows < sequence)[:, None], other=0.0)
+    q = tl.load(q_tile, mask=stored, other=0.0)
     if HALF > 0:
         q = rotate(
             q, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF
@@ -225,7 +243,7 @@ def forward_kernel(
 
     total = tl.zeros((M,), tl.float32)
     maximum = tl.full((M,), float("-inf"), tl.float32)
-    accumulator = tl.zeros((M, D), tl.float32)
+    accumulator = tl.zeros((M, WIDTH), tl.float32)
     # Blocks that every row sees whole need no mask, which takes a loop of their own. That pays where there are many and
     # the second loop is no burden: beside the rotation it costs up to 100 registers, and where only the last block has
     # keys to hide, ptxas waits for each of sm_90's products in both loops.
@@ -235,13 +253,13 @@ def forward_kernel(
             accumulator, total, maximum, q, k_tile, v_tile, batch, key_head, stride_k_s, stride_v_s,
             start, masked_start,
             rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
-            False, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION, DESCRIPTORS,
+            False, CAUSAL, VARLEN, BANDED, D, HALF, N, PRECISION, DESCRIPTORS,
         )  # fmt: skip
         start = masked_start
     accumulator, total, maximum = _attend(
         accumulator, total, maximum, q, k_tile, v_tile, batch, key_head, stride_k_s, stride_v_s, start, end,
         rows, first, last, cos, sin, cu_seqlens, documents, search_steps, keys, least, most, scale_log2,
-        True, CAUSAL, VARLEN, BANDED, HALF, N, PRECISION, DESCRIPTORS,
+        True, CAUSAL, VARLEN, BANDED, D, HALF, N, PRECISION, DESCRIPTORS,
     )  # fmt: skip
 
     LN2: tl.constexpr = 0.6931471805599453
@@ -252,4 +270,4 @@ def forward_kernel(
     out = accumulator / total[:, None]
     if BANDED:  # a row that sees no key: 0, where 0 / 0 is NaN
         out = tl.where((rows + most >= 0)[:, None], out, 0.0)
-    tl.store(out_tile, narrow(out, out_pointer.dtype.element_ty), mask=(rows < sequence)[:, None])
+    tl.store(out_tile, narrow(out, out_pointer.dtype.element_ty), mask=stored)

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from ..reference.attention import AttentionOptions, band
-from .common import recorded_architecture
+from .common import next_power_of_2, recorded_architecture
 from .tiles import Tunable, bucket, words
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-HEAD_DIMS = (64, 128)
-"""The head dims that the kernels are written for."""
+HEAD_DIMS = (64, 80, 96, 128)
+"""The head dims that the kernels take. Those that are no power of two run in tiles of the next one's columns, whose
+last are neither read nor written: of 128 columns, 80 dims use 63% of each product, and 96 dims 75%."""
 
 
 class Tile(NamedTuple):
@@ -90,7 +91,7 @@ def mask_of(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[bool, int,
 
 
 _HALF_PRECISION = {
-    # (kernel, head_dim, rotary inside): a tile by architecture, in the order of ARCHITECTURES
+    # (kernel, columns of a tile, rotary inside): a tile by architecture, in the order of ARCHITECTURES
     ("forward", 64, False): ((128, 32, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 1)),
     ("forward", 64, True): ((128, 32, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 1)),
     ("forward", 128, False): ((128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 4, 1)),
@@ -107,7 +108,7 @@ _HALF_PRECISION = {
 
 # With documents each program searches them, and beside the rotation each thread, for the place of every key.
 _DOCUMENTS = {
-    # (kernel, head_dim, rotary inside, architecture): a tile in the place of the one above
+    # (kernel, columns of a tile, rotary inside, architecture): a tile in the place of the one above
     ("forward", 64, False, "sm_100"): (128, 32, 8, 3),
     ("forward", 64, True, "sm_100"): (128, 32, 8, 3),
     ("dq", 64, True, "sm_80"): (64, 16, 4, 2),
@@ -127,10 +128,11 @@ _SINGLE_PRECISION = {64: (32, 32, 4, 2), 128: (16, 16, 4, 1)}
 
 def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: bool, documents: bool) -> Tile:
     """The tile of `kernel` ("forward", "dq" or "dkv") for elements of `itemsize` bytes."""
+    width = next_power_of_2(head_dim)
     if itemsize == 4:
-        return Tile(*_SINGLE_PRECISION[head_dim])
-    usual = _HALF_PRECISION[kernel, head_dim, rotary][ARCHITECTURES.index(architecture)]
-    return Tile(*(_DOCUMENTS.get((kernel, head_dim, rotary, architecture), usual) if documents else usual))
+        return Tile(*_SINGLE_PRECISION[width])
+    usual = _HALF_PRECISION[kernel, width, rotary][ARCHITECTURES.index(architecture)]
+    return Tile(*(_DOCUMENTS.get((kernel, width, rotary, architecture), usual) if documents else usual))
 
 
 def architecture(device: torch.device) -> str:
