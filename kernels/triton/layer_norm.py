@@ -189,9 +189,10 @@ def _forward_tile(x: Tensor, stream: ResidualStream) -> ForwardTile:
 
 
 def _backward_tile(x: Tensor, residual_grad: Tensor | None) -> BackwardTile:
-    # 8 elements of 16 bits per thread, or 16 for rows of more than 4096: the sums stay in registers
-    narrow = _shape(x.shape[1])[1] <= TILE
-    warps = 8 if narrow and x.element_size() == 2 else WARPS
+    # 8 elements per thread, or 16 for rows of more than 4096: the sums stay in registers
+    d = x.shape[1]
+    narrow = _shape(d)[1] <= TILE
+    warps = 8 if narrow and (x.element_size() == 2 or d <= 1024) else WARPS
     return BACKWARD.tile(x.device, BackwardTile(warps, 2 if narrow else 1), _case, x, residual_grad, None)
 
 
