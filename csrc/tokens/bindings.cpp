@@ -71,14 +71,14 @@ Batch batch_of(uint64_t first_row, uint64_t rows, uint64_t length, const py::buf
           cu_seqlens ? items_of<int32_t>("cu_seqlens", *cu_seqlens, tokens + 1) : nullptr};
 }
 
-uint64_t take(Prefetcher& prefetcher) {
+py::tuple take(Prefetcher& prefetcher) {
   for (;;) {
     std::optional<Batch> batch;
     {
       const GilReleased released;
       batch = prefetcher.take(std::chrono::milliseconds(200));
     }
-    if (batch) return batch->segments;
+    if (batch) return py::make_tuple(batch->segments, batch->trained);
     if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C, even while a disk hangs
   }
 }
@@ -184,7 +184,7 @@ void bind(py::module_& module) {
           py::arg("first_row"), py::arg("rows"), py::arg("input_ids"), py::arg("labels"), py::arg("corpora"),
           py::arg("positions") = py::none(), py::arg("cu_seqlens") = py::none(),
           "Queues a batch; the buffers must live until it was taken or close() has returned")
-      .def("take", &take, "Waits for the oldest batch; returns its number of segments")
+      .def("take", &take, "Waits for the oldest batch; returns its number of segments, and of labels that train")
       .def("close", &Prefetcher::close, py::call_guard<GilReleased>());
 
   bind_parser(module, "parse_llmc", &parse_llmc);

@@ -24,6 +24,7 @@ struct Batch {
   int64_t* positions;     // (rows, sequence_length), or null if documents are not isolated
   int32_t* cu_seqlens;    // (rows * sequence_length + 1,), or null
   uint64_t segments = 0;  // output: entries of cu_seqlens, minus 1
+  uint64_t trained = 0;   // output: labels that are not kIgnored
 };
 
 class Reader {
@@ -42,8 +43,10 @@ class Reader {
   uint64_t bytes(uint64_t rows) const { return rows * (order_->sequence_length() + 1) * (sizeof(uint32_t) + 1); }
 
  private:
+  // Returns how many labels of the row train; all do where `marks` is null.
   template <typename Token>
-  void widen(const Token* tokens, const Place& place, int64_t* input_ids, int64_t* labels) const;
+  uint64_t widen(const Token* tokens, const uint8_t* marks, const Place& place, int64_t* input_ids,
+                 int64_t* labels) const;
   void isolate(Batch& batch, uint64_t row, const uint8_t* marks) const;
 
   std::vector<std::shared_ptr<TokenFile>> files_, marks_;

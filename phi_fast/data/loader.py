@@ -20,7 +20,7 @@ from torch import Tensor
 from phi_fast._C import tokens as _tokens
 
 from .mixture import Mixture
-from .store import IGNORED, LARGEST_ID, CorpusError, Mode, Store
+from .store import LARGEST_ID, CorpusError, Mode, Store
 
 _TOUCHES = 100
 """Number of times that files may be touched while one batch is read."""
@@ -127,8 +127,8 @@ class TokenLoader:
         marks = self.store.marks
         self._reader = _tokens.Reader(self.store.files, self.store.order, largest + 1, delimiters, marks)
         self._row = 0
-        marked = any(file is not None for file in marks)
-        self._ring = _Ring(batch, sequence_length, document_isolation, self.pin_memory, marked, prefetch + 2)
+        self._marked = any(file is not None for file in marks)
+        self._ring = _Ring(batch, sequence_length, document_isolation, self.pin_memory, prefetch + 2)
         self._prefetcher: _tokens.Prefetcher | None = None
         self._finalizer: weakref.finalize | None = None
         self._filling: deque[_Slot] = deque()
@@ -157,7 +157,7 @@ class TokenLoader:
                     self._start()
                 assert self._prefetcher is not None
                 try:
-                    segments = self._prefetcher.take()
+                    segments, trained = self._prefetcher.take()
                     break
                 except (RuntimeError, ValueError) as error:
                     self._stop()  # the batch was not returned: its rows are tried again, here or in the next call
@@ -174,7 +174,7 @@ class TokenLoader:
             first = self._row + self.rank * self.batch
             self._row += self.batch * self.world_size
             self._submit()
-            return self._ring.lend(slot, range(first, first + self.batch), segments)
+            return self._ring.lend(slot, range(first, first + self.batch), segments, trained if self._marked else None)
 
     def seek(self, row: int) -> None:
         """Let the next batch of all ranks start at row `row` of the stream. O(1)."""
@@ -330,15 +330,14 @@ class _Slot:
 class _Ring:
     """Slots that are filled, returned as batches, and reused once no tensor views them."""
 
-    def __init__(self, batch: int, length: int, isolated: bool, pinned: bool, marked: bool, keep: int) -> None:
+    def __init__(self, batch: int, length: int, isolated: bool, pinned: bool, keep: int) -> None:
         self._shape, self._isolated, self._pinned = (batch, length, isolated, pinned), isolated, pinned
-        self._marked = marked
         self._free: deque[_Slot] = deque(maxlen=keep)
 
     def take(self) -> _Slot:
         return self._free.popleft() if self._free else _Slot(*self._shape)
 
-    def lend(self, slot: _Slot, rows: range, segments: int) -> Batch:
+    def lend(self, slot: _Slot, rows: range, segments: int, trained: int | None) -> Batch:
         if self._pinned:
             # torch's allocator reuses page-locked memory: it alone knows when a copy to the device, which may have been
             # started on any stream, has read all of it.
@@ -355,6 +354,5 @@ class _Ring:
             components=slot.components.clone(),
             positions=tokens[2] if self._isolated else None,
             cu_seqlens=slot.cu_seqlens[: segments + 1].clone() if self._isolated else None,
-            # numpy counts three times as fast as torch here, which would otherwise take as long as reading the rows.
-            trained=int(np.count_nonzero(slot.tokens[1].numpy() != IGNORED)) if self._marked else None,
+            trained=trained,
         )
