@@ -15,7 +15,7 @@ from ..reference.adam import AdamLists, AdamOptions
 from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
-from ..triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from ..triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 from ..triton.attention_tiles import Case as AttentionCase
 from ..triton.attention_tiles import case_of
 from .shape import Shape
@@ -49,6 +49,8 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
         Call("layer_norm", partial(make.norm_backward, residual=False), 1),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
         Call("linear_cross_entropy", make.loss_on_chip, 1),
+        Call("muon", partial(make.muon, square=True), 4 * shape.layers),
+        Call("muon", partial(make.muon, square=False), 2 * shape.layers),
     ]
     if dtype.itemsize == 2:
         found.append(Call("adam", partial(make.adam, torch.float32), 1))  # gradients that micro-batches or ranks add up
@@ -189,6 +191,11 @@ class Make:
             adam.grad_norm_squared(grads)
 
         return run
+
+    def muon(self, *, square: bool) -> Callable[[], Any]:
+        """The symmetric products of an iteration of Newton-Schulz: of q, k, v and dense, or of fc1 and fc2."""
+        x = self.normal(*sorted((self.d, self.d if square else self.wide)))
+        return lambda: muon.polynomial(x, -4.775, 2.0315)
 
 
 def every(shape: Shape, dtypes: list[torch.dtype], device: torch.device, ops: tuple[str, ...]) -> Iterator[Call]:

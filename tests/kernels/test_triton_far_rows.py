@@ -20,7 +20,7 @@ from phi_fast.kernels import backend
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from phi_fast.kernels.triton import attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux gives memory to pages that are touched"),
@@ -79,6 +79,10 @@ def cross_entropy(place: Place) -> list[Tensor]:
     return [losses, logits, dbias]
 
 
+def multiply(place: Place) -> list[Tensor]:
+    return [muon.symmetric_product(place(draw(3, 20)))]
+
+
 def turn(place: Place) -> list[Tensor]:
     x, cos, sin = place(draw(3, 3, 3, 16)), draw(3, 4), draw(3, 4)
     rotary.rotate_(x, cos, sin, 0)
@@ -98,6 +102,7 @@ CASES: dict[str, tuple[Callable[[Place], list[Tensor]], int, int, int]] = {
     "layer_norm": (normalise, 0, 2, 3),
     "bias_gelu": (activate, 0, 2, 3),
     "linear_cross_entropy": (cross_entropy, 0, 2, 3),
+    "muon": (multiply, 0, 2, 3),
     "rotary, batches": (turn, 0, 2, 3),
     "rotary, rows": (turn, 1, 2, 3),
     "rotary, heads": (turn, 2, 2, 3),
