@@ -49,8 +49,7 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
         Call("layer_norm", partial(make.norm_backward, residual=False), 1),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
         Call("linear_cross_entropy", make.loss_on_chip, 1),
-        Call("muon", partial(make.muon, square=True), 4 * shape.layers),
-        Call("muon", partial(make.muon, square=False), 2 * shape.layers),
+        Call("muon", make.muon, 1),
     ]
     if dtype.itemsize == 2:
         found.append(Call("adam", partial(make.adam, torch.float32), 1))  # gradients that micro-batches or ranks add up
@@ -192,10 +191,17 @@ class Make:
 
         return run
 
-    def muon(self, *, square: bool) -> Callable[[], Any]:
-        """The symmetric products of an iteration of Newton-Schulz: of q, k, v and dense, or of fc1 and fc2."""
-        x = self.normal(*sorted((self.d, self.d if square else self.wide)))
-        return lambda: muon.polynomial(x, -4.775, 2.0315)
+    def muon(self) -> Callable[[], Any]:
+        """The symmetric products of an iteration of Muon, in bf16 with a model in 16 bits: of q, k, v and dense, and of
+        fc1 and fc2, once each. They have a small share of the seconds on purpose: most runs step by AdamW."""
+        dtype = torch.bfloat16 if self.dtype.itemsize == 2 else self.dtype
+        matrices = [self.normal(*sorted((self.d, other)), dtype=dtype) for other in (self.d, self.wide)]
+
+        def run() -> None:
+            for x in matrices:
+                muon.polynomial(x, -4.775, 2.0315)
+
+        return run
 
 
 def every(shape: Shape, dtypes: list[torch.dtype], device: torch.device, ops: tuple[str, ...]) -> Iterator[Call]:
