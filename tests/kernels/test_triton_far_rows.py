@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,5 +122,22 @@ def test_far_apart_is_as_side_by_side(name: str) -> None:
         near = call(lambda x: x.clone())
         for i, (one, other) in enumerate(zip(near, call(Far(axis, index, length)), strict=True)):
             assert torch.equal(one, other), i
+
+    assert ends_by(compare) == 0
+
+
+def test_a_product_of_more_than_2_31_elements_is_written_in_the_right_places() -> None:
+    """The last row of tiles, which 364 programs write, and its mirror image in the last columns."""
+    rows, first = 46600, 46592
+    memory = mmap.mmap(-1, 2 * rows * rows, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    x, out = draw(rows, 8), torch.frombuffer(memory, dtype=torch.float16).view(rows, rows)
+    launch = muon._symmetric_launch(muon.TILES["sm_80"], x, None, out, 1.0, 0.0, "ieee")
+    expected = (x[first:].float() @ x[:first].float().mT).half()
+
+    def compare() -> None:
+        replace(launch, grid=(364,))()
+        torch.testing.assert_close(out[first:, :first], expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(out[:first, first:], out[first:, :first].mT)
 
     assert ends_by(compare) == 0
