@@ -4,19 +4,22 @@ Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon/) with the scale
 2.2), which gives the update of a matrix the root mean square of AdamW's, so that AdamW's learning rate and weight decay
 carry over. It is for the matrices of hidden layers; embeddings, the head, biases and norms are Adam's. `muon_step_`
 steps whole matrices; a trainer that holds only a part of each uses the three parts, `momentum_`, `orthogonalize` and
-`update_`. None waits for the GPU.
+`update_`. None waits for the GPU. On a GPU the symmetric products are Triton's, on a CPU momentum and update are C++'s;
+the rest is torch's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .reference import muon as kernels
+from . import backend
+from .reference import muon as reference
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Keller Jordan's quintic: it has the largest slope at 0, and moves singular values to about 0.7 … 1.2, not to 1."""
@@ -24,6 +27,11 @@ STEPS = 5
 EPS = 1e-7
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 """Number formats of the iteration. fp16 is none of them: a gradient's norm may leave its range."""
+
+
+def _kernels(device: torch.device) -> Any:
+    """The module that runs the op; for torch.compile plain PyTorch, which it fuses."""
+    return reference if torch.compiler.is_compiling() else backend.implementation("muon", device)
 
 
 def update_scale(rows: int, columns: int) -> float:
@@ -51,7 +59,7 @@ def orthogonalize(
     if steps < 0:
         raise ValueError(f"steps={steps}: expected 0 or more")
     with torch.no_grad():
-        return kernels.orthogonalize(matrix.to(dtype), steps, coefficients, eps)
+        return _kernels(matrix.device).orthogonalize(matrix.to(dtype), steps, coefficients, eps)
 
 
 @torch.no_grad()
@@ -76,7 +84,7 @@ def momentum_(
                 f"{name} is {tuple(tensor.shape)} on {tensor.device}, not the {momentum.numel()} elements of momentum "
                 f"on {momentum.device}"
             )
-    kernels.momentum_(grad, momentum, direction, beta, nesterov, grad_scale, found_inf)
+    _kernels(momentum.device).momentum_(grad, momentum, direction, beta, nesterov, grad_scale, found_inf)
 
 
 @torch.no_grad()
@@ -97,7 +105,7 @@ def update_(
     scale: factor on lr alone, see `update_scale`. momentum is read for `nonfinite`. master (fp32), found_inf and
     nonfinite: as in `adam.adam_step_`.
     """
-    kernels.update_(param, master, update, momentum, lr, scale, weight_decay, found_inf, nonfinite)
+    _kernels(param.device).update_(param, master, update, momentum, lr, scale, weight_decay, found_inf, nonfinite)
 
 
 def muon_step_(

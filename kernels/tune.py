@@ -35,7 +35,7 @@ from .tuning.shape import Shape
 if TYPE_CHECKING:
     from .tuning.sweep import Tools
 
-Op = Literal["attention", "rotary", "layer_norm", "bias_gelu", "linear_cross_entropy", "adam"]
+Op = Literal["attention", "rotary", "layer_norm", "bias_gelu", "linear_cross_entropy", "adam", "muon"]
 
 
 RIVALS = 0.15

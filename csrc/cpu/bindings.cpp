@@ -312,6 +312,40 @@ void bind_adam(py::module_& module) {
       py::call_guard<GilReleased>());
 }
 
+void bind_muon(py::module_& module) {
+  constexpr int kFloat = int(DType::kFloat32);
+  module.def(
+      "muon_momentum",
+      [](const Tensor& grad, const Tensor& momentum, const Tensor& direction, float grad_scale, double beta,
+         bool nesterov, int threads) {
+        const Call call("muon");
+        const int64_t size = momentum.numel();
+        const DType from = call.dtype("grad", grad, grad.sizes.size());
+        const DType to = call.dtype("direction", direction, direction.sizes.size());
+        kernels().muon_momentum({size, from, to, call.flat("grad", grad, grad.dtype, size),
+                                 static_cast<float*>(call.flat("momentum", momentum, kFloat, size)),
+                                 call.flat("direction", direction, direction.dtype, size), grad_scale, float(1 - beta),
+                                 nesterov, call.threads(threads)});
+      },
+      py::call_guard<GilReleased>());
+  module.def(
+      "muon_update",
+      [](const Tensor& param, const Tensor& update, const Tensor& momentum, const MaybeTensor& master, float rate,
+         float keep, int threads) {
+        const Call call("muon");
+        const int64_t size = param.numel();
+        const DType to = call.dtype("param", param, param.sizes.size());
+        const DType from = call.dtype("update", update, update.sizes.size());
+        const auto floats = [&](const char* name, const Tensor& x) {
+          return static_cast<float*>(call.flat(name, x, kFloat, size));
+        };
+        return kernels().muon_update({size, to, from, call.flat("param", param, param.dtype, size),
+                                      call.flat("update", update, update.dtype, size), floats("momentum", momentum),
+                                      master ? floats("master", *master) : nullptr, rate, keep, call.threads(threads)});
+      },
+      py::call_guard<GilReleased>());
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
@@ -331,6 +365,7 @@ void bind(py::module_& module) {
   bind_scaled(module);
   bind_weight_gradient(module);
   bind_adam(module);
+  bind_muon(module);
 }
 
 }  // namespace phi_fast::cpu

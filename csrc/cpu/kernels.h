@@ -174,6 +174,31 @@ struct GradNorm {
   int threads;
 };
 
+/// The elements of one tensor, or of a part of it.
+struct MuonMomentum {
+  int64_t size;
+  DType grad_dtype, direction_dtype;
+  const void* grad;
+  float* momentum;
+  void* direction;
+  float grad_scale, one_minus_beta;
+  bool nesterov;
+  int threads;
+};
+
+/// If master is not null, it is read instead of the parameter. The momentum is read to see whether it is finite.
+struct MuonUpdate {
+  int64_t size;
+  DType param_dtype, update_dtype;
+  void* param;
+  const void* update;
+  const float* momentum;
+  float* master;
+  float rate;  // lr · scale
+  float keep;  // 1 - lr · weight decay
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   void (*layer_norm_forward)(const LayerNormForward&);
@@ -188,6 +213,8 @@ struct Kernels {
   void (*weight_gradient)(const WeightGradient&);  // null if the instruction set has no tiles
   bool (*adam)(const Adam&);                       // returns whether every value it wrote is finite
   double (*grad_norm_squared)(const GradNorm&);
+  void (*muon_momentum)(const MuonMomentum&);
+  bool (*muon_update)(const MuonUpdate&);  // returns as adam does
 };
 
 namespace portable {

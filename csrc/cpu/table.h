@@ -6,6 +6,7 @@
 #include "cpu/bias_gelu.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/layer_norm.h"
+#include "cpu/muon.h"
 #include "cpu/rotary.h"
 #include "cpu/scaled.h"
 #include "cpu/weight_gradient.h"
@@ -33,6 +34,8 @@ extern const Kernels kernels = {
 #endif
     adam,
     grad_norm_squared,
+    muon_momentum,
+    muon_update,
 };
 
 }  // namespace phi_fast::cpu::PHI_ISA

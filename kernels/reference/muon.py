@@ -1,10 +1,12 @@
 """Muon's three parts in plain PyTorch: momentum, Newton-Schulz orthogonalisation, update.
 
-The products are torch's on every device: at the sizes of a model they take nearly all the time. The checks are the
-public op's (`kernels/muon.py`).
+The contracts of `orthogonalize`, `momentum_` and `update_`, which every back end keeps, are their docstrings. The
+checks are the public op's (`kernels/muon.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,11 +14,24 @@ from torch import Tensor
 from .adam import mark_nonfinite_
 
 
-def orthogonalize(matrix: Tensor, steps: int, coefficients: tuple[float, float, float], eps: float) -> Tensor:
+def polynomial(x: Tensor, b: float, c: float) -> Tensor:
+    """b·XXᵀ + c·(XXᵀ)² of a (rows, columns) matrix, in its own dtype."""
+    gram = x @ x.mT
+    return torch.addmm(gram, gram, gram, beta=b, alpha=c)
+
+
+def orthogonalize(
+    matrix: Tensor,
+    steps: int,
+    coefficients: tuple[float, float, float],
+    eps: float,
+    polynomial: Callable[[Tensor, float, float], Tensor] = polynomial,
+) -> Tensor:
     """Newton-Schulz iteration of a (rows, columns) matrix in its own dtype; returns a new matrix.
 
     X = M / max(|M|, eps) in the Frobenius norm, then `steps` times X = a·X + (b·XXᵀ + c·(XXᵀ)²)·X, on the transpose if
-    there are more rows than columns, so that XXᵀ is the smaller of the two Gram matrices.
+    there are more rows than columns, so that XXᵀ is the smaller of the two Gram matrices. polynomial: computes the
+    matrix in parentheses.
     """
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
@@ -24,8 +39,7 @@ def orthogonalize(matrix: Tensor, steps: int, coefficients: tuple[float, float, 
     wide = torch.promote_types(x.dtype, torch.float32)
     x = x / torch.linalg.vector_norm(x, dtype=wide).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.addmm(x, polynomial(x, b, c), x, beta=a)
     return x.mT if tall else x
 
 

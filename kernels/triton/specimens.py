@@ -19,7 +19,7 @@ from ..reference.adam import AdamLists, AdamOptions
 from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
-from . import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from . import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 from .common import Launch, recording
 from .tiles import session
 
@@ -54,6 +54,7 @@ def specimens(architecture: str, dtype: torch.dtype) -> list[Specimen]:
         *_bias_gelu_specimens(architecture, dtype),
         *_layer_norm_specimens(architecture, dtype),
         *_linear_cross_entropy_specimens(architecture, dtype),
+        *_muon_specimens(architecture),
         *_rotary_specimens(architecture, dtype),
     ]
 
@@ -67,6 +68,7 @@ def variants(architecture: str) -> list[Specimen]:
         *_described_variants(architecture),
         *_elementwise_variants(architecture),
         *_row_variants(architecture),
+        *_muon_variants(architecture),
     ):
         found.setdefault(compiled_as(specimen.launch), specimen)
     return sorted(found.values(), key=_dtype_rank)
@@ -238,6 +240,19 @@ def _rotary_specimens(
         yield Specimen(f"rotary.{name}", launch, moved, moved, note)
 
 
+def _muon_specimens(architecture: str) -> Iterator[Specimen]:
+    """The symmetric products of fc2 (2048, 8192), in bf16 with any model in 16 bits."""
+    x = _empty(WIDTH, 4 * WIDTH, dtype=torch.bfloat16)
+    with recording(architecture) as launches:
+        gram = muon.symmetric_product(x)
+        muon.symmetric_product(gram, gram, alpha=2.0315, beta=-4.775)
+    for launch, note in zip(launches, ("", ", added to a matrix"), strict=True):
+        operand = launch.arguments["x"]
+        moved = operand.nbytes + gram.nbytes
+        words = f"{tuple(operand.shape)} bfloat16{note}; operands read again are counted as L2 hits"
+        yield Specimen("muon.symmetric_product", launch, moved, moved, words)
+
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MASKS: dict[str, dict[str, Any]] = {
     "": {},
@@ -358,3 +373,14 @@ def _row_variants(architecture: str) -> Iterator[Specimen]:
         sums = functools.partial(cross_entropy, need_grad=True, dbias=_empty(vocab))
         *_, last = _recorded(architecture, note, (f"{name}.bias_gradient", sums))
         yield last
+
+
+def _muon_variants(architecture: str) -> Iterator[Specimen]:
+    """Both products, of matrices whose sizes are multiples of the tile's, and of others."""
+    for dtype, shape in itertools.product((torch.bfloat16, torch.float32), ((WIDTH, WIDTH), (2000, 4112))):
+        x, gram = _empty(*shape, dtype=dtype), _empty(shape[0], shape[0], dtype=dtype)
+        name, note = "muon.symmetric_product", f"{shape} {_words(dtype)}"
+        product = functools.partial(muon.symmetric_product, x)
+        added = functools.partial(muon.symmetric_product, x, gram, alpha=2.0315, beta=-4.775)
+        yield from _recorded(architecture, note, (name, product))
+        yield from _recorded(architecture, f"{note}, added to a matrix", (name, added))

@@ -15,7 +15,7 @@ from ..reference.adam import AdamLists, AdamOptions
 from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
-from ..triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from ..triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 from ..triton.attention_tiles import Case as AttentionCase
 from ..triton.attention_tiles import case_of
 from .shape import Shape
@@ -49,6 +49,7 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
         Call("layer_norm", partial(make.norm_backward, residual=False), 1),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
         Call("linear_cross_entropy", make.loss_on_chip, 1),
+        Call("muon", make.muon, 1),
     ]
     if dtype.itemsize == 2:
         found.append(Call("adam", partial(make.adam, torch.float32), 1))  # gradients that micro-batches or ranks add up
@@ -187,6 +188,18 @@ class Make:
         def run() -> None:
             adam.step_(lists, options)
             adam.grad_norm_squared(grads)
+
+        return run
+
+    def muon(self) -> Callable[[], Any]:
+        """The symmetric products of an iteration of Muon, in bf16 with a model in 16 bits: of q, k, v and dense, and of
+        fc1 and fc2, once each. They have a small share of the seconds on purpose: most runs step by AdamW."""
+        dtype = torch.bfloat16 if self.dtype.itemsize == 2 else self.dtype
+        matrices = [self.normal(*sorted((self.d, other)), dtype=dtype) for other in (self.d, self.wide)]
+
+        def run() -> None:
+            for x in matrices:
+                muon.polynomial(x, -4.775, 2.0315)
 
         return run
 

@@ -142,6 +142,12 @@ def other_entries(dtype: torch.dtype) -> Iterator[Entry]:
     steps = [(randn(n, dtype=dtype), randn(n), *(randn(n).abs() for _ in range(3))) for n in (9, COLUMNS)]
     numbers = dict.fromkeys(("scale", "beta1", "beta2", "step", "root", "eps", "l2", "keep"), 0.5)
     yield Entry("adam", {"tensors": steps, **numbers, "threads": 1}, any_shape=True)
+    arguments = {"grad": randn(COLUMNS, dtype=dtype), "momentum": randn(COLUMNS), "direction": randn(COLUMNS).to(dtype)}
+    arguments |= {"grad_scale": 0.5, "beta": 0.9, "nesterov": True, "threads": 1}
+    yield Entry("muon_momentum", arguments, same_dtype=False, any_shape=True)
+    arguments = {"param": randn(COLUMNS, dtype=dtype), "update": randn(COLUMNS, dtype=dtype)}
+    arguments |= {"momentum": randn(COLUMNS), "master": randn(COLUMNS), "rate": 0.1, "keep": 0.9, "threads": 1}
+    yield Entry("muon_update", arguments, same_dtype=False, any_shape=True)
     grads = [randn(9, dtype=dtype), randn(COLUMNS, dtype=dtype)]
     free = frozenset({("grads", 0)})
     yield Entry("grad_norm_squared", {"grads": grads, "threads": 1}, any_shape=True, free=free)

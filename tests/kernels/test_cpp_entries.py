@@ -57,7 +57,9 @@ def changed_descriptions(entry: Entry, name: str, good: Described) -> Iterator[t
 def wrong_values(entry: Entry, name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Invalid values for argument `name` instead of `value`."""
     optional = {"residual", "shifted", "shift", "residual_grad", "activation", "bias", "class_weight", "dbias"}
-    optional |= {"positions", "documents"} - ({"positions"} if entry.arguments.get("offset") is None else set())
+    optional |= {"master", "positions", "documents"} - (
+        {"positions"} if entry.arguments.get("offset") is None else set()
+    )
     if isinstance(value, Tensor):
         for how, description in changed_descriptions(entry, name, described(entry.name, value)):
             if description is not None or name not in optional:

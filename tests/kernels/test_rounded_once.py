@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import adam, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from phi_fast.kernels.triton import adam, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 
 Draw = Callable[..., Tensor]
 
@@ -64,6 +64,12 @@ def step(draw: Draw, **options: bool) -> dict[str, Tensor]:
     return {f"{name} {i}": x for name, xs in (("p", params), ("m", first), ("v", second)) for i, x in enumerate(xs)}
 
 
+def multiply(draw: Draw) -> dict[str, Tensor]:
+    x, half = draw(70, 40), draw(70, 70).tril()
+    added = half + half.tril(-1).mT
+    return {"product": muon.symmetric_product(x), "sum": muon.symmetric_product(x, added, alpha=2.0, beta=-5.0)}
+
+
 CASES: dict[str, Callable[[Draw], dict[str, Tensor]]] = {
     "rotary": turn,
     "layer_norm": normalise,
@@ -71,6 +77,7 @@ CASES: dict[str, Callable[[Draw], dict[str, Tensor]]] = {
     "bias_gelu, erf": lambda draw: activate(draw, "none"),
     "adam": lambda draw: step(draw, decoupled=False),
     "adam, decoupled": lambda draw: step(draw, decoupled=True),
+    "muon": multiply,
     "linear_cross_entropy": cross_entropy,
     "linear_cross_entropy, capped": lambda draw: cross_entropy(draw, softcap=5.0),
     "linear_cross_entropy, smoothed": lambda draw: cross_entropy(draw, label_smoothing=0.1, z_loss=1e-3),

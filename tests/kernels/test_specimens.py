@@ -94,6 +94,8 @@ def test_variants_are_what_the_ops_accept() -> None:
         assert flags[key] == {False, True}, key
     for flag in ("SMOOTH", "CAPPED", "WHOLE"):
         assert flags[f"linear_cross_entropy.loss_on_chip {flag}"] == {False, True}, flag
+    assert flags["muon.symmetric_product WHOLE"] == {False, True}
     for name, types in dtypes.items():
-        assert name.startswith("adam") or {"*fp16", "*bf16", "*fp32"} <= types, name
+        wanted = {"*bf16", "*fp32"} if name.startswith("muon") else {"*fp16", "*bf16", "*fp32"}
+        assert name.startswith("adam") or wanted <= types, name
     assert {str(value) for value in flags["adam.step PARAM"]} == {"fp16", "bf16", "fp32"}

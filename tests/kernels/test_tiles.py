@@ -24,7 +24,7 @@ from phi_fast.kernels.triton.specimens import specimens, variants
 from phi_fast.kernels.triton.tiles import RowCase, Tunable, session
 
 TRITON = {name: importlib.import_module(f"phi_fast.kernels.triton.{name}") for name in (
-    "adam", "attention", "bias_gelu", "layer_norm", "linear_cross_entropy", "rotary",
+    "adam", "attention", "bias_gelu", "layer_norm", "linear_cross_entropy", "muon", "rotary",
 )}  # fmt: skip
 Run = Callable[[str], list[Tensor]]
 """Runs an op of a back end ("triton" or "reference"), and returns its results."""
@@ -87,6 +87,11 @@ def adam(backend: str) -> list[Tensor]:
     return [*params, *first, kernels.grad_norm_squared(grads)]
 
 
+def muon(backend: str) -> list[Tensor]:
+    kernels = module(backend, "muon")
+    return [kernels.polynomial(normal(70, 50) / 8, -4.775, 2.0315)]  # elements of about 1
+
+
 RUNS: dict[str, Run] = {
     "attention": attention,
     "layer_norm": layer_norm,
@@ -94,6 +99,7 @@ RUNS: dict[str, Run] = {
     "linear_cross_entropy": loss,
     "rotary": rotary,
     "adam": adam,
+    "muon": muon,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from phi_fast.kernels import backend
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from phi_fast.kernels.triton import attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux gives memory to pages that are touched"),
@@ -79,6 +80,10 @@ def cross_entropy(place: Place) -> list[Tensor]:
     return [losses, logits, dbias]
 
 
+def multiply(place: Place) -> list[Tensor]:
+    return [muon.symmetric_product(place(draw(3, 20)))]
+
+
 def turn(place: Place) -> list[Tensor]:
     x, cos, sin = place(draw(3, 3, 3, 16)), draw(3, 4), draw(3, 4)
     rotary.rotate_(x, cos, sin, 0)
@@ -98,6 +103,7 @@ CASES: dict[str, tuple[Callable[[Place], list[Tensor]], int, int, int]] = {
     "layer_norm": (normalise, 0, 2, 3),
     "bias_gelu": (activate, 0, 2, 3),
     "linear_cross_entropy": (cross_entropy, 0, 2, 3),
+    "muon": (multiply, 0, 2, 3),
     "rotary, batches": (turn, 0, 2, 3),
     "rotary, rows": (turn, 1, 2, 3),
     "rotary, heads": (turn, 2, 2, 3),
@@ -116,5 +122,22 @@ def test_far_apart_is_as_side_by_side(name: str) -> None:
         near = call(lambda x: x.clone())
         for i, (one, other) in enumerate(zip(near, call(Far(axis, index, length)), strict=True)):
             assert torch.equal(one, other), i
+
+    assert ends_by(compare) == 0
+
+
+def test_a_product_of_more_than_2_31_elements_is_written_in_the_right_places() -> None:
+    """The last row of tiles, which 364 programs write, and its mirror image in the last columns."""
+    rows, first = 46600, 46592
+    memory = mmap.mmap(-1, 2 * rows * rows, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    x, out = draw(rows, 8), torch.frombuffer(memory, dtype=torch.float16).view(rows, rows)
+    launch = muon._symmetric_launch(muon.TILES["sm_80"], x, None, out, 1.0, 0.0, "ieee")
+    expected = (x[first:].float() @ x[:first].float().mT).half()
+
+    def compare() -> None:
+        replace(launch, grid=(364,))()
+        torch.testing.assert_close(out[first:, :first], expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(out[:first, first:], out[first:, :first].mT)
 
     assert ends_by(compare) == 0

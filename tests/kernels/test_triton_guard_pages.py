@@ -23,7 +23,7 @@ from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary
+from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect by Linux's C library"),
@@ -94,6 +94,13 @@ def step(draw: Draw) -> None:
     adam.grad_norm_squared(lists[1])
 
 
+def multiply(draw: Draw) -> None:
+    """Two rows of tiles, the second of one row; and a width that fills its last block in part."""
+    for rows, width in ((65, 33), (3, 5)):
+        gram = muon.symmetric_product(draw(rows, width))
+        muon.symmetric_product(draw(rows, width), gram, alpha=2.0, beta=-5.0)
+
+
 def attend(draw: Draw, sequence: int, keys: int, documents: list[int] | None = None, half: int = 0, **options) -> None:
     """Rows and keys that fill their last block in part."""
     q, k, v = draw(1, sequence, 2, 64), draw(1, keys, 1, 64), draw(1, keys, 1, 64)
@@ -114,6 +121,7 @@ CASES: dict[str, Callable[[Draw], None]] = {
     "bias_gelu": activate,
     "linear_cross_entropy": cross_entropy,
     "adam": step,
+    "muon": multiply,
     "attention": lambda draw: attend(draw, 37, 37, half=16),
     "attention, full": lambda draw: attend(draw, 37, 37, causal=False),
     "attention, documents": lambda draw: attend(draw, 37, 37, [0, 3, 20, 37], half=32),

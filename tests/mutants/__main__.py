@@ -51,6 +51,7 @@ SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "layer_norm_wide": (BACKENDS, (*SHARED, "layer_norm", "rms_norm")),
     "linear_cross_entropy": (BACKENDS, (*SHARED, "linear_cross_entropy", "linear_cross_entropy_options")),
     "linear_cross_entropy_on_chip": (BACKENDS, ("linear_cross_entropy_on_chip",)),
+    "muon": (BACKENDS, ("rounded_once", "triton_guard_pages", "triton_far_rows", "muon_products")),
     "rotary": (BACKENDS, (*SHARED, "rotary")),
     "rounding": (ALL, ("rounding",)),
     "softcap": (BACKENDS, ("formulas", "linear_cross_entropy_options", "linear_cross_entropy_on_chip")),

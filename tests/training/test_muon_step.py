@@ -55,18 +55,43 @@ def orthogonal(m: torch.Tensor) -> torch.Tensor:
     return (u * s) @ vh
 
 
+def published(m: torch.Tensor) -> torch.Tensor:
+    """Keller Jordan's loop in m's dtype."""
+    x = m / torch.linalg.vector_norm(m)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
 def test_merged_matrices_are_orthogonalised_in_their_parts(world: World) -> None:
-    """Phi's q, k, v, fc1 and dense, fc2 beside Muon by the singular values of the matrices apart, and AdamW."""
+    """Phi's q, k, v, fc1 and dense, fc2 apart, by singular values in float64, and AdamW for the rest: beside them, the
+    matrices' error is at most twice that of the same in plain PyTorch's fp32."""
     torch.manual_seed(0)
-    reference = ReferencePhi(RECIPE.model)
-    start = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    start = {name: tensor.clone() for name, tensor in ReferencePhi(RECIPE.model).state_dict().items()}
     merged = Phi(RECIPE.model)
     merged.load_state_dict(to_merged(start), strict=False)
     zero = zero2(merged, world)
+    for step in range(3):
+        zero.backward(zero.loss(*batch(step)))
+        zero.step(2e-3)
+    plain, exact = (trajectory(start, dtype) for dtype in (torch.float32, torch.float64))
+    for name, tensor in to_split(dict(zero.model.named_parameters())).items():
+        if not is_hidden_matrix(name, tensor.dim()):  # AdamW divides by gradients that may be rounding alone
+            torch.testing.assert_close(tensor.double(), exact[name], rtol=0, atol=2e-5)
+            continue
+        ours, theirs = (torch.linalg.vector_norm(x.double() - exact[name]) for x in (tensor, plain[name]))
+        assert ours <= 2 * theirs, f"{name}: error {ours:.3e}, plain PyTorch {theirs:.3e}"
+
+
+def trajectory(start: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights after three steps of plain PyTorch in `dtype`."""
+    reference = ReferencePhi(RECIPE.model).to(dtype)
+    reference.load_state_dict(start)
     named = dict(reference.named_parameters())
     ours = {name: p for name, p in named.items() if name.endswith(tuple(f"{part}.weight" for part in MATRICES))}
     assert len(ours) == len(MATRICES)
-    momenta = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in ours.items()}
+    momenta = {name: torch.zeros_like(p) for name, p in ours.items()}
     rest = [p for name, p in named.items() if name not in ours]
     groups = [{"params": [p for p in rest if p.dim() == d], "weight_decay": 0.1 * (d == 2)} for d in (2, 1)]
     adam = torch.optim.AdamW(groups, lr=2e-3, betas=RECIPE.betas, eps=RECIPE.eps)
@@ -77,18 +102,12 @@ def test_merged_matrices_are_orthogonalised_in_their_parts(world: World) -> None
         adam.step()
         for name, p in ours.items():
             assert p.grad is not None
-            momenta[name] = 0.95 * momenta[name] + 0.05 * p.grad.double()
-            update = 0.2 * max(p.shape) ** 0.5 * orthogonal(0.05 * p.grad.double() + 0.95 * momenta[name])
+            momenta[name] = 0.95 * momenta[name] + 0.05 * p.grad
+            direction = 0.05 * p.grad + 0.95 * momenta[name]
+            update = orthogonal(direction) if dtype == torch.float64 else published(direction)
             with torch.no_grad():
-                p.copy_(p.double() * (1 - 2e-3 * 0.1) - 2e-3 * update)
-        zero.backward(zero.loss(*batch(step)))
-        zero.step(2e-3)
-    actual = to_split(dict(zero.model.named_parameters()))
-    for name, p in ours.items():
-        moved = torch.linalg.vector_norm(p - start[name])
-        assert torch.linalg.vector_norm(actual[name] - p) < 1e-3 * moved, name
-    for name, p in named.items():
-        torch.testing.assert_close(actual[name], p, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+                p.copy_(p * (1 - 2e-3 * 0.1) - 2e-3 * 0.2 * max(p.shape) ** 0.5 * update)
+    return {name: p.detach() for name, p in named.items()}
 
 
 def test_an_overflow_skips_that_step_and_nothing_else(world: World) -> None:
