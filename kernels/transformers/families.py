@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def _llama(prefix: str, project: Callable = attention.separate) -> dict[str, Rep
     }
 
 
-def _with_head_norms(self: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _with_head_norms(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q_proj, k_proj and v_proj, with an RMSNorm over each head of q and k before the rotation: Qwen3."""
     q, k, v = attention.separate(self, hidden)
     return self.q_norm(q), self.k_norm(k), v
