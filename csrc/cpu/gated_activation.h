@@ -16,7 +16,8 @@ struct Silu {
     power = exp_in_range(Vec(0.0f) - t);
     s = reciprocal(Vec(1.0f) + power);
   }
-  PHI_INLINE Vec value() const { return x * keep(x > Vec(-80.0f), s); }
+  // A quotient is rounded once less than x s, as torch's is. Below -80 it is ±0, and NaN at -inf.
+  PHI_INLINE Vec value() const { return select(x > Vec(-80.0f), x / (Vec(1.0f) + power), x * Vec(0.0f)); }
   PHI_INLINE Vec slope() const { return fma(t * s, power * s, fma(x, Vec(0.0f), s)); }
 };
 
