@@ -10,7 +10,17 @@ from benchmarks.tables import markdown
 
 STEPS = ("training step", "end to end under ZeRO-2", "training step under DeepSpeed ZeRO-2")
 """Groups whose subjects are whole steps."""
-KERNELS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "parallel_block")
+KERNELS = (
+    "rotary",
+    "layer_norm",
+    "rms_norm",
+    "bias_gelu",
+    "gated_activation",
+    "attention",
+    "linear_cross_entropy",
+    "adam",
+    "parallel_block",
+)
 DTYPES = ("fp32", "bf16", "fp16")
 
 

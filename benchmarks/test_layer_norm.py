@@ -1,4 +1,4 @@
-"""LayerNorm over phi-1.5's width. transformers and litgpt call torch's, so "torch eager" stands for them too.
+"""LayerNorm and RMSNorm over phi-1.5's width. transformers and litgpt call torch's LayerNorm: "torch eager".
 
 Bytes: the forward reads x and writes the result; the backward reads x and the result's gradient and writes the gradient
 of x. The rows "into given memory" call the kernel as the parallel block does: without allocation, and with the
@@ -18,7 +18,7 @@ from benchmarks.ops import DTYPES, Cost, Op, leaf, measure
 from benchmarks.peers import NOT_COMPILED, absent, backends, compiled, peer
 from benchmarks.subjects import Contender
 from benchmarks.timing import device
-from phi_fast.kernels import backend, layer_norm
+from phi_fast.kernels import backend, layer_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("kept_memory")
 
@@ -89,4 +89,49 @@ def test_layer_norm(dtype: str, full: bool, results: Results) -> None:
         config={"rows": rows, "width": d},
         full=full,
         more=in_given_memory(x, weight, bias, dout),
+    )
+
+
+def eager_rms(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def transformers_rms(x: Tensor, weight: Tensor) -> Tensor:
+    """LlamaRMSNorm's forward."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def liger_rms(x: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    return liger_rms_norm(x, weight, EPS)
+
+
+@pytest.mark.parametrize("dtype", sizes.DTYPES)
+def test_rms_norm(dtype: str, full: bool, results: Results) -> None:
+    where = device()
+    rows, d = (8192, 2048) if full else (64, 128)
+    inputs = tuple(leaf(*shape, dtype=DTYPES[dtype], device=where) for shape in ((rows, d), (d,)))
+    fast = compiled(eager_rms, full)
+    ops: dict[str, Op | str] = {
+        label: Op(lambda: rms_norm(*inputs, EPS), inputs, backend=("layer_norm", name))
+        for label, name in backends("layer_norm", where).items()
+        if name in backend.BACKENDS  # others have LayerNorm only
+    }
+    ops |= {
+        "torch eager": Op(lambda: eager_rms(*inputs), inputs),
+        "torch.compile": Op(lambda: fast(*inputs), inputs) if fast else NOT_COMPILED,
+        "transformers": Op(lambda: transformers_rms(*inputs), inputs),
+        "Liger-Kernel": peer("liger_kernel", lambda: Op(lambda: liger_rms(*inputs), inputs)),
+    }
+    size = inputs[0].numel() * inputs[0].element_size()
+    measure(
+        f"rms_norm, {dtype}",
+        ops,
+        torch.randn_like(inputs[0]),
+        results,
+        costs=(Cost(2 * size), Cost(3 * size)),
+        config={"rows": rows, "width": d},
+        full=full,
     )

@@ -8,6 +8,7 @@ if __name__ != "kernels":
     from .backend import BackendUnavailable, fuse_rotary, in_use, keep_logits_on_chip, use
     from .bias_gelu import bias_gelu
     from .fused_adam import FusedAdam
+    from .gated_activation import gated_activation
     from .layer_norm import layer_norm
     from .linear_cross_entropy import linear_cross_entropy
     from .memory import keep_freed_memory
@@ -31,6 +32,7 @@ if __name__ != "kernels":
         "attention",
         "bias_gelu",
         "fuse_rotary",
+        "gated_activation",
         "in_use",
         "keep_freed_memory",
         "keep_logits_on_chip",

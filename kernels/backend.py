@@ -25,7 +25,7 @@ from . import tuned
 if TYPE_CHECKING:
     from .reference.attention import AttentionOptions
 
-OPS = ("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "muon")
+OPS = ("rotary", "layer_norm", "bias_gelu", "gated_activation", "attention", "linear_cross_entropy", "adam", "muon")
 """The public ops."""
 
 PRODUCTS = ("weight_gradient",)

@@ -35,7 +35,9 @@ from .tuning.shape import Shape
 if TYPE_CHECKING:
     from .tuning.sweep import Tools
 
-Op = Literal["attention", "rotary", "layer_norm", "bias_gelu", "linear_cross_entropy", "adam", "muon"]
+Op = Literal[
+    "attention", "rotary", "layer_norm", "bias_gelu", "gated_activation", "linear_cross_entropy", "adam", "muon"
+]
 
 
 RIVALS = 0.15
@@ -68,6 +70,11 @@ class Options(Shape):
     def check(self) -> None:
         """Raises ValueError, naming the option, its value and what was expected."""
         super().check()
+        absent = "bias_gelu" if self.gated else "gated_activation"
+        if absent in self.ops:
+            raise ValueError(
+                f"--ops {absent}: a model with {'--gated' if self.gated else 'no --gated'} does not call it"
+            )
         if not 0 < self.seconds < math.inf:
             raise ValueError(f"--seconds {self.seconds:g}: expected a positive number")
         if self.most < 1:

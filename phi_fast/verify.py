@@ -37,7 +37,9 @@ from .verification import golden
 from .verification.cases import cases
 from .verification.judge import Case, Verdict, judge
 
-Op = Literal["rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "model"]
+Op = Literal[
+    "rotary", "layer_norm", "bias_gelu", "gated_activation", "attention", "linear_cross_entropy", "adam", "model"
+]
 Backend = Literal["triton", "cpp", "reference", "sdpa", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4", "apex"]
 OPS_AND_MODEL: tuple[Op, ...] = get_args(Op)
 BACKENDS_AND_VENDORS: tuple[Backend, ...] = get_args(Backend)

@@ -27,7 +27,7 @@ def test_every_op_and_the_model_pass_on_the_reference(tmp_path: Path, capsys: py
     assert main(["--device", "cpu", "--backends", "reference", "cpp", "sdpa", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert report["ok"] and {v["op"] for v in report["verdicts"]} == {
-        *("rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "model")
+        *("rotary", "layer_norm", "bias_gelu", "gated_activation", "attention", "linear_cross_entropy", "adam", "model")
     }
     assert {v["dtype"] for v in report["verdicts"]} == {"float32", "float16", "bfloat16"}
     ran = [v for v in report["verdicts"] if v["status"] == "ok"]

@@ -88,6 +88,38 @@ void bind_bias_gelu(py::module_& module) {
       py::call_guard<GilReleased>());
 }
 
+void bind_gated_activation(py::module_& module) {
+  module.def(
+      "gated_activation_forward",
+      [](bool silu, const Tensor& gate, const Tensor& up, const Tensor& out, int threads) {
+        const Call call("gated_activation");
+        const DType dtype = call.dtype("gate", gate, 2);
+        const int64_t rows = gate.sizes[0], columns = gate.sizes[1];
+        const auto matrix = [&](const char* name, const Tensor& given) {
+          return call.rows(name, given, dtype, rows, columns);
+        };
+        kernels().gated_activation_forward({dtype, silu ? Gate::kSilu : Gate::kGeluTanh, rows, columns,
+                                            matrix("gate", gate), matrix("up", up), matrix("out", out),
+                                            call.threads(threads)});
+      },
+      py::call_guard<GilReleased>());
+  module.def(
+      "gated_activation_backward",
+      [](bool silu, const Tensor& dout, const Tensor& gate, const Tensor& up, const Tensor& dgate, const Tensor& dup,
+         int threads) {
+        const Call call("gated_activation");
+        const DType dtype = call.dtype("gate", gate, 2);
+        const int64_t rows = gate.sizes[0], columns = gate.sizes[1];
+        const auto matrix = [&](const char* name, const Tensor& given) {
+          return call.rows(name, given, dtype, rows, columns);
+        };
+        kernels().gated_activation_backward({dtype, silu ? Gate::kSilu : Gate::kGeluTanh, rows, columns,
+                                             matrix("dout", dout), matrix("gate", gate), matrix("up", up),
+                                             matrix("dgate", dgate), matrix("dup", dup), call.threads(threads)});
+      },
+      py::call_guard<GilReleased>());
+}
+
 /// The sizes (positions, half) of both tables, with half <= head_dim / 2.
 Sizes table_sizes(const Call& call, const Tensor& cos, int64_t head_dim) {
   call.expect(cos.sizes.size() == 2 && cos.sizes[1] <= head_dim / 2,
@@ -359,6 +391,7 @@ void bind(py::module_& module) {
   module.def("parallel_backend", &parallel_backend, "\"openmp\" (torch's own threads) or \"std::thread\"");
   bind_layer_norm(module);
   bind_bias_gelu(module);
+  bind_gated_activation(module);
   bind_rotary(module);
   bind_attention(module);
   bind_cross_entropy(module);

@@ -65,6 +65,24 @@ struct BiasGeluBackward {
   int threads;
 };
 
+enum class Gate : int { kSilu, kGeluTanh };
+
+struct GatedActivationForward {
+  DType dtype;
+  Gate activation;
+  int64_t rows, columns;
+  Rows gate, up, out;
+  int threads;
+};
+
+struct GatedActivationBackward {
+  DType dtype;
+  Gate activation;
+  int64_t rows, columns;
+  Rows dout, gate, up, dgate, dup;
+  int threads;
+};
+
 struct Rotary {
   DType dtype;
   int64_t batch, sequence, heads;
@@ -205,6 +223,8 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackward&);
   void (*bias_gelu_forward)(const BiasGeluForward&);
   void (*bias_gelu_backward)(const BiasGeluBackward&);
+  void (*gated_activation_forward)(const GatedActivationForward&);
+  void (*gated_activation_backward)(const GatedActivationBackward&);
   void (*rotary)(const Rotary&);
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);

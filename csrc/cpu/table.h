@@ -5,6 +5,7 @@
 #include "cpu/attention_forward.h"
 #include "cpu/bias_gelu.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/gated_activation.h"
 #include "cpu/layer_norm.h"
 #include "cpu/muon.h"
 #include "cpu/rotary.h"
@@ -22,6 +23,8 @@ extern const Kernels kernels = {
     layer_norm_backward,
     bias_gelu_forward,
     bias_gelu_backward,
+    gated_activation_forward,
+    gated_activation_backward,
     rotary,
     attention_forward,
     attention_backward,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import attention, layers, loss, phi
@@ -51,8 +52,9 @@ class Family:
 LAYER_NORM = Replacement(layers.layer_norm, "layer_norm", layers.why_no_layer_norm)
 _LOSS = Replacement(loss.causal_lm, "linear_cross_entropy, when it trains with labels")
 _ATTENTION = "apply_rotary_, attention"
-_GATED = "gated SiLU: no op for it here"
 _RMS = Replacement(layers.rms_norm, "rms_norm")
+_GATED = Replacement(layers.gated_mlp, "gated_activation", layers.why_not_gated)
+_PACKED_GATED = Replacement(layers.packed_gated_mlp, "gated_activation", layers.why_not_gated)
 
 
 def _attention(project: Callable, out: str, cache: str = "past_key_values") -> Replacement:
@@ -61,6 +63,22 @@ def _attention(project: Callable, out: str, cache: str = "past_key_values") -> R
 
 def _mlp(up: str, down: str, activation: str, dropout: str | None = None) -> Replacement:
     return Replacement(layers.gelu_mlp(up, down, activation, dropout), "bias_gelu", layers.why_no_gelu)
+
+
+def _llama(prefix: str, project: Callable = attention.separate) -> dict[str, Replacement]:
+    """The replacements in Llama and the models that were written after it, whose classes begin with `prefix`."""
+    return {
+        f"{prefix}ForCausalLM": _LOSS,
+        f"{prefix}Attention": _attention(project, "o_proj"),
+        f"{prefix}MLP": _GATED,
+        f"{prefix}RMSNorm": _RMS,
+    }
+
+
+def _with_head_norms(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q_proj, k_proj and v_proj, with an RMSNorm over each head of q and k before the rotation: Qwen3."""
+    q, k, v = attention.separate(self, hidden)
+    return self.q_norm(q), self.k_norm(k), v
 
 
 FAMILIES = (
@@ -96,24 +114,22 @@ FAMILIES = (
     ),
     Family(
         "stablelm",
-        {"StableLmForCausalLM": _LOSS, "StableLmAttention": _attention(attention.separate, "o_proj")},
-        {"StableLmMLP": _GATED},
+        {
+            "StableLmForCausalLM": _LOSS,
+            "StableLmAttention": _attention(attention.separate, "o_proj"),
+            "StableLmMLP": _GATED,
+        },
+        {},
     ),
     Family(
         "phi3",
-        {"Phi3ForCausalLM": _LOSS, "Phi3Attention": _attention(attention.packed, "o_proj"), "Phi3RMSNorm": _RMS},
-        {"Phi3MLP": _GATED},
+        {**_llama("Phi3", attention.packed), "Phi3MLP": _PACKED_GATED},
+        {},
     ),
-    Family(
-        "llama",
-        {"LlamaForCausalLM": _LOSS, "LlamaAttention": _attention(attention.separate, "o_proj"), "LlamaRMSNorm": _RMS},
-        {"LlamaMLP": _GATED},
-    ),
-    Family(
-        "qwen2",
-        {"Qwen2ForCausalLM": _LOSS, "Qwen2Attention": _attention(attention.separate, "o_proj"), "Qwen2RMSNorm": _RMS},
-        {"Qwen2MLP": _GATED},
-    ),
+    Family("llama", _llama("Llama"), {}),
+    Family("mistral", _llama("Mistral"), {}),
+    Family("qwen2", _llama("Qwen2"), {}),
+    Family("qwen3", _llama("Qwen3", _with_head_norms), {}),
 )
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm and the GELU MLP of Hugging Face models on this library's ops."""
+"""LayerNorm, RMSNorm, the GELU MLP and the gated MLP of Hugging Face models on this library's ops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..bias_gelu import bias_gelu
+from ..gated_activation import gated_activation
 from ..layer_norm import layer_norm as layer_norm_op
 from ..rms_norm import rms_norm as rms_norm_op
 from .modules import Builder, Forward, hooked, plain
@@ -19,6 +20,11 @@ _APPROXIMATE = {
     for name, approximate in (("gelu", "none"), ("gelu_new", "tanh"), ("gelu_pytorch_tanh", "tanh"))
 }
 """transformers' activation -> `bias_gelu`'s `approximate`."""
+
+_GATES = {type(ACT2FN[name]): "silu" for name in ("silu", "swish")} | {
+    activation: "gelu_tanh" for activation, form in _APPROXIMATE.items() if form == "tanh"
+}
+"""transformers' activation -> `gated_activation`'s `activation`."""
 
 
 def approximate(activation: nn.Module) -> str:
@@ -38,6 +44,13 @@ def why_no_gelu(module: Any) -> str | None:
     activation = getattr(module, "act", None) or module.activation_fn
     known = ", ".join(sorted(cls.__name__ for cls in _APPROXIMATE))
     return None if type(activation) in _APPROXIMATE else f"activation {type(activation).__name__} is not one of {known}"
+
+
+def why_not_gated(module: Any) -> str | None:
+    """Why the module's activation is not one of `gated_activation`'s."""
+    activation = module.activation_fn if hasattr(module, "activation_fn") else module.act_fn
+    known = ", ".join(sorted(cls.__name__ for cls in _GATES))
+    return None if type(activation) in _GATES else f"activation {type(activation).__name__} is not one of {known}"
 
 
 def layer_norm(base: type[nn.Module]) -> Forward:
@@ -86,3 +99,30 @@ def gelu_mlp(up: str, down: str, activation: str, dropout: str | None = None) ->
         return forward
 
     return build
+
+
+def gated_mlp(base: type[nn.Module]) -> Forward:
+    """Llama's MLP and its kin's: down_proj(act(gate_proj(x)) · up_proj(x))."""
+
+    def forward(self, x):
+        act = self.act_fn
+        if hooked(act):
+            return base.forward(self, x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype != up.dtype:  # a projection that somebody replaced; the op takes one dtype
+            return self.down_proj(act(gate) * up)
+        return self.down_proj(gated_activation(gate, up, activation=_GATES[type(act)]))
+
+    return forward
+
+
+def packed_gated_mlp(base: type[nn.Module]) -> Forward:
+    """Phi-3's MLP, whose gate_up_proj gives both halves, which the op reads where they lie."""
+
+    def forward(self, hidden_states):
+        act = self.activation_fn
+        if hooked(act):
+            return base.forward(self, hidden_states)
+        return self.down_proj(gated_activation(self.gate_up_proj(hidden_states), activation=_GATES[type(act)]))
+
+    return forward

@@ -61,16 +61,21 @@ BACKWARD = Tunable(
 
 
 @triton.jit
-def _gates(x):
-    """sigmoid(2u), and sigmoid(2u) sigmoid(-2u), with 2u = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+def _sigmoids(x):
+    """sigmoid(x), and sigmoid(x) sigmoid(-x).
 
-    From exp(-|2u|), which does not overflow; sigmoid(-2u) is not 1 - sigmoid(2u), which would cancel.
+    From exp(-|x|), which does not overflow; sigmoid(-x) is not 1 - sigmoid(x), which would cancel.
     """
-    two_u = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
-    t = tl.exp(-tl.abs(two_u))
+    t = tl.exp(-tl.abs(x))
     large = 1 / (1 + t)
     small = t * large
     return tl.where(x >= 0, large, small), large * small
+
+
+@triton.jit
+def _gates(x):
+    """sigmoid(2u), and sigmoid(2u) sigmoid(-2u), with 2u = 2 sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return _sigmoids(x * (1.5957691216057308 + 0.07135481627260025 * (x * x)))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ..reference.adam import AdamLists, AdamOptions
 from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
-from . import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
+from . import adam, attention, bias_gelu, gated_activation, layer_norm, linear_cross_entropy, muon, rotary
 from .common import Launch, recording
 from .tiles import session
 
@@ -52,6 +52,7 @@ def specimens(architecture: str, dtype: torch.dtype) -> list[Specimen]:
             architecture, dtype, ", head_dim 128, 4 queries per key", heads=16, key_heads=4, head_dim=128
         ),
         *_bias_gelu_specimens(architecture, dtype),
+        *_gated_activation_specimens(architecture, dtype),
         *_layer_norm_specimens(architecture, dtype),
         *_linear_cross_entropy_specimens(architecture, dtype),
         *_muon_specimens(architecture),
@@ -169,6 +170,19 @@ def _bias_gelu_specimens(architecture: str, dtype: torch.dtype) -> Iterator[Spec
     yield Specimen("bias_gelu.forward_carrying", carrying, 2 * element + carried, 2 * element, beside)
     again_note = f"{note}, g written again, o copied beside"
     yield Specimen("bias_gelu.backward", again, 4 * element + carried + partial, 4 * element, again_note)
+
+
+def _gated_activation_specimens(architecture: str, dtype: torch.dtype) -> Iterator[Specimen]:
+    """On the halves of one packed projection, as in Phi-3."""
+    packed, dpacked = (_empty(TOKENS, 8 * WIDTH, dtype=dtype) for _ in range(2))
+    gate, up, dgate, dup = *packed.chunk(2, 1), *dpacked.chunk(2, 1)
+    dout = _empty(TOKENS, 4 * WIDTH, dtype=dtype)
+    with recording(architecture) as launches:
+        gated_activation.forward(gate, up, out=dout)
+        gated_activation.backward(dout, gate, up, dgate=dgate, dup=dup)
+    note = f"({TOKENS}, {4 * WIDTH}) {_words(dtype)}"
+    for name, launch, tensors in zip(("forward", "backward"), launches, (3, 5), strict=True):
+        yield Specimen(f"gated_activation.{name}", launch, tensors * dout.nbytes, tensors * dout.nbytes, note)
 
 
 def _layer_norm_specimens(architecture: str, dtype: torch.dtype) -> Iterator[Specimen]:
@@ -307,7 +321,7 @@ def _recorded(architecture: str, note: str, *calls: tuple[str, Callable[[], Any]
 
 
 def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
-    """Adam, GELU and the rotation."""
+    """Adam, GELU, gated activations and the rotation."""
     for dtype, master, tensors in itertools.product(_DTYPES, (False, True), (False, True)):
         scalar, lr, decoupled = (_empty(), _empty(), True) if tensors else (None, 1e-3, False)
         options = AdamOptions(_empty(), lr, (0.9, 0.999), 1e-8, 0.1, decoupled, decoupled, scalar, scalar, scalar)
@@ -323,6 +337,12 @@ def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
         forward = functools.partial(bias_gelu.forward, x, bias, approximate=form)
         backward = functools.partial(bias_gelu.backward, x, x, bias, approximate=form)
         yield from _recorded(architecture, note, ("bias_gelu.forward", forward), ("bias_gelu.backward", backward))
+    for dtype, activation, n in itertools.product(_DTYPES, ("silu", "gelu_tanh"), (320, 4096)):
+        x, note = _empty(TOKENS, n, dtype=dtype), f"({TOKENS}, {n}) {_words(dtype)}, {activation}"
+        forward = functools.partial(gated_activation.forward, x, x, activation=activation)
+        backward = functools.partial(gated_activation.backward, x, x, x, activation=activation)
+        name = "gated_activation"
+        yield from _recorded(architecture, note, (f"{name}.forward", forward), (f"{name}.backward", backward))
     for dtype, half, interleaved, inverse in itertools.product(_DTYPES, (16, 32, 64), (False, True), (False, True)):
         x, table = _empty(4, 2048, 32, 128, dtype=dtype), _empty(4096, half)
         note = f"{2 * half} of 128 dims, {_words(dtype)}{', interleaved' * interleaved}, positions"

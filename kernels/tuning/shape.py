@@ -20,6 +20,8 @@ class Shape:
     key_heads: int = 0
     """Key heads; 0: as many as query heads."""
     intermediate_size: int = 8192
+    gated: bool = False
+    """The MLP is gated, as Llama's: `gated_activation` runs in place of `bias_gelu`."""
     vocabulary: int = 51200
     rotary_dim: int = 32
     """Dims of each head that RoPE rotates."""

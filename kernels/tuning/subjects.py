@@ -15,7 +15,7 @@ from ..reference.adam import AdamLists, AdamOptions
 from ..reference.attention import AttentionOptions
 from ..reference.layer_norm import ResidualStream
 from ..reference.linear_cross_entropy import Objective
-from ..triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
+from ..triton import adam, attention, bias_gelu, gated_activation, layer_norm, linear_cross_entropy, muon, rotary
 from ..triton.attention_tiles import Case as AttentionCase
 from ..triton.attention_tiles import case_of
 from .shape import Shape
@@ -37,15 +37,17 @@ def calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Call]:
     make = Make(shape, dtype, device)
     chunk = rows_of_a_chunk(shape.tokens, shape.hidden_size, dtype.itemsize, on_cpu=False)
     chunks = -(-shape.tokens // chunk)
+    gelu = [Call("bias_gelu", partial(make.gelu, again=again), shape.layers) for again in (True, False)]
+    activations = [Call("gated_activation", make.gate, shape.layers)] if shape.gated else gelu
     found = [
         Call("attention", make.attention, shape.layers),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=True), chunks),
-        Call("bias_gelu", partial(make.gelu, again=True), shape.layers),
+        activations[0],
         Call("layer_norm", partial(make.norm_backward, residual=True), shape.layers),
         Call("layer_norm", partial(make.norm, shifted=True), shape.layers),
         Call("adam", partial(make.adam, dtype), 1),
         Call("layer_norm", partial(make.norm, shifted=False), shape.layers),
-        Call("bias_gelu", partial(make.gelu, again=False), shape.layers),
+        *activations[1:],
         Call("layer_norm", partial(make.norm_backward, residual=False), 1),
         Call("linear_cross_entropy", partial(make.loss, chunk, need_grad=False), 1),
         Call("linear_cross_entropy", make.loss_on_chip, 1),
@@ -157,6 +159,18 @@ class Make:
             bias_gelu.forward(u, None, out=g, carry=(o, mixed[:, : self.d]) if again else None)
             carry = (o, dmixed[:, : self.d]) if again else None
             bias_gelu.backward(dg, u, None, dx=du, activation=dg if again else None, carry=carry)
+
+        return run
+
+    def gate(self) -> Callable[[], Any]:
+        """On the halves of one packed projection."""
+        gate_up, dgate_up = (self.normal(self.tokens, 2 * self.wide) for _ in range(2))
+        (gate, up), (dgate, dup) = gate_up.chunk(2, 1), dgate_up.chunk(2, 1)
+        out = self.normal(self.tokens, self.wide)
+
+        def run() -> None:
+            gated_activation.forward(gate, up, out=out)
+            gated_activation.backward(out, gate, up, dgate=dgate, dup=dup)
 
         return run
 

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..config import PhiConfig
-from ..kernels import apply_rotary_, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary_table
+from ..kernels import (
+    apply_rotary_,
+    attention,
+    bias_gelu,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary_table,
+)
 from ..kernels.adam import adam_step_
 from ..model.merged import to_merged, to_split
 from ..model.phi import Phi
@@ -30,7 +39,10 @@ def cases(device: torch.device) -> list[Case]:
     return [
         _rotary(batch, length if large else 19, heads),
         _layer_norm(rows, d),
+        _rms_norm(rows, d),
         _bias_gelu(rows, 4 * d),
+        _gated_activation(rows, 4 * d, "silu"),
+        _gated_activation(rows, 4 * d, "gelu_tanh"),
         _attention(batch, length, heads, heads),
         _attention(batch, length, heads, heads // 2),
         _attention(batch, length, heads // 2, heads // 2, head_dim=128),
@@ -95,6 +107,38 @@ def _bias_gelu(rows: int, n: int) -> Case:
         return F.gelu(x + bias, approximate="tanh")
 
     return _named("bias_gelu", f"({rows}, {n})", inputs, bias_gelu, plain)
+
+
+def _rms_norm(rows: int, d: int) -> Case:
+    """RMSNorm is layer_norm's kernels, so that is the op it is checked with."""
+
+    def inputs(generator: Generator) -> Tensors:
+        x = {name: _draw(generator, rows, d, scale=3.0) for name in ("x", "residual")}
+        return {**x, "weight": 1 + _draw(generator, d, scale=0.1)}
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return torch.stack(rms_norm(x, weight, residual=residual))
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        return torch.stack((F.rms_norm(x + residual, (d,), weight, 1e-6), x + residual))
+
+    return _named("layer_norm", f"rms_norm ({rows}, {d}) and residual", inputs, ours, plain)
+
+
+def _gated_activation(rows: int, n: int, activation: str) -> Case:
+    """On the halves of one matrix."""
+
+    def inputs(generator: Generator) -> Tensors:
+        return {"gate_up": _draw(generator, rows, 2 * n, scale=2.0)}
+
+    def ours(gate_up: Tensor) -> Tensor:
+        return gated_activation(gate_up, activation=activation)
+
+    def plain(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+    return _named("gated_activation", f"{activation} ({rows}, {n})", inputs, ours, plain)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:

@@ -109,6 +109,12 @@ def bias_gelu(draw: Draw) -> Any:
     return kernels.bias_gelu(draw.tensor(draw.rows, draw.width), bias, approximate=approximate)
 
 
+def gated_activation(draw: Draw) -> Any:
+    activation = draw.choose.choice(["silu", "gelu_tanh"])
+    up = draw.maybe(lambda: draw.tensor(draw.rows, draw.width))
+    return kernels.gated_activation(draw.tensor(draw.rows, draw.width), up, activation=activation)
+
+
 def rotary(draw: Draw) -> Any:
     kind = draw.choose.randrange(4)
     batch = 1 if kind == 3 else draw.batch
@@ -179,7 +185,7 @@ def adam(draw: Draw) -> Any:
     optimizer.step()
 
 
-OPS = (layer_norm, bias_gelu, rotary, attention, linear_cross_entropy, parallel_block, adam)
+OPS = (layer_norm, bias_gelu, gated_activation, rotary, attention, linear_cross_entropy, parallel_block, adam)
 
 
 def call(op: Callable[[Draw], Any], draw: Draw) -> None:

@@ -73,7 +73,9 @@ def test_every_kernel_is_launched_small(capsys: pytest.CaptureFixture[str]) -> N
     ended = [line.removeprefix("ok ") for line in lines if line.startswith("ok ")]
     assert ended == [line for line in lines if not line.startswith("ok ")]
     ops = {line.split(",")[0] for line in ended}
-    assert ops == {"rotary", "layer_norm", "bias_gelu", "attention", "linear_cross_entropy", "adam", "model"}
+    assert ops == {
+        *("rotary", "layer_norm", "bias_gelu", "gated_activation", "attention", "linear_cross_entropy", "adam", "model")
+    }
 
 
 def test_a_verdict_that_failed_fails_the_stage_and_is_in_the_table(

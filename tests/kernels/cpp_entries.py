@@ -85,6 +85,10 @@ def row_entries(dtype: torch.dtype) -> Iterator[Entry]:
     yield Entry("bias_gelu_forward", {"tanh": True, "x": x(), "out": x(), "bias": vector(), "threads": 1})
     arguments = {"tanh": False, "dout": x(), "x": x(), "dx": x(), "activation": x(), "bias": vector()}
     yield Entry("bias_gelu_backward", arguments | {"dbias": vector(), "threads": 1})
+    for silu in (True, False):
+        yield Entry("gated_activation_forward", {"silu": silu, "gate": x(), "up": x(), "out": x(), "threads": 1})
+        operands = {name: x() for name in ("dout", "gate", "up", "dgate", "dup")}
+        yield Entry("gated_activation_backward", {"silu": silu, **operands, "threads": 1})
 
 
 def position_entries(dtype: torch.dtype) -> Iterator[Entry]:

@@ -26,6 +26,7 @@ from phi_fast.kernels import (
     apply_rotary_,
     attention,
     bias_gelu,
+    gated_activation,
     layer_norm,
     linear_cross_entropy,
     parallel_block,
@@ -117,6 +118,9 @@ def cases() -> dict[str, Case]:
     return {
         "layer_norm": Case(_layer_norm, _plain_layer_norm, (draw(rows), draw(rows), *vectors)),
         "bias_gelu": Case(lambda x, b: bias_gelu(x, b), biased_gelu, (draw(rows), draw(D))),
+        "gated_activation": Case(
+            lambda gate, up: gated_activation(gate, up), lambda gate, up: F.silu(gate) * up, (draw(rows), draw(rows))
+        ),
         "apply_rotary_": Case(_rotary, _turn, (draw(heads), *table)),
         "attention": Case(_attention, _plain_attention, (draw(heads), draw(heads), draw(heads), *table)),
         "linear_cross_entropy": Case(_loss, _plain_loss, (draw(4, D), draw(5, D), draw(5))),

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from numerics import assert_no_worse, gradients
 from torch import Tensor
 
-from phi_fast.kernels import attention, bias_gelu, layer_norm, linear_cross_entropy, parallel_block, rotary_table, use
+from phi_fast.kernels import (
+    attention,
+    bias_gelu,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    parallel_block,
+    rms_norm,
+    rotary_table,
+    use,
+)
 
 BF16 = torch.bfloat16
 LABELS = torch.arange(12) % 9
@@ -53,6 +63,16 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, T
         bias_gelu,
         lambda x, bias: F.gelu(x + bias.to(x.dtype), approximate="tanh"),
         {"x": draw(6, 32, dtype=BF16), "bias": draw(32)},
+    ),
+    "rms_norm": (
+        rms_norm,
+        lambda x, weight: F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-6),
+        {"x": draw(6, 32, dtype=BF16), "weight": draw(32)},
+    ),
+    "gated_activation": (
+        gated_activation,
+        lambda gate, up: F.silu(gate) * up,
+        {"gate": draw(6, 32, dtype=BF16), "up": draw(6, 32).roll(1)},
     ),
 }
 

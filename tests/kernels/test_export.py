@@ -13,6 +13,7 @@ from phi_fast.kernels import (
     apply_rotary_,
     attention,
     bias_gelu,
+    gated_activation,
     layer_norm,
     linear_cross_entropy,
     parallel_block,
@@ -65,6 +66,7 @@ OPS: dict[str, Callable[..., object]] = {
     "layer_norm": lambda m, x: layer_norm(x, m.vector, m.vector),
     "layer_norm, residual": lambda m, x: layer_norm(x, m.vector, None, residual=2 * x),
     "bias_gelu": lambda m, x: bias_gelu(x, m.vector),
+    "gated_activation": lambda m, x: gated_activation(x, 2 * x),
     "apply_rotary_": lambda m, x: apply_rotary_(heads(x * 1), None, m.cos, m.sin)[0],
     "apply_rotary_, interleaved, at an offset": lambda m, x: apply_rotary_(
         heads(x * 1), None, m.cos, m.sin, offset=3, interleaved=True

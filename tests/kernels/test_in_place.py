@@ -15,6 +15,7 @@ from phi_fast.kernels import (
     attention,
     backend,
     bias_gelu,
+    gated_activation,
     layer_norm,
     linear_cross_entropy,
     parallel_block,
@@ -137,6 +138,8 @@ def head_by_row(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 OUT_OF_PLACE: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "layer_norm": (norm, [draw(3, 16), draw(16), draw(16), draw(3, 16)]),
     "bias_gelu": (bias_gelu, [draw(3, 16), draw(16)]),
+    "gated_activation": (gated_activation, [draw(3, 16), draw(3, 16)]),
+    "gated_activation of halves": (gated_activation, [draw(3, 16)]),
     "attention": (rotated_attention, [draw(1, 4, 2, 64), draw(1, 4, 1, 64), draw(1, 4, 1, 64)]),
     "linear_cross_entropy": (head, [draw(3, 8), draw(5, 8), draw(5)]),
     "linear_cross_entropy by row": (head_by_row, [draw(3, 8), draw(5, 8), draw(5)]),

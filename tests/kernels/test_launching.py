@@ -22,6 +22,7 @@ from phi_fast.kernels.triton import (
     attention,
     attention_tiles,
     bias_gelu,
+    gated_activation,
     launching,
     layer_norm,
     linear_cross_entropy,
@@ -29,7 +30,7 @@ from phi_fast.kernels.triton import (
 )
 from phi_fast.kernels.triton.common import Launch
 
-MODULES = (adam, attention, bias_gelu, layer_norm, linear_cross_entropy, rotary)
+MODULES = (adam, attention, bias_gelu, gated_activation, layer_norm, linear_cross_entropy, rotary)
 
 
 class Compiled:
@@ -100,6 +101,12 @@ def activate(approximate: str, bias: bool, carry: bool) -> None:
     bias_gelu.backward(draw(8, 96), x, b, approximate=approximate, carry=carried)
 
 
+def gate(activation: str) -> None:
+    gate, up = draw(8, 96), draw(8, 96)
+    gated_activation.forward(gate, up, activation=activation)
+    gated_activation.backward(draw(8, 96), gate, up, activation=activation)
+
+
 def lose(objective: Objective, need_grad: bool) -> None:
     dbias = draw(100, dtype=torch.float32) if need_grad else None
     scale = torch.ones(())
@@ -134,6 +141,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "GELU": lambda: activate("tanh", bias=True, carry=False),
     "GELU, exact": lambda: activate("none", bias=True, carry=False),
     "GELU, carrying": lambda: activate("tanh", bias=False, carry=True),
+    "gated SiLU": lambda: gate("silu"),
+    "gated GELU": lambda: gate("gelu_tanh"),
     "loss": lambda: lose(Objective(), need_grad=False),
     "loss and gradient": lambda: lose(Objective(), need_grad=True),
     "smoothed": lambda: lose(Objective(label_smoothing=0.1, z_loss=1e-4, softcap=30.0), need_grad=True),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from numerics import DTYPES, assert_no_worse, backends, double, gradients
 from torch import Tensor
 
+from phi_fast._C import cpu
 from phi_fast.kernels import rms_norm, use
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 
@@ -47,6 +48,25 @@ def test_error_forward_and_gradients(backend, dtype, rows, d, scale, device):
     expected, exact = gradients(plain, inputs, dout), gradients(plain, double(inputs), dout)
     for name in actual:
         assert_no_worse(actual[name], expected[name], exact[name], name)
+
+
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(isa, dtype):
+    """Widths around a vector's, with a residual sum and its gradient. With one column dx is 0 but for rounding."""
+    cpu.force_isa(isa)
+    try:
+        for d in (2, 7, 16, 33, 200):
+            made = make(9, d, dtype, "cpu")
+            inputs = {"x": made["x"], "residual": made["x"].flip(0).contiguous(), "weight": made["weight"]}
+            dout = torch.randn(9, 2 * d, generator=torch.Generator().manual_seed(1)).to(dtype)
+            with use("cpp", op="layer_norm"):
+                actual = gradients(of_sum(rms_norm), inputs, dout)
+            expected, exact = gradients(of_sum(plain), inputs, dout), gradients(of_sum(plain), double(inputs), dout)
+            for name in actual:
+                assert_no_worse(actual[name], expected[name], exact[name], f"{name} of {d} with {isa}")
+    finally:
+        cpu.force_isa("")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

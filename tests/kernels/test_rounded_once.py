@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import adam, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
+from phi_fast.kernels.triton import adam, bias_gelu, gated_activation, layer_norm, linear_cross_entropy, muon, rotary
 
 Draw = Callable[..., Tensor]
 
@@ -44,6 +44,20 @@ def activate(draw: Draw, form: str) -> dict[str, Tensor]:
     out, again = bias_gelu.forward(x, bias, approximate=form), torch.empty_like(x)
     dx, dbias = bias_gelu.backward(draw(30, 100), x, bias, activation=again, approximate=form)
     return {"out": out, "again": again, "dx": dx, "dbias": dbias}
+
+
+def normalise_without_mean(draw: Draw) -> dict[str, Tensor]:
+    x, weight = draw(30, 100), draw(100)
+    out, _, rstd = layer_norm.forward(x, weight, None, 1e-6)
+    dx, dweight, _ = layer_norm.backward(draw(30, 100), x, weight, None, rstd, residual_grad=draw(30, 100))
+    return {"out": out, "dx": dx, "dweight": dweight}
+
+
+def gate(draw: Draw, activation: str) -> dict[str, Tensor]:
+    gate, up, dout = draw(30, 100), draw(30, 100), draw(30, 100)
+    out = gated_activation.forward(gate, up, activation=activation)
+    dgate, dup = gated_activation.backward(dout, gate, up, activation=activation)
+    return {"out": out, "dgate": dgate, "dup": dup}
 
 
 def cross_entropy(draw: Draw, **options: float) -> dict[str, Tensor]:
@@ -73,6 +87,9 @@ def multiply(draw: Draw) -> dict[str, Tensor]:
 CASES: dict[str, Callable[[Draw], dict[str, Tensor]]] = {
     "rotary": turn,
     "layer_norm": normalise,
+    "layer_norm, rms_norm": normalise_without_mean,
+    "gated_activation, silu": lambda draw: gate(draw, "silu"),
+    "gated_activation, gelu_tanh": lambda draw: gate(draw, "gelu_tanh"),
     "bias_gelu, tanh": lambda draw: activate(draw, "tanh"),
     "bias_gelu, erf": lambda draw: activate(draw, "none"),
     "adam": lambda draw: step(draw, decoupled=False),

@@ -89,6 +89,7 @@ def test_variants_are_what_the_ops_accept() -> None:
     for key in (
         *("adam.step HAS_MASTER", "adam.step LR_IS_TENSOR", "adam.step DECOUPLED", "adam.step BIAS_CORRECTION"),
         *("bias_gelu.forward TANH", "bias_gelu.backward TANH", "rotary.forward INTERLEAVED"),
+        *("gated_activation.forward SILU", "gated_activation.backward SILU"),
         *(f"linear_cross_entropy.loss_and_gradient {flag}" for flag in ("SMOOTH", "CAPPED", "SCALE_BY_ROW")),
     ):
         assert flags[key] == {False, True}, key

@@ -24,7 +24,7 @@ from phi_fast.kernels.triton.specimens import specimens, variants
 from phi_fast.kernels.triton.tiles import RowCase, Tunable, session
 
 TRITON = {name: importlib.import_module(f"phi_fast.kernels.triton.{name}") for name in (
-    "adam", "attention", "bias_gelu", "layer_norm", "linear_cross_entropy", "muon", "rotary",
+    "adam", "attention", "bias_gelu", "gated_activation", "layer_norm", "linear_cross_entropy", "muon", "rotary",
 )}  # fmt: skip
 Run = Callable[[str], list[Tensor]]
 """Runs an op of a back end ("triton" or "reference"), and returns its results."""
@@ -62,6 +62,11 @@ def bias_gelu(backend: str) -> list[Tensor]:
     return [out, carry[1], *kernels.backward(dout, x, bias)]
 
 
+def gated_activation(backend: str) -> list[Tensor]:
+    kernels, gate, up = module(backend, "gated_activation"), normal(37, 300), normal(37, 300).flip(1)
+    return [kernels.forward(gate, up), *kernels.backward(normal(37, 300).flip(0), gate, up)]
+
+
 def loss(backend: str) -> list[Tensor]:
     kernels, logits, dbias = module(backend, "linear_cross_entropy"), normal(37, 300), torch.zeros(300)
     labels = torch.randint(300, (37,), generator=torch.Generator().manual_seed(0))
@@ -96,6 +101,7 @@ RUNS: dict[str, Run] = {
     "attention": attention,
     "layer_norm": layer_norm,
     "bias_gelu": bias_gelu,
+    "gated_activation": gated_activation,
     "linear_cross_entropy": loss,
     "rotary": rotary,
     "adam": adam,

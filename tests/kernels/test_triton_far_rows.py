@@ -21,7 +21,15 @@ from phi_fast.kernels import backend
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
+from phi_fast.kernels.triton import (
+    attention,
+    bias_gelu,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    muon,
+    rotary,
+)
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux gives memory to pages that are touched"),
@@ -65,6 +73,21 @@ def normalise(place: Place) -> list[Tensor]:
     return [out, stream.summed, stream.shifted, mean, rstd, dx]
 
 
+def normalise_without_mean(place: Place) -> list[Tensor]:
+    x, past, summed, out, dy, dx = (place(draw(3, 20) * (1 + i / 8)) for i in range(6))
+    stream = ResidualStream(past, summed)
+    _, _, rstd = layer_norm.forward(x, draw(20), None, 1e-6, stream, out=out)
+    layer_norm.backward(dy, x, draw(20), None, rstd, residual_grad=past, dx=dx)
+    return [out, summed, rstd, dx]
+
+
+def gate(place: Place) -> list[Tensor]:
+    gate, up, out, dout, dgate, dup = (place(draw(3, 20) * (1 + i / 8)) for i in range(6))
+    gated_activation.forward(gate, up, out=out)
+    gated_activation.backward(dout, gate, up, dgate=dgate, dup=dup)
+    return [out, dgate, dup]
+
+
 def activate(place: Place) -> list[Tensor]:
     x, out, dx, again = (place(draw(3, 20)) for _ in range(4))
     carry, back = (place(draw(3, 8)), place(draw(3, 8) * 2)), (place(draw(3, 8) * 3), place(draw(3, 8) * 4))
@@ -101,6 +124,8 @@ def attend(place: Place, *shape: int) -> list[Tensor]:
 
 CASES: dict[str, tuple[Callable[[Place], list[Tensor]], int, int, int]] = {
     "layer_norm": (normalise, 0, 2, 3),
+    "layer_norm, rms_norm": (normalise_without_mean, 0, 2, 3),
+    "gated_activation": (gate, 0, 2, 3),
     "bias_gelu": (activate, 0, 2, 3),
     "linear_cross_entropy": (cross_entropy, 0, 2, 3),
     "muon": (multiply, 0, 2, 3),

@@ -23,7 +23,16 @@ from phi_fast.kernels.reference.adam import AdamLists, AdamOptions
 from phi_fast.kernels.reference.attention import AttentionOptions
 from phi_fast.kernels.reference.layer_norm import ResidualStream
 from phi_fast.kernels.reference.linear_cross_entropy import Objective
-from phi_fast.kernels.triton import adam, attention, bias_gelu, layer_norm, linear_cross_entropy, muon, rotary
+from phi_fast.kernels.triton import (
+    adam,
+    attention,
+    bias_gelu,
+    gated_activation,
+    layer_norm,
+    linear_cross_entropy,
+    muon,
+    rotary,
+)
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect by Linux's C library"),
@@ -64,6 +73,23 @@ def normalise(draw: Draw) -> None:
         stream = ResidualStream(draw(5, d), None, draw(d), draw(5, d))
         _, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5, stream)
         layer_norm.backward(draw(5, d), x, weight, mean, rstd, residual_grad=draw(5, d), dx=draw(5, d))
+
+
+def normalise_without_mean(draw: Draw) -> None:
+    """RMSNorm, in the same three widths."""
+    for d in (5, 2047, layer_norm.WIDE + 1):
+        x, weight = draw(5, d), draw(d)
+        _, _, rstd = layer_norm.forward(x, weight, None, 1e-6, ResidualStream(draw(5, d)))
+        layer_norm.backward(draw(5, d), x, weight, None, rstd, residual_grad=draw(5, d), dx=draw(5, d))
+
+
+def gate(draw: Draw) -> None:
+    """Columns for two tiles, the second of them in part, and for part of one."""
+    for n in (5, 600):
+        gate, up, dout = (draw(5, n) for _ in range(3))
+        for activation in ("silu", "gelu_tanh"):
+            gated_activation.forward(gate, up, activation=activation)
+            gated_activation.backward(dout, gate, up, activation=activation)
 
 
 def activate(draw: Draw) -> None:
@@ -118,6 +144,8 @@ def attend(draw: Draw, sequence: int, keys: int, documents: list[int] | None = N
 CASES: dict[str, Callable[[Draw], None]] = {
     "rotary": turn,
     "layer_norm": normalise,
+    "layer_norm, rms_norm": normalise_without_mean,
+    "gated_activation": gate,
     "bias_gelu": activate,
     "linear_cross_entropy": cross_entropy,
     "adam": step,

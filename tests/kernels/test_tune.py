@@ -58,6 +58,19 @@ class Bench:
         return sweep.Tools("sm_90", compile_one, lambda: measure, **given)
 
 
+def test_a_gated_model_has_its_own_activation() -> None:
+    for shape, own, other in (
+        (Shape(), "bias_gelu", "gated_activation"),
+        (Shape(gated=True), "gated_activation", "bias_gelu"),
+    ):
+        ops = [call.op for call in subjects.every(shape, [torch.float16], META, ())]
+        assert own in ops and other not in ops
+    [call] = subjects.every(Shape(gated=True), [torch.float16], META, ("gated_activation",))
+    with recording("sm_90"):
+        found = candidates.choices(call.prepare(), "sm_90")
+    assert [choice.tunable.name for choice in found] == ["gated_activation.forward", "gated_activation.backward"]
+
+
 def run_sweep(
     bench: Bench, seconds: float, ops: tuple[str, ...] = ("layer_norm",), **tools: Any
 ) -> list[dict[str, Any]]:

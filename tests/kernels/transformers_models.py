@@ -42,9 +42,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-3": ("Phi3", {"num_key_value_heads": 2}),
     "llama": ("Llama", {"num_key_value_heads": 2}),
     "llama, eager": ("Llama", {"attn_implementation": "eager"}),
+    "llama, tanh GELU": ("Llama", {"num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh"}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral, sliding window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
 }
-FAMILIES = ("phi", "gpt-neox", "gpt-j", "stablelm", "phi-3", "llama", "qwen2")
+FAMILIES = ("phi", "gpt-neox", "gpt-j", "stablelm", "phi-3", "llama", "mistral", "qwen2", "qwen3")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, head: str = "ForCausalLM", **changes: Any) -> PreTrainedModel:

@@ -46,6 +46,7 @@ SELECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "attention_backward": (ATTENTION, (*SHARED, "attention")),
     "bias_gelu": (BACKENDS, (*SHARED, "bias_gelu")),
     "common": (ALL, ("launch_description", "launch", "launching", "specimens")),
+    "gated_activation": (BACKENDS, (*SHARED, "gated_activation")),
     "grid": (BACKENDS, ("bias_gelu", "rotary")),
     "layer_norm": (BACKENDS, (*SHARED, "layer_norm", "rms_norm")),
     "layer_norm_wide": (BACKENDS, (*SHARED, "layer_norm", "rms_norm")),
