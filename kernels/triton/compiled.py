@@ -284,7 +284,8 @@ def _debug_line(metadata: dict[str, str], location: str) -> str:
 
 
 def _widths_in_assembly(assembly: str) -> Widths:
-    """Accesses in AMDGCN: from `.loc` lines and the global instructions after them."""
+    """Accesses in AMDGCN: from `.loc` lines and the global instructions after them. The kernel's own arguments are read
+    by the address in s[0:1], between instructions of any line."""
     pattern = r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"'
     files = {number: Path(name).name for number, name in re.findall(pattern, assembly)}
     widths: Widths = {}
@@ -294,7 +295,7 @@ def _widths_in_assembly(assembly: str) -> Widths:
         instruction = _width(line)
         if located:
             place = f"{files.get(located[1], located[1])}:{located[2]}"
-        elif instruction is not None:
+        elif instruction is not None and not re.match(r"\s*s_load_\w+ \S+, s\[0:1\], ", line):
             store, bits = instruction
             widths.setdefault((place, store), set()).add(bits)
     return widths

@@ -91,6 +91,7 @@ AMDGCN = """
 	.loc	1 14 5                          ; kernel.py:14:5
 	s_load_dwordx2 s[2:3], s[0:1], 0x40
 	global_load_dwordx4 v[6:9], v[4:5], off
+	s_load_dwordx2 s[10:11], s[0:1], 0x38   ; an argument of the kernel, not of the line
 	.loc	1 15 5
 	global_store_short v[6:7], v4, off
 """

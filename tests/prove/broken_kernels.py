@@ -106,7 +106,7 @@ BREAKS = {
     "reads keys past the end": Break(
         "attention_forward",
         "            x = tl.load(at, mask=inside((row + tl.arange(0, ROWS) < end)[:, None], D, WIDTH), other=0.0)",
-        "            x = tl.load(at)  # broken",
+        "            x = tl.load(at)",
         "oob_read",
         lambda broken: attention_passes(forward=broken.forward_kernel),
     ),
@@ -121,7 +121,7 @@ BREAKS = {
     "reads past a head's dims where all rows exist": Break(
         "attention_forward",
         "            x = tl.load(at, mask=(tl.arange(0, WIDTH) < D)[None, :], other=0.0)",
-        "            x = tl.load(at)  # broken",
+        "            x = tl.load(at)",
         "beside the tensors passed",
         lambda broken: attention_passes(80, packed=True, forward=broken.forward_kernel),
     ),
