@@ -108,7 +108,7 @@ _HALF_PRECISION = {
 
 # With documents each program searches them, and beside the rotation each thread, for the place of every key.
 _DOCUMENTS = {
-    # (kernel, columns of a tile, rotary inside, architecture): a tile in the place of the one above
+    # (kernel, columns of a tile or one head_dim, rotary inside, architecture): a tile in the place of the one above
     ("forward", 64, False, "sm_100"): (128, 32, 8, 3),
     ("forward", 64, True, "sm_100"): (128, 32, 8, 3),
     ("dq", 64, True, "sm_80"): (64, 16, 4, 2),
@@ -120,6 +120,9 @@ _DOCUMENTS = {
     ("dkv", 128, True, "sm_90"): (32, 32, 8, 2),
     ("dkv", 128, False, "sm_100"): (64, 64, 8, 2),
     ("dkv", 128, True, "sm_100"): (64, 64, 8, 2),
+    # Masked columns take a few registers more: Triton 3.6 spilled 64 bytes of them.
+    ("dkv", 80, True, "sm_100"): (32, 32, 8, 2),
+    ("dkv", 96, True, "sm_100"): (32, 32, 8, 2),
 }
 
 # fp32 operands take twice the room, and without TF32 the products run on the ordinary units from registers.
@@ -132,7 +135,10 @@ def tile(kernel: str, architecture: str, head_dim: int, itemsize: int, rotary: b
     if itemsize == 4:
         return Tile(*_SINGLE_PRECISION[width])
     usual = _HALF_PRECISION[kernel, width, rotary][ARCHITECTURES.index(architecture)]
-    return Tile(*(_DOCUMENTS.get((kernel, width, rotary, architecture), usual) if documents else usual))
+    if documents:
+        usual = _DOCUMENTS.get((kernel, width, rotary, architecture), usual)
+        usual = _DOCUMENTS.get((kernel, head_dim, rotary, architecture), usual)
+    return Tile(*usual)
 
 
 def architecture(device: torch.device) -> str:

@@ -277,7 +277,7 @@ _MASKS: dict[str, dict[str, Any]] = {
 
 def _attention_variants(architecture: str) -> Iterator[Specimen]:
     """fp16: all masks × documents × rotations, and groups where a kernel loops over them; bf16 and fp32: every mask,
-    with all else and without."""
+    with all else and without. Heads of 80 and 96 dims run in the tiles of 128: a few of each."""
     choices = itertools.product(_DTYPES, (64, 128), _MASKS, (0, 8), (0, 32), (1, 4))
     for dtype, head_dim, mask, documents, rotary_dim, group in choices:
         if dtype != torch.float16 and len({bool(documents), bool(rotary_dim), group > 1}) > 1:
@@ -294,6 +294,16 @@ def _attention_variants(architecture: str) -> Iterator[Specimen]:
         for note, more in (("", {}), (", documents", {"documents": 8}), (", 4096 keys", {"keys": 4096})):
             whole = f", {head_dim} dims rotated inside{note}"
             yield from _attention_specimens(architecture, torch.float16, whole, batch=1, **(shape | more))
+    partial: dict[str, dict[str, Any]] = {
+        "": {},
+        ", rotary inside": {"rotary_dim": 32},
+        ", not causal, documents, 4 queries per key": {"causal": False, "documents": 8, "key_heads": 4},
+        ", window, documents, rotary inside": {"window": (256, 0), "documents": 8, "rotary_dim": 32},
+    }
+    for dtype, head_dim, (note, more) in itertools.product(_DTYPES, (80, 96), partial.items()):
+        if dtype == torch.float16 or not note:
+            shape = {"batch": 1, "heads": 16, "head_dim": head_dim}
+            yield from _attention_specimens(architecture, dtype, note, **(shape | more))
 
 
 def _described_variants(architecture: str) -> Iterator[Specimen]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from phi_fast.kernels import use
 from phi_fast.kernels.attention import attention
 
-# Ragged ends, both head dims, each option alone, and combinations of options.
+# Ragged ends, every head dim of Triton's, each option alone, and combinations of options.
 CASES: dict[str, dict[str, Any]] = {
     "17 rows, head_dim 128": {"sequence": 17, "head_dim": 128},
     "63 rows, full": {"sequence": 63, "causal": False},
@@ -36,6 +36,14 @@ CASES: dict[str, dict[str, Any]] = {
     "130 rows, documents, window ahead": {
         "sequence": 130, "causal": False, "documents": [0, 33, 97, 130], "window": (-1, 9),
     },
+    "70 rows, head_dim 80": {"sequence": 70, "head_dim": 80},
+    "70 rows, head_dim 80, documents, rotary, grouped": {
+        "sequence": 70, "head_dim": 80, "documents": [0, 33, 34, 70], "rotary_dim": 32, "key_heads": 1,
+    },
+    "65 rows of 90 keys, head_dim 96, window, rotary, grouped": {
+        "sequence": 65, "keys": 90, "head_dim": 96, "window": (17, 0), "rotary_dim": 64, "key_heads": 1,
+    },
+    "65 rows, head_dim 96, full": {"sequence": 65, "head_dim": 96, "causal": False},
 }  # fmt: skip
 
 

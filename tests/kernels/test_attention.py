@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -127,6 +128,8 @@ def described(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         ("65 rows, 4 queries a key", torch.float32),
         ("130 rows, two sequences", torch.float16),
         ("130 rows, full, documents, rotary, grouped", torch.float16),
+        ("70 rows, head_dim 80, documents, rotary, grouped", torch.float16),
+        ("65 rows, head_dim 96, full", torch.bfloat16),
         ("150 rows of 90 keys, window on both sides", torch.float16),
     ],
     ids=str,
@@ -138,15 +141,49 @@ def test_triton_by_descriptors_errs_no_more_than_torch(
     assert described == [True] * 3
 
 
-def test_triton_by_descriptors_reads_slices_and_says_0_past_the_end(device: str, described: list[bool]) -> None:
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
+def test_triton_by_descriptors_reads_slices_and_says_0_past_the_end(
+    head_dim: int, device: str, described: list[bool]
+) -> None:
     """Beside q, k and v, and after their last rows, lie NaNs: a wrong stride or a tile that goes on would show."""
-    case = Case(torch.float16, device, sequence=70, key_heads=1)
+    case = Case(torch.float16, device, sequence=70, key_heads=1, head_dim=head_dim)
     expected = run("triton", case, case)
     for name, x in case.inputs.items():
-        wide = torch.full((1, 90, x.shape[2] + 1, 128), torch.nan, dtype=x.dtype, device=device)
-        case.inputs[name] = wide[:, :70, 1:, 64:].copy_(x)
+        case.inputs[name] = _amid_nans(x)
     assert all(torch.equal(x, expected[tensor]) for tensor, x in run("triton", case, case).items())
     assert described == [True] * 6
+
+
+def _amid_nans(x: Tensor) -> Tensor:
+    """x (1, sequence, heads, head_dim) as a slice of a buffer of NaNs, which lie before and after every dim but the
+    first."""
+    _, sequence, heads, head_dim = x.shape
+    wide = torch.full((1, sequence + 20, heads + 2, head_dim + 64), torch.nan, dtype=x.dtype, device=x.device)
+    return wide[:, :sequence, 1:-1, 16 : 16 + head_dim].copy_(x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [80, 96])
+@pytest.mark.parametrize("name", OURS)
+def test_what_lies_beside_a_head_is_not_touched(name: str, head_dim: int, causal: bool, device: str) -> None:
+    """A tile of Triton's is wider than the head: 0 * NaN is NaN, and a result's neighbours are others' memory."""
+    case = Case(torch.float32, device, sequence=40, key_heads=1, head_dim=head_dim, causal=causal)
+    with use(name, op="attention"):
+        kernels = backend.implementation("attention", case.dout.device)
+    options = AttentionOptions(0.125, causal)
+
+    def passes(place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        q, k, v, dout = (place(x) for x in (*case.inputs.values(), case.dout))
+        out, dq, dk, dv = (place(torch.zeros_like(x)) for x in (q, q, k, v))
+        _, lse = kernels.forward(q, k, v, options, out=out)
+        kernels.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
+        return {"out": out, "dq": dq, "dk": dk, "dv": dv}
+
+    expected = passes(torch.clone)
+    for result, x in passes(_amid_nans).items():
+        assert torch.equal(x, expected[result]), result
+        whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        assert whole.isfinite().sum() == x.numel(), f"{result} is written beyond its dims"
 
 
 @pytest.mark.parametrize("reason", ["stride", "address", "the same rows twice"])
@@ -172,10 +209,11 @@ def test_gradients_in_float64_are_the_derivative(name: str) -> None:
         assert torch.autograd.gradcheck(case, [x.requires_grad_() for x in case.inputs.values()])
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_reads_and_writes_slices_of_packed_buffers(name: str, device: str) -> None:
+def test_reads_and_writes_slices_of_packed_buffers(name: str, head_dim: int, device: str) -> None:
     """The block's layout: q, k, v in a (T, 7d) buffer, out in a (T, 5d) buffer, gradients in a (T, 7d) buffer."""
-    batch, sequence, heads, head_dim = 2, 70, 2, 64
+    batch, sequence, heads = 2, 70, 2
     dtype, width = torch.float16, heads * head_dim
     generator = torch.Generator().manual_seed(0)
     packed = torch.randn(batch, sequence, 7 * width, generator=generator).to(device, dtype)
@@ -192,7 +230,7 @@ def test_reads_and_writes_slices_of_packed_buffers(name: str, device: str) -> No
     dq, dk, dv = (heads_of(gradient, i) for i in range(3))
     with use(name, op="attention"):
         kernels = backend.implementation("attention", packed.device)
-    options = AttentionOptions(0.125)
+    options = AttentionOptions(head_dim**-0.5)
     written, lse = kernels.forward(q, k, v, options, out=out)
     kernels.backward(dout, q, k, v, out, lse, options, dq=dq, dk=dk, dv=dv)
 
@@ -443,7 +481,9 @@ def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], m
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "half", "error", "message"),
     [
-        (96, torch.float32, None, ValueError, "head_dim 64 or 128, not 96"),
+        (72, torch.float32, None, ValueError, "head_dim 64, 80, 96, 128, not 72; use"),
+        (256, torch.float32, None, ValueError, "head_dim 64, 80, 96, 128, not 256; use"),
+        (96, torch.float32, 48, ValueError, r"rotates 2 \* 2\*\*n dims, not 96 of 96; call apply_rotary_"),
         (64, torch.float64, None, TypeError, "not torch.float64"),
         (64, torch.float32, 24, ValueError, r"rotates 2 \* 2\*\*n dims, not 48 of 64; call apply_rotary_"),
     ],

@@ -118,10 +118,10 @@ def test_triton_in_16_bits_is_triton_in_fp32_rounded(name: str, dtype: torch.dty
         assert (x != expected).float().mean() <= 0.01, result
 
 
-@pytest.mark.parametrize("rotary_dim", [0, 32])
-def test_triton_attention_rounds_to_the_nearest(rotary_dim: int, device: str) -> None:
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 0), (64, 32), (80, 32), (96, 0)])
+def test_triton_attention_rounds_to_the_nearest(head_dim: int, rotary_dim: int, device: str) -> None:
     """Cut off towards zero, a result is half a step of its dtype too small in the mean, which error bounds allow."""
-    case = Case(torch.bfloat16, device, sequence=100, rotary_dim=rotary_dim)
+    case = Case(torch.bfloat16, device, sequence=100, head_dim=head_dim, rotary_dim=rotary_dim)
     exact = gradients(case.plain, double(case.inputs), case.dout.double())
     for tensor, x in run("triton", case, case).items():
         large = exact[tensor].abs() > exact[tensor].abs().median()  # the others are sums of terms with larger steps

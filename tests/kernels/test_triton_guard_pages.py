@@ -127,9 +127,11 @@ def multiply(draw: Draw) -> None:
         muon.symmetric_product(draw(rows, width), gram, alpha=2.0, beta=-5.0)
 
 
-def attend(draw: Draw, sequence: int, keys: int, documents: list[int] | None = None, half: int = 0, **options) -> None:
-    """Rows and keys that fill their last block in part."""
-    q, k, v = draw(1, sequence, 2, 64), draw(1, keys, 1, 64), draw(1, keys, 1, 64)
+def attend(
+    draw: Draw, sequence: int, keys: int, documents: list[int] | None = None, half: int = 0, dim: int = 64, **options
+) -> None:
+    """Rows and keys that fill their last block in part, and heads that may fill a part of its columns."""
+    q, k, v = draw(1, sequence, 2, dim), draw(1, keys, 1, dim), draw(1, keys, 1, dim)
     if documents:
         options["cu_seqlens"] = draw(len(documents)).to(torch.int32)
         options["cu_seqlens"].copy_(torch.tensor(documents))
@@ -138,7 +140,7 @@ def attend(draw: Draw, sequence: int, keys: int, documents: list[int] | None = N
     chosen = AttentionOptions(0.125, **options)
     out, lse = attention.forward(q, k, v, chosen)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    attention.backward(draw(1, sequence, 2, 64), q, k, v, out, lse, chosen, dq=dq, dk=dk, dv=dv)
+    attention.backward(draw(1, sequence, 2, dim), q, k, v, out, lse, chosen, dq=dq, dk=dk, dv=dv)
 
 
 CASES: dict[str, Callable[[Draw], None]] = {
@@ -154,6 +156,8 @@ CASES: dict[str, Callable[[Draw], None]] = {
     "attention, full": lambda draw: attend(draw, 37, 37, causal=False),
     "attention, documents": lambda draw: attend(draw, 37, 37, [0, 3, 20, 37], half=32),
     "attention, more keys, window": lambda draw: attend(draw, 35, 41, half=16, window=(9, 0)),
+    "attention, head_dim 80": lambda draw: attend(draw, 37, 37, half=16, dim=80),
+    "attention, head_dim 96": lambda draw: attend(draw, 37, 37, dim=96),
     "attention, fewer keys": lambda draw: attend(draw, 41, 35, causal=False),
 }
 

@@ -494,7 +494,10 @@ def test_how_a_sweep_may_end(
         (["--key-heads", "5"], "--heads 32 is not a multiple of --key-heads 5"),
         (["--rotary-dim", "65"], "--rotary-dim 65: expected an even number of up to 64"),
         (["--documents", "9000"], "--documents 9000: expected at most one per token, 8192"),
-        (["--list", "--heads", "16", "--hidden-size", "1280"], "attention in Triton takes head_dim 64 or 128, not 80"),
+        (
+            ["--list", "--heads", "16", "--hidden-size", "1152"],
+            "attention in Triton takes head_dim 64, 80, 96, 128, not 72",
+        ),
     ],
 )
 def test_wrong_values(words: list[str], message: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,9 @@ _SHAPE = {
 }
 _GPTJ = {"n_embd": 64, "n_inner": 160, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}
 
+_TWO_HEADS = {"num_attention_heads": 2, "num_hidden_layers": 1}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
 # name -> (prefix of transformers' classes, differences from _SHAPE)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {}),
@@ -34,12 +37,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 2, "qk_layernorm": True, "hidden_act": "gelu"},
     ),
     "phi, wide heads": ("Phi", {"head_dim": 32}),
+    "phi-2's heads": (
+        "Phi",
+        {**_TWO_HEADS, "hidden_size": 160, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.4}},
+    ),
     "gpt-neox": ("GPTNeoX", {"hidden_dropout": 0.0}),
     "gpt-neox, sequential, tanh GELU": ("GPTNeoX", {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
     "gpt-j": ("GPTJ", {**_GPTJ, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "stablelm": ("StableLm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     "stablelm, q/k norm": ("StableLm", {"num_key_value_heads": 2, "qk_layernorm": True}),
     "phi-3": ("Phi3", {"num_key_value_heads": 2}),
+    "phi-3-mini's heads": ("Phi3", {**_TWO_HEADS, "hidden_size": 192}),
     "llama": ("Llama", {"num_key_value_heads": 2}),
     "llama, eager": ("Llama", {"attn_implementation": "eager"}),
     "llama, tanh GELU": ("Llama", {"num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh"}),

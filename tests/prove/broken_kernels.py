@@ -67,8 +67,10 @@ def adam_step(module: ModuleType) -> None:
     module.step_(lists, AdamOptions(torch.ones(()), 1e-3, (0.9, 0.95), 1e-8, 0.1, decoupled=True))
 
 
-def attention_passes(**kernels: object) -> None:
-    q, k, v, dout = (normal(1, 70, 2, 64) for _ in range(4))
+def attention_passes(head_dim: int = 64, packed: bool = False, **kernels: object) -> None:
+    """packed: as slices of one buffer, with other memory after each head's dims."""
+    beside = 48 if packed else 0
+    q, k, v, dout = (normal(1, 70, 2, head_dim + beside)[..., :head_dim] for _ in range(4))
     options = AttentionOptions(0.125, True, None, None, None, None)
     with pytest.MonkeyPatch.context() as patch:
         for name, kernel in kernels.items():
@@ -103,10 +105,32 @@ BREAKS = {
     ),
     "reads keys past the end": Break(
         "attention_forward",
-        "        x = tl.load(at, mask=(row + tl.arange(0, ROWS) < end)[:, None], other=0.0) if MASKED else tl.load(at)",
-        "        x = tl.load(at)",
+        "            x = tl.load(at, mask=inside((row + tl.arange(0, ROWS) < end)[:, None], D, WIDTH), other=0.0)",
+        "            x = tl.load(at)",
         "oob_read",
         lambda broken: attention_passes(forward=broken.forward_kernel),
+    ),
+    "reads dims past the end": Break(
+        "attention_forward",
+        "        rows = rows & (tl.arange(0, WIDTH) < D)[None, :]",
+        "        rows = rows & (tl.arange(0, WIDTH) < WIDTH)[None, :]",
+        "oob_read",
+        lambda broken: attention_passes(80, forward=broken.forward_kernel),
+        at="    q = tl.load(q_tile, mask=stored, other=0.0)",
+    ),
+    "reads past a head's dims where all rows exist": Break(
+        "attention_forward",
+        "            x = tl.load(at, mask=(tl.arange(0, WIDTH) < D)[None, :], other=0.0)",
+        "            x = tl.load(at)",
+        "beside the tensors passed",
+        lambda broken: attention_passes(80, packed=True, forward=broken.forward_kernel),
+    ),
+    "writes past a head's dims": Break(
+        "attention_backward",
+        "    tl.store(dq_tile + local * stride_dq_s + dims, narrow(dq, dq_pointer.dtype.element_ty), mask=stored)",
+        "    tl.store(dq_tile + local * stride_dq_s + dims, narrow(dq, dq_pointer.dtype.element_ty), mask=local >= 0)",
+        "oob_write",
+        lambda broken: attention_passes(80, dq=broken.dq_kernel),
     ),
     "reads beside a slice": Break(
         "bias_gelu",
@@ -203,4 +227,6 @@ def test_the_same_triton_kernels_whole_are_not_stopped() -> None:
         bias_gelu_of_slices(bias_gelu)
         column_sums(linear_cross_entropy)
         adam_step(adam)
-        attention_passes()
+        for head_dim in (64, 80):
+            attention_passes(head_dim)
+            attention_passes(head_dim, packed=True)
