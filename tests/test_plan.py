@@ -23,7 +23,7 @@ from phi_fast.planning.measure import Step, kept_for_backward, peak_bytes
 from phi_fast.planning.memory import Memory, activations, memory
 from phi_fast.planning.published import compare
 from phi_fast.planning.scaling import scaling
-from phi_fast.planning.work import Recompute, Shape, micro_batch
+from phi_fast.planning.work import Recompute, Shape, head, micro_batch
 from phi_fast.precision import DTYPES, Precision
 from phi_fast.recipes import RECIPES
 from phi_fast.training.distributed import join
@@ -55,6 +55,17 @@ def test_whole_blocks_again_cost_the_in_projection_and_attention_again() -> None
     d, layers = case.config.hidden_size, case.config.num_hidden_layers
     again = layers * case.tokens * (14 * d * d + 2 * case.sequence * d)
     assert flops("all") - flops("none") == pytest.approx(again)
+
+
+@pytest.mark.parametrize(("itemsize", "adds", "moved"), [(4, False, 8), (2, True, 8), (2, False, 16)])
+def test_the_heads_gradient_is_added_in_place_where_torch_can(
+    itemsize: int, adds: bool, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, fp32 sums are read and written; else a 16-bit product is written in fp32 and read first."""
+    monkeypatch.setattr("phi_fast.planning.work.ADDS_TO_FP32", adds)
+    config = PhiConfig()
+    added = next(k for k in head(Shape(config, 2048, 4, itemsize, "norm_gelu", False)) if "added up" in k.name)
+    assert added.bytes_moved == moved * config.vocab_size * config.hidden_size
 
 
 LORA = LoraConfig(4, 8.0, LORA_TARGETS)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..config import LoraConfig, PhiConfig
 from ..kernels.linear_cross_entropy_chunks import rows_of_a_chunk
+from ..kernels.reference.weight_gradient import ADDS_TO_FP32
 from .devices import Kind
 
 Recompute = Literal["none", "norm_gelu", "all"]
@@ -193,7 +194,8 @@ def head(shape: Shape) -> Iterator[Kernel]:
     yield _product("hidden gradient", chunk, d, vocabulary, e, count=shape.chunks)
     if shape.lora is None:
         yield _product("lm_head gradient", vocabulary, d, chunk, e, count=shape.chunks)
-        adding = 8 if e == 4 else 16  # a 16-bit product is written in fp32 before it is added
+        in_place = e == 4 or (ADDS_TO_FP32 and not shape.on_cpu)
+        adding = 8 if in_place else 16  # else a 16-bit product is written in fp32 before it is added
         yield Kernel("lm_head gradient, added up in fp32", "forward", "memory", 0, adding * weight, shape.chunks)
     scaled = tokens * d + (weight if shape.lora is None else 0)
     yield Kernel("loss gradients, scaled", "backward", "memory", 0, (4.0 + e) * scaled)
