@@ -101,8 +101,13 @@ def use(backend: str, op: str | None = None) -> _Choice:
         raise ValueError(
             f"backend {backend!r} has no op={op!r}: matrix products are torch's; use('reference', op={op!r})"
         )
-    previous = {name: _chosen[name] for name in ((*OPS, *PRODUCTS) if op is None else (op,))}
-    _chosen.update({name: backend if name in offered else "reference" for name in previous})
+    names = (*OPS, *PRODUCTS) if op is None else (op,)
+    return _choose({name: backend if name in offered else "reference" for name in names})
+
+
+def _choose(chosen: dict[str, Any]) -> _Choice:
+    previous = {name: _chosen[name] for name in chosen}
+    _chosen.update(chosen)
     return _Choice(previous)
 
 
@@ -115,9 +120,7 @@ def fuse_rotary(inside: bool | None) -> _Choice:
 
     The choice holds as `use`'s does.
     """
-    previous = {"rotary_inside": _chosen["rotary_inside"]}
-    _chosen["rotary_inside"] = inside
-    return _Choice(previous)
+    return _choose({"rotary_inside": inside})
 
 
 def keep_logits_on_chip(keep: bool) -> _Choice:
@@ -130,9 +133,7 @@ def keep_logits_on_chip(keep: bool) -> _Choice:
 
     The choice holds as `use`'s does.
     """
-    previous = {"on_chip": _chosen["on_chip"]}
-    _chosen["on_chip"] = keep
-    return _Choice(previous)
+    return _choose({"on_chip": keep})
 
 
 def logits_stay_on_chip(device: torch.device | str) -> bool:

@@ -65,11 +65,11 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, what was normalised, mean, rstd); the first two shaped as x. New tensors are no views: autograd forbids an
-    in-place op on a view that a Function made."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(out, what was normalised, mean, rstd); the first two shaped as x. Without bias it is RMSNorm, and mean is None.
+    New tensors are no views: autograd forbids an in-place op on a view that a Function made."""
     kernels = backend.implementation("layer_norm", x.device)
     rows, out = rows_of(x), x.new_empty(x.shape)
     stream, normalised = ResidualStream(), x
@@ -80,44 +80,45 @@ def _forward(
     return out, normalised, mean, rstd
 
 
-def _backward(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dsummed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, dsummed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dweight, dbias); dbias is None where mean is (RMSNorm)."""
     kernels = backend.implementation("layer_norm", x.device)
     rows, dx = rows_of(x), x.new_empty(x.shape)
     residual_grad = None if dsummed is None else rows_of(dsummed)
     _, dweight, dbias = kernels.backward(
         rows_of(dout), rows, weight, mean, rstd, residual_grad=residual_grad, dx=dx.view(rows.shape)
     )
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    return dx, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        out, _, mean, rstd = _forward(x, weight, bias, eps, None)
+        out, _, mean, rstd = forward(x, weight, bias, eps, None)
         ctx.save_for_backward(x, weight, mean, rstd)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, weight, mean, rstd = ctx.saved_tensors
-        backward = _backward_op if dispatch.backward_by_library("layer_norm", dout) else _backward
-        return *backward(dout, x, weight, mean, rstd, None), None
+        run = _backward_op if dispatch.backward_by_library("layer_norm", dout) else backward
+        return *run(dout, x, weight, mean, rstd, None), None
 
 
 class _LayerNormOfSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps):
-        out, summed, mean, rstd = _forward(x, weight, bias, eps, residual)
+        out, summed, mean, rstd = forward(x, weight, bias, eps, residual)
         ctx.save_for_backward(summed, weight, mean, rstd)
         return out, summed
 
     @staticmethod
     def backward(ctx, dout, dsummed):
         summed, weight, mean, rstd = ctx.saved_tensors
-        backward = _backward_op if dispatch.backward_by_library("layer_norm", dout, dsummed) else _backward
-        dx, dweight, dbias = backward(dout, summed, weight, mean, rstd, dsummed)
+        run = _backward_op if dispatch.backward_by_library("layer_norm", dout, dsummed) else backward
+        dx, dweight, dbias = run(dout, summed, weight, mean, rstd, dsummed)
         return dx, dx, dweight, dbias, None
 
 
@@ -126,8 +127,8 @@ def _forward_op(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, x + residual or nothing, mean, rstd)."""
-    out, summed, *statistics = _forward(x, weight, bias, eps, residual)
-    mean, rstd = backend.unshared(statistics)
+    out, summed, *statistics = forward(x, weight, bias, eps, residual)
+    mean, rstd = backend.unshared(statistics)  # type: ignore[arg-type]  # there is a bias, so there is a mean
     return out, x.new_empty(0) if residual is None else summed, mean, rstd
 
 
@@ -141,7 +142,8 @@ def _(x, weight, bias, eps, residual):
 def _backward_op(
     dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dsummed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = backend.unshared(_backward(dout, x, weight, mean, rstd, dsummed))
+    gradients = backward(dout, x, weight, mean, rstd, dsummed)
+    dx, dweight, dbias = backend.unshared(gradients)  # type: ignore[arg-type]
     return dx, dweight, dbias
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import autocast, backend, dispatch, parallel_block_adapters
 from .attention import check_documents
-from .parallel_block_adapters import Adapters
+from .parallel_block_adapters import NONE, Adapters
 from .parallel_block_passes import Inputs, Options, backward, forward
 
 RECOMPUTE = ("none", "norm_gelu", "all")
@@ -83,33 +83,18 @@ def parallel_block(
         check_documents(cu_seqlens, x)
     options = Options(num_heads, eps, recompute, backend.rotary_inside(x.device))
     inputs = Inputs(x.contiguous(), *parameters, cos, sin, cu_seqlens)  # type: ignore[call-arg]
-    if adapters is not None:
-        return _with_adapters(inputs, options, adapters, by_library)
+    adapters = NONE if adapters is None else _checked(adapters, inputs, by_library)
     if by_library:
         return _forward_op(*inputs, *options)[0]
-    recording = torch.is_grad_enabled() and any(t.requires_grad for t in inputs[:8])
-    return _ParallelBlock.apply(options, *inputs) if recording else forward(inputs, options, recording=False)[0]
+    tensors = (*adapters.a, *adapters.b)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs[:8], *tensors)):
+        return _ParallelBlock.apply(options, adapters.parts, adapters.scale, *inputs, *tensors)
+    return forward(inputs, options, recording=False, adapters=adapters)[0]
 
 
-class _ParallelBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, options, *tensors):
-        inputs = Inputs(*tensors)
-        out, *saved = forward(inputs, options)
-        ctx.save_for_backward(*inputs.kept(), *saved)
-        ctx.options = options
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        kept = ctx.saved_tensors  # once: under activation checkpointing a second look finds nothing
-        inputs, saved, wanted = Inputs.of_kept(kept[:9]), kept[9:], ctx.needs_input_grad[1:9]
-        by_library = dispatch.backward_by_library("parallel_block", dout)
-        gradients = (backward_by_library if by_library else backward)(dout, saved, inputs, ctx.options, wanted)
-        return None, *gradients, None, None, None
-
-
-def _with_adapters(inputs: Inputs, options: Options, adapters: Adapters, by_library: bool) -> Tensor:
+def _checked(adapters: Adapters, inputs: Inputs, by_library: bool) -> Adapters:
+    """Cast adapters where autocast is on. Raises for those that do not fit, and where torch must see the block as one
+    op."""
     x = inputs.x
     if autocast.active(x):
         a, b = (tuple(t.to(x.dtype) for t in tensors) for tensors in (adapters.a, adapters.b))
@@ -120,13 +105,10 @@ def _with_adapters(inputs: Inputs, options: Options, adapters: Adapters, by_libr
             "parallel_block: adapters under torch.compile, torch.func or FakeTensorMode; call it outside, or add "
             "them to the weights and leave them out"
         )
-    tensors = (*adapters.a, *adapters.b)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*inputs[:8], *tensors)):
-        return _AdaptedBlock.apply(options, adapters.parts, adapters.scale, *inputs, *tensors)
-    return forward(inputs, options, recording=False, adapters=adapters)[0]
+    return adapters
 
 
-class _AdaptedBlock(torch.autograd.Function):
+class _ParallelBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, parts, scale, *tensors):
         inputs, of_adapters = Inputs(*tensors[:11]), tensors[11:]
@@ -137,12 +119,16 @@ class _AdaptedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        # Read once: under activation checkpointing a second look finds nothing.
         kept, end = ctx.saved_tensors, 9 + 2 * len(ctx.parts)
-        if dispatch.backward_by_library("parallel_block", dout):
+        inputs, saved, wanted = Inputs.of_kept(kept[:9]), kept[end:], ctx.needs_input_grad[3:11]
+        if not dispatch.backward_by_library("parallel_block", dout):
+            adapters = Adapters.of(ctx.parts, ctx.scale, kept[9:end])
+            gradients = backward(dout, saved, inputs, ctx.options, wanted, adapters)
+        elif ctx.parts:
             raise NotImplementedError("parallel_block with adapters can be differentiated once, by plain tensors")
-        adapters = Adapters.of(ctx.parts, ctx.scale, kept[9:end])
-        inputs, wanted = Inputs.of_kept(kept[:9]), ctx.needs_input_grad[3:11]
-        gradients = backward(dout, kept[end:], inputs, ctx.options, wanted, adapters)
+        else:
+            gradients = backward_by_library(dout, saved, inputs, ctx.options, wanted)
         return None, None, None, *gradients[:8], None, None, None, *gradients[8:]
 
 

@@ -43,6 +43,10 @@ class Adapters(NamedTuple):
         """Make adapters from all A, followed by all B."""
         return Adapters(parts, scale, tuple(tensors[: len(parts)]), tuple(tensors[len(parts) :]))
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Whether there are adapters of any of the parts in `names`."""
+        return any(part in names for part in self.parts)
+
     def add_to_packed_(self, packed: Tensor, h: Tensor) -> None:
         """packed (T, 3d + m) += what the adapters make of h (T, d)."""
         for part, a, b in self._of(IN):
@@ -58,9 +62,9 @@ class Adapters(NamedTuple):
         of = {name: _columns(name, gradient, d) if name in IN else gradient for name in names}
         return {part: (of[part] @ b).mul_(self.scale) for part, _, b in self._of(names)}
 
-    def add_to_gradients_(self, gradient: Tensor, narrowed: dict[str, Tensor], d: int) -> None:
-        """Add the adapters' share to the gradient of h (T, d), or of mixed (T, d + m)."""
-        for part, a, _ in self._of(tuple(narrowed)):
+    def add_to_gradients_(self, names: Sequence[str], gradient: Tensor, narrowed: dict[str, Tensor], d: int) -> None:
+        """Add the share of the parts in `names` to the gradient of h (T, d), or of mixed (T, d + m)."""
+        for part, a, _ in self._of(names):
             target = gradient if part in IN else _columns(part, gradient, d)
             target.addmm_(narrowed[part], a)
 
@@ -87,6 +91,10 @@ class Adapters(NamedTuple):
 
     def _of(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
         return ((part, a, b) for part, a, b in zip(self.parts, self.a, self.b, strict=True) if part in names)
+
+
+NONE = Adapters((), 1.0, (), ())
+"""Adapters of no part."""
 
 
 def _columns(part: str, buffer: Tensor, d: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, backend
-from .parallel_block_adapters import IN, OUT, Adapters
+from .parallel_block_adapters import IN, NONE, OUT, Adapters
 from .reference.attention import AttentionOptions
 from .reference.layer_norm import UNTOUCHED, ResidualStream
 
@@ -77,14 +77,13 @@ class Heads:
         return wide.unflatten(-1, (blocks * self.heads, -1))
 
 
-@autocast.off
 def _activations(
     inputs: Inputs,
     options: Options,
     *,
     apart: bool = False,
     stream: ResidualStream = UNTOUCHED,
-    adapters: Adapters | None = None,
+    adapters: Adapters = NONE,
 ) -> tuple[Activations, Tensor]:
     """(everything up to the last product, o); x + stream.shift is written to `stream.shifted` on the way.
 
@@ -97,8 +96,7 @@ def _activations(
     norm = backend.implementation("layer_norm", device)
     h, mean, rstd = norm.forward(rows, inputs.norm_weight, inputs.norm_bias, options.eps, stream)
     packed = torch.addmm(inputs.in_bias, h, inputs.in_weight.T)
-    if adapters:
-        adapters.add_to_packed_(packed, h)
+    adapters.add_to_packed_(packed, h)
     if not options.rotary_inside:
         backend.implementation("rotary", device).rotate_(heads.rotating(packed), inputs.cos, inputs.sin, 0)
     mixed = packed.new_empty(rows.shape[0], packed.shape[1] - 2 * d)
@@ -118,9 +116,7 @@ def _attention(inputs: Inputs, options: Options) -> AttentionOptions:
 
 
 @autocast.off
-def forward(
-    inputs: Inputs, options: Options, *, recording: bool = True, adapters: Adapters | None = None
-) -> list[Tensor]:
+def forward(inputs: Inputs, options: Options, *, recording: bool = True, adapters: Adapters = NONE) -> list[Tensor]:
     """[the block's output, then what `options.recompute` keeps where `recording`]."""
     x = inputs.x
     out = x.new_empty(x.shape)
@@ -129,8 +125,7 @@ def forward(
     stream = ResidualStream(shift=inputs.out_bias_attention + inputs.out_bias_mlp, shifted=shifted)
     kept, o = _activations(inputs, options, apart=apart, stream=stream, adapters=adapters)
     shifted.addmm_(kept.mixed, inputs.out_weight.T)
-    if adapters:
-        adapters.add_to_output_(shifted, kept.mixed)
+    adapters.add_to_output_(shifted, kept.mixed)
     if options.recompute == "all" or not recording:
         return [out]
     if options.recompute == "none":
@@ -145,7 +140,7 @@ def backward(
     inputs: Inputs,
     options: Options,
     wanted: Sequence[bool],
-    adapters: Adapters | None = None,
+    adapters: Adapters = NONE,
 ) -> list[Tensor | None]:
     """Gradients of x and of the seven parameters, None where not `wanted`, and of all A and B of `adapters`.
 
@@ -168,9 +163,8 @@ def backward(
 
     # The two branches: [dO | dG] in, [dQ | dK | dV | dU] out. Once read, [dO | dG] makes room for [o | g].
     dmixed = torch.mm(dy, inputs.out_weight)
-    if adapters:
-        narrowed = adapters.narrowed(OUT, dy, d)
-        adapters.add_to_gradients_(dmixed, narrowed, d)
+    narrowed = adapters.narrowed(OUT, dy, d)
+    adapters.add_to_gradients_(OUT, dmixed, narrowed, d)
     dpacked = torch.empty_like(packed)
     dq, dk, dv = heads.split(dpacked)
     (q, k, v), attention = heads.split(packed), _attention(inputs, options)
@@ -181,7 +175,7 @@ def backward(
         backend.implementation("rotary", device).rotate_(
             heads.rotating(dpacked), inputs.cos, inputs.sin, 0, inverse=True
         )
-    again = options.recompute == "norm_gelu" and (want_out or adapters is not None)
+    again = options.recompute == "norm_gelu" and (want_out or adapters.has(OUT))
     _, du_sum = gelu.backward(
         dmixed[:, d:],
         packed[:, 3 * d :],
@@ -190,27 +184,25 @@ def backward(
         activation=dmixed[:, d:] if again else None,
         carry=(o, dmixed[:, :d]) if again else None,
     )
+    if options.recompute == "norm_gelu":
+        mixed = dmixed  # [o | g] where `again`; else nothing below reads it
 
     grads: list[Tensor | None] = [None] * 8
     if want_out:
-        grads[5] = gradient.product(dy, dmixed if again else mixed)
+        grads[5] = gradient.product(dy, mixed)
     if want_out_bias:
         grads[6] = grads[7] = dy.sum(0)
-    if want_in or adapters:
+    if want_in or adapters.has(IN):
         h = norm.forward(rows, inputs.norm_weight, inputs.norm_bias, options.eps)[0] if h is None else h
     if want_in:
         grads[3] = gradient.product(dpacked, h)
-    of_adapters: list[Tensor] = []
-    if adapters:
-        narrowed |= adapters.narrowed(IN, dpacked, d)
-        mixed = dmixed if again else mixed
-        of_adapters = adapters.gradients(h, mixed, dpacked, dy, narrowed, gradient.product)
+    narrowed |= adapters.narrowed(IN, dpacked, d)
+    of_adapters = adapters.gradients(h, mixed, dpacked, dy, narrowed, gradient.product)
     if want_in_bias:
         grads[4] = torch.cat((dpacked[:, : 3 * d].sum(0), du_sum.to(x.dtype)))
     if want_x or want_norm:
         dh = torch.mm(dpacked, inputs.in_weight)
-        if adapters:
-            adapters.add_to_gradients_(dh, {part: narrowed[part] for part in narrowed if part in IN}, d)
+        adapters.add_to_gradients_(IN, dh, narrowed, d)
         dx, dweight, dbias = norm.backward(dh, rows, inputs.norm_weight, mean, rstd, residual_grad=dy, dx=dh)
         grads[:3] = dx.view(x.shape), dweight.to(x.dtype), dbias.to(x.dtype)
     return [*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *of_adapters]

@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import autocast, backend, dispatch
-from .layer_norm import check, rows_of
-from .reference.layer_norm import ResidualStream
+from . import autocast, dispatch
+from .layer_norm import backward, check, forward
 
 
 def rms_norm(
@@ -44,61 +43,44 @@ def rms_norm(
     return out if residual is None else (out, summed)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, what was normalised, rstd); the first two shaped as x, and no views where they are new."""
-    kernels = backend.implementation("layer_norm", x.device)
-    rows, out = rows_of(x), x.new_empty(x.shape)
-    stream, normalised = ResidualStream(), x
-    if residual is not None:
-        normalised = x.new_empty(x.shape)
-        stream = ResidualStream(rows_of(residual), normalised.view(rows.shape))
-    _, _, rstd = kernels.forward(rows, weight, None, eps, stream, out=out.view(rows.shape))
-    return out, normalised, rstd
-
-
 def _backward(dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsummed: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernels = backend.implementation("layer_norm", x.device)
-    rows, dx = rows_of(x), x.new_empty(x.shape)
-    past = None if dsummed is None else rows_of(dsummed)
-    _, dweight, _ = kernels.backward(
-        rows_of(dout), rows, weight, None, rstd, residual_grad=past, dx=dx.view(rows.shape)
-    )
-    return dx, dweight.to(weight.dtype)
+    dx, dweight, _ = backward(dout, x, weight, None, rstd, dsummed)
+    return dx, dweight
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        out, _, rstd = _forward(x, weight, eps, None)
+        out, _, _, rstd = forward(x, weight, None, eps, None)
         ctx.save_for_backward(x, weight, rstd)
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, weight, rstd = ctx.saved_tensors
-        backward = _backward_op if dispatch.backward_by_library("rms_norm", dout) else _backward
-        return *backward(dout, x, weight, rstd, None), None
+        run = _backward_op if dispatch.backward_by_library("rms_norm", dout) else _backward
+        return *run(dout, x, weight, rstd, None), None
 
 
 class _RMSNormOfSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
-        out, summed, rstd = _forward(x, weight, eps, residual)
+        out, summed, _, rstd = forward(x, weight, None, eps, residual)
         ctx.save_for_backward(summed, weight, rstd)
         return out, summed
 
     @staticmethod
     def backward(ctx, dout, dsummed):
         summed, weight, rstd = ctx.saved_tensors
-        backward = _backward_op if dispatch.backward_by_library("rms_norm", dout, dsummed) else _backward
-        dx, dweight = backward(dout, summed, weight, rstd, dsummed)
+        run = _backward_op if dispatch.backward_by_library("rms_norm", dout, dsummed) else _backward
+        dx, dweight = run(dout, summed, weight, rstd, dsummed)
         return dx, dx, dweight, None
 
 
 @torch.library.custom_op("phi_fast::rms_norm", mutates_args=())
 def _forward_op(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(out, x + residual or nothing, rstd)."""
-    out, summed, rstd = _forward(x, weight, eps, residual)
+    out, summed, _, rstd = forward(x, weight, None, eps, residual)
     return out, x.new_empty(0) if residual is None else summed, rstd.clone()  # rstd is a view of both statistics
 
 

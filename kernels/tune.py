@@ -95,7 +95,7 @@ def main(arguments: Any = None) -> int:
     try:
         options.check()
         _require_compiler()
-        show(options) if options.list else tune(options, *_gpu())
+        show(options) if options.list else tune(options, *_gpu(options.most))
     except (CannotTune, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -147,8 +147,8 @@ def show(options: Options, tell: Callable[[str], None] = print) -> None:
                 by_hand = False
 
 
-def _gpu() -> tuple[Tools, str]:
-    """The tools of this machine's GPU, and its name. Raises CannotTune without one."""
+def _gpu(most: int) -> tuple[Tools, str]:
+    """The tools of this GPU, for `most` candidates per kernel, and its name. Raises CannotTune without a GPU."""
     if not torch.cuda.is_available():
         raise CannotTune(
             "torch sees no GPU here, and tiles are timed on one; --list shows what would be timed, without a GPU"
@@ -160,7 +160,7 @@ def _gpu() -> tuple[Tools, str]:
 
     device = torch.device("cuda", torch.cuda.current_device())
     workers = min(8, os.cpu_count() or 1)
-    tools = Tools(architecture(device), compile_here, KernelTimer, time.monotonic, on_stream, workers)
+    tools = Tools(architecture(device), compile_here, KernelTimer, time.monotonic, on_stream, workers, most)
     return tools, torch.cuda.get_device_name(device)
 
 

@@ -23,10 +23,10 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 
 VERSION = 1
-"""Of the file's format."""
+"""Version of the file's format."""
 VARIABLE = "PHI_FAST_TUNED"
 BY_HAND = "chosen by hand"
-"""What is said of tiles that no table has."""
+"""Words for tiles that come from no table."""
 _LARGEST = 16 << 20  # bytes: a hundred shapes take 1 MB
 
 
@@ -49,22 +49,18 @@ class Table:
 
         Entries that this version's kernels do not have are left out, with a warning.
         """
-        found = {}
-        for entry in self.document.get("tiles", ()):
-            if entry.get("kernel") == kernel:
-                try:
-                    found[make_case(case, entry.get("case"))] = parse(entry.get("tile"))
-                except ValueError as error:
-                    warn(f"{self.path}: {error}; this entry is not used: measure again with {command()}")
-        return found
+        return self._cases("tiles", "kernel", kernel, case, lambda entry: parse(entry.get("tile")))
 
     def backends(self, op: str, case: Any) -> dict[Any, str]:
-        """Case -> back end that was the fastest for `op`."""
+        """Case -> back end that was the fastest for `op`; entries are left out as `tiles` does."""
+        return self._cases("backends", "op", op, case, lambda entry: str(entry.get("backend")))
+
+    def _cases(self, part: str, key: str, name: str, case: Any, value: Callable[[Any], Any]) -> dict[Any, Any]:
         found = {}
-        for entry in self.document.get("backends", ()):
-            if entry.get("op") == op:
+        for entry in self.document.get(part, ()):
+            if entry.get(key) == name:
                 try:
-                    found[make_case(case, entry.get("case"))] = str(entry.get("backend"))
+                    found[make_case(case, entry.get("case"))] = value(entry)
                 except ValueError as error:
                     warn(f"{self.path}: {error}; this entry is not used: measure again with {command()}")
         return found
@@ -99,7 +95,7 @@ def _slug(gpu: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a measurement holds for beside the GPU."""
+    """Versions that a measurement depends on, beside the GPU."""
     return {"triton": importlib.import_module("triton").__version__}
 
 

@@ -159,11 +159,11 @@ def evaluate_text(options: EvaluateOptions, text: Path, console: Console) -> Tex
     Raises UsageError for options that do not fit, before the model is loaded.
     """
     _check(options)
-    perplexity.read_text(text)
+    content = perplexity.read_text(text)
     source = Source.open(options.model)
     model, tokenizer = load(source, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer)
     score = perplexity.score_text(
-        text, model, tokenizer, stride=options.stride, batch_tokens=options.batch_tokens, console=console
+        text, content, model, tokenizer, stride=options.stride, batch_tokens=options.batch_tokens, console=console
     )
     out = perplexity.write(score, options.out or _default_out(source, options.model))
     lines = {

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from .conversion.folder import chat_files
 from .conversion.load import load
 from .conversion.source import Source
-from .data.chat import ChatFiles
+from .data.chat import ChatFiles, require_transformers
 from .errors import UsageError
 from .files import write_atomically, writing
 from .generation import Completion, Sampling, complete
@@ -72,8 +72,8 @@ class GenerateOptions:
     assistant: str = "Bob"
     """The model's name in such a chat."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=lambda: Sampling(temperature=0.8))
-    """How tokens are sampled; with --serve, what a request leaves out. In --stop, "\\n" is a newline, "\\t" a tab and
-    "\\\\" a backslash."""
+    """Sampling settings; with --serve, those that a request leaves out (but --seed: each such request draws its own).
+    In --stop, "\\n" is a newline, "\\t" a tab and "\\\\" a backslash."""
     n: int = 1
     """Samples per prompt; more than 1 needs a temperature above 0."""
     batch_size: int = 8
@@ -103,10 +103,12 @@ def main() -> int:
             raise UsageError(problem)
         listening = server.listen(options.host, options.port) if options.serve else None
         source = Source.open(options.model)
+        template = chat_files(source, options.tokenizer)
+        if template is not None and (options.chat or options.serve):
+            require_transformers("a chat by the model's chat template")
         model, tokenizer = load(
             source, device=options.device, dtype=options.dtype, tokenizer=options.tokenizer, ema=options.ema
         )
-        template = chat_files(source, options.tokenizer)
         if listening is None:
             return run(options, model, tokenizer, console, template)
         server.serve(

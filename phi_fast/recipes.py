@@ -12,7 +12,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
 from tyro.constructors import PrimitiveConstructorSpec
 
 from .config import LORA_TARGETS, LoraConfig, PhiConfig
@@ -79,6 +78,15 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+class _AsTyped:
+    """Lets pydantic, which is imported only to read configuration files, parse a count as the command line does."""
+
+    def __get_pydantic_core_schema__(self, kind: Any, handler: Any) -> Any:
+        from pydantic_core.core_schema import no_info_before_validator_function
+
+        return no_info_before_validator_function(lambda value: parse_count(str(value)), handler(kind))
+
+
 Count = Annotated[
     int,
     PrimitiveConstructorSpec[int](
@@ -88,7 +96,7 @@ Count = Annotated[
         is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
         str_from_instance=lambda value: [str(value)],
     ),
-    BeforeValidator(lambda value: parse_count(str(value))),
+    _AsTyped(),
 ]
 """An integer, on the command line and in a configuration file also as 1e9."""
 

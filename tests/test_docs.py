@@ -235,6 +235,8 @@ SMALL = (
     "--model.hidden-size 64 --model.num-attention-heads 1 --model.num-hidden-layers 1 --sequence-length 64 "
     "--global-batch-size 2 --tokens 512 --val-every 0 --sample-tokens 4 --model.max-position-embeddings 128"
 )
+SMALL_CHAT = SMALL.replace("embeddings 128", "embeddings 256")
+"""With room for the rows of conversations."""
 
 
 def run_quick_start(folder: Path, stdlib: Path, training: str) -> list[str]:
@@ -277,13 +279,13 @@ def check_quick_start(folder: Path, printed: list[str]) -> None:
     assert (folder / "phi-tiny-hf" / "config.json").is_file()
     assert (folder / "runs" / "tiny" / "evaluation" / "results.json").is_file()
     everything = "\n".join(printed)
-    for word in ("The module", "arc_easy", "1,418,270,720", '"object":"text_completion"'):
+    for word in ("The module", "arc_easy", "1,418,270,720", '"object":"chat.completion"'):
         assert word in everything
 
 
 @pytest.mark.slow
 def test_the_quick_start_works_small(tmp_path: Path, stdlib: Path) -> None:
-    check_quick_start(tmp_path, run_quick_start(tmp_path, stdlib, SMALL))
+    check_quick_start(tmp_path, run_quick_start(tmp_path, stdlib, SMALL_CHAT))
     check_shipping(tmp_path)
 
 
@@ -361,7 +363,7 @@ def test_the_file_of_the_sweep_is_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_fine_tuning_page_works(tmp_path: Path, stdlib: Path) -> None:
     """The page's commands from a small run of the default recipe on, but for those of the hub's phi-1.5."""
-    run_page(tmp_path, stdlib, SMALL.replace("embeddings 128", "embeddings 256"))
+    run_page(tmp_path, stdlib, SMALL_CHAT)
     records = [json.loads(line) for line in (tmp_path / "runs" / "chat" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["val_loss"] < records[0]["val_loss"] - 0.1
 

@@ -137,7 +137,10 @@ def bounds(config: PhiConfig, rows: int, dtype: torch.dtype) -> dict[str, float]
         return {}
     itemsize = torch.finfo(dtype).bits // 8
     found: dict[str, float] = defaultdict(float)
-    for kernel in [*micro_batch(shape(config, rows, dtype)), *update(config, itemsize, 1, accumulating=False)]:
+    for kernel in [
+        *micro_batch(shape(config, rows, dtype)),
+        *update(config.num_parameters(), itemsize, 1, accumulating=False),
+    ]:
         moving, computing = kernel.bytes_moved / device.bandwidth.value, kernel.flops / device.flops.value
         found[group_of(kernel)] += kernel.count * max(moving, computing)
     return dict(found)

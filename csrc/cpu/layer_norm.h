@@ -2,8 +2,8 @@
 //   mu = sum(x) / n, rstd = 1 / sqrt(sum((x - mu)^2) / n + eps), xhat = (x - mu) rstd, y = gamma xhat + beta
 //   dx = rstd (gamma dy - sum(gamma dy) / n - xhat sum(gamma dy xhat) / n), plus the residual's gradient
 //   dgamma = sum over rows of dy xhat, dbeta = sum over rows of dy
-// RMSNorm (Zhang and Sennrich, arXiv 1910.07467), where a.mean is null, is the same with mu = 0, beta = 0 and without
-// the term sum(gamma dy) / n of dx; kCentred says which.
+// RMSNorm (Zhang and Sennrich, arXiv 1910.07467), where bias and dbias are null, is the same with mu = 0, beta = 0 and
+// without the term sum(gamma dy) / n of dx; kCentred says which.
 #pragma once
 #include <cmath>
 

@@ -119,7 +119,7 @@ def recorded_architecture() -> str:
 
 
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-"""Of an A100, an H100 (SXM), a B200 and an MI300X, by their data sheets."""
+"""Multiprocessors of an A100, an H100 (SXM), a B200 and an MI300X, by their data sheets."""
 
 
 def multiprocessors(device: torch.device) -> int:

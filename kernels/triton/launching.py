@@ -39,7 +39,8 @@ class _Address(int):
 class _Ready(NamedTuple):
     run: Callable[..., None]
     arguments: list[Any]
-    """None where the value is new each time, and a descriptor where its address is."""
+    """The kernel's arguments. None stands for a value that each launch gives; of a descriptor each launch gives the
+    address."""
     places: list[tuple[int, Any]]
     """(index among the arguments, index among the values that `launch` reads)."""
     device: int

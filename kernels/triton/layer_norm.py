@@ -114,7 +114,7 @@ def _layer_norm_backward(
     row_means,  # (2, rows) fp32, of `row_means_launch`; None where a tile holds whole rows
     residual_grad,  # (rows, d) or None
     dx,  # (rows, d)
-    partial,  # (2, programs of a column, d) fp32: sums of dweight and dbias over a program's rows
+    partial,  # (2, programs of a column, d) fp32: sums of dweight and dbias over a program's rows; (1, ...) for RMSNorm
     rows,
     d,
     dy_stride,
@@ -144,16 +144,19 @@ def _layer_norm_backward(
         r = tl.load(rstd + row, mask=row < rows, other=0.0)
         x_hat = (v - mu) * r  # beyond the row's end g is 0
         dweight += g * x_hat
-        dbias += g
+        if mean is not None:
+            dbias += g
         g *= w
         if row_means is None:
             c1 = tl.sum(g * x_hat, axis=1, keep_dims=True) / d
-            c2 = tl.sum(g, axis=1, keep_dims=True) / d
         else:
             c1 = tl.load(row_means + row, mask=row < rows, other=0.0)
-            c2 = tl.load(row_means + rows + row, mask=row < rows, other=0.0)
-        if mean is None:
-            c2 = 0.0
+        c2 = 0.0
+        if mean is not None:
+            if row_means is None:
+                c2 = tl.sum(g, axis=1, keep_dims=True) / d
+            else:
+                c2 = tl.load(row_means + rows + row, mask=row < rows, other=0.0)
         result = (g - c2 - x_hat * c1) * r
         if residual_grad is not None:
             residual = tl.load(residual_grad + row * residual_grad_stride + column, mask=inside, other=0.0)
@@ -162,7 +165,8 @@ def _layer_norm_backward(
     own = part * BLOCK + tl.arange(0, BLOCK)
     at = partial + program.to(tl.int64) * d + own
     tl.store(at, tl.sum(dweight, axis=0), mask=own < d)
-    tl.store(at + programs.to(tl.int64) * d, tl.sum(dbias, axis=0), mask=own < d)
+    if mean is not None:
+        tl.store(at + programs.to(tl.int64) * d, tl.sum(dbias, axis=0), mask=own < d)
 
 
 def _block(d: int) -> int:
@@ -252,7 +256,7 @@ def _programs(tile: BackwardTile, rows: int, d: int, device: torch.device) -> in
 
 
 def _stages(tile: BackwardTile, d: int, *read: Tensor | None) -> int:
-    """One more than the tiles that are prefetched of each tensor that is read."""
+    """Pipeline stages of the backward's loop: the tiles prefetched per tensor, plus one."""
     rows_each, columns = _shape(d)
     size = sum(x.element_size() for x in read if x is not None) * rows_each * columns
     return 1 + min(2, PREFETCH // (size * tile.resident))
@@ -337,11 +341,12 @@ def backward(
     rows, d = x.shape
     dx = x.new_empty(x.shape) if dx is None else dx
     tile = _backward_tile(x, residual_grad)
-    partial = x.new_empty((2, _programs(tile, rows, d, x.device), d), dtype=torch.float32)
-    row_means = x.new_empty((2, rows), dtype=torch.float32) if d > WIDE else None
+    sums = 1 if mean is None else 2
+    partial = x.new_empty((sums, _programs(tile, rows, d, x.device), d), dtype=torch.float32)
+    row_means = x.new_empty((sums, rows), dtype=torch.float32) if d > WIDE else None
     if rows:
         if row_means is not None:
             launch(row_means_launch, dy, x, weight, mean, rstd, row_means)
         launch(_backward_launch, tile, dy, x, weight, mean, rstd, row_means, residual_grad, dx, partial)
-    dweight, dbias = partial.sum(1)
-    return dx, dweight, None if mean is None else dbias
+    dweight, *dbias = partial.sum(1)
+    return dx, dweight, dbias[0] if dbias else None

@@ -87,7 +87,7 @@ def _layer_norm_row_means(
     weight,  # (d,)
     mean,  # (rows,) fp32, or None: RMSNorm
     rstd,  # (rows,) fp32
-    row_means,  # (2, rows) fp32: Σ(γ dy x̂) / d and Σ(γ dy) / d
+    row_means,  # (2, rows) fp32: Σ(γ dy x̂) / d and Σ(γ dy) / d; (1, rows) for RMSNorm, which has the first
     rows,
     d,
     dy_stride,
@@ -109,9 +109,11 @@ def _layer_norm_row_means(
         v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         g *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         g_x_hat += g * ((v - mu) * r)
-        g_sum += g
+        if mean is not None:
+            g_sum += g
     tl.store(row_means + row, tl.sum(g_x_hat, axis=0) / d)
-    tl.store(row_means + rows + row, tl.sum(g_sum, axis=0) / d)
+    if mean is not None:
+        tl.store(row_means + rows + row, tl.sum(g_sum, axis=0) / d)
 
 
 def row_means_launch(

@@ -26,7 +26,7 @@ from ..reference.linear_cross_entropy import (
 from .attention_tiles import architecture
 from .common import Launch, next_power_of_2
 from .launching import launch
-from .linear_cross_entropy_on_chip import linear_losses  # noqa: F401
+from .linear_cross_entropy_on_chip import is_simple, linear_losses  # noqa: F401
 from .rounding import narrow
 from .softcap import capped
 from .tiles import RowCase, Tunable, bucket, words
@@ -83,11 +83,9 @@ def blocks_held(
     fp32, for more columns than `MOST_HELD`, and with smoothed labels, class weights or a softcap, which need the
     registers. Fewer warps hold as many columns each; 32 have half the registers, and hold none. Without a gradient no
     row is read a second time, and none is held."""
-    _, smoothing, _, class_weight, softcap = objective
-    simple = not smoothing and class_weight is None and softcap is None
     tile = tile or Tile(BLOCK, WARPS)
     fits = tile.warps <= WARPS and vocab <= MOST_HELD[architecture] * tile.warps // WARPS
-    return triton.cdiv(vocab, tile.block) if need_grad and simple and itemsize == 2 and fits else 0
+    return triton.cdiv(vocab, tile.block) if need_grad and is_simple(objective) and itemsize == 2 and fits else 0
 
 
 @triton.jit

@@ -70,18 +70,19 @@ def tile(architecture: str, itemsize: int, width: int, objective: Objective) -> 
     if itemsize == 4:
         return SINGLE
     usual = TILES[architecture]
-    if _is_simple(objective) and width % usual.K == 0:
+    if is_simple(objective) and width % usual.K == 0:
         return usual
     return usual._replace(N=usual.N // 2, num_warps=4 if architecture == "sm_100" else usual.num_warps)
 
 
-def _is_simple(objective: Objective) -> bool:
+def is_simple(objective: Objective) -> bool:
+    """Whether labels are not smoothed, and there are no class weights and no softcap, which need registers."""
     return not objective.label_smoothing and objective.class_weight is None and objective.softcap is None
 
 
 def case_of(hidden: Tensor, objective: Objective) -> RowCase:
     rows, width = hidden.shape
-    return RowCase(words(hidden.dtype), bucket(width), bucket(rows), "" if _is_simple(objective) else "options")
+    return RowCase(words(hidden.dtype), bucket(width), bucket(rows), "" if is_simple(objective) else "options")
 
 
 @triton.jit

@@ -27,7 +27,7 @@ HEADS = 64  # heads a program: with 16 pairs each and 128 threads, 8 elements of
 
 class Tile(NamedTuple):
     heads: int
-    """Of a program, at most: a token may have less."""
+    """Heads per program at most: a token may have fewer."""
     warps: int
 
 

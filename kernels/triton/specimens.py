@@ -363,19 +363,19 @@ def _elementwise_variants(architecture: str) -> Iterator[Specimen]:
 
 def _row_variants(architecture: str) -> Iterator[Specimen]:
     """LayerNorm, RMSNorm and cross entropy."""
-    for dtype, d, residual in itertools.product(_DTYPES, (64, 768, 2048, 8192, 16384, 32768), (False, True)):
+    norms = [*itertools.product(_DTYPES, (64, 768, 2048, 8192, 16384, 32768), (False, True), (False,))]
+    norms += itertools.product(_DTYPES, (2048, 32768), (True,), (True,))
+    for dtype, d, residual, rms in norms:
         x, vector, row = _empty(TOKENS, d, dtype=dtype), _empty(d, dtype=dtype), _empty(TOKENS)
-        stream = ResidualStream(residual=x, shift=vector, shifted=x) if residual else ResidualStream()
-        note = f"({TOKENS}, {d}) {_words(dtype)}{', residual' * residual}"
-        forward = functools.partial(layer_norm.forward, x, vector, vector, 1e-5, stream)
-        backward = functools.partial(layer_norm.backward, x, x, vector, row, row, residual_grad=x if residual else None)
-        for found in _recorded(architecture, note, ("layer_norm", forward), ("layer_norm", backward)):
-            yield replace(found, name=found.launch.kernel.__name__.removeprefix("_").replace("norm_", "norm."))
-    for dtype, d in itertools.product(_DTYPES, (2048, 32768)):
-        x, vector, row = _empty(TOKENS, d, dtype=dtype), _empty(d, dtype=dtype), _empty(TOKENS)
-        forward = functools.partial(layer_norm.forward, x, vector, None, 1e-6, ResidualStream(residual=x))
-        backward = functools.partial(layer_norm.backward, x, x, vector, None, row, residual_grad=x)
-        note = f"({TOKENS}, {d}) {_words(dtype)}, RMSNorm, residual"
+        stream = ResidualStream(residual=x if residual else None)
+        if residual and not rms:
+            stream = stream._replace(shift=vector, shifted=x)
+        bias, mean = (None, None) if rms else (vector, row)
+        note = f"({TOKENS}, {d}) {_words(dtype)}{', RMSNorm' * rms}{', residual' * residual}"
+        forward = functools.partial(layer_norm.forward, x, vector, bias, 1e-5, stream)
+        backward = functools.partial(
+            layer_norm.backward, x, x, vector, mean, row, residual_grad=x if residual else None
+        )
         for found in _recorded(architecture, note, ("layer_norm", forward), ("layer_norm", backward)):
             yield replace(found, name=found.launch.kernel.__name__.removeprefix("_").replace("norm_", "norm."))
     name = "linear_cross_entropy"

@@ -36,7 +36,7 @@ class RowCase(NamedTuple):
     """What the tile of a kernel over rows or elements depends on."""
 
     dtype: str
-    """Of the elements, for example "float16"."""
+    """dtype of the elements, for example "float16"."""
     width: int
     """Elements of a row, as a power of two."""
     length: int

@@ -104,7 +104,7 @@ class Make:
             for mixed in (self.normal(rows, length, self.mixed_width) for _ in range(2))
         )
         options = self.attention_options()
-        _, lse = kernels.forward(q, k, v, options, out=out)  # of which the backward's exponents are finite
+        _, lse = kernels.forward(q, k, v, options, out=out)  # real values: the backward's exponents must be finite
 
         def run() -> None:
             kernels.forward(q, k, v, options, out=out)

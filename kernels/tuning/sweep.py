@@ -49,7 +49,7 @@ class Kernel:
     call: Call
     choice: Choice
     seconds: float
-    """Of a launch with the tile that was chosen by hand."""
+    """Seconds per launch with the tile that was chosen by hand."""
 
     @property
     def weight(self) -> float:

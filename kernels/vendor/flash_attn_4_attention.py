@@ -56,7 +56,7 @@ def backward(
 
 
 def _options(options: AttentionOptions, length: int) -> dict[str, Any]:
-    """Its keywords. It says None where a window has no limit."""
+    """Keywords of FlashAttention-4's functions, where None means a window without a limit."""
     scale, causal, window, cu_seqlens, *_ = options
     left, right = (None if side < 0 else side for side in window or (-1, -1))
     given = {"softmax_scale": scale, "causal": causal, "window_size_left": left, "window_size_right": right}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..reference.attention import AttentionOptions, rotate, row_positions
@@ -13,7 +14,8 @@ def rotated(q: Tensor, k: Tensor, options: AttentionOptions) -> tuple[Tensor, Te
     if cos is None:
         return q, k
     own, positions = row_positions(q, k, cu_seqlens)
-    return rotate(q.float(), cos, sin, own).to(q.dtype), rotate(k.float(), cos, sin, positions).to(k.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return rotate(q.to(wide), cos, sin, own).to(q.dtype), rotate(k.to(wide), cos, sin, positions).to(k.dtype)
 
 
 def turn_back_(dq: Tensor, dk: Tensor, options: AttentionOptions) -> None:
@@ -22,5 +24,6 @@ def turn_back_(dq: Tensor, dk: Tensor, options: AttentionOptions) -> None:
     if cos is None:
         return
     own, positions = row_positions(dq, dk, cu_seqlens)
-    dq.copy_(rotate(dq.float(), cos, sin, own, inverse=True))
-    dk.copy_(rotate(dk.float(), cos, sin, positions, inverse=True))
+    wide = torch.promote_types(dq.dtype, torch.float32)
+    dq.copy_(rotate(dq.to(wide), cos, sin, own, inverse=True))
+    dk.copy_(rotate(dk.to(wide), cos, sin, positions, inverse=True))

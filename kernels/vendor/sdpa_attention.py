@@ -11,7 +11,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..reference.attention import AttentionOptions, rotate, row_positions
+from ..reference.attention import AttentionOptions
+from .rotation import rotated, turn_back_
 
 _aten = torch.ops.aten
 
@@ -25,12 +26,11 @@ def forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as `reference.attention.forward`."""
-    scale, causal, window, cu_seqlens, cos, sin = options
+    scale, causal, window, cu_seqlens, *_ = options
     _refuse_band(q, k, causal, window)
-    own, positions = row_positions(q, k, cu_seqlens)
-    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
+    q, k = rotated(q, k, options)
     out = q.new_empty(q.shape) if out is None else out
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_statistics(q.dtype))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
     for rows in _document_slices(max(q.shape[1], k.shape[1]), cu_seqlens):
         heads = (_by_head(x, rows, q.shape[2]) for x in (q, k, v))
         if q.device.type == "cpu":
@@ -56,10 +56,9 @@ def backward(
     dv: Tensor,
 ) -> None:
     """Same contract as `reference.attention.backward`."""
-    scale, causal, window, cu_seqlens, cos, sin = options
+    scale, causal, window, cu_seqlens, *_ = options
     _refuse_band(q, k, causal, window)
-    own, positions = row_positions(q, k, cu_seqlens)
-    q, k = _rotated(q, cos, sin, own), _rotated(k, cos, sin, positions)
+    q, k = rotated(q, k, options)
     for rows in _document_slices(max(q.shape[1], k.shape[1]), cu_seqlens):
         saved = [_by_head(x, rows, q.shape[2]) for x in (dout, q, k, v, out)]
         document_lse = lse[:, :, rows]
@@ -76,10 +75,7 @@ def backward(
         for target, gradient in zip((dq, dk, dv), gradients, strict=True):
             shared = gradient.unflatten(1, (target.shape[2], -1)).sum(2) if target.shape[2] != q.shape[2] else gradient
             target[:, rows] = shared.transpose(1, 2)
-    if cos is not None:
-        wide = _statistics(q.dtype)
-        dq.copy_(rotate(dq.to(wide), cos, sin, own, inverse=True))
-        dk.copy_(rotate(dk.to(wide), cos, sin, positions, inverse=True))
+    turn_back_(dq, dk, options)
 
 
 def _refuse_band(q: Tensor, k: Tensor, causal: bool, window: tuple[int, int] | None) -> None:
@@ -88,14 +84,6 @@ def _refuse_band(q: Tensor, k: Tensor, causal: bool, window: tuple[int, int] | N
             f"sdpa's kernels take no window and, where causal, no keys of another number: window={window}, "
             f"{q.shape[1]} queries, {k.shape[1]} keys; use('cpp', 'triton' or 'reference', op='attention')"
         )
-
-
-def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
-    return x if cos is None else rotate(x.to(_statistics(x.dtype)), cos, sin, positions).to(x.dtype)
-
-
-def _statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _by_head(x: Tensor, rows: slice, heads: int) -> Tensor:

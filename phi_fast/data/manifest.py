@@ -28,7 +28,7 @@ from .plain_reads import CutShortError, read_array, read_blocks
 
 FORMAT = "phi_fast tokens"
 VERSION = 2
-"""Version of a corpus with marks. One without has version 1, as before there were marks."""
+"""Version of a corpus with marks. A corpus without marks is written as version 1, which older versions read."""
 TRAINED, BEGINS = 1, 2
 """Bits of a mark: the token is a label that counts in the loss; the token is the first of its document. Without marks
 every label counts, and documents begin at delimiters."""

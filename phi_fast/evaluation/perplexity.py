@@ -21,7 +21,7 @@ from .scoring import Request, log_likelihoods
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a model makes of a text."""
+    """Log-probability that a model gives to a text, with the sizes that it is divided by."""
 
     text: str
     """Path of the file."""
@@ -84,7 +84,7 @@ def read_text(path: Path) -> str:
 
 
 def score_text(
-    path: Path, model: Phi, tokenizer: Tokenizer, *, stride: int | None, batch_tokens: int, console: Console
+    path: Path, text: str, model: Phi, tokenizer: Tokenizer, *, stride: int | None, batch_tokens: int, console: Console
 ) -> TextScore:
     """Compute the log-probability of a file's text, in windows of the model's context.
 
@@ -95,7 +95,6 @@ def score_text(
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise UsageError(f"--stride {stride}: expected 1 to {window} tokens, the model's context")
-    text = read_text(path)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if max(ids, default=0) >= model.config.vocab_size:
         raise UsageError(

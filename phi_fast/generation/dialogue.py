@@ -14,11 +14,11 @@ class Dialogue(Protocol):
     """Turns questions into prompts, and remembers the answers."""
 
     user: str
-    """What is shown before the user's lines."""
+    """Name shown before the user's lines."""
     assistant: str
-    """What is shown before the answers."""
+    """Name shown before the answers."""
     gap: str
-    """What is shown between that and the answer."""
+    """Text shown between "NAME:" and the answer."""
     stop: tuple[str, ...]
     """Texts that end an answer."""
 

@@ -38,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step adds to a text. The last piece has a `reason` (see `Completion.reason`), or an `error`."""
+    """The part of a text that one step adds. The last piece has a `reason` (see `Completion.reason`), or an `error`."""
 
     text: str = ""
     score: Score | None = None
@@ -175,18 +175,14 @@ class Engine:
         (token,) = sampling.next_tokens(logits[None], [row.generator], [row.ids])
         row.ids.append(token)
         new = len(row.ids) - len(request.prompt)
-        reason = None
+        reason: str | None = None
         if token == self.model.config.eos_token_id:
             reason = "end"
-            text = stream.release(last=True)
-        else:
-            if new == sampling.max_new_tokens:
-                reason = "length"
-            elif len(row.ids) == self.model.config.max_position_embeddings:
-                reason = "context"
-            text = stream.push(token, last=reason is not None)
-        if stream.stopped:
-            reason = "stop"
+        elif new == sampling.max_new_tokens:
+            reason = "length"
+        elif len(row.ids) == self.model.config.max_position_embeddings:
+            reason = "context"
+        text, reason = stream.take(token, reason)
         score = None if request.top_logprobs is None else _score(logits, token, request.top_logprobs)
         if reason is not None:
             self._remove(slot)

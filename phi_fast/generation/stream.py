@@ -52,6 +52,16 @@ class TextStream:
             self._anchor, self._decoded = self._decoded, len(self.tokens)
         return self.release(last=last)
 
+    def take(self, token: int, reason: str | None) -> tuple[str, str | None]:
+        """Add a token, the last one if there is a reason (see `Completion.reason`); return the new text and the reason,
+        which is "stop" once the text has a stop string."""
+        if reason == "end":
+            self.tokens.append(token)
+            new = self.release(last=True)
+        else:
+            new = self.push(token, last=reason is not None)
+        return new, "stop" if self.stopped else reason
+
     def release(self, *, last: bool = False) -> str:
         """Return the new text that is certainly not part of a stop string; with `last`, all of it."""
         at = min((found for s in self.stop if (found := self.text.find(s)) >= 0), default=-1)
@@ -131,15 +141,7 @@ def _complete_batch(
     streams = [TextStream(tokenizer, sampling.stop) for _ in ids]
     for step in decoding:
         for row, token in step:
-            stream = streams[row]
-            ended = decoding.reasons[row] == "end"
-            if ended:
-                stream.tokens.append(token)
-                new = stream.release(last=True)
-            else:
-                new = stream.push(token, last=decoding.reasons[row] is not None)
-            if stream.stopped:
-                decoding.reasons[row] = "stop"
+            new, decoding.reasons[row] = streams[row].take(token, decoding.reasons[row])
             if on_text and new:
                 on_text(numbers[row], new)
     return [

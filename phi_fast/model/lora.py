@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig, PhiConfig
 from ..kernels.parallel_block_adapters import Adapters
-from .merged import LAYER, SHARES
+from .merged import LAYER, parts_of
 
 if TYPE_CHECKING:
     from .phi import Block, Phi
@@ -65,7 +65,7 @@ def merged_state(block: Block) -> Mapping[str, Tensor]:
     changes = {part: delta(a, b, tensors.scale) for part, a, b in zip(tensors.parts, tensors.a, tensors.b, strict=True)}
     for ours in MERGED:
         names, dim = LAYER[ours]
-        parts = state[ours].split([share * block.config.hidden_size for share in SHARES[ours]], dim)
+        parts = parts_of(ours, state[ours])
         targets = [name.split(".")[1] for name in names]
         new = [part + changes[t] if t in changes else part for t, part in zip(targets, parts, strict=True)]
         state[ours] = torch.cat(new, dim).to(state[ours].dtype)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..recipes import decays
-from .merged import LAYER, SHARES
+from .merged import SHARES, parts_of
 
 NOT_HIDDEN = ("embed_tokens.weight", "lm_head.weight")
 """Matrices that map from or to tokens: they are Adam's, as Muon's author advises."""
@@ -24,11 +24,9 @@ def parts(name: str, weight: Tensor) -> Sequence[Tensor]:
     A merged matrix is one only for speed: orthogonalised as a whole, its parts would depend on each other. A matrix
     that is not merged is its own part.
     """
-    for ours, shares in SHARES.items():
+    for ours in SHARES:
         if name.endswith(ours):
-            dim = LAYER[ours][1]
-            unit = weight.shape[dim] // sum(shares)
-            return weight.split([share * unit for share in shares], dim)
+            return parts_of(ours, weight)
     return [weight]
 
 

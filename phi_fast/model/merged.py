@@ -35,6 +35,13 @@ SHARES = {"in_proj.weight": (1, 1, 1, 4), "in_proj.bias": (1, 1, 1, 4), "out_pro
 """Widths of the joined parts, in units of hidden_size."""
 
 
+def parts_of(ours: str, whole: Tensor) -> tuple[Tensor, ...]:
+    """Split a merged tensor, named as in `LAYER`, into views of the parts that it joins."""
+    shares, dim = SHARES.get(ours, (1,)), LAYER[ours][1]
+    unit = whole.shape[dim] // sum(shares)
+    return whole.split([share * unit for share in shares], dim)
+
+
 def to_merged(split: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert Hugging Face phi's state dict to `Phi`'s. Joined tensors are copies, the others are shared with `split`.
 
@@ -58,11 +65,8 @@ def to_split(merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
     left = dict(merged)
     split = {theirs: _take(left, ours) for ours, theirs in OUTSIDE.items()}
     for i in range(_layers(merged, "layers.")):
-        for ours, (names, dim) in LAYER.items():
-            whole = _take(left, f"layers.{i}.{ours}")
-            shares = SHARES.get(ours, (1,))
-            unit = whole.shape[dim] // sum(shares)
-            parts = whole.split([share * unit for share in shares], dim)
+        for ours, (names, _) in LAYER.items():
+            parts = parts_of(ours, _take(left, f"layers.{i}.{ours}"))
             split |= {f"model.layers.{i}.{name}": part for name, part in zip(names, parts, strict=True)}
     _refuse(left)
     return split

@@ -18,9 +18,6 @@ class SlotCache:
     Memory: slots × context × layers × 2 × hidden_size numbers of the model's dtype, allocated at once.
     """
 
-    length = 0
-    """First row of the rotary table that a block reads: `decode` gathers the rows of the slots' positions itself."""
-
     def __init__(self, model: Phi, slots: int) -> None:
         config, weight = model.config, model.lm_head.weight
         self.model, self.slots = model, slots
@@ -63,22 +60,34 @@ class SlotCache:
     @torch.no_grad()
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Read one token per slot in use; return the logits after each, (slots in use, vocab_size)."""
-        positions = torch.tensor(self.lengths, device=self.k.device)
-        cos, sin = self.model.cos[positions], self.model.sin[positions]
+        step = _Step(self.k, self.v, self.lengths)
+        cos, sin = self.model.cos[step.positions], self.model.sin[step.positions]
         x = self.model.embed_tokens(torch.tensor([list(tokens)], device=self.k.device))  # (1, slots in use, d)
         for i, layer in enumerate(self.model.layers):
-            x = layer.decode(x, cos, sin, self, i)  # type: ignore[operator]
+            x = layer.decode(x, cos, sin, step, i)  # type: ignore[operator]
         self.lengths = [length + 1 for length in self.lengths]
         return self.model.lm_head(self.model.final_norm(x[0]))
+
+
+class _Step:
+    """One call of `SlotCache.decode`, in the place of the blocks' cache: a new token's place in each slot in use."""
+
+    length = 0
+    """First row of the rotary table that a block reads: `decode` gathers the rows of the slots' positions itself."""
+
+    def __init__(self, k: Tensor, v: Tensor, lengths: Sequence[int]) -> None:
+        self.k, self.v = k, v
+        self.slots = torch.arange(len(lengths), device=k.device)
+        self.positions = torch.tensor(lengths, device=k.device)
+        columns = torch.arange(max(lengths) + 1, device=k.device)
+        self.visible = (columns <= self.positions[:, None])[:, None, None]  # (slots in use, 1, 1, columns)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v of one new token per slot; attend from q to the slot's own tokens.
 
         q, k, v and the result are (1, slots in use, heads, head_dim)."""
-        used, end = len(self.lengths), max(self.lengths) + 1
-        slots, positions = torch.arange(used, device=q.device), torch.tensor(self.lengths, device=q.device)
-        self.k[layer, slots, positions], self.v[layer, slots, positions] = k[0], v[0]
+        self.k[layer, self.slots, self.positions], self.v[layer, self.slots, self.positions] = k[0], v[0]
+        used, end = len(self.slots), self.visible.shape[-1]
         keys, values = (x[layer, :used, :end].transpose(1, 2) for x in (self.k, self.v))
-        visible = torch.arange(end, device=q.device) <= positions[:, None]  # (slots in use, end)
-        attended = F.scaled_dot_product_attention(q[0][:, :, None], keys, values, attn_mask=visible[:, None, None])
+        attended = F.scaled_dot_product_attention(q[0][:, :, None], keys, values, attn_mask=self.visible)
         return attended[None, :, :, 0]

@@ -156,11 +156,10 @@ def phase_seconds(job: Job, rows: int) -> dict[Phase, float]:
 def kernels(job: Job, rows: int) -> list[Kernel]:
     """List the kernels of one micro-batch of `rows` rows, and of the update."""
     recipe, accumulating = job.recipe, _rows(job) > rows
-    trained = recipe.trained_parameters
+    trained = (recipe.trained_parameters, job.itemsize, job.ranks)
     deferred = _rows(job) // rows if _deferred(job, rows) else 1
-    reduced = gradients(trained, job.itemsize, job.ranks, accumulating=accumulating, deferred=deferred)
-    updated = update(recipe.model, job.itemsize, job.ranks, accumulating=accumulating, trained=trained)
-    return [*micro_batch(job.shape(rows)), *reduced, *updated]
+    reduced = gradients(*trained, accumulating=accumulating, deferred=deferred)
+    return [*micro_batch(job.shape(rows)), *reduced, *update(*trained, accumulating=accumulating)]
 
 
 def kernel_seconds(device: Device, kernel: Kernel, *, gpu: bool) -> float:

@@ -101,7 +101,7 @@ def memory(
     average: bool = False,
     muon: bool = False,
 ) -> Memory:
-    """Count memory by component, and `peak`, the largest of four moments of a micro-batch.
+    """Count memory by component, and `peak`, the largest of several moments of a micro-batch and its update.
 
     accumulating: there are several micro-batches per step, so that earlier ones' gradients are held. deferred: they are
     held as fp32 sums on each rank, and reduced once per step. average: the run keeps a moving average (--ema-decay).

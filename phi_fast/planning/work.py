@@ -114,15 +114,12 @@ def gradient_itemsize(itemsize: int, ranks: int, *, accumulating: bool) -> int:
     return 4 if ranks > 1 or accumulating else itemsize
 
 
-def update(
-    config: PhiConfig, itemsize: int, ranks: int, *, accumulating: bool, trained: int | None = None
-) -> list[Kernel]:
+def update(parameters: int, itemsize: int, ranks: int, *, accumulating: bool) -> list[Kernel]:
     """List the kernels of the fused step on this rank's part (`zero.FusedStep`): a norm of the gradients, then Adam.
 
-    trained: number of parameters that are trained; None: all.
+    parameters: number of trained parameters.
     """
-    part = (config.num_parameters() if trained is None else trained) / ranks
-    gradient = gradient_itemsize(itemsize, ranks, accumulating=accumulating)
+    part, gradient = parameters / ranks, gradient_itemsize(itemsize, ranks, accumulating=accumulating)
     adam = (gradient + 3 * 8 + itemsize) * part  # gradient read; master, m, v read and written; weight written
     return [Kernel("norm", "update", "memory", 0, gradient * part), Kernel("adam", "update", "memory", 0, adam)]
 

@@ -32,7 +32,7 @@ CLIENT_GONE = 499
 
 @dataclass(frozen=True)
 class Served:
-    """What the application serves."""
+    """Model, settings and chat format that the application serves."""
 
     engine: Engine
     name: str
@@ -161,13 +161,13 @@ async def _answer(
     def deliver(index: int, piece: Piece) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
-    if request.seed is None:  # one for all choices, which differ by their number
-        request = request.model_copy(update={"seed": randbelow(2**62)})
+    # One for all choices, which differ by their number.
+    seed = randbelow(2**62) if request.seed is None else request.seed
     asked = [prompt for prompt in prompts for _ in range(n)]
     requests = [
         Request(
             prompt,
-            request.sampling(served.defaults, _room(served, prompt, request.limit), stop),
+            request.sampling(served.defaults, _room(served, prompt, request.limit), stop, seed),
             partial(deliver, i),
             i,
             request.top,

@@ -12,7 +12,7 @@ from uuid import uuid4
 from tokenizers import Tokenizer
 
 from ..generation.engine import Piece, Score
-from ..generation.stream import INCOMPLETE
+from ..generation.stream import INCOMPLETE, TextStream
 
 _REASONS = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 
@@ -112,10 +112,12 @@ class CompletionReply(Reply):
     def _logprobs(self, scores: Sequence[Score], before: int) -> dict[str, Any] | None:
         if not scores:
             return None
-        names = [self._name(score.token) for score in scores]
-        offsets = [before + sum(map(len, names[:i])) for i in range(len(names))]
+        stream, offsets = TextStream(self.tokenizer), []
+        for score in scores:
+            offsets.append(before + len(stream.text))
+            stream.push(score.token)
         return {
-            "tokens": names,
+            "tokens": [self._name(score.token) for score in scores],
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [{self._name(token): value for token, value in score.top} for score in scores],
             "text_offset": offsets,

@@ -20,7 +20,7 @@ from ..generation.sampling import Sampling
 from ..model.phi import Phi
 
 GRACE_SECONDS = 30
-"""How long a server that was told to end lets running requests finish."""
+"""Seconds that running requests may take to finish after the server was told to end."""
 _PACKAGES = ("starlette", "uvicorn")
 
 
@@ -91,7 +91,7 @@ def serve(
 def _chat(
     template: ChatFiles | None, tokenizer: Tokenizer, people: tuple[str, str]
 ) -> tuple[Callable[[Sequence[dict[str, str]]], str], tuple[str, ...]]:
-    """How messages become a prompt, and what ends an answer."""
+    """Return the function that renders messages as a prompt, and the texts that end an answer."""
     if template is None:
         return partial(named_prompt, people), Named(*people).stop
     require_transformers("a chat by the model's chat template")

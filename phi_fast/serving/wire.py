@@ -27,7 +27,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's format."""
-        kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        kind = {429: "rate_limit_error", 500: "server_error"}
         return {
             "error": {
                 "message": self.message,
@@ -45,7 +45,7 @@ class StreamOptions(BaseModel):
 
 
 class TextRequest(BaseModel):
-    """What both kinds of request share. None: the server's own setting."""
+    """Fields that both kinds of request have. None: the server's own setting."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -58,7 +58,7 @@ class TextRequest(BaseModel):
     stream_options: StreamOptions | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """None: another one for each request."""
+    """None: a seed is drawn for each request."""
     user: str | None = None
     """Not used."""
     presence_penalty: Nothing | None = None
@@ -69,7 +69,7 @@ class TextRequest(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
 
-    def sampling(self, defaults: Sampling, max_new_tokens: int, stop: tuple[str, ...] = ()) -> Sampling:
+    def sampling(self, defaults: Sampling, max_new_tokens: int, stop: tuple[str, ...], seed: int) -> Sampling:
         """The settings of this request. Raises ApiError for values that `Sampling` refuses."""
         own = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -80,7 +80,7 @@ class TextRequest(BaseModel):
                 **given,
                 max_new_tokens=max_new_tokens,
                 stop=(*stop, *defaults.stop, *own),
-                seed=defaults.seed if self.seed is None else self.seed,
+                seed=seed,
             )
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).partition("=")[0]) from None

@@ -34,7 +34,7 @@ class Options(Recipe):
     """
 
     recipe: RecipeName = "tiny"
-    """The recipe that sets the other defaults: "tiny", or one of the paper's three."""
+    """The recipe that sets the other defaults: "tiny", one of the paper's three, or "sft"."""
     config: Path | None = None
     """Read options from a TOML file, or from the config.json of a run; options given here override the file's."""
     print_config: bool = False

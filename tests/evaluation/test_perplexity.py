@@ -45,7 +45,9 @@ def plainly(model: Phi, ids: list[int], window: int, stride: int) -> float:
 def test_every_token_is_predicted_once_from_its_window(small_phi: Phi, tmp_path: Path, stride: int | None) -> None:
     path = write(tmp_path, 250)
     text = path.read_bytes()
-    found = score_text(path, small_phi, tiny_tokenizer(), stride=stride, batch_tokens=1000, console=QUIET)
+    found = score_text(
+        path, text.decode(), small_phi, tiny_tokenizer(), stride=stride, batch_tokens=1000, console=QUIET
+    )
     ids = [0, *tiny_tokenizer().encode(text.decode()).ids]
     assert (found.tokens, found.bytes, found.words) == (len(text), len(text), len(text.decode().split()))
     assert found.nats == pytest.approx(plainly(small_phi, ids, 192, stride or 96), rel=1e-5)
@@ -74,8 +76,9 @@ def test_disjoint_windows_are_lm_evals(small_phi: Phi, tmp_path: Path) -> None:
 
     path = write(tmp_path, 300)
     lm = PhiFastLM(model=small_phi, hf_tokenizer=tiny_tokenizer())
-    request = Instance("loglikelihood_rolling", {}, (path.read_bytes().decode(),), 0)
-    found = score_text(path, small_phi, tiny_tokenizer(), stride=192, batch_tokens=4096, console=QUIET)
+    text = path.read_bytes().decode()
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    found = score_text(path, text, small_phi, tiny_tokenizer(), stride=192, batch_tokens=4096, console=QUIET)
     assert -found.nats == pytest.approx(lm.loglikelihood_rolling([request])[0], rel=1e-6)
 
 

@@ -49,6 +49,17 @@ def ours(recompute: str = "norm_gelu"):
     return block
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention with 32 rotated dims: (batch, heads, sequence, 64) -> (batch, sequence, heads * 64)."""
+    c, s = (table.to(q.dtype) for table in rotary_table(q.shape[2], 32, device=q.device))
+
+    def rotate(t: Tensor) -> Tensor:
+        a, b, rest = t.split((16, 16, 32), -1)
+        return torch.cat((a * c - b * s, b * c + a * s, rest), -1)
+
+    return F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True).transpose(1, 2).flatten(2)
+
+
 def plain(x: Tensor, **p: Tensor) -> Tensor:
     """The block as most models implement it: one Linear after the other, in x's dtype."""
     batch, sequence, d = x.shape
@@ -57,13 +68,7 @@ def plain(x: Tensor, **p: Tensor) -> Tensor:
     parts = zip(p["in_weight"].split(sizes), p["in_bias"].split(sizes), strict=True)
     q, k, v, u = (F.linear(h, w, b) for w, b in parts)
     q, k, v = (t.view(batch, sequence, -1, 64).transpose(1, 2) for t in (q, k, v))
-    c, s = (table.to(x.dtype) for table in rotary_table(sequence, 32, device=x.device))
-
-    def rotate(t: Tensor) -> Tensor:
-        a, b, rest = t.split((16, 16, 32), -1)
-        return torch.cat((a * c - b * s, b * c + a * s, rest), -1)
-
-    o = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True).transpose(1, 2).reshape(x.shape)
+    o = attend(q, k, v)
     dense, fc2 = p["out_weight"].split((d, sizes[3]), 1)
     attention = F.linear(o, dense, p["out_bias_attention"])
     return attention + F.linear(F.gelu(u, approximate="tanh"), fc2, p["out_bias_mlp"]) + x

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_no_worse, double, gradients
-from test_parallel_block import BACKENDS, LEVELS, ROTARY, make, upstream
+from test_parallel_block import BACKENDS, LEVELS, ROTARY, attend, make, upstream
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -56,13 +56,7 @@ def plain(x: Tensor, **p: Tensor) -> Tensor:
         return result + F.linear(F.linear(inside, p[f"{part}.a"]), p[f"{part}.b"]) * SCALE
 
     q, k, v = (linear(part, h).view(batch, sequence, -1, 64).transpose(1, 2) for part in PARTS[:3])
-    c, s = (table.to(x.dtype) for table in rotary_table(sequence, 32, device=x.device))
-
-    def rotate(t: Tensor) -> Tensor:
-        one, two, rest = t.split((16, 16, 32), -1)
-        return torch.cat((one * c - two * s, two * c + one * s, rest), -1)
-
-    o = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True).transpose(1, 2).reshape(x.shape)
+    o = attend(q, k, v)
     return linear("dense", o) + linear("fc2", F.gelu(linear("fc1", h), approximate="tanh")) + x
 
 

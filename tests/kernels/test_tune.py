@@ -476,7 +476,7 @@ def test_how_a_sweep_may_end(
         raise error
 
     monkeypatch.setattr(tune, "interpreting", lambda: False)
-    monkeypatch.setattr(tune, "_gpu", lambda: (Bench().tools(), GPU))
+    monkeypatch.setattr(tune, "_gpu", lambda most: (Bench().tools(), GPU))
     monkeypatch.setattr(tune, "tune", end)
     assert tune.main([]) == status
     assert message in capsys.readouterr().err

@@ -158,6 +158,8 @@ def test_log_probabilities(running):
     ).choices[0].logprobs  # fmt: skip
     chosen = [float(row[token]) for row, token in zip(expected, alone.tokens, strict=True)]
     assert found.token_logprobs == pytest.approx(chosen, abs=1e-4)
+    texts = [running.tokenizer.decode(alone.tokens[:i]) for i in range(len(alone.tokens))]
+    assert found.text_offset == [len(text.rstrip("\ufffd")) for text in texts]
     for row, top in zip(expected, found.top_logprobs, strict=True):
         assert sorted(top.values(), reverse=True) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
 

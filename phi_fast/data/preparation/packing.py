@@ -28,7 +28,7 @@ SORTED = 4096
 
 @dataclass
 class Packed:
-    """What `pack` did with the conversations of a split."""
+    """Counts of what `pack` did with the conversations of a split."""
 
     conversations: int = 0
     rows: int = 0
@@ -139,12 +139,14 @@ def _rows(documents: Iterator[_Array], row_tokens: int) -> Iterator[_Row]:
     rows: list[_Row] = []
     room = np.zeros(0, np.int64)  # the open rows' free tokens
     for document in documents:
-        first = int(np.argmax(room >= len(document))) if len(room) else 0
-        if not len(room) or room[first] < len(document):
+        fitting = np.flatnonzero(room >= len(document))
+        if len(fitting):
+            first = int(fitting[0])
+        else:
             if len(rows) == OPEN_ROWS:
-                first = int(np.argmin(room))
-                yield rows.pop(first)
-                room = np.delete(room, first)
+                fullest = int(np.argmin(room))
+                yield rows.pop(fullest)
+                room = np.delete(room, fullest)
             rows.append(_Row(row_tokens))
             room = np.append(room, row_tokens)
             first = len(rows) - 1
