@@ -26,6 +26,7 @@ GROUPS = {
     "rotary": r"^_rotate",
     "cross_entropy": r"^(_cross_entropy|_add_column_sums|_statistics)",
     "adam": r"^_adam",
+    "muon": r"^_symmetric",
     "norm": r"^_sum_of_squares",
     "embedding": r"embedding|indexSelect|index_select",
 }
