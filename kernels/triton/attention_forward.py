@@ -210,7 +210,6 @@ def forward_kernel(
     block_start = (blocks - 1 - block) * M
     rows = block_start + tl.arange(0, M)
     dims = tl.arange(0, WIDTH)
-    stored = inside((rows < sequence)[:, None], D, WIDTH)
     row_start = tl.cast(block_start, tl.int64)
 
     q_tile = q_pointer + batch * stride_q_b + head * stride_q_h + row_start * stride_q_s
@@ -219,7 +218,7 @@ def forward_kernel(
     k_tile = rows_of(k_pointer, batch, key_head, stride_k_b, stride_k_s, stride_k_h, N, WIDTH, DESCRIPTORS)
     v_tile = rows_of(v_pointer, batch, key_head, stride_v_b, stride_v_s, stride_v_h, N, WIDTH, DESCRIPTORS)
 
-    q = tl.load(q_tile, mask=stored, other=0.0)
+    q = tl.load(q_tile, mask=inside((rows < sequence)[:, None], D, WIDTH), other=0.0)
     if HALF > 0:
         q = rotate(
             q, rows + (keys - sequence), cos, sin, cu_seqlens, documents, search_steps, keys, False, VARLEN, HALF
@@ -270,4 +269,5 @@ def forward_kernel(
     out = accumulator / total[:, None]
     if BANDED:  # a row that sees no key: 0, where 0 / 0 is NaN
         out = tl.where((rows + most >= 0)[:, None], out, 0.0)
+    stored = inside((rows < sequence)[:, None], D, WIDTH)
     tl.store(out_tile, narrow(out, out_pointer.dtype.element_ty), mask=stored)

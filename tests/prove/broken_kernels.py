@@ -116,7 +116,7 @@ BREAKS = {
         "        rows = rows & (tl.arange(0, WIDTH) < WIDTH)[None, :]",
         "oob_read",
         lambda broken: attention_passes(80, forward=broken.forward_kernel),
-        at="    q = tl.load(q_tile, mask=stored, other=0.0)",
+        at="    q = tl.load(q_tile, mask=inside((rows < sequence)[:, None], D, WIDTH), other=0.0)",
     ),
     "reads past a head's dims where all rows exist": Break(
         "attention_forward",
