@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from benchmarks import models, sizes
 from benchmarks.harness import Results, compare
@@ -25,7 +33,11 @@ from phi_fast.kernels import accelerate
 
 BEFORE, AFTER = "transformers", "phi_fast accelerate"
 NOT_COMPILED = "compiled in the full run, for phi only"
-ROWS = {"phi-tiny": 8, "pythia-70m": 4, "llama": 8} | {"phi 2048 wide": 4, "neox 2048 wide": 4, "llama 2048 wide": 4}
+ROWS = {"phi-tiny": 8, "pythia-70m": 4, "llama": 8, "qwen2": 8} | {
+    "phi 2048 wide": 4,
+    "neox 2048 wide": 4,
+    "llama 2048 wide": 4,
+}
 LENGTH = 2048 if sizes.GPU else 256
 
 
@@ -47,9 +59,9 @@ def pythia_70m(full: bool) -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, use_cache=False))
 
 
-def llama(full: bool) -> PreTrainedModel:
-    """A Llama of phi-tiny's width, on which few of the ops fit."""
-    shape: dict[str, Any] = {
+def gated(full: bool) -> dict[str, Any]:
+    """A Llama's shape, of phi-tiny's width."""
+    return {
         "vocab_size": 8192 if full else 512,
         "hidden_size": 256,
         "intermediate_size": 688,
@@ -57,8 +69,16 @@ def llama(full: bool) -> PreTrainedModel:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
+        "use_cache": False,
     }
-    return LlamaForCausalLM(LlamaConfig(**shape, use_cache=False))
+
+
+def llama(full: bool) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**gated(full)))
+
+
+def qwen2(full: bool) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**gated(full)))
 
 
 def phi_wide(full: bool) -> PreTrainedModel:
@@ -101,7 +121,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
 MODELS: dict[str, Callable[[bool], PreTrainedModel]] = (
     {"phi 2048 wide": phi_wide, "neox 2048 wide": neox_wide, "llama 2048 wide": llama_wide}
     if sizes.GPU
-    else {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama}
+    else {"phi-tiny": phi_tiny, "pythia-70m": pythia_70m, "llama": llama, "qwen2": qwen2}
 )
 """On a GPU models that fill it: Python takes longer to launch the kernels of the others than it takes to run them."""
 
