@@ -9,14 +9,16 @@ import signal
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from samples import write_jsonl
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from trainer_processes import arguments, finish, losses, make_corpora, optimizer_state, start, until, weights
+from trainer_processes import arguments, finish, latest, losses, make_corpora, start, until
 
 from phi_fast import Phi
 from phi_fast.config import PhiConfig
@@ -199,12 +201,20 @@ def test_a_micro_batch_without_a_trained_label_adds_nothing(kind: type):
 
 
 @pytest.mark.parametrize(
-    "precision", ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp32", "bf16"))]
+    ("precision", "more"),
+    [
+        ("fp16", {}),
+        ("fp32", {"lora_rank": 2}),
+        pytest.param("fp16", {"lora_rank": 2}, marks=pytest.mark.slow),
+        pytest.param("bf16", {"optimizer": "muon"}, marks=pytest.mark.slow),
+        pytest.param("fp32", {"ema_decay": 0.5}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
-def test_killed_and_resumed_bit_for_bit(chats: Path, tmp_path: Path, precision: str):
+def test_killed_and_resumed_bit_for_bit(chats: Path, tmp_path: Path, precision: str, more: dict[str, Any]):
     """kill -9 after a checkpoint, then --resume: the losses, weights and optimizer of a run that nothing stopped."""
     finish(arguments(chats, tmp_path / "base", 2), tmp_path / "output")
-    changes = {"precision": precision, "init_from": tmp_path / "base", "save_every": 2, "val_every": 4, **MIXED}
+    changes = {"precision": precision, "init_from": tmp_path / "base", "save_every": 2, "val_every": 4, **MIXED, **more}
     finish(options(chats, tmp_path / "whole", 12, **changes), tmp_path / "output")
     (trainer,) = start(options(chats, tmp_path / "run", 12, **changes), tmp_path / "killed")
     until(lambda: (tmp_path / "run" / "checkpoints" / "step-2").exists() or trainer.status is not None)
@@ -212,10 +222,13 @@ def test_killed_and_resumed_bit_for_bit(chats: Path, tmp_path: Path, precision: 
     trainer.wait()
     finish(["--run-dir", str(tmp_path / "run"), "--resume"], tmp_path / "output")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    for state in (weights, optimizer_state):
-        there = state(tmp_path / "whole")
-        for name, tensor in state(tmp_path / "run").items():
-            assert torch.equal(tensor, there[name]), name
+    files = sorted(latest(tmp_path / "whole").glob("*.safetensors"))
+    assert len(files) >= 2  # the weights or the adapters, and the optimizer
+    for file in files:
+        there, here = load_file(file), load_file(latest(tmp_path / "run") / file.name)
+        assert there.keys() == here.keys()
+        for name, tensor in here.items():
+            assert torch.equal(tensor, there[name]), f"{file.name}: {name}"
 
 
 def test_the_recipe_from_weights_to_a_model_with_its_template(chats: Path, tmp_path: Path):
