@@ -11,7 +11,7 @@ that much to move, or that could not be found; a 16-bit matrix product without t
 with a wait for each; more shared memory than a block may have. Nothing is timed: occupancy and bytes are computed from
 the code and the shapes.
 
-A whole `--check` compiles about 400 launches per architecture, some 10 minutes of one processor each; problems are
+A whole `--check` compiles about 500 launches per architecture, some 12 minutes of one processor each; problems are
 printed as they are found, phi-1.5's own launches first, then 16 bits before fp32. It may be stopped at any time: Triton
 keeps what it compiled in its cache (~/.triton/cache, or TRITON_CACHE_DIR), so that the same command goes on from there.
 """

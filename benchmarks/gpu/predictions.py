@@ -109,7 +109,10 @@ def _of_a_step() -> dict[str, list[Kernel]]:
         "linear_cross_entropy, {}, forward and backward": [k for k in work.head(small) if k.name != "final_norm"],
         "parallel_block, {}, forward": [kernel for kernel in layer if kernel.phase == "forward"],
         "parallel_block, {}, backward": [kernel for kernel in layer if kernel.phase == "backward"],
-        "training step, phi-1.5, {}": [*work.micro_batch(step), *work.update(config, 2, 1, accumulating=False)],
+        "training step, phi-1.5, {}": [
+            *work.micro_batch(step),
+            *work.update(config.num_parameters(), 2, 1, accumulating=False),
+        ],
     }
 
 
