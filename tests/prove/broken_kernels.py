@@ -177,7 +177,7 @@ BREAKS = {
         "    tl.store(delta_pointer + statistics, delta, mask=rows < sequence - 1)",
         "nobody wrote",
         lambda broken: attention_passes(dq=broken.dq_kernel, dkv=broken.dkv_kernel),
-        at="        delta = tl.load(delta_row + member * sequence + rows, mask=inside, other=0.0)",
+        at="        delta = tl.load(delta_row + member * sequence + rows, mask=within, other=0.0)",
     ),
 }
 
