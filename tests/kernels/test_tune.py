@@ -461,6 +461,15 @@ def test_the_list_says_why_a_tile_is_not_timed(capsys: Captured, monkeypatch: py
     assert "  warps 4: timed, chosen by hand, though it spills 8 bytes per thread\n" in printed
 
 
+def test_a_sweep_compiles_at_most_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tune, "interpreting", lambda: False)
+    monkeypatch.setattr(tune, "_gpu", lambda most: asked.append(most) or (Bench().tools(), GPU))
+    monkeypatch.setattr(tune, "tune", lambda *_: None)
+    assert tune.main(["--most", "8"]) == 0
+    assert asked == [8]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
