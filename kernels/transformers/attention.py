@@ -2,12 +2,11 @@
 
 The replacement is made in the modules, never in the config, which models share and users read and set. In each call the
 config names the attention to use, and a replaced module runs this library's op only if that is transformers' sdpa or
-the model's eager attention, and the mask is exactly causal.
+the model's eager attention, and the mask is exactly causal, or that and a sliding window.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,85 +15,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import backend
 from ..attention import attention
 from ..rotary import apply_rotary_
 from ..triton.attention_tiles import HEAD_DIMS
+from .masks import CAUSAL, window
 from .modules import Builder, Forward, hooked
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """transformers' attention implementations that this library's can stand before."""
 
 RULES = (
-    "attention: where there is a mask (padding, packed or sliding window), where queries and keys differ in number "
+    "attention: where there is a mask (padding, packed rows), where queries and keys differ in number "
     "(a step with a KV cache), with attention dropout, where attentions are asked for, or in Triton with a head_dim "
     "other than 64, 80, 96 and 128",
 )
-
-
-_CAUSAL = "_phi_fast_causal"
-"""Attribute of a mask that `masks` made."""
-
-
-def masks(base: type[nn.Module]) -> Forward:
-    """Build a base model's forward that tells its layers when eager's mask is exactly causal.
-
-    transformers gives sdpa no mask then. To eager it gives a tensor, in which the layers could find that out only by
-    its values; so the tensor is made here, with an attribute, and handed in: transformers takes a mask of four dims as
-    it is.
-    """
-    names = [name for name in inspect.signature(base.forward).parameters if name != "self"]
-
-    def forward(self, *args, **kwargs):
-        arguments = dict(zip(names[: len(args)], args[: len(names)], strict=True)) | kwargs
-        if len(args) <= len(names) and self.config._attn_implementation == "eager":
-            mask = _eager_mask(self, **arguments)
-            if mask is not None:
-                return base.forward(self, **{**arguments, "attention_mask": mask})
-        return base.forward(self, *args, **kwargs)
-
-    return forward
-
-
-def _eager_mask(
-    self: Any,
-    input_ids: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    attention_mask: Any = None,
-    past_key_values: Any = None,
-    position_ids: Tensor | None = None,
-    **_: Any,
-) -> Tensor | None:
-    """(1, 1, sequence, sequence), additive, where the layers are to see what causality lets them and no more; else
-    None."""
-    config, x = self.config, input_ids if inputs_embeds is None else inputs_embeds
-    if not isinstance(x, Tensor) or getattr(config, "sliding_window", None) is not None or not _is_causal(config):
-        return None
-    length = x.shape[1]
-    if past_key_values is not None and (past_key_values.is_compileable or past_key_values.get_seq_length() != 0):
-        return None  # room for later tokens, or earlier ones
-    if attention_mask is not None and not _hides_nothing(attention_mask, length):
-        return None
-    looked_through = attention_mask is None and past_key_values is None and position_ids is not None
-    if looked_through and find_packed_sequence_indices(position_ids) is not None:
-        return None  # documents that see only themselves
-    dtype = self.get_input_embeddings().weight.dtype if inputs_embeds is None else inputs_embeds.dtype
-    mask = torch.full((1, 1, length, length), torch.finfo(dtype).min, dtype=dtype, device=x.device).triu(1)
-    setattr(mask, _CAUSAL, True)
-    return mask
-
-
-def _hides_nothing(mask: Any, length: int) -> bool:
-    """True for (batch, length) of ones; False under a compiler, which does not see values."""
-    two_dims = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == length
-    return two_dims and not torch.compiler.is_compiling() and bool(mask.all())
-
-
-def _is_causal(config: PreTrainedConfig) -> bool:
-    return getattr(config, "is_causal", True)
 
 
 def interface(config: PreTrainedConfig, base: type[nn.Module]) -> tuple[Any, bool]:
@@ -103,13 +40,6 @@ def interface(config: PreTrainedConfig, base: type[nn.Module]) -> tuple[Any, boo
     eager, name = sys.modules[base.__module__].eager_attention_forward, config._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS.get(name, eager if name == "eager" else None)
     return function, function is eager or function is sdpa_attention_forward
-
-
-def causal(module: Any, mask: Tensor | None) -> bool:
-    """Whether the mask is exactly causal. None means so to sdpa, but not to eager."""
-    if mask is None:
-        return module.config._attn_implementation == "sdpa" and _is_causal(module.config)
-    return hasattr(mask, _CAUSAL)
 
 
 def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
@@ -122,9 +52,9 @@ def heads_fit(device: torch.device, head_dim: int, rotary_dim: int = 1) -> bool:
 def _fits(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
-    """Plain causal attention of a sequence on itself."""
+    """Causal attention of a sequence on itself, through a window or not."""
     return (
-        causal(module, mask)
+        window(module, mask) is not None
         and query.shape[2] == key.shape[2]
         and key.shape == value.shape
         and heads_fit(query.device, query.shape[-1])
@@ -136,13 +66,13 @@ def _fits(
     )
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, seen: tuple[int, int] | None) -> Tensor:
     """(batch, heads, sequence, head_dim) as transformers has it -> (batch, sequence, heads, head_dim)."""
     dtype = value.dtype
     if torch.is_autocast_enabled(value.device.type):
         dtype = torch.get_autocast_dtype(value.device.type)
     q, k, v = (_last_stride_one(x.to(dtype)).transpose(1, 2) for x in (query, key, value))
-    return attention(q, k, v, causal=True, scale=scale)
+    return attention(q, k, v, causal=True, window=None if seen == CAUSAL else seen, scale=scale)
 
 
 def _last_stride_one(x: Tensor) -> Tensor:
@@ -194,7 +124,7 @@ def with_rotary(
             dropout = self.attention_dropout if self.training else 0.0
             options = {"dropout": dropout, "scaling": self.scaling, **kwargs}
             if _fits(self, q, k, v, attention_mask, options):
-                mixed, weights = _attention(q, k, v, self.scaling), None
+                mixed, weights = _attention(q, k, v, self.scaling, window(self, attention_mask)), None
             else:
                 mixed, weights = interfaced(self, q, k, v, attention_mask, **options)
             return getattr(self, out)(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -249,7 +179,7 @@ def gptj(base: type[nn.Module]) -> Forward:
         looked_at = kwargs.get("output_attentions") or hooked(self.attn_dropout)
         options = {"dropout": self.attn_dropout.p if self.training else 0.0, "output_attentions": looked_at}
         if _fits(self, q, k, v, attention_mask, options):
-            mixed, weights = _attention(q, k, v, 1 / self.scale_attn), None
+            mixed, weights = _attention(q, k, v, 1 / self.scale_attn, window(self, attention_mask)), None
         else:
             mixed, weights = self._attn(q, k, v, attention_mask)
             mixed = mixed.transpose(1, 2)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from . import attention, loss, phi
 from .families import LAYER_NORM, Family, Replacement, family_of
+from .masks import masks
 from .modules import original, swap, swap_back, swapped
 from .report import Entry, Report
 
@@ -58,7 +59,7 @@ def accelerate(model: nn.Module, *, keep_logits: bool = False) -> Report:
         elif type(module).__module__ == family.module and name in family.left:
             left[name, family.left[name]] += 1
         elif type(module).__module__ == family.module and name == family.base:
-            swap(module, attention.masks)
+            swap(module, masks)
     rules = (*phi.RULES, *attention.RULES, *loss.RULES) if family.name == "phi" else (*attention.RULES, *loss.RULES)
     return Report(type(model).__name__, _entries(replaced), _entries(left), rules)
 

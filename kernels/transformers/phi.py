@@ -18,7 +18,8 @@ from ..parallel_block_passes import Inputs, Options
 from ..parallel_block_passes import backward as backward_pass
 from ..parallel_block_passes import forward as forward_pass
 from . import layers
-from .attention import causal, half, heads_fit, interface, table
+from .attention import half, heads_fit, interface, table
+from .masks import CAUSAL, window
 from .modules import Forward, hooked, original, plain
 
 RULES = (
@@ -127,7 +128,7 @@ def _fits(
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.dense, mlp.fc1, mlp.fc2)
     return (
         interface(attention.config, original(self))[1]
-        and causal(attention, mask)
+        and window(attention, mask) == CAUSAL
         and kwargs.get("past_key_values") is None
         and position_embeddings is not None
         and position_embeddings[0].shape[0] == 1

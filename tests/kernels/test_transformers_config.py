@@ -178,14 +178,47 @@ def test_is_causal_set_later(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
+        ("mistral", {"sliding_window": 1}),
+        ("mistral", {"sliding_window": 5}),
         ("phi-3", {"sliding_window": 5}),
         ("qwen2", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}),
     ],
 )
-def test_sliding_windows(name: str, changes: dict, implementation: str) -> None:
+def test_sliding_windows(name: str, changes: dict, implementation: str, calls: list[str]) -> None:
+    """Rows shorter than the window, as long, one longer, and longer; each layer runs on the op, and gradients agree."""
     plain, accelerated = pair(name, attn_implementation=implementation, **changes)
-    ids = tokens()
-    assert_same(accelerated(ids).logits, plain(ids).logits)
+    for length in (4, 5, 6, 17):
+        ids = tokens(2, length)
+        theirs, ours = (model(ids, labels=ids) for model in (plain, accelerated))
+        assert len(calls) == plain.config.num_hidden_layers
+        assert_same(ours.logits, theirs.logits)
+        for output in (theirs, ours):
+            output.loss.backward()
+        for expected, found in zip(plain.parameters(), accelerated.parameters(), strict=True):
+            assert_same(found.grad, expected.grad)
+        plain.zero_grad()
+        accelerated.zero_grad()
+        calls.clear()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_what_else_sliding_masks_hide(name: str, implementation: str, calls: list[str]) -> None:
+    """Padding and other documents leave the mask to the model; with a cache only the prompt runs on the op."""
+    sliding = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
+    changes = {key: value for key, value in sliding.items() if name == "qwen2" or key == "sliding_window"}
+    plain, accelerated = pair(name, attn_implementation=implementation, **changes)
+    ids = tokens(2, 12)
+    padding = torch.ones(2, 12, dtype=torch.int64)
+    padding[0, :5] = 0
+    restarting = torch.cat((torch.arange(5), torch.arange(7)))[None]
+    for asked in ({"attention_mask": padding}, {"position_ids": restarting, "use_cache": False}):
+        assert_same(accelerated(ids, **asked).logits[:, 5:], plain(ids, **asked).logits[:, 5:])
+    assert not calls
+    greedy = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(accelerated.generate(ids, **greedy), plain.generate(ids, **greedy))
+    assert len(calls) == plain.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
