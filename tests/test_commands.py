@@ -35,6 +35,7 @@ NOT_FOR_PEOPLE = {
 and `make gpu-kit` start, by another Python than this one; and the writer of a page, which prints nothing."""
 RESULTS = "before → after.json"
 MISSING_MODEL = ["--model", "phi_fast", "--model_args", "pretrained=no → model", "--tasks", "arc_easy"]
+NO_DATA = ["--data", "no → data", "--run-dir", "x → runs"]
 PRINTING: dict[str, list[list[str]]] = {
     "phi_fast.train": [["--data", "no → data", "--kernels", "no → kernels"]],
     "phi_fast.prepare": [
@@ -69,11 +70,12 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.one_process": [["phi-tiny", "fp32", "no → contender"]],
     "benchmarks.zero2": [["no → preset", "fp32", "1"]],
     "benchmarks.ddp": [["--preset", "no → preset"]],
-    "benchmarks.experiments.muon": [["--data", "no → data", "--run-dir", "x → runs"], ["--steps", "0"]],
+    "benchmarks.experiments.muon": [NO_DATA, ["--steps", "0"]],
 }
-"""Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect."""
+"""Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect.
+MISSING_MODEL is slow because lm-eval reads all its tasks, and NO_DATA because the trainer starts in its own process."""
 CALLS = [
-    pytest.param(module, words, marks=pytest.mark.slow if words is MISSING_MODEL else ())  # lm-eval reads all its tasks
+    pytest.param(module, words, marks=pytest.mark.slow if words in (MISSING_MODEL, NO_DATA) else ())
     for module, ways in PRINTING.items()
     for words in (["--help"], *ways)
 ]
