@@ -60,15 +60,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True).transpose(1, 2).flatten(2)
 
 
-def plain(x: Tensor, **p: Tensor) -> Tensor:
-    """The block as most models implement it: one Linear after the other, in x's dtype."""
+def plain(x: Tensor, starts: tuple[int, ...] | None = None, **p: Tensor) -> Tensor:
+    """The block as most models implement it: one Linear after the other, in x's dtype. Each document, from one of
+    `starts` to the next, is attended to alone."""
     batch, sequence, d = x.shape
     h = F.layer_norm(x, (d,), p["norm_weight"], p["norm_bias"])
     sizes = [d, d, d, p["in_bias"].shape[0] - 3 * d]
     parts = zip(p["in_weight"].split(sizes), p["in_bias"].split(sizes), strict=True)
     q, k, v, u = (F.linear(h, w, b) for w, b in parts)
     q, k, v = (t.view(batch, sequence, -1, 64).transpose(1, 2) for t in (q, k, v))
-    o = attend(q, k, v)
+    documents = itertools.pairwise(starts or (0, sequence))
+    o = torch.cat([attend(*(t[:, :, a:b] for t in (q, k, v))) for a, b in documents], 1)
     dense, fc2 = p["out_weight"].split((d, sizes[3]), 1)
     attention = F.linear(o, dense, p["out_bias_attention"])
     return attention + F.linear(F.gelu(u, approximate="tanh"), fc2, p["out_bias_mlp"]) + x
@@ -115,9 +117,12 @@ def test_documents_are_blocks_of_their_own(choice, dtype, level, device):
     def apart(x: Tensor, **parameters: Tensor) -> Tensor:
         return torch.cat([plain(x[:, a:b], **parameters) for a, b in itertools.pairwise(STARTS)], 1)
 
+    def joined(x: Tensor, **parameters: Tensor) -> Tensor:
+        return plain(x, STARTS, **parameters)  # sums a weight's gradient over all documents in one product, too
+
     with use(choice):
         actual = gradients(packed, inputs, dout)
-    expected, exact = gradients(apart, inputs, dout), gradients(apart, double(inputs), dout)
+    expected, exact = gradients(joined, inputs, dout), gradients(apart, double(inputs), dout)
     for name in actual:
         assert_no_worse(actual[name], expected[name], exact[name], name)
 
