@@ -11,7 +11,7 @@ import numpy as np
 
 _Array = np.ndarray[Any, Any]
 
-_BASE = 0x9E3779B97F4A7C15
+BASE = 0x9E3779B97F4A7C15
 """Base of the polynomial hash, odd, so that it has an inverse modulo 2^64: the fraction of the golden ratio."""
 _SPACE = 32
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]|[^\W_]+")
@@ -50,9 +50,11 @@ def words_of(text: str) -> Words:
     cut.
     """
     data = normalize(text)
+    if len(data) <= _BLOCK:
+        return Words(data, *_block(data))
     parts: list[tuple[_Array, _Array, _Array]] = []
     first = 0
-    while first < len(data) or not parts:
+    while first < len(data):
         stop = min(first + _BLOCK, len(data))
         if stop < len(data):
             space = data.rfind(b" ", first + 1, stop)
@@ -71,7 +73,9 @@ def _block(data: bytes) -> tuple[_Array, _Array, _Array]:
     power at the word's start, then mixed.
     """
     bytes_ = np.frombuffer(data, np.uint8)
-    edges = np.flatnonzero(np.diff(bytes_ != _SPACE, prepend=False, append=False))
+    inside = np.zeros(len(bytes_) + 2, bool)
+    inside[1:-1] = bytes_ != _SPACE
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
     starts, stops = edges[0::2], edges[1::2]
     powers, inverses = _powers()
     sums = np.zeros(len(bytes_) + 1, np.uint64)
@@ -87,7 +91,7 @@ def ngrams(words: _Array, n: int) -> _Array:
     count = len(words) - n + 1
     total = np.full(count, n, np.uint64)
     for i in range(n):
-        total = total * np.uint64(_BASE) + words[i : i + count]
+        total = total * np.uint64(BASE) + words[i : i + count]
     return mix(total)
 
 
@@ -112,7 +116,7 @@ _BLOCK = 2**20
 def _powers() -> tuple[_Array, _Array]:
     """Compute base^i and base^-i modulo 2^64 for i up to `_BLOCK`: two arrays of 8 MiB."""
     powers = []
-    for base in (_BASE, pow(_BASE, -1, 2**64)):
+    for base in (BASE, pow(BASE, -1, 2**64)):
         factors = np.full(_BLOCK + 1, base, np.uint64)
         factors[0] = 1
         powers.append(np.multiply.accumulate(factors))
