@@ -50,7 +50,9 @@ class ContaminationSettings:
         if not 0 <= self.match_rate <= 1:
             raise CurateError(f"match_rate={self.match_rate}: expected a rate above 0 and at most 1, or 0 for none")
         if not 0 <= self.embedding_distance < 2:
-            raise CurateError(f"embedding_distance={self.embedding_distance}: expected a distance below 2, or 0 for none")
+            raise CurateError(
+                f"embedding_distance={self.embedding_distance}: expected a distance below 2, or 0 for none"
+            )
         if not (self.ngram or self.match_rate or self.embedding_distance):
             raise CurateError("ngram, match_rate and embedding_distance are all 0: nothing would be looked for")
         if self.match_rate:
@@ -70,12 +72,16 @@ class Decontamination:
         texts = [(item.name, text) for item in items for text in item.texts]
         self._digest = digest(settings.benchmarks)
         self._ngrams = KnownNgrams(texts, settings.ngram, settings.shortest) if settings.ngram else None
-        self._shapes = Shapes(_shapes(items, settings.least_nodes), settings.match_rate) if settings.match_rate else None
+        self._shapes = (
+            Shapes(_shapes(items, settings.least_nodes), settings.match_rate) if settings.match_rate else None
+        )
         self._neighbours = None
         if settings.embedding_distance:
             known = [pair for pair in [*texts, *_programs(items)] if len(words_of(pair[1]).hashes) >= LEAST_WORDS]
             if not known:
-                raise CurateError(f"the benchmarks hold no text of {LEAST_WORDS} words, which embeddings are compared for")
+                raise CurateError(
+                    f"the benchmarks hold no text of {LEAST_WORDS} words, which embeddings are compared for"
+                )
             self._neighbours = Neighbours(known, settings.embedding, settings.embedding_distance)
         self.summary = ", ".join(
             f"{len(part):,} {name}"

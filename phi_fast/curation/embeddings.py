@@ -32,7 +32,9 @@ def check(name: str) -> None:
     elif kind in KINDS and model:
         require(kind.replace("-", "_"), f"the embedding {name!r}", package=kind)
     else:
-        raise CurateError(f"there is no embedding {name!r}: choose {HASHING}, {' or '.join(f'{kind}:NAME' for kind in KINDS)}")
+        raise CurateError(
+            f"there is no embedding {name!r}: choose {HASHING}, {' or '.join(f'{kind}:NAME' for kind in KINDS)}"
+        )
 
 
 def pretrained(name: str) -> Embedding:
@@ -48,7 +50,9 @@ def pretrained(name: str) -> Embedding:
 
         return _SentenceTransformer(SentenceTransformer(model))
     except Exception as error:  # whatever the library, the hub and its files raise
-        raise CurateError(f"{name} cannot be loaded: {str(error)[:300]}. Name a folder with the model, or one on the hub") from error
+        raise CurateError(
+            f"{name} cannot be loaded: {str(error)[:300]}. Name a folder with the model, or one on the hub"
+        ) from error
 
 
 class _Model2Vec:
@@ -79,4 +83,6 @@ def hashing(features: int) -> Any:
     """Count words and pairs of words in `features` columns: a stateless vectorizer of scikit-learn, rows of length 1."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    return HashingVectorizer(n_features=features, ngram_range=(1, 2), alternate_sign=False, norm="l2", token_pattern=r"\w+")
+    return HashingVectorizer(
+        n_features=features, ngram_range=(1, 2), alternate_sign=False, norm="l2", token_pattern=r"\w+"
+    )

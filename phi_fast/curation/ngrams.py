@@ -86,7 +86,9 @@ def _grams(hashes: _Array, longest: int) -> Iterator[tuple[int, _Array]]:
 def _bit(grams: _Array) -> tuple[_Array, _Array]:
     """Place n-grams in a filter: (byte, bit in it)."""
     place = mix(grams) >> np.uint64(64 - _FILTER_BITS)
-    return (place >> np.uint64(3)).astype(np.int64), np.left_shift(1, place & np.uint64(7), dtype=np.uint64).astype(np.uint8)
+    return (place >> np.uint64(3)).astype(np.int64), np.left_shift(1, place & np.uint64(7), dtype=np.uint64).astype(
+        np.uint8
+    )
 
 
 def _telling(words: Words, length: int) -> _Array:

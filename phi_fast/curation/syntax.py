@@ -22,7 +22,9 @@ _DEFINITION = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]", re.MULTILINE)
 _SKIPPED = {"annotation", "returns", "type_comment", "type_params", "ctx", "type_ignores"}
 """Fields that do not count."""
 _KINDS = [kind for _, kind in sorted(vars(ast).items()) if isinstance(kind, type) and issubclass(kind, ast.AST)]
-_FORM = {kind: (chr(0x100 + i), [name for name in kind._fields if name not in _SKIPPED]) for i, kind in enumerate(_KINDS)}
+_FORM = {
+    kind: (chr(0x100 + i), [name for name in kind._fields if name not in _SKIPPED]) for i, kind in enumerate(_KINDS)
+}
 """Type of a node -> the character that stands for it, and its fields that count."""
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
