@@ -1,9 +1,9 @@
-"""phi-1's classifier of educational value (section 2.1): a random forest on embeddings, trained on a few thousand labels.
+"""phi-1's classifier of educational value (section 2.1): a random forest on embeddings, trained on a few thousand
+labels.
 
 The default embedding counts words and pairs of words and reduces the counts to a few dimensions by a singular value
-decomposition, all by scikit-learn, so that neither a GPU nor a download is needed. The file is skops', which, unlike a pickle,
-runs no code when it is read.
-"""
+decomposition, all by scikit-learn, so that neither a GPU nor a download is needed. The file is skops', which, unlike a
+pickle, runs no code when it is read."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from .extras import require
 _Array = np.ndarray[Any, Any]
 _FEATURES = 2**18
 FORMAT = "phi_fast.curate classifier 1"
+_TRUSTED = ("sklearn.tree._tree.Tree",)
+"""Types that skops does not trust, and that `_sound` checks."""
 MOST_CLASSES = 20
 """Distinct labels; more are rounded to whole numbers."""
 
@@ -98,8 +100,8 @@ class Classifier:
         except OSError as error:
             raise CurateError(f"{file} cannot be read: {error.strerror}") from error
         try:
-            strange = skops.io.get_untrusted_types(data=data)
-            state = skops.io.loads(data) if not strange else None
+            strange = sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED))
+            state = skops.io.loads(data, trusted=list(_TRUSTED)) if not strange else None
         except Exception as error:  # whatever zipfile, json and skops raise
             raise CurateError(f"{file} is no classifier: {str(error)[:200]}. Make one with train-classifier") from error
         if strange:
@@ -107,6 +109,8 @@ class Classifier:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CurateError(f"{file} is no classifier of this program: make one with train-classifier")
         made = Classifier(state["embedding"], state["reduction"], state["forest"])
+        if not _sound(made._forest):
+            raise CurateError(f"{file} is damaged: its trees do not fit together. Make one with train-classifier")
         made._forest.n_jobs = 1  # there is one process per core already
         return made
 
@@ -130,8 +134,8 @@ def train(
     test, kept = order[:held_out], order[held_out:]
     if len(kept) < 10 or len(np.unique(values[kept])) < 2:
         raise CurateError(
-            f"{len(values):,} samples with {len(np.unique(values)):,} different labels: a classifier needs some hundred "
-            "samples at least, with labels that differ"
+            f"{len(values):,} samples with {len(np.unique(values)):,} different labels: a classifier needs some "
+            "hundred samples at least, with labels that differ"
         )
     if settings.embedding == HASHING:
         counts = hashing(_FEATURES).transform([texts[i] for i in kept])
@@ -147,7 +151,7 @@ def train(
 
 
 def judge(scores: _Array, labels: _Array, good: float) -> dict[str, Any]:
-    """Compare scores with labels: mean absolute error, rank correlation, and precision and recall of "at least good"."""
+    """Compare scores with labels: absolute error, rank correlation, precision and recall of "at least good"."""
     from scipy.stats import spearmanr
 
     said, true = scores >= good, labels >= good
