@@ -115,6 +115,26 @@ class Classifier:
         return made
 
 
+def _sound(forest: Any) -> bool:
+    """Check a forest from a file: scikit-learn follows a tree's links, and reads its features, without checking them."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    if not isinstance(forest, RandomForestClassifier) or not np.issubdtype(forest.classes_.dtype, np.floating):
+        return False
+    for tree in (estimator.tree_ for estimator in forest.estimators_):
+        number = np.arange(tree.node_count)
+        inner = tree.children_left != -1
+        for children in (tree.children_left, tree.children_right):
+            if not np.all((children[inner] > number[inner]) & (children[inner] < tree.node_count)):
+                return False
+        features = tree.feature[inner]
+        if np.any((features < 0) | (features >= forest.n_features_in_)) or tree.n_features != forest.n_features_in_:
+            return False
+        if tree.value.shape != (tree.node_count, 1, len(forest.classes_)):
+            return False
+    return True
+
+
 def train(
     texts: Sequence[str], labels: Sequence[float], settings: TrainingSettings
 ) -> tuple[Classifier, dict[str, Any]]:
