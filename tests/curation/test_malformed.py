@@ -57,10 +57,10 @@ def test_after_an_error_the_same_command_goes_on_with_skip_malformed(tmp_path: P
         step(Threshold("a", 0), source, tmp_path / "out")
     finished = sorted((tmp_path / "out.partial" / "work").glob("counts-*"))
     assert finished
-    before = finished[0].stat().st_mtime_ns
+
     report = step(Threshold("a", 0), source, tmp_path / "out", skip=True)
     assert report.counts.malformed == 1 and report.counts.dropped == {"no score a": 101}
-    assert before  # the shard was not filtered again: its file is gone with the others now
+
 
 
 def test_a_line_of_any_length_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
