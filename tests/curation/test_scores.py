@@ -114,7 +114,7 @@ def test_files_that_are_no_classifier_are_refused(trained: tuple[Classifier, dic
         Classifier.load(tmp_path / "other.skops")
 
 
-@pytest.mark.parametrize("field", ["children_left", "children_right", "feature"])
+@pytest.mark.parametrize("field", ["left_child", "right_child", "feature"])
 def test_a_tree_that_leads_out_of_its_arrays_is_refused(field: str, tmp_path: Path) -> None:
     texts, labels = zip(*samples(60), strict=True)
     made, _ = train(texts, labels, TrainingSettings(dimensions=4, trees=2))
