@@ -11,8 +11,9 @@ from curation_files import as_documents, files, parts, step, write_lines
 from phi_fast.curation.documents import CurateError
 from phi_fast.curation.rules import EMAIL, IP, Rules, RuleSettings
 
-ENGLISH = "the river runs to the sea and people of that town have walked along it with their children every day".split()
-FRENCH = "le fleuve coule vers la mer et les gens de cette ville marchent avec leurs enfants tous les jours".split()
+_RIVER = "the river runs to the sea and people of that town have walked along it with their children every day"
+_FLEUVE = "le fleuve coule vers la mer et les gens de cette ville marchent avec leurs enfants tous les jours"
+ENGLISH, FRENCH = _RIVER.split(" "), _FLEUVE.split(" ")
 
 
 def prose(vocabulary: list[str], seed: int, sentences: int = 12) -> str:
@@ -72,7 +73,7 @@ def languages(tmp_path_factory: pytest.TempPathFactory) -> Path:
             one = prose(vocabulary, i, 2).replace("\n", " ")
             lines.append(f"__label__{name} {one}\n")
     (folder / "train.txt").write_text("".join(lines))
-    model = fasttext.train_supervised(str(folder / "train.txt"), dim=8, epoch=20, lr=0.2, thread=1, verbose=0)
+    model = fasttext.train_supervised(str(folder / "train.txt"), dim=16, epoch=20, thread=1, verbose=0)
     model.save_model(str(folder / "lid.bin"))
     return folder / "lid.bin"
 

@@ -22,7 +22,8 @@ from phi_fast.curation.score_page import edges, page
 from phi_fast.curation.score_samples import gather
 from phi_fast.curation.threshold import Threshold
 
-LESSON = "therefore because example theorem proof exercise definition explain understand learn".split()
+_TEACHERS = "therefore because example theorem proof exercise definition explain understand learn"
+LESSON = _TEACHERS.split(" ")
 
 
 def samples(count: int) -> list[tuple[str, int]]:
