@@ -40,14 +40,14 @@ def exact_dedup(source: Path, out: Path) -> None:
         ExactFindDedups,
     )
 
-    config = ExactDedupConfig(content_getter=lambda document: " ".join(document.text.lower().split()))
+    config = ExactDedupConfig(content_getter=lambda document: " ".join(document.text.lower().split()).encode())
     pipe(read(source), ExactDedupSignature(str(out / "signatures"), config))
     pipe(ExactFindDedups(str(out / "signatures"), str(out / "found"), config))
     pipe(read(source), ExactDedupFilter(str(out / "found"), config), write(out))
 
 
 def near_dedup(source: Path, out: Path) -> None:
-    """Deduplicate by datatrove's four stages, with its defaults."""
+    """Deduplicate by datatrove's four stages, with its defaults but for the hash."""
     from datatrove.pipeline.dedup.minhash import (
         MinhashConfig,
         MinhashDedupBuckets,
@@ -55,8 +55,10 @@ def near_dedup(source: Path, out: Path) -> None:
         MinhashDedupFilter,
         MinhashDedupSignature,
     )
+    from datatrove.utils.hashing import HashConfig
 
-    config = MinhashConfig()
+    # Its default hash, xxhash64, gets text here, which xxhash 4 refuses.
+    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
     pipe(read(source), MinhashDedupSignature(str(out / "signatures"), config))
     for rank in range(config.num_buckets):
         MinhashDedupBuckets(str(out / "signatures"), str(out / "buckets"), config=config).run(
@@ -81,6 +83,7 @@ def main() -> None:
     if len(sys.argv) != 4 or sys.argv[1] not in STEPS:
         print(f"name a step of {', '.join(STEPS)}, the corpus and a new folder", file=sys.stderr)
         sys.exit(2)
+    import datatrove.utils.logging  # noqa: F401, sets up the logger that is silenced next
     from loguru import logger
 
     logger.remove()
