@@ -307,6 +307,7 @@ def _train(options: TrainClassifier, output: Console) -> None:
 
 
 def _page(options: ScorePage, output: Console) -> None:
+    Threshold(options.score, options.at_least)  # refuses what is no threshold
     if options.samples < 0:
         raise CurateError(f"--samples {options.samples}: expected 0 or more")
     malformed = Malformed(options.skip_malformed)

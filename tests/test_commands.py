@@ -73,6 +73,8 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.one_process": [["phi-tiny", "fp32", "no → contender"]],
     "benchmarks.zero2": [["no → preset", "fp32", "1"]],
     "benchmarks.ddp": [["--preset", "no → preset"]],
+    "benchmarks.experiments.curation": [["--megabytes", "0"]],
+    "benchmarks.experiments.curation_peers": [["no → step"]],
     "benchmarks.experiments.muon": [["--data", "no → data", "--run-dir", "x → runs"], ["--steps", "0"]],
 }
 """Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect."""

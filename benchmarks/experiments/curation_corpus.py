@@ -41,7 +41,8 @@ class Planted:
 
     @staticmethod
     def read(path: Path) -> Planted:
-        return Planted(**json.loads(path.read_text(encoding="utf-8")))
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return Planted(**{**fields, "near": {name: tuple(pair) for name, pair in fields["near"].items()}})
 
 
 def grams(text: str) -> set[tuple[str, ...]]:

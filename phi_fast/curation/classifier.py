@@ -116,7 +116,7 @@ class Classifier:
 
 
 def _sound(forest: Any) -> bool:
-    """Check a forest from a file: scikit-learn follows a tree's links, and reads its features, without checking them."""
+    """Check a forest from a file: scikit-learn follows a tree's links and reads its features without checks."""
     from sklearn.ensemble import RandomForestClassifier
 
     if not isinstance(forest, RandomForestClassifier) or not np.issubdtype(forest.classes_.dtype, np.floating):
