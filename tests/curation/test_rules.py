@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from curation_files import as_documents, files, parts, step, write_lines
 
@@ -61,28 +62,39 @@ def test_a_documents_replacements_do_not_depend_on_others() -> None:
     assert len({one.text for one in documents}) == 1
 
 
-@pytest.fixture(scope="module")
-def languages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of fastText that knows two languages."""
-    import fasttext
+class Identifier:
+    """Stands for fastText, whose own training ends with "Encountered NaN" in this build: counts a language's words."""
 
-    folder = tmp_path_factory.mktemp("languages")
-    # Of other texts than these, the training of this build of fastText ends with "Encountered NaN".
-    (folder / "train.txt").write_text(f"__label__en {_RIVER}\n__label__fr {_FLEUVE}\n" * 200)
-    model = fasttext.train_supervised(str(folder / "train.txt"), thread=1, verbose=0)
-    model.save_model(str(folder / "lid.bin"))
-    return folder / "lid.bin"
+    def __init__(self, path: str) -> None:
+        assert Path(path).name == "lid.bin"
+
+    def predict(self, sample: str, k: int) -> tuple[list[str], np.ndarray[tuple[int], np.dtype[np.float64]]]:
+        assert "\n" not in sample and k == -1
+        words = sample.lower().split()
+        counts = [sum(word in vocabulary for word in words) / len(words) for vocabulary in (ENGLISH, FRENCH)]
+        return ["__label__en", "__label__fr"], np.array(counts)
 
 
-def test_languages_are_kept_by_name(tmp_path: Path, languages: Path) -> None:
+def test_languages_are_kept_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fasttext.FastText
+
+    monkeypatch.setattr(fasttext.FastText, "_FastText", Identifier)
+    (tmp_path / "lid.bin").write_bytes(b"model")
     texts = [prose(ENGLISH, 900), prose(FRENCH, 901)]
     source = write_lines(tmp_path / "a.jsonl", [{"text": one, "id": str(i)} for i, one in enumerate(texts)])
     for keep, expected in (("en", "0"), ("fr", "1")):
-        made = Rules(RuleSettings(("language",), languages=(keep,), language_model=languages))
+        made = Rules(RuleSettings(("language",), languages=(keep,), language_model=tmp_path / "lid.bin"))
         report = step(made, source, tmp_path / keep)
         [kept] = parts(tmp_path / keep)
         assert kept["id"] == expected and kept["scores"][f"language_{keep}"] > 0.65
         assert report.counts.dropped == {"language: refused": 1}
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lid.bin").write_bytes(b"no model of fastText")
+    made = Rules(RuleSettings(("language",), language_model=tmp_path / "lid.bin"))
+    with pytest.raises(CurateError, match=r"lid\.bin is not a model of fastText"):
+        made.judge(as_documents(["a text"]))
 
 
 def test_workers_make_the_filters_anew(tmp_path: Path) -> None:
