@@ -43,6 +43,10 @@ PRINTING: dict[str, list[list[str]]] = {
         ["--inspect", "no → corpus"],
         ["no → file", "--tokenizer", "no → tokenizer", "--out", "x → y"],
     ],
+    "phi_fast.curate": [
+        ["exact-dedup", "no → file", "--out", "x → y"],
+        ["score", "x", "--out", "y", "--classifier", "no → file.skops"],
+    ],
     "phi_fast.data.stdlib_conversations": [["x → é.jsonl", "--count", "1"], ["x.jsonl", "--count", "0"]],
     "phi_fast.generate": [["--model", "no → model", "--prompt", "x"], ["--model", "x", "--file", "prompts → é.jsonl"]],
     "phi_fast.evaluate": [["--model", "no → model", "--tasks", "x →"], ["--model", "é", "--data", "no → data"]],
@@ -70,6 +74,8 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.one_process": [["phi-tiny", "fp32", "no → contender"]],
     "benchmarks.zero2": [["no → preset", "fp32", "1"]],
     "benchmarks.ddp": [["--preset", "no → preset"]],
+    "benchmarks.experiments.curation": [["--megabytes", "0"]],
+    "benchmarks.experiments.curation_peers": [["no → step"]],
     "benchmarks.experiments.muon": [NO_DATA, ["--steps", "0"]],
 }
 """Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect.
