@@ -131,14 +131,14 @@ class Client:
         if not isinstance(text, str):
             raise _BadBodyError(f"a choice without a text: {str(choice)[:200]!r}")
         usage = getattr(response, "usage", None)
-        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        if not all(isinstance(count, int) and count >= 0 for count in counts):
+        before, new = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+        if not (isinstance(before, int) and isinstance(new, int) and before >= 0 and new >= 0):
             raise ServerError(
                 f"{self._where()} does not report `usage` (prompt_tokens, completion_tokens), by which the budget of "
                 "--max-tokens-total is counted: switch its usage statistics on, or use another server"
             )
         finish = getattr(choice, "finish_reason", None)
-        return Answer(prompt.number, "completed", text, finish if isinstance(finish, str) else "", *map(int, counts))
+        return Answer(prompt.number, "completed", text, finish if isinstance(finish, str) else "", before, new)
 
     def _status(self, status: int, message: str) -> str:
         way_out = {

@@ -3,8 +3,8 @@
 - distinct-n (Li et al. 2016, arXiv 1510.03055): distinct word n-grams divided by all word n-grams. It falls as a set
   grows, so compare sets of equal size only; the number of words is reported beside it.
 - self-similarity: the mean and the largest Jaccard similarity of word 5-grams over pairs of texts, by MinHash.
-- compression ratio (Shaib et al. 2024, arXiv 2403.00553): bytes of all texts divided by their bytes after gzip. A set that
-  repeats itself compresses better, so lower is more diverse.
+- compression ratio (Shaib et al. 2024, arXiv 2403.00553): bytes of all texts divided by their bytes after gzip. A
+  set that repeats itself compresses better, so lower is more diverse.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from ..errors import UsageError
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
 """Length of a signature: the standard error of a similarity s is sqrt(s (1 - s) / 128), at most 0.045."""
+LARGEST_MISS = 0.01
 
 _WORD = re.compile(r"\w+")
 
@@ -47,6 +48,19 @@ def require_datasketch() -> None:
         raise UsageError("phi_fast.synthesize needs datasketch: pip install 'phi-fast[synthesize]'")
 
 
+def bands(similarity: float) -> tuple[int, int]:
+    """(bands, rows per band) of the index: as many rows as miss at most 1% of the pairs of that similarity.
+
+    A pair is missed if it differs in every band, with probability (1 - similarity^rows)^bands (Leskovec et al., Mining
+    of Massive Datasets, section 3.4). More rows mean fewer candidates to compare.
+    """
+    for rows in range(PERMUTATIONS // 2, 1, -1):
+        count = PERMUTATIONS // rows
+        if (1 - similarity**rows) ** count <= LARGEST_MISS:
+            return count, rows
+    return PERMUTATIONS, 1
+
+
 class NearDuplicates:
     """The texts kept so far, and whether a new one is similar to one of them.
 
@@ -64,8 +78,7 @@ class NearDuplicates:
         from datasketch import MinHashLSH
 
         self.similarity = similarity
-        # The index misses few pairs at the threshold (weights); candidates are then compared by their signatures.
-        self._index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS, weights=(0.2, 0.8))
+        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=bands(similarity))
         self._signatures: dict[int, Any] = {}
 
     def add(self, number: int, text: str) -> int | None:

@@ -8,7 +8,6 @@ styles and for several audiences, so that two texts about it share little. The w
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,7 +146,8 @@ class Prompts:
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines the prompts, for the comparison of two of them; long texts by their hash."""
-        wording = [[AUDIENCES[name] for name in self.audiences], [STYLES[name] for name in self.styles]]
+        wording = [*(AUDIENCES[name] for name in self.audiences), *(STYLES[name] for name in self.styles)]
+        frame = prompt_text("", self.audiences[0], self.styles[0], "x" * (EXTRACT_CHARACTERS + 1))
         return {
             "topics": _digest(self.topics),
             "pages": _digest(self.extracts),
@@ -155,7 +155,7 @@ class Prompts:
             "styles": list(self.styles),
             "repeats": self.repeats,
             "seed": self.seed,
-            "wording": _digest([json.dumps([*wording, EXTRACT_CHARACTERS]), prompt_text("", "researchers", "story", "")]),
+            "wording": _digest([*wording, frame]),
         }
 
     @cached_property

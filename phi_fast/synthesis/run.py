@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any
 from ..errors import UsageError
 from ..files import Claim
 from .client import Client, Request, ServerError
+from .journal import Answer
 from .prompts import Prompts
 from .state import State, check_plan
 
 REFUSED_AT_FIRST = 10
 """A server that refuses this many requests before it completes one is taken to refuse all."""
+CHARACTERS_PER_TOKEN = 4
+"""Of English prose, for the tokens of a prompt before the server has counted them."""
 _LINE_EVERY = 5.0
 """Seconds between two lines about the progress."""
 
@@ -101,7 +104,7 @@ class _Run:
     async def complete(self) -> str:
         """Returns why it ended. Raises ServerError, after the requests in flight were given `timeout` to end."""
         async with self.client:
-            running: set[asyncio.Task[Any]] = set()
+            running: dict[asyncio.Task[Answer], int] = {}
             try:
                 return await self._complete(running)
             except ServerError:
@@ -117,46 +120,52 @@ class _Run:
                 with suppress(asyncio.CancelledError):
                     await asyncio.gather(*running, return_exceptions=True)
 
-    async def _complete(self, running: set[asyncio.Task[Any]]) -> str:
+    async def _complete(self, running: dict[asyncio.Task[Answer], int]) -> str:
+        """running: filled with the requests in flight, each with the tokens that it may take."""
         unanswered = self.state.unanswered()
         ended = ""
         while True:
-            while not ended and len(running) < self.limits.concurrency and not self._must_wait(len(running)):
+            while not ended and len(running) < self.limits.concurrency and not self._must_wait(running.values()):
                 number = next(unanswered, None)
                 if number is None:
                     ended = "all prompts are answered"
                 else:
-                    running.add(asyncio.create_task(self.client.answer(self.state.prompts[number])))
+                    prompt = self.state.prompts[number]
+                    most = self.client.request.max_tokens + len(prompt.text) // CHARACTERS_PER_TOKEN
+                    running[asyncio.create_task(self.client.answer(prompt))] = most
             if not running:
-                return ended or self._must_wait(0)
+                self._check_refusals(1)
+                return ended or self._must_wait([])
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            running -= done
+            for task in done:
+                del running[task]
             failures = [error for task in done if (error := task.exception()) is not None]
             for task in done:
                 if task.exception() is None:
                     self.state.take(task.result())
             if failures:
                 raise failures[0]
-            self._check_refusals()
+            self._check_refusals(REFUSED_AT_FIRST)
             if time.monotonic() - self._last_line > _LINE_EVERY:
                 self._last_line = time.monotonic()
                 self.tell(_status(self.state) + f", {len(running)} in flight, {self._speed()}")
 
-    def _must_wait(self, running: int) -> str:
-        """Why no further request may start while `running` are in flight; empty if one may.
+    def _must_wait(self, running: Collection[int]) -> str:
+        """Why no further request may start; empty if one may. running: tokens that each one in flight may take.
 
-        Each request in flight counts with its maximum number of tokens, so that the last one to start is the only one
-        that can go beyond the budget, besides the tokens of the prompts in flight.
+        The requests in flight count as if they were finished, so that only the last one to start can go beyond the
+        budget (and prompts of more tokens than their characters suggest).
         """
-        if self.state.totals.tokens + running * self.client.request.max_tokens >= self.limits.tokens:
+        if self.state.totals.tokens + sum(running) >= self.limits.tokens:
             return "the budget is spent"
-        if self.limits.documents is not None and len(self.state.kept) + running >= self.limits.documents:
+        if self.limits.documents is not None and len(self.state.kept) + len(running) >= self.limits.documents:
             return "the documents asked for are there"
         return ""
 
-    def _check_refusals(self) -> None:
+    def _check_refusals(self, least: int) -> None:
+        """Raise ServerError if the server refused at least this many prompts and completed none."""
         totals = self.state.totals
-        if not totals.completed and totals.refused >= REFUSED_AT_FIRST:
+        if not totals.completed and totals.refused >= least:
             raise ServerError(
                 f"the server at {self.client.request.base_url} refused the first {totals.refused} prompts "
                 f"({totals.first_refusal}): correct what it names, and name another --out"
