@@ -61,7 +61,7 @@ class Ray:
 
 @dataclass(frozen=True)
 class Slurm:
-    """A Slurm cluster, whose nodes share a file system: each stage is a job array that depends on the stage before it."""
+    """A Slurm cluster, whose nodes share a file system: each stage is a job array that depends on the one before."""
 
     partition: str
     time: str
@@ -120,6 +120,6 @@ def run(stages: Sequence[Stage], cluster: Cluster) -> None:
         # Ray's executor only logs that tasks have failed.
         if failed := executor.get_incomplete_ranks(skip_completed=True):
             raise UsageError(
-                f"stage {stage.name}: {len(failed)} of {stage.tasks} tasks failed, the first is {failed[0]}. Their logs are "
-                f"in {stage.logging / 'logs'}; when the cause is removed, the same call goes on"
+                f"stage {stage.name}: {len(failed)} of {stage.tasks} tasks failed, the first is {failed[0]}. Their "
+                f"logs are in {stage.logging / 'logs'}; when the cause is removed, the same call goes on"
             )

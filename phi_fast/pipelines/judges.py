@@ -36,7 +36,7 @@ class JudgeBlock(PipelineStep):
         self.judge = judge
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[TheirDocument]:
-        """Yield the documents that are kept, with the judge's changes. Statistics: total, forwarded, dropped, reasons."""
+        """Yield the documents that are kept, as the judge changed them; count all, kept, dropped and each reason."""
         size = getattr(self.judge, "batch", BATCH)
         waiting = iter(data)
         while batch := [ours(document) for document in islice(waiting, size)]:
@@ -97,7 +97,7 @@ class DecideBlock(PipelineStep):
         self.comparison, self.folder, self.memory = comparison, folder, memory
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[TheirDocument]:
-        """Write one file of dropped places per input; yields nothing. Raises UsageError if there is more than one task."""
+        """Write one file of dropped places per input; yields nothing. Raises UsageError for more than one task."""
         if world_size != 1:
             raise UsageError(
                 f"{self.name} compares all documents with each other: run it as one task, not {world_size}"

@@ -46,11 +46,12 @@ def corpus_stages(
 ) -> list[Stage]:
     """List the stages that curate `inputs` by `steps`, in order, and make a corpus of what is left.
 
-    With steps, the corpus has the same bytes as `prepare` makes of the folder of texts that the last step leaves
-    (`work`/texts-N); without, the same as `prepare` makes of `inputs`. Both hold for any number of tasks.
+    With steps, the corpus has the same bytes as `prepare` makes of the folder of texts that the last step
+    leaves (`work`/texts-N); without, the same as `prepare` makes of `inputs`. Both hold for any number of tasks.
 
-    inputs: files and folders on a file system that all machines share, as are `work` (kept until you remove it) and `out`
-    (the corpus; it must not exist). tasks: of each stage but the decisions and the merge; an input is read by one task.
+    inputs: files and folders on a file system that all machines share, as are `work` (kept until you remove it) and
+    `out` (the corpus; it must not exist).
+    tasks: of each stage, but for the decisions and the merge; an input is read by one of them.
     memory: bytes of buffers for a comparison's decision. merge_workers: processes of the merge; None for one per core.
     Raises UsageError for what cannot work, and for a `work` that was begun with other inputs, steps or settings.
     """

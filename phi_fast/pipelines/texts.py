@@ -1,7 +1,7 @@
 """Documents between this project's files and datatrove's pipelines: a reader, and a writer of JSON lines.
 
-Every input file is read by one task and becomes one file of output, whatever the number of tasks, so that the files in the
-order of their names hold the documents in the order of the inputs.
+Every input file is read by one task and becomes one file of output, whatever the number of tasks, so that the files in
+the order of their names hold the documents in the order of the inputs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ReadTexts(PipelineStep):
     name = "phi_fast texts"
 
     def __init__(self, paths: Iterable[Path], reading: Reading = Reading(), done: Path | None = None) -> None:  # noqa: B008
-        """paths: files and folders. done: folder of WriteTexts; inputs that have their file there are not read again."""
+        """paths: files and folders. done: folder of WriteTexts; inputs whose file is there are not read again."""
         super().__init__()
         self.paths, self.reading, self.done = list(paths), reading, done
 

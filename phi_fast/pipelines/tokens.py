@@ -1,4 +1,4 @@
-"""This project's token format as blocks: the units that `phi_fast.prepare` makes, encoded by many tasks, then its merge.
+"""This project's token format as blocks: many tasks encode the units of `phi_fast.prepare`, which then merges them.
 
 A unit's bytes depend on its documents, its number and the settings, not on who encodes it. The first stage counts the
 units of each input, so that every task knows the numbers of its units; the second encodes them into the folder in which
@@ -176,8 +176,8 @@ class MergeCorpus(PipelineStep):
         missing = [number for number in range(units) if not (job.partial / f"{number:07d}.index").exists()]
         if missing:
             raise UsageError(
-                f"{len(missing):,} of {units:,} units are missing in {job.partial}, the first is {missing[0]:07d}: run the "
-                "stage that encodes again; its finished tasks are skipped"
+                f"{len(missing):,} of {units:,} units are missing in {job.partial}, the first is {missing[0]:07d}: run "
+                "the stage that encodes again, without datatrove's marks of its finished tasks if they are all there"
             )
         manifest = prepare(
             list(job.paths), job.out, job.settings, workers=self.workers, console=console(stderr=True, soft_wrap=True)
@@ -203,8 +203,8 @@ def _first_units(job: TokenJob, division: Division) -> list[int]:
             raise UsageError(f"{path} does not exist: run the stage that counts units first") from None
         if count.text("stamp") != division.stamp(group):
             raise UsageError(
-                f"{group[0].path} or a file beside it has changed since its units were counted: remove {job.counts}, and "
-                "run all stages again"
+                f"{group[0].path} or a file beside it has changed since its units were counted: remove {job.counts}, "
+                "and run all stages again"
             )
         firsts.append(firsts[-1] + count.whole("units"))
     return firsts
