@@ -1,8 +1,7 @@
 """`python -m phi_fast.curate STEP INPUTS --out DIR`: filter documents between raw text and `phi_fast.prepare`.
 
-Each step reads JSON lines or Parquet, and writes the documents that it keeps, a list of those that it drops and why, and a
-report of all counts. A step that was interrupted goes on where it was when the same command is given again.
-"""
+Each step reads JSON lines or Parquet, and writes the documents that it keeps, a list of those that it drops and why,
+and a report of all counts. A step that was interrupted goes on where it was when the same command is given again."""
 
 from __future__ import annotations
 
@@ -227,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 after an error, 130 after Ctrl-C."""
     tolerate_encodings()
     options: Any = tyro.cli(
-        Options,  # type: ignore[arg-type]
+        Options,
         args=arguments,
         prog="python -m phi_fast.curate",
         description=__doc__,
@@ -302,9 +301,8 @@ def _train(options: TrainClassifier, output: Console) -> None:
     for name, value in results.items():
         output.print(f"{name.replace('_', ' ')}: {value}")
     if malformed.found:
-        output.print(
-            f"left out {len(malformed.found):,} malformed records, the first: {printable(': '.join(malformed.found[0]))}"
-        )
+        first = printable(": ".join(malformed.found[0]))
+        output.print(f"left out {len(malformed.found):,} malformed records, the first: {first}")
     output.print(f"written: {printable(str(options.out))}")
 
 

@@ -1,9 +1,9 @@
-"""phi-1's classifier of educational value (section 2.1): a random forest on embeddings, trained on a few thousand labels.
+"""phi-1's classifier of educational value (section 2.1): a random forest on embeddings, trained on a few thousand
+labels.
 
 The default embedding counts words and pairs of words and reduces the counts to a few dimensions by a singular value
-decomposition, all by scikit-learn, so that neither a GPU nor a download is needed. The file is skops', which, unlike a pickle,
-runs no code when it is read.
-"""
+decomposition, all by scikit-learn, so that neither a GPU nor a download is needed. The file is skops', which, unlike a
+pickle, runs no code when it is read."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from .extras import require
 _Array = np.ndarray[Any, Any]
 _FEATURES = 2**18
 FORMAT = "phi_fast.curate classifier 1"
+_TRUSTED = ("sklearn.tree._tree.Tree",)
+"""Types that skops does not trust, and that `_sound` checks."""
 MOST_CLASSES = 20
 """Distinct labels; more are rounded to whole numbers."""
 
@@ -98,8 +100,8 @@ class Classifier:
         except OSError as error:
             raise CurateError(f"{file} cannot be read: {error.strerror}") from error
         try:
-            strange = skops.io.get_untrusted_types(data=data)
-            state = skops.io.loads(data) if not strange else None
+            strange = sorted(set(skops.io.get_untrusted_types(data=data)) - set(_TRUSTED))
+            state = skops.io.loads(data, trusted=list(_TRUSTED)) if not strange else None
         except Exception as error:  # whatever zipfile, json and skops raise
             raise CurateError(f"{file} is no classifier: {str(error)[:200]}. Make one with train-classifier") from error
         if strange:
@@ -107,8 +109,30 @@ class Classifier:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CurateError(f"{file} is no classifier of this program: make one with train-classifier")
         made = Classifier(state["embedding"], state["reduction"], state["forest"])
+        if not _sound(made._forest):
+            raise CurateError(f"{file} is damaged: its trees do not fit together. Make one with train-classifier")
         made._forest.n_jobs = 1  # there is one process per core already
         return made
+
+
+def _sound(forest: Any) -> bool:
+    """Check a forest from a file: scikit-learn follows a tree's links, and reads its features, without checking them."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    if not isinstance(forest, RandomForestClassifier) or not np.issubdtype(forest.classes_.dtype, np.floating):
+        return False
+    for tree in (estimator.tree_ for estimator in forest.estimators_):
+        number = np.arange(tree.node_count)
+        inner = tree.children_left != -1
+        for children in (tree.children_left, tree.children_right):
+            if not np.all((children[inner] > number[inner]) & (children[inner] < tree.node_count)):
+                return False
+        features = tree.feature[inner]
+        if np.any((features < 0) | (features >= forest.n_features_in_)) or tree.n_features != forest.n_features_in_:
+            return False
+        if tree.value.shape != (tree.node_count, 1, len(forest.classes_)):
+            return False
+    return True
 
 
 def train(
@@ -130,8 +154,8 @@ def train(
     test, kept = order[:held_out], order[held_out:]
     if len(kept) < 10 or len(np.unique(values[kept])) < 2:
         raise CurateError(
-            f"{len(values):,} samples with {len(np.unique(values)):,} different labels: a classifier needs some hundred "
-            "samples at least, with labels that differ"
+            f"{len(values):,} samples with {len(np.unique(values)):,} different labels: a classifier needs some "
+            "hundred samples at least, with labels that differ"
         )
     if settings.embedding == HASHING:
         counts = hashing(_FEATURES).transform([texts[i] for i in kept])
@@ -147,7 +171,7 @@ def train(
 
 
 def judge(scores: _Array, labels: _Array, good: float) -> dict[str, Any]:
-    """Compare scores with labels: mean absolute error, rank correlation, and precision and recall of "at least good"."""
+    """Compare scores with labels: absolute error, rank correlation, precision and recall of "at least good"."""
     from scipy.stats import spearmanr
 
     said, true = scores >= good, labels >= good

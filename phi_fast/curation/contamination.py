@@ -1,4 +1,4 @@
-"""Decontamination: drops documents that hold a part of a benchmark, by n-grams, syntax and embeddings (phi-1, section 5)."""
+"""Drops documents that hold a part of a benchmark, by n-grams, syntax and embeddings (phi-1, section 5)."""
 
 from __future__ import annotations
 

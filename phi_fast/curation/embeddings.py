@@ -80,7 +80,7 @@ def normalized(vectors: _Array) -> _Array:
 
 
 def hashing(features: int) -> Any:
-    """Count words and pairs of words in `features` columns: a stateless vectorizer of scikit-learn, rows of length 1."""
+    """Make scikit-learn's stateless counter of words and pairs of words, in `features` columns; rows of length 1."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
     return HashingVectorizer(

@@ -10,6 +10,5 @@ from .documents import CurateError
 def require(module: str, what: str, package: str | None = None) -> None:
     """Raise CurateError unless a module can be imported. package: what pip installs; None: the extra `curate`."""
     if importlib.util.find_spec(module) is None:
-        raise CurateError(
-            f"{what} needs {module}, which is not installed: pip install {package or chr(39) + 'phi-fast[curate]' + chr(39)}"
-        )
+        package = package or "'phi-fast[curate]'"
+        raise CurateError(f"{what} needs {module}, which is not installed: pip install {package}")

@@ -1,11 +1,10 @@
 """Near deduplication: MinHash signatures (rensa) of word n-grams, banded (LSH), and each candidate pair checked.
 
-Documents are compared by the Jaccard similarity of their sets of word 5-grams. Two whose signatures agree in one band of
-`rows` hashes are candidates: with similarity s, that happens with probability 1 - (1 - s^rows)^bands. Candidates whose
-whole signatures estimate a similarity below the threshold are not duplicates. Of each group of duplicates, linked directly
-or by others, the first document is kept. Sources: Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
-ch. 3; the defaults (5-grams, 14 bands of 8) are those of datatrove and of FineWeb.
-"""
+Documents are compared by the Jaccard similarity of their sets of word 5-grams. Two whose signatures agree in one band
+of `rows` hashes are candidates: with similarity s, that happens with probability 1 - (1 - s^rows)^bands. Candidates
+whose whole signatures estimate a similarity below the threshold are not duplicates. Of each group of duplicates,
+linked directly or by others, the first document is kept. Sources: Broder 1997; Leskovec, Rajaraman, Ullman, Mining of
+Massive Datasets, ch. 3; the defaults (5-grams, 14 bands of 8) are those of datatrove and of FineWeb."""
 
 from __future__ import annotations
 
@@ -131,9 +130,8 @@ class NearDuplicates:
     ) -> None:
         """Join the similar documents of each bucket: those with one key, in ascending order.
 
-        In each round, the first document of every bucket is compared with the bucket's others. Those that are similar to
-        it, or already in its cluster, are done; the others go on to the next round.
-        """
+        In each round, the first document of every bucket is compared with the bucket's others. Those that are similar
+        to it, or already in its cluster, are done; the others go on to the next round."""
         for _ in range(_ROUNDS):
             heads, members = _pairs(keys)
             if not len(members):

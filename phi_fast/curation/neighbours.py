@@ -14,7 +14,7 @@ from .embeddings import HASHING, check, hashing, normalized, pretrained
 _Array = np.ndarray[Any, Any]
 _FEATURES = 2**20
 _COMMON = 0.05
-"""Words and pairs in more than this share of the benchmarks' texts do not count: they say nothing, and cost the most."""
+"""Words and pairs in more than this share of the benchmarks' texts do not count: they say little and cost most."""
 _UNITS = 256
 """Texts compared at once."""
 _PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -38,10 +38,9 @@ def units(text: str) -> list[str]:
 class Neighbours:
     """The texts of benchmarks, to find the nearest one to others.
 
-    embedding "hashing": counts of words and pairs of words, weighted by how rare they are in the benchmarks (TF-IDF). It
-    needs no weights, and finds texts with the same words in another order or with some replaced; a pretrained model finds
-    paraphrases.
-    """
+    embedding "hashing": counts of words and pairs of words, weighted by how rare they are in the benchmarks (TF-IDF).
+    It needs no weights, and finds texts with the same words in another order or with some replaced; a pretrained model
+    finds paraphrases."""
 
     def __init__(self, texts: Sequence[tuple[str, str]], embedding: str, distance: float) -> None:
         """Take (name, text) pairs, the embedding's name, and the distance below which a text is a neighbour."""

@@ -1,4 +1,4 @@
-"""Word n-grams of benchmarks, found in documents: as for GPT-3 (arXiv 2005.14165, appendix C) and phi-1 (section 5.1)."""
+"""Word n-grams of benchmarks in documents, as for GPT-3 (arXiv 2005.14165, appendix C) and phi-1 (section 5.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .words import BASE, Words, mix, words_of
 _Array = np.ndarray[Any, Any]
 _FILTER_BITS = 24
 _LEAST_DISTINCT = 5
-"""Distinct words in an n-gram, and half of its words must hold a letter: runs of numbers and of one word say nothing."""
+"""Distinct words in an n-gram, and half of its words must hold a letter: runs of numbers or of one word say little."""
 
 
 class KnownNgrams:
@@ -48,7 +48,8 @@ class KnownNgrams:
         return sum(len(keys) for keys, _ in self._known.values())
 
     def find(self, text: str) -> tuple[str, str] | None:
-        """Find an n-gram of a text that a benchmark has, the longest and first: (name, its words); None if there is none.
+        """Find an n-gram of a text that a benchmark has, the longest and first: (name, its words); None if there is
+        none.
 
         The words are compared, too, so that no two hashes that are equal by chance count.
         """

@@ -1,4 +1,5 @@
-"""datatrove's rules as a step: Gopher's and C4's and FineWeb's quality rules, language, and replacing of e-mail addresses.
+"""datatrove's rules as a step: Gopher's and C4's and FineWeb's quality rules, language, and replacing of e-mail
+addresses.
 
 The rules are datatrove's own filters and formatters, called one document at a time, in the order given.
 """
@@ -27,9 +28,12 @@ _FILTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 PII = "pii"
 RULES = (*_FILTERS, PII)
 """Names of the rules."""
-EMAIL, IP = "email@example.com", "192.0.2.1"
-"""What replaces e-mail and public IP addresses, one of each (RFC 2606 and 5737): datatrove's own lists are used in turn,
-so that a text would depend on the ones before it."""
+EMAIL, IP = (
+    "email@example.com",
+    "192.0.2.1"
+    """What replaces e-mail and public IP addresses, one of each (RFC 2606 and
+5737): datatrove's own lists are used in turn, so that a text would depend on the ones before it.""",
+)
 LANGUAGE_MODEL = "lid.176.bin"
 
 
@@ -85,7 +89,7 @@ class Rules:
         return {**found, "datatrove": importlib.metadata.version("datatrove")}
 
     def judge(self, documents: Sequence[Document]) -> list[Drop | None]:
-        """Apply every rule; "c4" and "pii" may change texts, and "language" adds the score of the best language kept."""
+        """Apply every rule; "c4" and "pii" may change texts, and "language" adds a score."""
         return [self._judge_one(document) for document in documents]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Runs one step over its inputs: shard by shard, in order, so that a run that was killed goes on where it was.
 
-`out`.partial/work holds what is known of each shard, `out`.partial/output what is written. Once all shards are there, the
-report is written and the output renamed to `out`. Every file has its name only when it is complete, and depends on the
-inputs and the settings alone: neither the number of workers nor an interruption changes a byte.
-"""
+`out`.partial/work holds what is known of each shard, `out`.partial/output what is written. Once all shards are there,
+the report is written and the output renamed to `out`. Every file has its name only when it is complete, and depends on
+the inputs and the settings alone: neither the number of workers nor an interruption changes a byte."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ VERSION = 1
 class Running:
     """How a step is run; only `reading`, `shard_bytes` and `dropped_texts` affect what is written."""
 
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     shard_bytes: int = SHARD_BYTES
     """Bytes of JSON lines per output file."""
     dropped_texts: bool = False
@@ -96,9 +95,9 @@ class Report:
 def run(step: Judge | Comparison, paths: list[Path], out: Path, running: Running, console: Console) -> Report:
     """Filter the documents in `paths` into the new folder `out`, or take up where an interrupted run was.
 
-    `out` gets part-NNNNN.jsonl.zst (the kept documents of each shard), dropped.log and malformed.log (one JSON object per
-    line for each document left out, with its id or place, and why), and report.json. If `out` is complete already, its
-    report is returned.
+    `out` gets part-NNNNN.jsonl.zst (the kept documents of each shard), dropped.log and malformed.log (one JSON object
+    per line for each document left out, with its id or place, and why), and report.json. If `out` is complete already,
+    its report is returned.
 
     Raises CurateError, PrepareError and OSError, before any work where possible.
     """
@@ -125,9 +124,9 @@ def run(step: Judge | Comparison, paths: list[Path], out: Path, running: Running
 
 
 def _plan(step: Judge | Comparison, inputs: list[Input], running: Running) -> dict[str, Any]:
-    """Everything that determines the output."""
+    """Everything that determines the output, but for whether malformed records are an error."""
     settings = {
-        **{f.name: getattr(running.reading, f.name) for f in fields(Reading)},
+        **{f.name: getattr(running.reading, f.name) for f in fields(Reading) if f.name != "skip_malformed"},
         "shard_bytes": running.shard_bytes,
         "dropped_texts": running.dropped_texts,
         **step.settings(),
@@ -175,7 +174,7 @@ def _finished(out: Path, fingerprint: str) -> Report | None:
 
 @contextmanager
 def _work(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The locked folder of work in progress; kept if the work is interrupted. Raises CurateError if another run has it."""
+    """The locked folder of work in progress, kept if it is interrupted. Raises CurateError if another run has it."""
     partial = _partial(out)
     (partial / "work").mkdir(parents=True, exist_ok=True)
     (partial / "output").mkdir(exist_ok=True)
@@ -191,10 +190,11 @@ def _work(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
             before = plan
         except (JsonFileError, OSError) as error:
             raise CurateError(f"{error}. Remove {partial} to begin anew") from error
-        if before.get("fingerprint") != plan["fingerprint"]:
+        if before.get("fingerprint") != plan["fingerprint"] and any((partial / "work").iterdir()):
             changed = [name for name in ("step", "settings", "inputs") if before.get(name) != plan[name]]
+            what = f"other {' and '.join(changed)}" if changed else "inputs that changed since"
             raise CurateError(
-                f"{partial} holds work begun with {'other ' + ' and '.join(changed) if changed else 'inputs that changed'}: "
+                f"{partial} holds work begun with {what}: "
                 "run with those it was begun with to resume, or remove it to begin anew"
             )
         write_atomically(record, json.dumps(plan, indent=1).encode("utf-8", "backslashreplace"))
@@ -268,9 +268,9 @@ class _Drops:
     def __init__(self, reason: str, drops: dict[int, str]) -> None:
         self._reason, self._drops, self._place = reason, drops, 0
 
-    def decide(self, batch: Sequence[Document]) -> list[Drop | None]:
+    def decide(self, documents: Sequence[Document]) -> list[Drop | None]:
         first = self._place
-        self._place += len(batch)
+        self._place += len(documents)
         return [
             Drop(self._reason, {"repeats": self._drops[place]}) if place in self._drops else None
             for place in range(first, self._place)
@@ -292,7 +292,8 @@ def _filter(
     firsts = [first for _, first, _ in surveyed]
     with Meter("writing", size, console) as meter:
         for shard in cut(inputs, running.reading, running.shard_bytes):
-            if (known := read_counts(folder / "work", shard.number)) is not None:
+            known = read_counts(folder / "work", shard.number)
+            if known is not None and (running.reading.skip_malformed or not known.malformed):
                 counted[shard.number] = known
                 meter.advance(shard.size, before=True)
                 continue

@@ -1,4 +1,4 @@
-"""A page about one score: its histogram, and documents on both sides of a threshold; one HTML file that fetches nothing."""
+"""A page about one score: its histogram, and documents on both sides of a threshold; the page fetches nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def page(scores: Scores, source: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>phi_fast: {title}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1><p>{escape(printable(source))}</p>",
-        f'<section id="histogram"><h2>Documents by score</h2>{_histogram(scores)}{_figures(scores, total, kept)}</section>',
+        '<section id="histogram"><h2>Documents by score</h2>',
+        _histogram(scores),
+        _figures(scores, total, kept),
+        "</section>",
         '<div class="sides">',
         _samples("nearest-below", "Dropped, nearest to the threshold", scores.nearest_below[::-1]),
         _samples("nearest-above", "Kept, nearest to the threshold", scores.nearest_above),
@@ -104,8 +107,9 @@ def _histogram(scores: Scores) -> str:
         parts.append(f'<text x="{_LEFT - 8}" y="{y(count) + 4:.1f}" text-anchor="end">{count:,.4g}</text>')
     for low, high, count in zip(bounds, bounds[1:], counts.tolist(), strict=False):
         side = "above" if (low + high) / 2 >= scores.at_least else "below"
+        wide = max((high - low) * scale - 1, 0.5)
         parts.append(
-            f'<rect class="{side}" x="{x(low) + 0.5:.1f}" y="{y(count):.1f}" width="{max((high - low) * scale - 1, 0.5):.1f}" '
+            f'<rect class="{side}" x="{x(low) + 0.5:.1f}" y="{y(count):.1f}" width="{wide:.1f}" '
             f'height="{base - y(count):.1f}"><title>{low:.3g} to {high:.3g}: {count:,}</title></rect>'
         )
     for value in np.linspace(bounds[0], bounds[-1], 7):

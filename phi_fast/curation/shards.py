@@ -1,4 +1,5 @@
-"""Cuts JSON lines and Parquet files into shards: the unit that a worker reads, filters and writes, and that resumes skip.
+"""Cuts JSON lines and Parquet files into shards: the unit that a worker reads, filters and writes, and that resumes
+skip.
 
 Shards depend only on the inputs and on `shard_bytes`, never on the number of workers.
 """
@@ -73,8 +74,9 @@ def find(paths: list[Path]) -> list[Input]:
     entries = find_inputs(paths, suffixes=()).read
     for entry in entries:
         if entry.kind not in ("lines", "parquet"):
+            what = "a saved dataset" if entry.kind == "dataset" else "plain text"
             raise CurateError(
-                f"{entry.path} is {'a saved dataset' if entry.kind == 'dataset' else 'plain text'}; curate reads JSON lines "
+                f"{entry.path} is {what}; curate reads JSON lines "
                 '(.jsonl, also compressed) and Parquet: write each text as a line {"text": …, "id": …}'
             )
     return entries

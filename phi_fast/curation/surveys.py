@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,16 @@ def read_id(path: Path, number: int) -> str:
 
 
 def partitions(files: Sequence[tuple[Path, int]], dtype: np.dtype[Any], memory: int) -> Iterator[_Array]:
-    """Gather the rows of many files by ranges of their first field `key`, a uniform uint64 by which each file is sorted.
+    """Gather the rows of many files by ranges of their first field `key`, a uniform uint64 by which each file is
+    sorted.
 
-    files: (path, number of the shard's first document). dtype: of the rows; the field `document` (int64, the last) holds
-    the place in the shard on disk, and the number among all documents in what is yielded. Each array has at most some
-    `memory` bytes, and the ranges ascend. Equal keys are in one array.
-    """
+    files: (path, number of the shard's first document). dtype: of the rows; the field `document` (int64, the last)
+    holds the place in the shard on disk, and the number among all documents in what is yielded. Each array has at most
+    some `memory` bytes, and the ranges ascend. Equal keys are in one array."""
     rows = sum(path.stat().st_size // dtype.itemsize for path, _ in files)
     parts = max(1, -(-rows * dtype.itemsize // max(memory, 1)))
     bounds = [(part << 64) // parts for part in range(parts + 1)]
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         gathered = []
         for path, first in files:
             found = _between(path, dtype, low, high)

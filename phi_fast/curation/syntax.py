@@ -1,10 +1,9 @@
 """Programs compared by their syntax: names, constants, comments and docstrings do not count (phi-1, section 5.2).
 
-The paper computes "the (string) edit distance between the abstract syntax trees of two given code snippets" and drops pairs
-with a match rate of at least τ, for τ from 0.95 to 0.8; it does not say how a tree is written, nor how the distance becomes
-a rate. Here a tree is the sequence of its nodes' types in the order of a depth-first walk, with operators, and the rate is
-1 - distance / length of the longer sequence, both by rapidfuzz.
-"""
+The paper computes "the (string) edit distance between the abstract syntax trees of two given code snippets" and drops
+pairs with a match rate of at least τ, for τ from 0.95 to 0.8; it does not say how a tree is written, nor how the
+distance becomes a rate. Here a tree is the sequence of its nodes' types in the order of a depth-first walk, with
+operators, and the rate is 1 - distance / length of the longer sequence, both by rapidfuzz."""
 
 from __future__ import annotations
 

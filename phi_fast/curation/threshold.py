@@ -9,12 +9,12 @@ from .documents import CurateError, Document, Drop
 
 
 class Threshold:
-    """Drops documents whose score is below a threshold, and those without that score, which are counted by themselves."""
+    """Drops documents whose score is below a threshold, and those without it, which are counted by themselves."""
 
     name = "threshold"
 
     def __init__(self, score: str, at_least: float) -> None:
-        """Take the score's name and the least score that is kept. Raises CurateError for a threshold that is no number."""
+        """Take the score's name and the least score that is kept. Raises CurateError for other values."""
         if not score:
             raise CurateError("name the score with --score")
         if not abs(at_least) < 1e300:

@@ -46,9 +46,8 @@ class Words:
 def words_of(text: str) -> Words:
     """Find and hash a text's words. Texts that differ in case, spaces and punctuation only have equal hashes.
 
-    A text is hashed in blocks of 1 MiB, so that the arrays stay below 50 MiB for any length; a word of more than 1 MiB is
-    cut.
-    """
+    A text is hashed in blocks of 1 MiB, so that the arrays stay below 50 MiB for any length; a word of more than 1 MiB
+    is cut."""
     data = normalize(text)
     if len(data) <= _BLOCK:
         return Words(data, *_block(data))

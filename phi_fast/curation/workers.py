@@ -48,8 +48,8 @@ class Workers:
                     result = done.result()
                 except BrokenProcessPool as error:
                     raise CurateError(
-                        "a worker process was killed, perhaps because memory ran out: run the same command again to go on, "
-                        "with fewer --workers if it happens again"
+                        "a worker process was killed, perhaps because memory ran out: run the same command again to "
+                        "go on, with fewer --workers if it happens again"
                     ) from error
                 then(result)
 

@@ -66,11 +66,11 @@ def part(number: int) -> str:
 
 
 def filter_shard(shard: Shard, reading: Reading, decide: Decide, batch: int, folder: Path, *, texts: bool) -> Counts:
-    """Write what a step keeps of a shard to `folder`/output, and its lists and counts to `folder`/work, the counts last.
+    """Write what a step keeps of a shard to `folder`/output, and its lists and counts to `folder`/work, the counts
+    last.
 
-    texts: whether the list of dropped documents holds their texts. Raises CurateError for malformed records that are not
-    to be skipped, and OSError.
-    """
+    texts: whether the list of dropped documents holds their texts. Raises CurateError for malformed records that are
+    not to be skipped, and OSError."""
     import zstandard
 
     counts, malformed = Counts(), Malformed(reading.skip_malformed)
@@ -110,7 +110,7 @@ def filter_shard(shard: Shard, reading: Reading, decide: Decide, batch: int, fol
 
 
 def _groups(source: Iterator[Document], size: int) -> Iterator[list[Document]]:
-    """Batches of `size` documents, or fewer when their texts are long: a batch's texts are at most some 2^22 characters."""
+    """Batches of `size` documents, or fewer where they are long: a batch ends after 2^22 characters."""
     group: list[Document] = []
     characters = 0
     for document in source:
