@@ -21,7 +21,11 @@ from datatrove.data import Document as TheirDocument
 
 from phi_fast.curation.documents import Document, Drop
 from phi_fast.curation.exact import ExactDuplicates
+from phi_fast.curation.near import NearDuplicates, NearSettings
+from phi_fast.curation.run import Running
+from phi_fast.curation.run import run as curate
 from phi_fast.curation.shards import Reading
+from phi_fast.curation.threshold import Threshold
 from phi_fast.data.preparation import pipeline
 from phi_fast.data.preparation.pipeline import Settings, prepare
 from phi_fast.errors import UsageError
@@ -271,3 +275,36 @@ def test_blocks_in_the_wrong_place_say_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="document b cannot be written: a field that JSON cannot hold"):
         list(WriteTexts(tmp_path / "texts").run(unwritable, 0, 1))
     assert list((tmp_path / "texts").iterdir()) == []
+
+
+def test_the_texts_are_those_of_curate(tmp_path: Path, settings: Settings) -> None:
+    """The commands of `curate`, one after the other, and the stages: the same lines, for near duplicates too."""
+    pytest.importorskip("rensa")
+    rng = random.Random(0)
+    (tmp_path / "in").mkdir()
+    bases = [[f"w{rng.randrange(5000)}" for _ in range(120)] for _ in range(20)]
+    for i in range(3):
+        with (tmp_path / "in" / f"{i}.jsonl").open("w") as file:
+            for j, words in enumerate(bases):
+                changed = [*words[:-2], f"x{i}", f"y{j}"]  # of one base: a similarity of some 0.9
+                file.write(json.dumps({"text": " ".join(changed), "scores": {"quality": (i + j) % 5}}) + "\n")
+    steps = [Threshold("quality", 1), NearDuplicates(NearSettings())]
+    stages = corpus_stages([tmp_path / "in"], tmp_path / "work", tmp_path / "out", settings, steps, tasks=2)
+    run_all(stages[:4])
+    source = tmp_path / "in"
+    for i, step in enumerate(steps):
+        curate(step, [source], tmp_path / f"curated-{i}", Running(workers=1), QUIET)
+        source = tmp_path / f"curated-{i}"
+        parts = sorted((tmp_path / "work" / f"texts-{i}").iterdir())
+        assert lines(parts) == lines(sorted(source.glob("part-*")))
+    assert len(lines(parts)) == 20  # one of each base: each has a text with a score of at least 1
+
+
+def lines(parts: list[Path]) -> list[bytes]:
+    import zstandard
+
+    found = []
+    for part in parts:
+        with part.open("rb") as file:
+            found += zstandard.ZstdDecompressor().stream_reader(file).read().splitlines()
+    return found
