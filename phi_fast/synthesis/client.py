@@ -101,7 +101,7 @@ class Client:
         except openai.APIStatusError as error:
             if error.status_code in _REFUSALS:
                 return error
-            raise ServerError(self._status(error.status_code, error.message)) from error
+            raise ServerError(self._status(error)) from error
         except openai.APITimeoutError as error:
             raise ServerError(
                 f"{self._where()} did not answer within {options.timeout:g} s, {self._attempts()}: raise --timeout, or "
@@ -140,15 +140,17 @@ class Client:
         finish = getattr(choice, "finish_reason", None)
         return Answer(prompt.number, "completed", text, finish if isinstance(finish, str) else "", before, new)
 
-    def _status(self, status: int, message: str) -> str:
+    def _status(self, error: Any) -> str:
+        status, pause = error.status_code, error.response.headers.get("retry-after")
         way_out = {
             401: "set the key in the environment variable that --api-key-env names",
             403: "the key may not use this model; set another one in the variable that --api-key-env names",
             404: f"see whether --base-url ends in /v1, --api fits, and the server has a model {self.request.model!r}",
-            429: "lower --concurrency, or wait",
+            429: f"lower --concurrency, or wait{f' (Retry-After: {pause})' if pause else ''}",
         }.get(status, "see the server's log" if status >= 500 else "see what the server expects")
-        times = f", {self._attempts()}" if status in (408, 409, 429) or status >= 500 else ""
-        return f"{self._where()} answered with status {status}{times} ({message[:500]}): {way_out}"
+        tried = error.response.request.headers.get("x-stainless-retry-count", "0")
+        times = f", {int(tried) + 1} times" if tried.isdigit() and int(tried) else ""
+        return f"{self._where()} answered with status {status}{times} ({error.message[:500]}): {way_out}"
 
     def _attempts(self) -> str:
         return f"{self.request.retries + 1} times"

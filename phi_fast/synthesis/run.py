@@ -158,8 +158,12 @@ class _Run:
         """
         if self.state.totals.tokens + sum(running) >= self.limits.tokens:
             return "the budget is spent"
-        if self.limits.documents is not None and len(self.state.kept) + len(running) >= self.limits.documents:
+        wanted, kept = self.limits.documents, len(self.state.kept)
+        if wanted is not None and kept >= wanted:
             return "the documents asked for are there"
+        # With none in flight, an answer before all undecided ones is missing, and must be asked for.
+        if wanted is not None and running and kept + self.state.undecided + len(running) >= wanted:
+            return "the answers that may be documents are enough"
         return ""
 
     def _check_refusals(self, least: int) -> None:

@@ -93,6 +93,11 @@ class State:
     def __exit__(self, *_: object) -> None:
         self.journal.__exit__(None, None, None)
 
+    @property
+    def undecided(self) -> int:
+        """Number of answers that wait for the answer to an earlier prompt."""
+        return len(self._offsets) - self._decided
+
     def unanswered(self) -> Iterator[int]:
         """Numbers of the prompts that had no answer when each is yielded, ascending."""
         return (number for number in range(len(self.prompts)) if number not in self._offsets)

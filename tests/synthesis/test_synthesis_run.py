@@ -192,6 +192,34 @@ def test_enough_documents_stop_the_run(tmp_path: Path) -> None:
     assert [record["id"] for record in documents(tmp_path)] == ["00000000", "00000001", "00000002"]
 
 
+def test_answers_that_wait_for_an_earlier_one_count_as_documents(tmp_path: Path) -> None:
+    """While the first prompt takes long, no more are asked than the documents may need; also when resumed."""
+
+    def late(handler: Any, prompt: str, attempt: int) -> bool:
+        if prompt == TOPICS[0].text:
+            time.sleep(0.5)
+        return False
+
+    with Server(late) as server:
+        go(tmp_path, server, limits=Limits(10**9, 2, documents=3))
+        assert len(server.requests) == 3
+        lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+        (tmp_path / JOURNAL).write_bytes(b"".join(line for line in lines if json.loads(line)["number"]))
+        go(tmp_path, server, limits=Limits(10**9, 2, documents=2))
+        assert len(server.requests) == 4
+    assert [record["id"] for record in documents(tmp_path)] == ["00000000", "00000001"]
+
+
+def test_a_server_that_asks_for_a_long_pause_is_not_waited_for(tmp_path: Path) -> None:
+    def behave(handler: Any, prompt: str, attempt: int) -> bool:
+        handler.reply({"error": {"message": "the quota is spent"}}, 429, Retry_After="7200")
+        return True
+
+    with Server(behave) as server, pytest.raises(ServerError, match=r"quota is spent.*or wait \(Retry-After: 7200\)"):
+        go(tmp_path, server, limits=Limits(10**9, 1))
+    assert len(server.requests) == 1
+
+
 def fail_first(handler: Any, prompt: str, attempt: int) -> bool:
     """Each prompt fails once in one of six ways."""
     if attempt > 1:
