@@ -22,8 +22,8 @@ from ..data.preparation.inputs import Input, find_inputs
 from ..data.preparation.pipeline import Settings, check_place, plan_encoding, plan_fields, prepare, unit_size
 from ..data.preparation.plans import record_plan, unit_settings
 from ..data.preparation.readers import Reader, check_field
-from ..data.preparation.tasks import cut
-from ..data.preparation.units import completed, encode_unit
+from ..data.preparation.tasks import Task, cut
+from ..data.preparation.units import Encoding, Summary, completed, encode_unit
 from ..errors import UsageError
 from ..files import write_atomically
 from ..json_files import read_object
@@ -134,26 +134,22 @@ class EncodeUnits(PipelineStep):
         job.partial.mkdir(parents=True, exist_ok=True)
         record_plan(job.partial, plan)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the executor has a process per core
-        reader = Reader(job.settings.text_field, job.settings.skip_malformed)
         for place, group in list(enumerate(division.groups))[rank::world_size]:
             for number, task in enumerate(cut(group, division.unit_bytes), firsts[place]):
                 unit, key = job.partial / f"{number:07d}", task.key(unit_settings(plan))
-                before = reader.skipped
                 done = completed(unit, encoding.dtype, key)
                 if done is None or (done.skipped and not job.settings.skip_malformed):
                     with self.track_time("unit"):
-                        done = encode_unit(
-                            unit,
-                            number,
-                            reader.documents(task),
-                            encoding,
-                            key,
-                            lambda before=before: reader.skipped - before,
-                        )
+                        done = _encode(job.settings, unit, number, task, encoding, key)
                 self.stat_update("units")
                 self.stat_update("tokens", value=done.tokens)
                 self.stat_update("malformed", value=done.skipped)
         yield from ()
+
+
+def _encode(settings: Settings, unit: Path, number: int, task: Task, encoding: Encoding, key: bytes) -> Summary:
+    reader = Reader(settings.text_field, settings.skip_malformed)
+    return encode_unit(unit, number, reader.documents(task), encoding, key, lambda: reader.skipped)
 
 
 class MergeCorpus(PipelineStep):

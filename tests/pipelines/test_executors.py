@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,8 @@ pytest.importorskip("zstandard")
 
 from phi_fast.curation.exact import ExactDuplicates
 from phi_fast.curation.threshold import Threshold
+from phi_fast.data.manifest import Manifest
+from phi_fast.data.preparation import pipeline
 from phi_fast.data.preparation.pipeline import Settings, prepare
 from phi_fast.errors import UsageError
 from phi_fast.pipelines import Local, Ray, Slurm, corpus_stages, executors, run
@@ -170,3 +176,56 @@ def test_ray_on_this_machine(tmp_path: Path, given: tuple) -> None:
     finally:
         ray.shutdown()
     check(given, tmp_path)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from phi_fast.curation.exact import ExactDuplicates
+from phi_fast.curation.threshold import Threshold
+from phi_fast.data.preparation import pipeline
+from phi_fast.data.preparation.pipeline import Settings
+from phi_fast.pipelines import Local, corpus_stages, run
+
+pipeline.MIN_UNIT_BYTES = 2**15
+folder = Path(sys.argv[1])
+settings = Settings(str(folder / "tokenizer.json"), validation=0.1)
+steps = [Threshold("quality", 1), ExactDuplicates()]
+print("begun", flush=True)
+stages = corpus_stages([folder / "many"], folder / "work", folder / "out", settings, steps, tasks=3, merge_workers=1)
+run(stages, Local())
+"""
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_change_no_byte(tmp_path: Path, given: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is killed at later and later moments until it ends; then the corpus is that of `prepare`."""
+    rng = random.Random(0)
+    (tmp_path / "many").mkdir()
+    for i in range(9):
+        texts = [" ".join(str(rng.randrange(10**6)) for _ in range(60)) for _ in range(400)]
+        lines = [{"text": text, "scores": {"quality": j % 4}} for j, text in enumerate([*texts, *texts[:50]])]
+        (tmp_path / "many" / f"{i}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    kills, patience, seen = 0, 0.05, set()
+    while True:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        ) as process:
+            process.stdout.readline()
+            try:
+                process.communicate(timeout=patience)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with datatrove's helper processes
+                kills += 1
+                patience += rng.uniform(0.1, 0.5)
+                seen.add(len(list((tmp_path / "work" / "logs").glob("*/completions/*"))))
+                continue
+        assert process.returncode == 0
+        break
+    assert kills >= 3 and len(seen) >= 2  # in several stages
+    monkeypatch.setattr(pipeline, "MIN_UNIT_BYTES", 2**15)
+    prepare([tmp_path / "work" / "texts-1"], tmp_path / "alone", given[3], workers=1, console=console(quiet=True))
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert sum(split.documents for split in Manifest.read(tmp_path / "out").splits.values()) == 9 * 300
