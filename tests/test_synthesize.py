@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("openai")
-pytest.importorskip("datasketch")
+pytest.importorskip("rensa")
 
 from model_folders import make_source, random_weights, tiny_tokenizer
 from openai_server import Server, text_of
@@ -81,7 +81,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(duplicates.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"needs openai: pip install 'phi-fast\[synthesize\]'"):
         client.Client(client.Request("http://x", "m"))
-    with pytest.raises(UsageError, match=r"needs datasketch: pip install 'phi-fast\[synthesize\]'"):
+    with pytest.raises(UsageError, match=r"needs rensa: pip install 'phi-fast\[synthesize\]'"):
         duplicates.NearDuplicates(0.5)
 
 

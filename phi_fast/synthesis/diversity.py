@@ -57,7 +57,7 @@ def _self_similarity(texts: Sequence[str]) -> dict[str, Any] | None:
     signatures = [signature(text) for text in texts if words(text)]
     if len(signatures) < 2:
         return None
-    values = np.stack([each.hashvalues for each in signatures])  # (texts, permutations)
+    values = np.array([each.digest() for each in signatures])  # (texts, permutations)
     nearest = np.zeros(len(values))
     total = 0.0
     for i in range(1, len(values)):

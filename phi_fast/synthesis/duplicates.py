@@ -1,6 +1,6 @@
 """Finds near-duplicates by MinHash, and measures similarity by the same signatures.
 
-Signatures and the index are datasketch's. Two texts are compared by their sets of word 5-grams, as in the
+Signatures and the index are rensa's. Two texts are compared by their sets of word 5-grams, as in the
 deduplication of Cosmopedia and FineWeb.
 """
 
@@ -34,18 +34,18 @@ def shingles(text: str) -> set[str]:
 
 
 def signature(text: str) -> Any:
-    """A text's `datasketch.MinHash`."""
-    from datasketch import MinHash
+    """A text's `rensa.RMinHash`."""
+    from rensa import RMinHash
 
-    result = MinHash(num_perm=PERMUTATIONS, seed=1)
-    result.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in shingles(text)])
+    result = RMinHash(num_perm=PERMUTATIONS, seed=1)
+    result.update(list(shingles(text)))
     return result
 
 
-def require_datasketch() -> None:
-    """Raise UsageError if the package `datasketch` is missing."""
-    if importlib.util.find_spec("datasketch") is None:
-        raise UsageError("phi_fast.synthesize needs datasketch: pip install 'phi-fast[synthesize]'")
+def require_rensa() -> None:
+    """Raise UsageError if the package `rensa` is missing."""
+    if importlib.util.find_spec("rensa") is None:
+        raise UsageError("phi_fast.synthesize needs rensa: pip install 'phi-fast[synthesize]'")
 
 
 def bands(similarity: float) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def bands(similarity: float) -> tuple[int, int]:
     A pair is missed if it differs in every band, with probability (1 - similarity^rows)^bands (Leskovec et al., Mining
     of Massive Datasets, section 3.4). More rows mean fewer candidates to compare.
     """
-    for rows in range(PERMUTATIONS // 2, 1, -1):
+    for rows in (64, 32, 16, 8, 4, 2):  # rensa wants bands of one size
         count = PERMUTATIONS // rows
         if (1 - similarity**rows) ** count <= LARGEST_MISS:
             return count, rows
@@ -64,21 +64,21 @@ def bands(similarity: float) -> tuple[int, int]:
 class NearDuplicates:
     """The texts kept so far, and whether a new one is similar to one of them.
 
-    It holds one signature and its index entries per kept text: about 8 kB.
+    It holds one signature and its index entries per kept text: about 4 kB.
     """
 
     def __init__(self, similarity: float) -> None:
         """similarity: the estimated Jaccard similarity of word 5-grams from which on a text is a duplicate, 0 to 1.
 
-        Raises UsageError for another number, and if datasketch is missing.
+        Raises UsageError for another number, and if rensa is missing.
         """
         if not 0 < similarity <= 1:
             raise UsageError(f"--duplicate-similarity {similarity}: expected a similarity above 0, up to 1")
-        require_datasketch()
-        from datasketch import MinHashLSH
+        require_rensa()
+        from rensa import RMinHashLSH
 
         self.similarity = similarity
-        self._index = MinHashLSH(num_perm=PERMUTATIONS, params=bands(similarity))
+        self._index = RMinHashLSH(threshold=similarity, num_perm=PERMUTATIONS, num_bands=bands(similarity)[0])
         self._signatures: dict[int, Any] = {}
 
     def add(self, number: int, text: str) -> int | None:

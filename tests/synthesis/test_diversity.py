@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-pytest.importorskip("datasketch")
+pytest.importorskip("rensa")
 
 from phi_fast.errors import UsageError
 from phi_fast.synthesis.diversity import diversity, evenly

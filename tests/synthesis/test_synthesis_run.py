@@ -12,7 +12,7 @@ import pytest
 from openai_server import Server, body_of, text_of
 
 pytest.importorskip("openai")
-pytest.importorskip("datasketch")
+pytest.importorskip("rensa")
 
 from phi_fast.errors import UsageError
 from phi_fast.synthesis import client, run
