@@ -65,6 +65,15 @@ def make_inputs(folder: Path, files: int = 5) -> Path:
     return folder
 
 
+def add_texts(folder: Path) -> Path:
+    """Small text files, which share units, and a long one between them."""
+    (folder / "docs").mkdir()
+    for i in range(12):
+        (folder / "docs" / f"{i:02d}.txt").write_text(f"text {i} " * 60)
+    (folder / "docs" / "05-long.md").write_text("long " * 2000)
+    return folder
+
+
 def run_stage(stage: Stage, ranks: Sequence[int] | None = None) -> list[Any]:
     """Run the tasks of a stage here, the last one first. Returns the documents at the end of the pipelines."""
     results = []
@@ -109,11 +118,7 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("tasks", [1, 3, 9])
 def test_without_steps_the_corpus_is_that_of_prepare(tmp_path: Path, settings: Settings, tasks: int) -> None:
-    inputs = make_inputs(tmp_path / "in")
-    (inputs / "docs").mkdir()
-    for i in range(12):  # small text files, which share units
-        (inputs / "docs" / f"{i:02d}.txt").write_text(f"text {i} " * 60)
-    (inputs / "docs" / "05-long.md").write_text("long " * 2000)
+    inputs = add_texts(make_inputs(tmp_path / "in"))
     prepare([inputs], tmp_path / "alone", settings, workers=1, console=QUIET)
     stages = corpus_stages([inputs], tmp_path / "work", tmp_path / "out", settings, tasks=tasks)
     assert [stage.name for stage in stages] == ["01-count", "02-encode", "03-merge"]
@@ -126,7 +131,8 @@ def test_without_steps_the_corpus_is_that_of_prepare(tmp_path: Path, settings: S
 
 def test_the_merge_encodes_nothing(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every unit that `prepare` needs is one that the tasks encoded."""
-    stages = corpus_stages([make_inputs(tmp_path / "in")], tmp_path / "work", tmp_path / "out", settings, tasks=2)
+    inputs = add_texts(make_inputs(tmp_path / "in"))
+    stages = corpus_stages([inputs], tmp_path / "work", tmp_path / "out", settings, tasks=2)
     run_all(stages[:2])
 
     def never(*_: Any) -> None:
