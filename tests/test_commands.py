@@ -42,6 +42,10 @@ PRINTING: dict[str, list[list[str]]] = {
         ["--inspect", "no → corpus"],
         ["no → file", "--tokenizer", "no → tokenizer", "--out", "x → y"],
     ],
+    "phi_fast.curate": [
+        ["exact-dedup", "no → file", "--out", "x → y"],
+        ["score", "x", "--out", "y", "--classifier", "no → file.skops"],
+    ],
     "phi_fast.data.stdlib_conversations": [["x → é.jsonl", "--count", "1"], ["x.jsonl", "--count", "0"]],
     "phi_fast.generate": [["--model", "no → model", "--prompt", "x"], ["--model", "x", "--file", "prompts → é.jsonl"]],
     "phi_fast.evaluate": [["--model", "no → model", "--tasks", "x →"], ["--model", "é", "--data", "no → data"]],

@@ -78,6 +78,7 @@ def test_every_public_command_is_tried() -> None:
     public = (
         "train",
         "prepare",
+        "curate",
         "generate",
         "evaluate",
         "convert",

@@ -140,7 +140,7 @@ def _lines(entry: Input, reading: Reading, shard_bytes: int, number: int) -> Ite
 
         while True:
             try:
-                data = read(stream, _READ, entry.path)
+                data = read(stream, min(_READ, shard_bytes), entry.path)
             except PrepareError as error:
                 note(line + pending.count(b"\n"), f"the rest of the file cannot be read: {error}")
                 data = b""

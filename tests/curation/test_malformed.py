@@ -1,4 +1,4 @@
-"""Malformed, hostile and huge records: each is counted and named, none is fatal if it is to be skipped, none is lost."""
+"""Malformed, hostile and huge records: each is counted and named, and none is fatal if it is to be skipped."""
 
 from __future__ import annotations
 
@@ -57,10 +57,9 @@ def test_after_an_error_the_same_command_goes_on_with_skip_malformed(tmp_path: P
         step(Threshold("a", 0), source, tmp_path / "out")
     finished = sorted((tmp_path / "out.partial" / "work").glob("counts-*"))
     assert finished
-    before = finished[0].stat().st_mtime_ns
+
     report = step(Threshold("a", 0), source, tmp_path / "out", skip=True)
     assert report.counts.malformed == 1 and report.counts.dropped == {"no score a": 101}
-    assert before  # the shard was not filtered again: its file is gone with the others now
 
 
 def test_a_line_of_any_length_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +87,9 @@ def test_a_line_of_any_length_is_skipped_in_bounded_memory(tmp_path: Path, monke
 
 def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b"".join(json.dumps({"text": text(i)}).encode() + b"\n" for i in range(200)))[:-3000])
+    path.write_bytes(
+        gzip.compress(b"".join(json.dumps({"text": text(i)}).encode() + b"\n" for i in range(200)))[:-3000]
+    )
     other = write_lines(tmp_path / "b.jsonl", [GOOD])
     with pytest.raises(CurateError, match=r"a\.jsonl\.gz:\d+: the rest of the file cannot be read"):
         step(ExactDuplicates(), tmp_path, tmp_path / "x" / "out")
@@ -103,7 +104,9 @@ def test_a_file_cut_short_keeps_its_whole_lines(tmp_path: Path) -> None:
 def test_parquet_keeps_its_columns_and_names_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = pa.array([b"one", b"\xff\xfe", b"three", None]).cast(pa.binary())
-    table = pa.table({"content": texts, "id": ["x", "y", "z", "n"], "stars": [1, 2, 3, 4], "raw": [b"a", b"b", b"\xff", b"c"]})
+    table = pa.table(
+        {"content": texts, "id": ["x", "y", "z", "n"], "stars": [1, 2, 3, 4], "raw": [b"a", b"b", b"\xff", b"c"]}
+    )
     pq.write_table(table, path, row_group_size=2)
     report = step(ExactDuplicates(), path, tmp_path / "out", skip=True, text_field="content")
     assert parts(tmp_path / "out") == [{"text": "one", "id": "x", "scores": {}, "stars": 1, "raw": "a"}]
