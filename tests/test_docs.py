@@ -211,7 +211,16 @@ def _three_batches() -> dict[str, Any]:
     return {"model": model}
 
 
-GIVEN = {"data.md": _three_batches}
+def _web_pages() -> dict[str, Any]:
+    """What docs/datatrove.md's snippet reads: scored pages in data/web."""
+    (Path("data") / "web").mkdir()
+    for i in range(2):
+        pages = [{"text": f"Page {j} of {i % 2}.", "scores": {"educational": j % 6}} for j in range(120)]
+        Path("data", "web", f"{i}.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    return {}
+
+
+GIVEN = {"data.md": _three_batches, "datatrove.md": _web_pages}
 """What a page's snippets take as given, by the page's name."""
 
 

@@ -85,6 +85,7 @@ def test_every_public_command_is_tried() -> None:
         "report",
         "plan",
         "verify",
+        "synthesize",
         "evaluation.lm",
         "data.stdlib_conversations",
     )

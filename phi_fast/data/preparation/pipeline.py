@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,6 @@ from tokenizers import Tokenizer
 
 from ...errors import UsageError
 from ...files import Claim, sync_directory, write_atomically
-from ...json_files import JsonFileError, read_object
 from ..chat import ChatFiles
 from ..manifest import DTYPES, FILE_NAME, Delimiter, Manifest
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
@@ -33,6 +31,7 @@ from .conversations import MARKED, Conversations, MarkedEncoding, TrainOn
 from .inputs import FOLDER_SUFFIXES, Input, find_inputs
 from .merge import merge
 from .packing import pack_splits
+from .plans import record_plan, unit_settings
 from .progress import Meter
 from .readers import Reader, check_field
 from .tasks import Task, cut
@@ -91,9 +90,8 @@ def prepare(
     place = check_place(out)
     inputs = find_inputs(paths, settings.suffixes, settings.text_field)
     check_field(inputs.read, settings.text_field)
-    unit_bytes = _unit_bytes(sum(entry.size for entry in inputs.read))
-    plan = {name: value for name, value in asdict(settings).items() if name not in _OF_CHAT}
-    plan["tokenizer"] = digest(encoder)
+    unit_bytes = unit_size(inputs.read)
+    plan = plan_fields(settings, encoder)
     conversations = None
     if settings.chat:
         conversations, encoding = _plan_chat(settings, encoder, inputs.read)
@@ -103,7 +101,7 @@ def prepare(
     workers = workers or available_cores()
     reader = Reader(settings.text_field, settings.skip_malformed, conversations)
     with _partial(place, plan) as partial, _pool(workers, encoding, reader) as pool:
-        work = _Work(partial, encoding.dtype, json.dumps({**plan, "skip_malformed": None}).encode(), settings)
+        work = _Work(partial, encoding.dtype, unit_settings(plan), settings)
         units = _encode_all(pool, workers, work, inputs.read, unit_bytes, console)
         corpus = partial / "corpus"
         shutil.rmtree(corpus, ignore_errors=True)  # left by an interrupted merge
@@ -130,9 +128,16 @@ def prepare(
     return manifest
 
 
-def _unit_bytes(total: int) -> int:
-    """Bytes of text per unit, for inputs of `total` bytes: a power of two, so that a correction rarely changes it."""
+def unit_size(inputs: list[Input]) -> int:
+    """Bytes of text per unit: a power of two, so that a correction of the inputs rarely changes it."""
+    total = sum(entry.size for entry in inputs)
     return min(max(2 ** int(math.log2(max(total // 512, 1))), MIN_UNIT_BYTES), MAX_UNIT_BYTES)
+
+
+def plan_fields(settings: Settings, encoder: Tokenizer) -> dict[str, Any]:
+    """What determines the units of texts; a resumed run compares it with its record."""
+    plan = {name: value for name, value in asdict(settings).items() if name not in _OF_CHAT}
+    return {**plan, "tokenizer": digest(encoder)}
 
 
 def _no_training(paths: list[Path], share: float, manifest: Manifest) -> str:
@@ -253,15 +258,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_MAY_CHANGE = {"skip_malformed", "text_field", "suffixes", "validation"}
-"""Settings that error messages advise to change; a resumed run keeps the units that the change does not affect."""
-
-
 @contextmanager
 def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """The directory of work in progress, locked; removed when the work is done, kept if it is interrupted.
 
-    Work resumes even with other inputs, and after a change of `_MAY_CHANGE`: each unit has the key of its task.
+    Work resumes even with other inputs, and after a change of `plans.MAY_CHANGE`: each unit has the key of its task.
     """
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -270,20 +271,7 @@ def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     except UsageError as error:
         raise PrepareError(f"another prepare is writing {out}: {error}") from None
     with claim:
-        record = partial / "plan.json"
-        try:
-            before = read_object(record).values
-        except FileNotFoundError:
-            before = {}
-        except (JsonFileError, OSError) as error:
-            raise PrepareError(f"{error}. Remove {partial} to begin anew") from error
-        changed = [name for name in plan if before and name not in _MAY_CHANGE and plan[name] != before.get(name)]
-        if changed:
-            raise PrepareError(
-                f"{partial} holds work begun with other {', '.join(changed)}: run with the settings it was begun with "
-                "to resume, or remove it to begin anew"
-            )
-        write_atomically(record, json.dumps(plan, indent=1).encode())
+        record_plan(partial, plan)
         yield partial
         shutil.rmtree(partial)
 

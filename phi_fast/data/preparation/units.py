@@ -95,7 +95,7 @@ def encode_unit(
         encoded += encoding.encode(batch)
         hashes += [_hash(text, encoding) for text in batch]
     held_out = np.array([hashed < encoding.validation * 2**64 for hashed in hashes], np.uint64)
-    keys = _shuffle_keys(number, len(encoded), encoding.seed) | (held_out << np.uint64(63))
+    keys = shuffle_keys(number, len(encoded), encoding.seed) | (held_out << np.uint64(63))
     order = np.argsort(keys, kind="stable")
     ordered = [encoded[i] for i in order]
     ends = np.cumsum([len(tokens) for tokens in ordered], dtype="<u8")
@@ -212,7 +212,7 @@ def _hash(text: str, encoding: Encoding) -> int:
     return int.from_bytes(hashed.digest(), "little")
 
 
-def _shuffle_keys(unit: int, documents: int, seed: int) -> _Array:
+def shuffle_keys(unit: int, documents: int, seed: int) -> _Array:
     """(documents,) uint64 below 2^63: SplitMix64 (Steele, Lea, Flood 2014) of each document's place and the seed."""
     place = (np.uint64(unit) << np.uint64(32)) + np.arange(documents, dtype=np.uint64)
     return _mix(place ^ _mix(np.full(1, seed, np.uint64))) >> np.uint64(1)
