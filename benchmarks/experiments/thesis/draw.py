@@ -1,0 +1,85 @@
+"""How packages.tsv was made: `apt-cache dumpavail | python -m benchmarks.experiments.thesis.draw > packages.tsv`.
+
+The books and the held-out texts are named in books.toml. The raw text is a random draw from Debian 12 main: DRAWN
+packages of section "doc", and DRAWN of all other sections, of 0.1 to 1 MB each. Left out are packages that were
+updated since the release (their pinned version vanishes from the mirrors), translations, debug symbols, and all binary
+packages of a source that a book or a held-out text comes from. Only one binary package of each source is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+
+from .packages import CHOSEN
+
+DRAWN = 120
+SEED = 17
+SIZES = (100_000, 1_000_000)
+LANGUAGES = set(
+    "aa af am ar as ast be bg bn br bs ca cs cy da de dz el eo es et eu fa fi fr fy ga gl gu he hi hr hu hy id is it ja "
+    "ka kk km kn ko ku lt lv mg mk ml mr ms my nb ne nl nn oc or pa pl ps pt ro ru rw se si sk sl sq sr st sv ta te tg "
+    "th tl tn tr tt ug uk ur uz vi wa xh zh zu".split()
+)
+
+Record = dict[str, str]
+
+
+def records(text: str) -> list[Record]:
+    """Parse the stanzas of a Packages file; continuation lines are dropped."""
+    result = []
+    for stanza in text.split("\n\n"):
+        lines = (line.partition(": ") for line in stanza.splitlines() if not line.startswith((" ", "\t")))
+        record = {key: value for key, _, value in lines}
+        if "Filename" in record:
+            result.append(record)
+    return result
+
+
+def source(record: Record) -> str:
+    return record.get("Source", record["Package"]).split(" ")[0]
+
+
+def translated(name: str) -> bool:
+    """Whether a package's name ends with a language other than English: debian-faq-de, firefox-l10n-pt-br."""
+    words = name.split("-")
+    return words[-1] in LANGUAGES or (len(words) > 2 and words[-2] in LANGUAGES and len(words[-1]) == 2)
+
+
+def draw(available: Iterable[Record], taken: set[str]) -> list[Record]:
+    """Draw the raw text's packages; the same ones for the same list of available packages."""
+    pools: dict[bool, list[Record]] = {True: [], False: []}
+    for record in sorted(available, key=lambda r: r["Package"]):
+        updated = re.search(r"deb12|bpo", record["Version"])
+        fits = SIZES[0] <= int(record["Size"]) <= SIZES[1] and not record["Package"].endswith("-dbgsym")
+        if fits and not updated and not translated(record["Package"]) and source(record) not in taken:
+            pools[record.get("Section") == "doc"].append(record)
+    drawn: list[Record] = []
+    for of_documentation in (True, False):
+        order = random.Random(SEED).sample(pools[of_documentation], len(pools[of_documentation]))
+        until = len(drawn) + DRAWN
+        for record in order:
+            if len(drawn) < until and source(record) not in taken:
+                taken.add(source(record))
+                drawn.append(record)
+    return drawn
+
+
+def main() -> None:
+    """Read `apt-cache dumpavail` from standard input, and write the list to standard output."""
+    available = {record["Package"]: record for record in reversed(records(sys.stdin.read()))}
+    chosen = tomllib.loads(CHOSEN.read_text(encoding="utf-8"))
+    rows = [(role, available[name]) for role in ("book", "held_out") for name in sorted(chosen[role])]
+    taken = {source(record) for _, record in rows}
+    rows += [("raw", record) for record in draw(available.values(), taken)]
+    print("role", "package", "version", "architecture", "bytes", "sha256", sep="\t")
+    for role, record in rows:
+        fields = (record[key] for key in ("Package", "Version", "Architecture", "Size", "SHA256"))
+        print(role, *fields, sep="\t")
+
+
+if __name__ == "__main__":
+    main()
