@@ -1,9 +1,9 @@
 """How packages.tsv was made: `apt-cache dumpavail | python -m benchmarks.experiments.thesis.draw > packages.tsv`.
 
-The books and the held-out texts are named in books.toml. The raw text is a random draw from Debian 12 main: DRAWN
+The books, the exemplars and the held-out texts are named in books.toml. The raw text is a random draw from Debian 12 main: DRAWN
 packages of section "doc", and DRAWN of all other sections, of 0.1 to 1 MB each. Left out are packages that were
 updated since the release (their pinned version vanishes from the mirrors), translations, debug symbols, and all binary
-packages of a source that a book or a held-out text comes from. Only one binary package of each source is drawn.
+packages of a source that one of these comes from. Only one binary package of each source is drawn.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tomllib
 from collections.abc import Iterable
 
-from .packages import CHOSEN
+from .packages import CHOSEN, ROLES
 
 DRAWN = 120
 SEED = 17
@@ -72,7 +72,7 @@ def main() -> None:
     """Read `apt-cache dumpavail` from standard input, and write the list to standard output."""
     available = {record["Package"]: record for record in reversed(records(sys.stdin.read()))}
     chosen = tomllib.loads(CHOSEN.read_text(encoding="utf-8"))
-    rows = [(role, available[name]) for role in ("book", "held_out") for name in sorted(chosen[role])]
+    rows = [(role, available[name]) for role in ROLES[:-1] for name in sorted(chosen[role])]
     taken = {source(record) for _, record in rows}
     rows += [("raw", record) for record in draw(available.values(), taken)]
     print("role", "package", "version", "architecture", "bytes", "sha256", sep="\t")

@@ -20,7 +20,7 @@ from phi_fast.files import sha256_of
 
 LIST = Path(__file__).with_name("packages.tsv")
 CHOSEN = Path(__file__).with_name("books.toml")
-ROLES = ("book", "held_out", "raw")
+ROLES = ("book", "exemplar", "held_out", "raw")
 MAX_FILE = 4_000_000
 """Bytes of the largest file that is read as a document."""
 
@@ -30,7 +30,7 @@ class Package:
     """One pinned binary package of Debian 12 (bookworm), main."""
 
     role: str
-    """"book", "held_out" or "raw"."""
+    """One of ROLES."""
     name: str
     version: str
     architecture: str
@@ -86,8 +86,12 @@ def fetch(packages: list[Package], folder: Path) -> None:
     missing = [package for package in packages if not (folder / package.file).exists()]
     if missing:
         if shutil.which("apt-get") is None:
-            raise UsageError(f"apt-get is not installed, and {folder} lacks {len(missing)} packages. {_by_hand(missing)}")
-        print(f"downloading {len(missing)} packages, {sum(p.size for p in missing) / 1e6:.0f} MB, to {folder}", flush=True)
+            raise UsageError(
+                f"apt-get is not installed, and {folder} lacks {len(missing)} packages. {_by_hand(missing)}"
+            )
+        print(
+            f"downloading {len(missing)} packages, {sum(p.size for p in missing) / 1e6:.0f} MB, to {folder}", flush=True
+        )
         for at in range(0, len(missing), 40):
             _download(missing[at : at + 40], folder)
     absent = [package for package in packages if not (folder / package.file).exists()]
@@ -128,7 +132,9 @@ def files(package: Package, folder: Path) -> Iterator[tuple[str, bytes]]:
         raise UsageError("dpkg-deb, which opens Debian's packages, is not installed: run `apt-get install dpkg`")
     done = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(folder / package.file)], capture_output=True)
     if done.returncode:
-        raise UsageError(f"dpkg-deb cannot read {folder / package.file}: {done.stderr.decode(errors='replace').strip()}")
+        raise UsageError(
+            f"dpkg-deb cannot read {folder / package.file}: {done.stderr.decode(errors='replace').strip()}"
+        )
     found = {}
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         for member in archive:
