@@ -132,7 +132,7 @@ def _build(packages: Sequence[Package], packages_folder: Path, folder: Path, con
 
 
 def _share(document: Document) -> float:
-    """Map a document to a number in [0, 1) by a hash of its text: equal documents are never on both sides of a split."""
+    """Map a document to a number in [0, 1) by a hash of its text, so that no split separates equal documents."""
     return int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8], "big") / 2**64
 
 

@@ -94,8 +94,7 @@ def _text(path: str, data: bytes) -> Iterator[str]:
 
 def _dictd(path: str, data: bytes) -> Iterator[str]:
     """Read the entries of a dictd dictionary: a headword at the margin, then indented lines."""
-    for entry in re.split(r"\n\n(?=[^\s])", data.decode("utf-8", "replace")):
-        yield entry
+    yield from re.split(r"\n\n(?=[^\s])", data.decode("utf-8", "replace"))
 
 
 def _fortune(path: str, data: bytes) -> Iterator[str]:

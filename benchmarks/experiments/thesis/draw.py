@@ -1,9 +1,9 @@
 """How packages.tsv was made: `apt-cache dumpavail | python -m benchmarks.experiments.thesis.draw > packages.tsv`.
 
-The books, the exemplars and the held-out texts are named in books.toml. The raw text is a random draw from Debian 12 main: DRAWN
-packages of section "doc", and DRAWN of all other sections, of 0.1 to 1 MB each. Left out are packages that were
-updated since the release (their pinned version vanishes from the mirrors), translations, debug symbols, and all binary
-packages of a source that one of these comes from. Only one binary package of each source is drawn.
+The books, the exemplars and the held-out texts are named in books.toml. The raw text is a random draw from Debian 12
+main: DRAWN packages of section "doc", and DRAWN of all other sections, of 0.1 to 1 MB each. Left out are packages that
+were updated since the release (their pinned version vanishes from the mirrors), translations, debug symbols, and all
+binary packages of a source that one of the named texts comes from. Only one binary package of each source is drawn.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from .packages import CHOSEN, ROLES
 DRAWN = 120
 SEED = 17
 SIZES = (100_000, 1_000_000)
-LANGUAGES = set(
-    "aa af am ar as ast be bg bn br bs ca cs cy da de dz el eo es et eu fa fi fr fy ga gl gu he hi hr hu hy id is it ja "
-    "ka kk km kn ko ku lt lv mg mk ml mr ms my nb ne nl nn oc or pa pl ps pt ro ru rw se si sk sl sq sr st sv ta te tg "
-    "th tl tn tr tt ug uk ur uz vi wa xh zh zu".split()
+LANGUAGES = (
+    "aa af am ar as ast be bg bn br bs ca cs cy da de dz el eo es et eu fa fi fr fy ga gl gu he hi hr hu hy id is it "
+    "ja ka kk km kn ko ku lt lv mg mk ml mr ms my nb ne nl nn oc or pa pl ps pt ro ru rw se si sk sl sq sr st sv ta "
+    "te tg th tl tn tr tt ug uk ur uz vi wa xh zh zu"
 )
+"""Codes of languages other than English, by which translations are named."""
 
 Record = dict[str, str]
 
@@ -45,8 +46,8 @@ def source(record: Record) -> str:
 
 def translated(name: str) -> bool:
     """Whether a package's name ends with a language other than English: debian-faq-de, firefox-l10n-pt-br."""
-    words = name.split("-")
-    return words[-1] in LANGUAGES or (len(words) > 2 and words[-2] in LANGUAGES and len(words[-1]) == 2)
+    words, codes = name.split("-"), LANGUAGES.split()
+    return words[-1] in codes or (len(words) > 2 and words[-2] in codes and len(words[-1]) == 2)
 
 
 def draw(available: Iterable[Record], taken: set[str]) -> list[Record]:

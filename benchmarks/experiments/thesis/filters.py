@@ -76,7 +76,7 @@ def filtered(raw: Sequence[Document], exemplars: Sequence[Document], *, keep: fl
             break
         best.append(i)
         room -= documents[i].size
-    low = {i: "classifier" for i in set(range(len(documents))) - set(best)}
+    low = dict.fromkeys(set(range(len(documents))) - set(best), "classifier")
     _, dropped = _report(dropped, documents, "", low)
     best.sort()
     scores = [float(probabilities[i]) for i in best]
