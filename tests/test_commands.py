@@ -70,6 +70,8 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.zero2": [["no → preset", "fp32", "1"]],
     "benchmarks.ddp": [["--preset", "no → preset"]],
     "benchmarks.experiments.muon": [["--data", "no → data", "--run-dir", "x → runs"], ["--steps", "0"]],
+    "benchmarks.experiments.textbooks": [["--tokens", "0"], ["--seeds", "1", "1"]],
+    "benchmarks.experiments.thesis.draw": [["no → file"], ["text.txt"]],
 }
 """Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect."""
 CALLS = [

@@ -1,4 +1,5 @@
-"""How packages.tsv was made: `apt-cache dumpavail | python -m benchmarks.experiments.thesis.draw > packages.tsv`.
+"""How packages.tsv was made: `apt-cache dumpavail > available.txt`, and
+`python -m benchmarks.experiments.thesis.draw available.txt > packages.tsv`.
 
 The books, the exemplars and the held-out texts are named in books.toml. The raw text is a random draw from Debian 12
 main: DRAWN packages of section "doc", and DRAWN of all other sections, of 0.1 to 1 MB each. Left out are packages that
@@ -13,6 +14,14 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from phi_fast.json_files import read_regular
+from phi_fast.startup import tolerate_encodings
 
 from .packages import CHOSEN, ROLES
 
@@ -69,18 +78,38 @@ def draw(available: Iterable[Record], taken: set[str]) -> list[Record]:
     return drawn
 
 
-def main() -> None:
-    """Read `apt-cache dumpavail` from standard input, and write the list to standard output."""
-    available = {record["Package"]: record for record in reversed(records(sys.stdin.read()))}
+@dataclass(frozen=True)
+class Options:
+    """Draw the packages of the raw text, and write the list of all pinned packages to standard output."""
+
+    available: Annotated[Path, tyro.conf.Positional]
+    """What `apt-cache dumpavail` printed on Debian 12."""
+
+
+def main() -> int:
+    """Run the command; returns its exit status: 0, or 2 if the file cannot be read."""
+    tolerate_encodings()
+    options = tyro.cli(Options, prog="python -m benchmarks.experiments.thesis.draw")
+    try:
+        found = records(read_regular(options.available, 2**28).decode("utf-8", "replace"))
+    except OSError as error:
+        print(f"{options.available} cannot be read ({error.strerror}): name the output of apt-cache", file=sys.stderr)
+        return 2
+    available = {record["Package"]: record for record in reversed(found)}
     chosen = tomllib.loads(CHOSEN.read_text(encoding="utf-8"))
-    rows = [(role, available[name]) for role in ROLES[:-1] for name in sorted(chosen[role])]
+    named = [(role, name) for role in ROLES[:-1] for name in sorted(chosen[role])]
+    if absent := [name for _, name in named if name not in available]:
+        print(f"{options.available} lacks {', '.join(absent)}: make it on Debian 12, main", file=sys.stderr)
+        return 2
+    rows = [(role, available[name]) for role, name in named]
     taken = {source(record) for _, record in rows}
     rows += [("raw", record) for record in draw(available.values(), taken)]
     print("role", "package", "version", "architecture", "bytes", "sha256", sep="\t")
     for role, record in rows:
         fields = (record[key] for key in ("Package", "Version", "Architecture", "Size", "SHA256"))
         print(role, *fields, sep="\t")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

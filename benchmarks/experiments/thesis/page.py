@@ -53,7 +53,7 @@ def results(runs: Runs, summary: dict[str, Any]) -> str:
         f"({machine['isa']}), {versions}: {len(runs)} runs, {len(seeds)} seeds per corpus, "
         f"{runs[0]['plan']['tokens']:,} tokens each; {seconds / 60:.0f} minutes of training and judging.",
         _hypotheses(runs),
-        "![Bits per byte of each kind of held-out text, as a difference from the raw corpus](plots/textbooks-held-out.png)",
+        "![Bits per byte of each kind of held-out text, less those of the raw corpus](plots/textbooks-held-out.png)",
         _by_kind(runs),
         "![Bits per byte of each corpus's own text](plots/textbooks-own.png)",
         _own(runs),
@@ -129,8 +129,8 @@ def _own(runs: Runs) -> str:
 
 def _exercises(runs: Runs) -> str:
     lines = [
-        "Exercises: programs that passed their tests, exercises with a program that passed, and the bits per byte of the "
-        "reference solutions after their prompts:",
+        "Exercises: programs that passed their tests, exercises with such a program (of each seed), and the bits per "
+        "byte of the reference solutions after their prompts:",
         "",
         "| trained on | programs passed | exercises solved | solutions, bits per byte | difference from raw |",
         "|---|---|---|---|---|",

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.machine import commit, describe_machine
 from phi_fast.config import PhiConfig
 from phi_fast.errors import UsageError
@@ -21,6 +19,7 @@ from phi_fast.evaluation.perplexity import read_text, score_text
 from phi_fast.files import sha256_of, write_atomically
 from phi_fast.json_files import read_lines
 from phi_fast.step_records import read_records
+from phi_fast.terminal import console
 
 from . import exercises
 from .corpora import VOCABULARY, Corpora
@@ -40,7 +39,7 @@ SHAPE = PhiConfig(
 RATE, WARMUP = 6e-3, 20
 """Muon's best learning rate for the recipe `tiny` (docs/optimizers.md), and the steps of its warmup."""
 STRIDE = CONTEXT // 2
-"""Tokens by which the window advances over a judged text: all but the first are predicted from half a context or more."""
+"""Tokens by which the window advances over a judged text: most tokens are predicted from half a context or more."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def measure(corpora: Corpora, plan: Plan, arm: str, seed: int, run_dir: Path) ->
 
     begin = time.monotonic()
     model, tokenizer = load(run_dir, device="cpu", dtype="bf16")
-    quiet = Console(quiet=True)
+    quiet = console(quiet=True)
 
     def bits(path: Path) -> float:
         text = read_text(path)
