@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ SENTENCES = [f"The {word} of the reader is to see that the words {word} have a p
 
 
 def package(**changes: Any) -> Package:
-    return Package(**{"role": "raw", "name": "x", "version": "1:2.0", "architecture": "all", "size": 1} | changes)
+    return replace(Package("raw", "x", "1:2.0", "all", 1, ""), **changes)
 
 
 def built(folder: Path, content: dict[str, bytes]) -> Package:
@@ -58,7 +59,7 @@ def built(folder: Path, content: dict[str, bytes]) -> Package:
     ],
 )
 def test_patterns(path: str, pattern: str, expected: bool) -> None:
-    assert package(include=(pattern,), sha256="").wants(path) is expected
+    assert package(include=(pattern,)).wants(path) is expected
 
 
 def test_every_listed_package_is_pinned_and_described() -> None:
@@ -69,7 +70,7 @@ def test_every_listed_package_is_pinned_and_described() -> None:
         assert len(each.sha256) == 64
         assert each.role == "raw" or (each.title and each.licence), each.name
         assert each.format in documents.READERS
-    epoch = package(version="1:2.0-1~x+y", sha256="")
+    epoch = package(version="1:2.0-1~x+y")
     assert epoch.file == "x_1%3a2.0-1~x+y_all.deb"  # as apt-get names it
 
 
@@ -164,7 +165,7 @@ def test_gophers_rules_are_datatroves() -> None:
     pytest.importorskip("datatrove")
     pytest.importorskip("spacy")
     texts = ["".join(SENTENCES), "too short", "the same line of text\n" * 100]
-    reasons = filters.gopher([Document("x", str(i), text) for i, text in enumerate(texts)])
+    reasons = filters.gopher([Document("x", str(i), text) for i, text in enumerate(texts)], workers=1)
     assert reasons[1] == "gopher_short_doc"
     assert 2 in reasons
 
@@ -266,7 +267,10 @@ SUMMARY = {
     "arms": {
         arm: {
             "available": {"documents": 9, "bytes": 2_000_000},
-            **{"contaminated": 1, "documents": 8, "bytes": 1_500_000, "tokens": 400_000},
+            "contaminated": 1,
+            "documents": 8,
+            "bytes": 1_500_000,
+            "tokens": 400_000,
         }
         for arm in VALUES
     },

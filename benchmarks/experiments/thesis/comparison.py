@@ -24,6 +24,15 @@ def held_out(run: dict[str, Any]) -> float:
     return statistics.fmean(run["held_out"].values())
 
 
+def of_kind(kind: str) -> Measure:
+    """Return the measure "bits per byte of one kind of held-out text"."""
+
+    def bits(run: dict[str, Any]) -> float:
+        return float(run["held_out"][kind])
+
+    return bits
+
+
 @dataclass(frozen=True)
 class Difference:
     """One arm's measure minus another's, paired by seed: below zero, the first arm is better in bits."""
@@ -53,14 +62,14 @@ def difference(runs: Runs, first: str, second: str, measure: Measure = held_out)
     half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * error
     p = 2 * stats.t.sf(abs(mean) / error, len(values) - 1) if error else float(mean == 0)
     drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    ends = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return Difference(
-        tuple(map(float, values)),
-        float(mean),
-        float(mean - half),
-        float(mean + half),
-        tuple(map(float, ends)),
-        float(p),
+        values=tuple(values.tolist()),
+        mean=float(mean),
+        low=float(mean - half),
+        high=float(mean + half),
+        bootstrap=(low, high),
+        p=float(p),
     )
 
 
@@ -104,7 +113,7 @@ def verdicts(runs: Runs) -> list[Verdict]:
     kinds = list(runs[0]["held_out"])
 
     def judged(name: str, first: str, second: str, found: Difference, p: float) -> Verdict:
-        better = sum(difference(runs, first, second, lambda run, k=kind: run["held_out"][k]).mean < 0 for kind in kinds)
+        better = sum(difference(runs, first, second, of_kind(kind)).mean < 0 for kind in kinds)
         return Verdict(name, first, second, found, p, better, len(kinds))
 
     primary = [difference(runs, first, second) for _, first, second in PRIMARY]

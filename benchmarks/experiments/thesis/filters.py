@@ -10,14 +10,19 @@ are latent semantic analysis (TF-IDF, then a truncated singular value decomposit
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 
+from phi_fast.data.preparation.pipeline import available_cores
 from phi_fast.errors import UsageError
 
 from .documents import Document
@@ -50,8 +55,6 @@ class Filtered:
 
 def require(name: str) -> Any:
     """Import a package of the extra "textbooks". Raises UsageError naming the extra if it is absent."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -129,20 +132,37 @@ def near_duplicates(documents: Sequence[Document], *, threshold: float = NEAR) -
     return repeated
 
 
-def gopher(documents: Sequence[Document]) -> dict[int, str]:
-    """Find the documents that Gopher's rules of repetition and quality drop, each with the rule's name in datatrove."""
-    data, rules = require("datatrove.data"), require("datatrove.pipeline.filters")
-    require("spacy")  # which datatrove splits English into words with
-    checks = (rules.GopherQualityFilter(), rules.GopherRepetitionFilter())
-    reasons = {}
-    for i, document in enumerate(documents):
-        wrapped = data.Document(text=document.text, id=str(i))
-        for check in checks:
-            answer = check.filter(wrapped)
-            if answer is not True:
-                reasons[i] = answer[1] if isinstance(answer, tuple) else "gopher"
-                break
-    return reasons
+def gopher(documents: Sequence[Document], *, workers: int | None = None) -> dict[int, str]:
+    """Find the documents that Gopher's rules of repetition and quality drop, each with the rule's name in datatrove.
+
+    workers: number of processes; None: one per core. The result does not depend on it.
+    """
+    for name in ("datatrove.data", "datatrove.pipeline.filters", "spacy"):  # datatrove splits words with spaCy
+        require(name)
+    workers = workers or available_cores()
+    texts = [document.text for document in documents]
+    if workers == 1:
+        answers = list(map(broken_rule, texts))
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            answers = list(pool.map(broken_rule, texts, chunksize=50))
+    return {i: answer for i, answer in enumerate(answers) if answer}
+
+
+@cache
+def _rules() -> tuple[Any, ...]:
+    rules = require("datatrove.pipeline.filters")
+    return rules.GopherQualityFilter(), rules.GopherRepetitionFilter()
+
+
+def broken_rule(text: str) -> str:
+    """Return the first of Gopher's rules that a text breaks, by its name in datatrove; "" if there is none."""
+    document = require("datatrove.data").Document(text=text, id="")
+    for rule in _rules():
+        answer = rule.filter(document)
+        if answer is not True:
+            return answer[1] if isinstance(answer, tuple) else "gopher"
+    return ""
 
 
 def teaching(documents: Sequence[Document], exemplars: Sequence[Document]) -> tuple[np.ndarray[Any, Any], float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from phi_fast.errors import UsageError
 from phi_fast.files import write_atomically
 
-from .comparison import Difference, Runs, difference, held_out, verdicts
+from .comparison import Difference, Runs, difference, held_out, of_kind, verdicts
 from .corpora import ARMS
 
 if TYPE_CHECKING:
@@ -103,9 +103,7 @@ def _by_kind(runs: Runs) -> str:
     ]
     for kind in runs[0]["held_out"]:
         cells = _means(runs, "held_out", kind)
-        pairs = [
-            difference(runs, first, "raw", lambda run, k=kind: run["held_out"][k]) for first in ("filtered", "books")
-        ]
+        pairs = [difference(runs, first, "raw", of_kind(kind)) for first in ("filtered", "books")]
         lines.append(f"| {kind} | {' | '.join(cells.values())} | {' | '.join(map(_interval, pairs))} |")
     means = {arm: statistics.fmean(held_out(run) for run in runs if run["arm"] == arm) for arm in ARMS}
     pairs = [difference(runs, first, "raw") for first in ("filtered", "books")]
@@ -194,7 +192,7 @@ def _draw_held_out(axes: Axes, runs: Runs) -> None:
     for offset, arm in ((-0.17, "filtered"), (0.17, "books")):
         for row, kind in enumerate(kinds):
             found = (
-                difference(runs, arm, "raw", lambda run, k=kind: run["held_out"][k])
+                difference(runs, arm, "raw", of_kind(kind))
                 if kind in runs[0]["held_out"]
                 else difference(runs, arm, "raw")
             )
