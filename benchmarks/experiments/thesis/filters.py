@@ -32,8 +32,8 @@ KEEP = 0.3
 NEAR = 0.8
 """Least estimated Jaccard similarity, of sets of 5 words in a row, of near duplicates."""
 LETTERS = 0.7
-"""Least share of words with a letter. Gopher has 0.8, for web text; datatrove counts punctuation as words, and nine tenths
-of the exemplars' documents have 0.68 or more."""
+"""Least share of words with a letter. Gopher has 0.8, for web text; datatrove counts punctuation as words, and nine
+tenths of the exemplars' documents have 0.68 or more."""
 LABELS = 600
 """Documents of each class, at most, that the classifier is trained on."""
 EXCERPT = 3000
