@@ -55,6 +55,7 @@ def built(folder: Path, content: dict[str, bytes]) -> Package:
         ("man4/x.gz", "man[457]/*.gz", True),
         ("man6/x.gz", "man[457]/*.gz", False),
         ("usr/print.html", "**/print.html", True),
+        ("usr/blueprint.html", "**/print.html", False),
         ("aXhtml", "a.html", False),
     ],
 )
@@ -180,6 +181,8 @@ def test_texts_are_cut_shuffled_and_limited() -> None:
     assert set(corpora.ngrams(gram)) == set(corpora.ngrams(gram.upper().replace(" ", "\n")))
     assert not set(corpora.ngrams(gram)) & set(corpora.ngrams(gram.replace("m", "n")))
     assert not list(corpora.ngrams(gram[:-2]))
+    planted = [Document("x", "", text) for text in (f"before {gram}, after", f"before {gram[:-1]}, after")]
+    assert corpora.uncontaminated(planted, set(corpora.ngrams(gram))) == planted[1:]
 
 
 def test_reference_solutions_are_right() -> None:

@@ -98,7 +98,7 @@ def _build(packages: Sequence[Package], packages_folder: Path, folder: Path, con
     }
     arms, sample = {}, []
     for name, found in (("raw", raw), ("filtered", chosen.documents), ("books", books)):
-        clean = [document for document in found if forbidden.isdisjoint(ngrams(document.text))]
+        clean = uncontaminated(found, forbidden)
         aside = [document for document in clean if _share(document) < OWN_SHARE]
         kept = limited([document for document in clean if _share(document) >= OWN_SHARE], ARM_BYTES)
         own = pieces(aside, OWN_BYTES)
@@ -161,6 +161,11 @@ def pieces(found: Sequence[Document], most: int) -> list[str]:
             texts.append(text)
             size += len(text.encode())
     return texts
+
+
+def uncontaminated(found: Sequence[Document], forbidden: set[int]) -> list[Document]:
+    """Return the documents that have none of the forbidden `ngrams`."""
+    return [document for document in found if forbidden.isdisjoint(ngrams(document.text))]
 
 
 def ngrams(text: str) -> Iterator[int]:

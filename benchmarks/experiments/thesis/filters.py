@@ -27,7 +27,7 @@ from phi_fast.errors import UsageError
 
 from .documents import Document
 
-KEEP = 0.3
+KEEP = 0.5
 """Share of the bytes that pass the rules that the filtered corpus keeps: those with the best scores."""
 NEAR = 0.8
 """Least estimated Jaccard similarity, of sets of 5 words in a row, of near duplicates."""

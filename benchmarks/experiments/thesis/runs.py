@@ -100,7 +100,7 @@ def train(corpora: Corpora, plan: Plan, arm: str, seed: int, run_dir: Path) -> N
     words += ["--run-dir", run_dir, "--elastic", "--precision", "bf16", "--device", "cpu", "--seed", seed]
     words += ["--tokens", plan.tokens, "--sequence-length", CONTEXT, "--global-batch-size", ROWS]
     words += ["--optimizer", "muon", "--learning-rate", RATE, "--warmup-steps", WARMUP, "--schedule", "linear"]
-    words += ["--sample-tokens", 0, "--keep-last", 1, "--log-every", 50]
+    words += ["--val-every", 0, "--sample-tokens", 0, "--keep-last", 1, "--log-every", 50]
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         words += [f"--model.{name.replace('_', '-')}", getattr(SHAPE, name)]
     status = subprocess.run([sys.executable, "-m", "phi_fast.train", *map(str, words)]).returncode
