@@ -30,7 +30,7 @@ from phi_fast.evaluation import sandbox
 from phi_fast.startup import tolerate_encodings
 from phi_fast.terminal import console
 
-TOKENS, QUICK_TOKENS = 614_400, 20_480
+TOKENS, QUICK_TOKENS = 512_000, 20_480
 SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1, 2)
 
 
@@ -43,7 +43,7 @@ class Options:
     work: Path = Path("runs/textbooks")
     """Folder of the runs."""
     tokens: int | None = None
-    """Tokens per run. Default: 614,400, or 20,480 with --quick."""
+    """Tokens per run. Default: 512,000, or 20,480 with --quick."""
     seeds: tuple[int, ...] | None = None
     """Seeds of weights and data order. Default: 1 2 3 4 5, or 1 2 with --quick."""
     quick: bool = False
