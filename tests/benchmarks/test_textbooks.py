@@ -161,6 +161,22 @@ def test_the_classifier_keeps_what_resembles_the_exemplars(monkeypatch: pytest.M
     assert 0.2 * all_bytes <= kept < 0.2 * all_bytes + max(d.size for d in raw)
 
 
+def test_a_negative_label_does_not_lower_its_own_score() -> None:
+    rng = np.random.default_rng(1)
+
+    def make(count: int) -> list[Document]:
+        return [Document("x", str(i), " ".join(rng.choice([f"w{j}" for j in range(200)], 120))) for i in range(count)]
+
+    found = make(120)
+    labelled = np.random.default_rng(filters.SEED)
+    labelled.permutation(60)
+    negative = labelled.permutation(120)[:60]
+    scores, accuracy = filters.teaching(found, make(60), labels=60)
+    others = np.delete(scores, negative)
+    assert abs(scores[negative].mean() - others.mean()) < 0.06  # all text is alike, so no label can be known
+    assert 0.3 < accuracy < 0.7
+
+
 @pytest.mark.slow  # spaCy and datatrove take seconds to import
 def test_gophers_rules_are_datatroves() -> None:
     pytest.importorskip("datatrove")

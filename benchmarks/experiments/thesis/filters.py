@@ -53,7 +53,7 @@ class Filtered:
     threshold: float
     """The least of them."""
     accuracy: float
-    """Share of 200 labelled documents, not trained on, that the classifier puts into their class."""
+    """Share of the labelled documents that the classifier puts into their class, out of bag."""
 
 
 def require(name: str) -> Any:
@@ -168,32 +168,32 @@ def broken_rule(text: str) -> str:
     return ""
 
 
-def teaching(documents: Sequence[Document], exemplars: Sequence[Document]) -> tuple[np.ndarray[Any, Any], float]:
+def teaching(
+    documents: Sequence[Document], exemplars: Sequence[Document], *, labels: int = LABELS
+) -> tuple[np.ndarray[Any, Any], float]:
     """Train the classifier, and score the documents.
 
-    Returns the probability that each document is teaching text, and the accuracy on 200 labelled documents that were
-    set aside. The negative labels are random documents of `documents`, so some of them teach, too.
+    Returns the probability that each document is teaching text, and the forest's accuracy on the labelled documents. The
+    negative labels are random documents of `documents`. These, and the accuracy, are judged out of bag, only by the trees
+    that were not trained on the document: the others would know its label. labels: documents of each class, at most.
     """
     require("sklearn")
     from sklearn.decomposition import TruncatedSVD
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.model_selection import train_test_split
     from sklearn.pipeline import make_pipeline
 
     rng = np.random.default_rng(SEED)
-    positive, negative = (
-        [group[i].text[:EXCERPT] for i in rng.permutation(len(group))[:LABELS]] for group in (exemplars, documents)
+    positive = rng.permutation(len(exemplars))[:labels]
+    negative = rng.permutation(len(documents))[:labels]
+    texts = [document.text[:EXCERPT] for document in documents]
+    labelled = [exemplars[i].text[:EXCERPT] for i in positive] + [texts[i] for i in negative]
+    classes = np.array([1] * len(positive) + [0] * len(negative))
+    embedding = make_pipeline(
+        TfidfVectorizer(max_features=20_000, sublinear_tf=True, min_df=2), TruncatedSVD(64, random_state=SEED)
     )
-    texts, labels = positive + negative, [1] * len(positive) + [0] * len(negative)
-    model = make_pipeline(
-        TfidfVectorizer(max_features=20_000, sublinear_tf=True, min_df=2),
-        TruncatedSVD(64, random_state=SEED),
-        RandomForestClassifier(300, random_state=SEED, min_samples_leaf=3),
-    )
-    train, test, train_labels, test_labels = train_test_split(
-        texts, labels, test_size=min(200, len(texts) // 4), random_state=SEED, stratify=labels
-    )
-    model.fit(train, train_labels)
-    accuracy = float(model.score(test, test_labels))
-    return model.predict_proba([document.text[:EXCERPT] for document in documents])[:, 1], accuracy
+    forest = RandomForestClassifier(300, random_state=SEED, min_samples_leaf=3, oob_score=True)
+    forest.fit(embedding.fit_transform(labelled), classes)
+    probabilities = forest.predict_proba(embedding.transform(texts))[:, 1]
+    probabilities[negative] = forest.oob_decision_function_[len(positive) :, 1]
+    return probabilities, float(forest.oob_score_)

@@ -167,7 +167,7 @@ def _corpora(summary: dict[str, Any]) -> str:
         lines.append(f"| {reason} | {count['documents']:,} | {count['bytes']:,} ({share:.1%}) |")
     lines += [
         "",
-        f"The classifier puts {summary['filters']['accuracy']:.1%} of 200 labelled documents into their class.",
+        f"The classifier puts {summary['filters']['accuracy']:.1%} of its labelled documents into their class, out of bag.",
     ]
     return "\n".join(lines)
 
