@@ -173,9 +173,10 @@ def teaching(
 ) -> tuple[np.ndarray[Any, Any], float]:
     """Train the classifier, and score the documents.
 
-    Returns the probability that each document is teaching text, and the forest's accuracy on the labelled documents. The
-    negative labels are random documents of `documents`. These, and the accuracy, are judged out of bag, only by the trees
-    that were not trained on the document: the others would know its label. labels: documents of each class, at most.
+    labels: documents of each class, at most; the negative ones are random documents of `documents`. Returns the
+    probability that each document is teaching text, and the forest's accuracy on the labelled documents. The scores of
+    negative examples, and the accuracy, are out of bag: only by the trees that were not trained on the document, since
+    the others know its label.
     """
     require("sklearn")
     from sklearn.decomposition import TruncatedSVD

@@ -165,10 +165,8 @@ def _corpora(summary: dict[str, Any]) -> str:
     for reason, count in dropped.items():
         share = count["bytes"] / total["bytes"]
         lines.append(f"| {reason} | {count['documents']:,} | {count['bytes']:,} ({share:.1%}) |")
-    lines += [
-        "",
-        f"The classifier puts {summary['filters']['accuracy']:.1%} of its labelled documents into their class, out of bag.",
-    ]
+    share = summary["filters"]["accuracy"]
+    lines += ["", f"The classifier puts {share:.1%} of its labelled documents into their class, out of bag."]
     return "\n".join(lines)
 
 
