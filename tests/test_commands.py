@@ -77,6 +77,8 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.experiments.curation": [["--megabytes", "0"]],
     "benchmarks.experiments.curation_peers": [["no → step"]],
     "benchmarks.experiments.muon": [NO_DATA, ["--steps", "0"]],
+    "benchmarks.experiments.textbooks": [["--tokens", "0"], ["--seeds", "1", "1"]],
+    "benchmarks.experiments.thesis.draw": [["no → file"], ["text.txt"]],
 }
 """Entry point -> the arguments of several calls that print something and end: messages, tables, output of --inspect.
 MISSING_MODEL is slow because lm-eval reads all its tasks, and NO_DATA because the trainer starts in its own process."""

@@ -1,0 +1,1 @@
+"""Parts of the experiment `benchmarks.experiments.textbooks`: packages, corpora, filters, measures and the page."""
