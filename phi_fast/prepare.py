@@ -23,6 +23,7 @@ from .data.preparation.adoption import adopt
 from .data.preparation.containers import PrepareError
 from .data.preparation.inspection import inspect
 from .data.preparation.pipeline import Settings, prepare
+from .data.remote_files import is_url
 from .data.vocabulary import END_OF_TEXT
 from .errors import PhiFastError
 from .startup import tolerate_encodings
@@ -33,8 +34,9 @@ from .terminal import console, printable
 class Options:
     """Make a token corpus from text, or inspect one."""
 
-    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Files and folders: text, source code, JSONL (also .gz, .bz2, .xz, .zst), Parquet, saved Hugging Face datasets."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files and folders: text, source code, JSONL (also .gz, .bz2, .xz, .zst), Parquet, saved Hugging Face datasets.
+    Also URLs, read in place: https://…, s3://BUCKET/…, gs://BUCKET/…, hf://datasets/OWNER/NAME[@REVISION]/…"""
     tokenizer: str | None = None
     """"phi-1.5", a tokenizer.json or a directory with one, or a name on the Hugging Face hub."""
     out: Path | None = None
@@ -105,10 +107,15 @@ def run(options: Options, output: Console) -> None:
     if options.adopt:
         manifest = adopt(list(options.adopt), options.out, settings, output)
     else:
-        manifest = prepare(list(options.inputs), options.out, settings, workers=options.workers, console=output)
+        manifest = prepare(places(options.inputs), options.out, settings, workers=options.workers, console=output)
     for name, split in manifest.splits.items():
         output.print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
     output.print(f"written: {printable(str(options.out))}")
+
+
+def places(inputs: tuple[str, ...]) -> list[Path | str]:
+    """The inputs as `pipeline.prepare` takes them: a Path, or the text of a URL."""
+    return [text if is_url(text) else Path(text) for text in inputs]
 
 
 if __name__ == "__main__":

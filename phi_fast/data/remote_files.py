@@ -7,6 +7,7 @@ stderr unless it is configured otherwise.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -32,6 +33,9 @@ SCHEMES = tuple(_PACKAGES)
 
 _REFUSED = {400, 401, 402, 403, 404, 405, 406, 407, 409, 410, 411, 412, 413, 414, 415, 416, 451, 501}
 """HTTP status codes that another attempt would not change."""
+
+_VERSIONS = ("sha256", "ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "LastModified", "Last-Modified")
+"""Names under which file systems give what recognises a version of a file."""
 
 _log = logging.getLogger("phi_fast.remote")
 _Result = TypeVar("_Result")
@@ -94,7 +98,7 @@ def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE) -
     def fetch() -> bytes:
         data: bytes = system.cat_file(path, start=start, end=stop, **options)
         if len(data) > stop - start:
-            raise _LastingError(f"the server sent {len(data):,} bytes: it does not answer requests for a part of a file")
+            raise _LastingError(f"the server sent {len(data):,} bytes: it answers no requests for a part of a file")
         if len(data) < stop - start:
             raise OSError(f"the answer has {len(data):,} bytes of {stop - start:,}")
         return data
@@ -172,7 +176,7 @@ def _lasting(error: Exception) -> str | None:
     if isinstance(error, _LastingError):
         return "Download the file, and name its path here"
     known = {"InvalidURL", "ParamValidationError", "NotImplementedError", "TypeError"}
-    if names & known or status in _REFUSED:
+    if names & known or status in _REFUSED or getattr(error, "errno", None) == errno.EINVAL:
         return "Check the address; a file that changed or became shorter must be read from its beginning"
     return None
 
@@ -181,7 +185,7 @@ def _status(error: Exception) -> int | None:
     """HTTP status of an error from aiohttp, botocore, gcsfs, or huggingface_hub; None if it has none."""
     response = getattr(error, "response", None)
     candidates = [getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)]
-    return next((int(found) for found in candidates if str(found).isdecimal()), None)
+    return next((int(str(found)) for found in candidates if str(found).isdecimal()), None)
 
 
 def _open(url: str, patience: Patience) -> tuple[Any, str]:
@@ -231,6 +235,5 @@ def _stat(url: str, info: dict[str, Any]) -> RemoteStat:
     """What a file system's `info` says about a file. Raises RemoteError if it does not say the size."""
     if not isinstance(info.get("size"), int):
         raise RemoteError(f"{url}: the server does not say how long the file is. Download it, and name its path here")
-    names = ("sha256", "ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "generation", "LastModified", "Last-Modified")
-    found = next((str(info[name]) for name in names if info.get(name)), "")
+    found = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     return RemoteStat(info["size"], found)

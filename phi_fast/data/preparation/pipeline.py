@@ -27,6 +27,7 @@ from ...files import Claim, sync_directory, write_atomically
 from ...json_files import JsonFileError, read_object
 from ..chat import ChatFiles
 from ..manifest import DTYPES, FILE_NAME, Delimiter, Manifest
+from ..remote_files import PATIENCE, Patience
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .containers import PrepareError
 from .conversations import MARKED, Conversations, MarkedEncoding, TrainOn
@@ -35,7 +36,8 @@ from .merge import merge
 from .packing import pack_splits
 from .progress import Meter
 from .readers import Reader, check_field
-from .tasks import Task, cut
+from .task import Task
+from .tasks import cut
 from .units import Encoding, Summary, completed, encode_unit
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**24
@@ -77,19 +79,27 @@ class Settings:
 
 
 def prepare(
-    paths: list[Path], out: Path, settings: Settings, *, workers: int | None = None, console: Console
+    paths: list[Path | str],
+    out: Path,
+    settings: Settings,
+    *,
+    workers: int | None = None,
+    console: Console,
+    patience: Patience = PATIENCE,
 ) -> Manifest:
     """Write a corpus of the documents in `paths` to the directory `out`: the same bytes for any number of workers.
 
+    paths: files and folders; a text is a URL. patience: how long to wait for servers.
+
     Work in progress lies in `out`.partial; the next call with the same inputs and settings resumes it.
 
-    Raises PrepareError, TokenizerError and OSError, before any work where possible.
+    Raises PrepareError, TokenizerError, RemoteError and OSError, before any work where possible.
     """
     if workers is not None and workers < 1:
         raise PrepareError(f"--workers {workers}: expected at least 1, or None for one per core")
     encoder, encoding, manifest = plan_encoding(settings)
     place = check_place(out)
-    inputs = find_inputs(paths, settings.suffixes, settings.text_field)
+    inputs = find_inputs(paths, settings.suffixes, settings.text_field, patience)
     check_field(inputs.read, settings.text_field)
     unit_bytes = _unit_bytes(sum(entry.size for entry in inputs.read))
     plan = {name: value for name, value in asdict(settings).items() if name not in _OF_CHAT}
@@ -135,7 +145,7 @@ def _unit_bytes(total: int) -> int:
     return min(max(2 ** int(math.log2(max(total // 512, 1))), MIN_UNIT_BYTES), MAX_UNIT_BYTES)
 
 
-def _no_training(paths: list[Path], share: float, manifest: Manifest) -> str:
+def _no_training(paths: list[Path | str], share: float, manifest: Manifest) -> str:
     named = ", ".join(map(str, paths))
     if "validation" in manifest.splits:
         documents = manifest.splits["validation"].documents
@@ -329,7 +339,7 @@ def _encode_all(
                     meter.advance(running.pop(done).size, summary.tokens)
                     work.count(summary)
 
-        for number, task in enumerate(cut(inputs, unit_bytes)):
+        for number, task in enumerate(cut(inputs, unit_bytes, work.directory)):
             unit, key = work.directory / f"{number:07d}", task.key(work.made_by)
             units.append(unit)
             if (done := work.completed(unit, key)) is not None:
@@ -337,7 +347,7 @@ def _encode_all(
                 work.count(done)
                 kept += 1
             else:
-                running[pool.submit(_encode_task, unit, number, task, key)] = task
+                running[pool.submit(_encode_task, unit, number, task.loaded(), key)] = task
                 collect(2 * workers)
         collect(0)
     if began:
