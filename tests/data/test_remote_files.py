@@ -68,12 +68,13 @@ def test_the_bytes_asked_for(server: FileServer) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_overcome_and_named(server: FileServer, caplog: pytest.LogCaptureFixture, fault: str) -> None:
-    server.fault = failing(fault, fault)
+    server.fault = failing(*[fault] * (4 if fault == "drop" else 2))  # aiohttp itself sends a dropped request again
     impatient = Patience(attempts=4, first_wait=0.01, timeout=0.3)
     assert read_range(f"{server.url}/a.bin", 7, 4007, impatient) == CONTENT[7:4007]
     assert len(server.requests) >= 3
     lines = [record.getMessage() for record in caplog.records if record.name == "phi_fast.remote"]
-    assert [f"attempt {number} of 4 failed" in line for number, line in enumerate(lines, 1)] == [True, True]
+    assert len(lines) >= 2
+    assert all(f"attempt {number} of 4 failed" in line for number, line in enumerate(lines, 1))
     assert all(f"{server.url}/a.bin, bytes 7 to 4,007" in line for line in lines)
 
 
@@ -95,7 +96,7 @@ def test_what_will_not_pass_is_not_tried_again(server: FileServer) -> None:
         read_range(f"{server.url}/a.bin", 20_000, 20_010, QUICK)
     assert len(server.requests) == 2
     server.ranges = False
-    with pytest.raises(RemoteError, match="no requests for a part of a file. Download"):
+    with pytest.raises(RemoteError, match="no requests for a part of a file"):
         read_range(f"{server.url}/a.bin", 0, 10, QUICK)
     assert len(server.requests) == 3
 
@@ -107,11 +108,8 @@ def test_waits_grow_and_are_bounded() -> None:
         assert longest / 2 <= wait <= longest
 
 
-@pytest.mark.parametrize(
-    ("text", "url"), [("https://h/x", True), ("S3://b/k", True), ("data/x", False), ("C:/x", False)]
-)
-def test_urls_and_paths(text: str, url: bool) -> None:
-    assert is_url(text) == url
+def test_urls_and_paths() -> None:
+    assert [is_url(text) for text in ("https://h/x", "S3://b/k", "data/x", "C:/x", "ftp://h/x")] == [1, 1, 0, 0, 0]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,10 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 def parquet() -> bytes:
     pyarrow = pytest.importorskip("pyarrow")
     file = io.BytesIO()
-    table = pyarrow.table({"prompt": ["x" * 50_000] * len(TEXTS), "text": TEXTS})
-    pytest.importorskip("pyarrow.parquet").write_table(table, file, row_group_size=17, compression="none")
+    table = pyarrow.table({"prompt": [str(i) * 100_000 for i in range(len(TEXTS))], "text": TEXTS})
+    pytest.importorskip("pyarrow.parquet").write_table(
+        table, file, row_group_size=17, compression="none", use_dictionary=False
+    )
     return file.getvalue()
 
 

@@ -76,7 +76,7 @@ def _beginning(path: AnyPath, suffix: str | None = None) -> BinaryIO:
         return open_regular(path)
     if suffix is None:
         return io.BytesIO(path.head(HEAD_BYTES))
-    return io.BufferedReader(path.open(), 4 * HEAD_BYTES)  # type: ignore[type-var]
+    return io.BufferedReader(path.open(), 4 * HEAD_BYTES)
 
 
 def damaged(path: AnyPath, error: Exception) -> PrepareError:
