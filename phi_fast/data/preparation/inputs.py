@@ -18,7 +18,7 @@ from ..signatures import HEAD_BYTES, container
 from .containers import COMPRESSED, PrepareError, compression, head, require
 from .remote import AnyPath, RemotePath
 
-Kind = Literal["text", "lines", "parquet", "dataset", "blobs"]
+Kind = Literal["text", "lines", "parquet", "dataset"]
 
 LINES = (".jsonl", ".ndjson", ".json")
 TABLES = (".parquet", ".pq")

@@ -31,15 +31,11 @@ class Task:
     """A part of a remote stream: its first byte, decompressed, and the byte after its last; None for other tasks."""
     stream: Any = field(default=None, repr=False, compare=False)
     """A part of a remote stream whose `data` was not read: the `streams.Stream` to read it from."""
-    contents: str = ""
-    """Blobs: the folder or URL that holds the content of each id."""
 
     def key(self, settings: bytes) -> bytes:
         """32 bytes that identify this task's documents, encoded with `settings`."""
         hashed = hashlib.blake2b(settings, digest_size=32)
         hashed.update(repr((self.kind, self.first, self.last)).encode())
-        if self.contents:
-            hashed.update(self.contents.encode())
         for path in self.paths:
             if isinstance(path, RemotePath):
                 hashed.update(repr((path.stamp, self.place)).encode())
