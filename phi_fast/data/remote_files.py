@@ -26,7 +26,7 @@ _PACKAGES = {
     "https": ("fsspec", "aiohttp"),
     "s3": ("fsspec", "s3fs"),
     "gs": ("fsspec", "gcsfs"),
-    "hf": ("fsspec", "huggingface_hub"),
+    "hf": ("fsspec", "huggingface_hub", "aiohttp"),
 }
 """Scheme -> the packages that read it, all in the extra `remote`."""
 SCHEMES = tuple(_PACKAGES)
@@ -36,6 +36,9 @@ _REFUSED = {400, 401, 402, 403, 404, 405, 406, 407, 409, 410, 411, 412, 413, 414
 
 _VERSIONS = ("sha256", "ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "LastModified", "Last-Modified")
 """Names under which file systems give what recognises a version of a file."""
+
+_IDENTITY = {"Accept-Encoding": "identity"}
+"""Header that asks for bytes as they are stored: a part of a compressed answer would be another part."""
 
 _log = logging.getLogger("phi_fast.remote")
 _Result = TypeVar("_Result")
@@ -93,10 +96,13 @@ def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE) -
     if start == stop:
         return b""
     system, path = _open(url, patience)
-    options: dict[str, Any] = {"cache_type": "none"} if url.startswith("hf:") else {}
 
     def fetch() -> bytes:
-        data: bytes = system.cat_file(path, start=start, end=stop, **options)
+        data: bytes = (
+            _cat_from_hub(system, path, start, stop, patience)
+            if _of_hub(url)
+            else system.cat_file(path, start=start, end=stop)
+        )
         if len(data) > stop - start:
             raise _LastingError(f"the server sent {len(data):,} bytes: it answers no requests for a part of a file")
         if len(data) < stop - start:
@@ -159,6 +165,20 @@ def describe(error: BaseException) -> str:
     return printable(f"{type(error).__name__}: {line}" if line else type(error).__name__)[:300]
 
 
+def _of_hub(url: str) -> bool:
+    return url.lower().startswith("hf:")
+
+
+def _cat_from_hub(system: Any, path: str, start: int, stop: int, patience: Patience) -> bytes:
+    """Read from the Hugging Face hub over plain HTTP: the retries of its own client are not logged, and last long."""
+    import huggingface_hub
+
+    headers = {**huggingface_hub.utils.build_hf_headers(), **_IDENTITY}
+    http = _file_system("https", patience.timeout, os.getpid())
+    data: bytes = http.cat_file(system.url(path), start=start, end=stop, headers=headers)
+    return data
+
+
 class _LastingError(OSError):
     """An error that another attempt would not change."""
 
@@ -216,7 +236,7 @@ def _file_system(scheme: str, timeout: float, process: int) -> Any:
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-        options |= {"client_kwargs": {"timeout": limits}, "headers": {"Accept-Encoding": "identity"}}
+        options |= {"client_kwargs": {"timeout": limits}, "headers": _IDENTITY}
     elif scheme == "s3":
         options["config_kwargs"] = {
             "connect_timeout": timeout,

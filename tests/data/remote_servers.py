@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 Answer = tuple[int, dict[str, str], bytes]
 FAULTS = ("drop", "short", "agreed", "error", "slow")
@@ -127,3 +129,42 @@ def failing(*faults: str | None, on: str = "GET") -> Callable[[str], str | None]
     """A `Server.fault` that spoils the first answers to requests that begin with `on`, one fault each."""
     left = list(faults)
     return lambda request: left.pop(0) if left and request.startswith(on) else None
+
+
+class Hub(FileServer):
+    """The part of the Hugging Face hub's API that reading data sets needs; files are named OWNER/NAME/PATH."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__(files)
+
+    def respond(self, handler: Handler) -> Answer:
+        path, _, query = handler.path.partition("?")
+        path = unquote(path)
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            return self.json({"id": found[1], "sha": "0" * 40, "siblings": [], "private": False})
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
+            return self.tree(found[1], (found[3] or "").strip("/"), "recursive=true" in query)
+        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            handler.path = f"{found[1]}/{found[3]}"
+            return super().respond(handler)
+        return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
+
+    def tree(self, repository: str, folder: str, deep: bool) -> Answer:
+        entries: dict[str, dict] = {}
+        below = f"{repository}/{folder}/" if folder else f"{repository}/"
+        for name, content in self.files.items():
+            if not name.startswith(below):
+                continue
+            path = name.removeprefix(f"{repository}/")
+            inner = name.removeprefix(below).split("/")
+            for depth in range(1, len(inner)):
+                if deep or depth == 1:
+                    inside = path.split("/")[: -len(inner) + depth]
+                    entries["/".join(inside)] = {"type": "directory", "path": "/".join(inside), "oid": "0" * 40}
+            if deep or len(inner) == 1:
+                oid = hashlib.sha1(content).hexdigest()
+                entries[path] = {"type": "file", "path": path, "size": len(content), "oid": oid}
+        return self.json(list(entries.values()))
+
+    def json(self, value: object) -> Answer:
+        return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
