@@ -141,6 +141,8 @@ def retried(call: Callable[[], _Result], what: str, patience: Patience = PATIENC
     for attempt in range(1, patience.attempts + 1):
         try:
             return call()
+        except UsageError:
+            raise
         except Exception as error:  # each file system raises errors of its own libraries
             reason = describe(error)
             if (way_out := _lasting(error)) is not None:

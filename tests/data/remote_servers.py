@@ -131,6 +131,10 @@ def failing(*faults: str | None, on: str = "GET") -> Callable[[str], str | None]
     return lambda request: left.pop(0) if left and request.startswith(on) else None
 
 
+COMMIT = "5" * 40
+"""The commit that `Hub` gives for every revision."""
+
+
 class Hub(FileServer):
     """The part of the Hugging Face hub's API that reading data sets needs; files are named OWNER/NAME/PATH."""
 
@@ -141,12 +145,15 @@ class Hub(FileServer):
         path, _, query = handler.path.partition("?")
         path = unquote(path)
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            return self.json({"id": found[1], "sha": "0" * 40, "siblings": [], "private": False})
+            names = [name.removeprefix(f"{found[1]}/") for name in self.files if name.startswith(f"{found[1]}/")]
+            siblings = [{"rfilename": name} for name in names]
+            return self.json({"id": found[1], "sha": COMMIT, "siblings": siblings, "private": False})
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(/.*)?", path):
             return self.tree(found[1], (found[3] or "").strip("/"), "recursive=true" in query)
         if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             handler.path = f"{found[1]}/{found[3]}"
-            return super().respond(handler)
+            status, headers, body = super().respond(handler)
+            return status, headers | {"X-Repo-Commit": COMMIT}, body
         return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
 
     def tree(self, repository: str, folder: str, deep: bool) -> Answer:

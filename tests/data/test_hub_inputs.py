@@ -68,3 +68,47 @@ def test_a_recipe_from_the_hub(hub: Hub, tmp_path: Path, small_tokenizer: Path) 
     for sources in OPEN_DATA["phi-1.5-web-open"].corpora.values():
         for one in sources:
             assert any(f"/datasets/{one.dataset}/resolve/{one.revision}/" in line for line in hub.requests)
+
+
+CARD = b"""---
+configs:
+- config_name: one
+  data_files:
+  - split: train
+    path: top/*.jsonl
+- config_name: two
+  data_files:
+  - split: test
+    path: data/*
+---
+"""
+
+
+@pytest.mark.slow
+def test_a_configuration_and_a_split_by_name(tmp_path: Path, small_tokenizer: Path) -> None:
+    texts = {name: b"".join(b'{"text": "%s %d"}\n' % (name.encode(), i) for i in range(9)) for name in ("one", "two")}
+    files = {"me/them/README.md": CARD, "me/them/top/a.jsonl": texts["one"], "me/them/data/b.jsonl": texts["two"]}
+    with serving(Hub(files)) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+
+        def run(query: str, out: str) -> subprocess.CompletedProcess[str]:
+            words = [f"hf://datasets/me/them@main?{query}", "--tokenizer", str(small_tokenizer), "--out", out]
+            command = [sys.executable, "-m", "phi_fast.prepare", *words, "--workers", "1", "--validation", "0"]
+            return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+        hub.fault = failing("short", "agreed", on="GET /datasets/me/them/resolve/55555")
+        for query, name in (("config=one", "one"), ("config=two&split=test", "two")):
+            done = run(query, name)
+            assert done.returncode == 0, done.stderr
+            local = tmp_path / f"{name}.jsonl"
+            local.write_bytes(texts[name])
+            options = ["--tokenizer", str(small_tokenizer), "--validation", "0", "--workers", "1"]
+            assert prepare.main([str(local), *options, "--out", str(tmp_path / f"{name}-local")]) == 0
+            assert digests(tmp_path / name) == digests(tmp_path / f"{name}-local")
+        for query, message in (
+            ("config=three", "'three' not found. Available: .'one', 'two'"),
+            ("config=two", "no split"),
+        ):
+            done = run(query, "no")
+            assert done.returncode == 1 and re.search(message, done.stderr), done.stderr
+            assert not (tmp_path / "no.partial").exists()

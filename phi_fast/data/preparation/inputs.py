@@ -16,6 +16,7 @@ from ..remote_files import PATIENCE, Patience, find, is_url
 from ..remote_files import stat as remote_stat
 from ..signatures import HEAD_BYTES, container
 from .containers import COMPRESSED, PrepareError, compression, head, require
+from .hub_datasets import files_of, names_dataset
 from .remote import AnyPath, RemotePath
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
@@ -141,6 +142,11 @@ def _remote(url: str, patience: Patience) -> RemotePath | list[RemotePath]:
     """The file at a URL, or the files of the folder or pattern there. Raises RemoteError, PrepareError for no URL."""
     if not is_url(url):
         raise PrepareError(f"{url!r} is not a URL that is read: give paths as Path")
+    if names_dataset(url):
+        with ThreadPoolExecutor(16) as pool:
+            urls = files_of(url, patience)
+            found = list(pool.map(lambda name: remote_stat(name, patience), urls))
+        return [RemotePath.of(name, status, patience) for name, status in zip(urls, found, strict=True) if status]
     status = None if "*" in url and not url.startswith("http") else remote_stat(url, patience)
     if status is not None:
         return RemotePath.of(url, status, patience)
