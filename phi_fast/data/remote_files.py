@@ -12,10 +12,10 @@ import importlib.util
 import logging
 import os
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Event
 from typing import Any, TypeVar
 
 from ..errors import UsageError
@@ -85,8 +85,10 @@ def is_url(text: str) -> bool:
     return bool(separator) and scheme.lower() in _PACKAGES
 
 
-def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE) -> bytes:
+def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE, given_up: Event | None = None) -> bytes:
     """Read bytes `start` … `stop` - 1 of a remote file: exactly `stop - start` bytes, which must all exist.
+
+    given_up: when it is set, by another thread, no further attempt is made.
 
     Raises RemoteError after `patience.attempts` failures, at once for an error that would not pass (missing file, no
     permission), and for a missing package.
@@ -109,7 +111,7 @@ def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE) -
             raise OSError(f"the answer has {len(data):,} bytes of {stop - start:,}")
         return data
 
-    return retried(fetch, f"{url}, bytes {start:,} to {stop:,}", patience)
+    return retried(fetch, f"{url}, bytes {start:,} to {stop:,}", patience, given_up)
 
 
 def stat(url: str, patience: Patience = PATIENCE) -> RemoteStat | None:
@@ -133,11 +135,14 @@ def find(url: str, patience: Patience = PATIENCE) -> dict[str, RemoteStat]:
     return {name: _stat(name, files[name]) for name in sorted(files)}
 
 
-def retried(call: Callable[[], _Result], what: str, patience: Patience = PATIENCE) -> _Result:
+def retried(
+    call: Callable[[], _Result], what: str, patience: Patience = PATIENCE, given_up: Event | None = None
+) -> _Result:
     """Call until it succeeds, waiting longer after each failure, which the log names.
 
-    what: name of the request in messages, beginning with its URL. Raises RemoteError.
+    what: name of the request in messages, beginning with its URL. given_up: see `read_range`. Raises RemoteError.
     """
+    given_up = given_up or Event()
     for attempt in range(1, patience.attempts + 1):
         try:
             return call()
@@ -147,7 +152,7 @@ def retried(call: Callable[[], _Result], what: str, patience: Patience = PATIENC
             reason = describe(error)
             if (way_out := _lasting(error)) is not None:
                 raise RemoteError(f"{printable(what)} cannot be read: {reason}. {way_out}") from error
-            if attempt == patience.attempts:
+            if attempt == patience.attempts or given_up.is_set():
                 raise RemoteError(
                     f"{printable(what)} could not be read in {attempt} attempts: {reason}. Check the network and the "
                     "server, then run the same command again: what is done is kept"
@@ -157,7 +162,7 @@ def retried(call: Callable[[], _Result], what: str, patience: Patience = PATIENC
                 "%s: attempt %d of %d failed (%s); trying again in %.1f s",
                 *(printable(what), attempt, patience.attempts, reason, wait),
             )
-            time.sleep(wait)
+            given_up.wait(wait)
     raise RemoteError(f"{what}: {patience.attempts} attempts, expected at least 1")
 
 

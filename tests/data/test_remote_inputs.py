@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import lzma
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,3 +156,17 @@ def test_reading_ahead_is_bounded(server: FileServer) -> None:
     stream.read(0, 10)
     stream.close()
     assert 1 <= len(server.requests) <= remote.AHEAD + 1
+
+
+def test_no_attempt_is_waited_for_after_an_error(server: FileServer) -> None:
+    [entry] = find_inputs([f"{server.url}/a.jsonl"], patience=Patience(attempts=9, first_wait=60, timeout=5)).read
+    server.fault = lambda request: "error" if "bytes=2000" in request else None
+    stream = streams.Stream(entry)
+    stream.read(0, 10)
+    while not any("bytes=2000" in request for request in server.requests):
+        time.sleep(0.01)
+    begin = time.monotonic()
+    pool = stream._raw.raw._pool
+    stream.close()
+    pool.shutdown(wait=True)
+    assert time.monotonic() - begin < 5

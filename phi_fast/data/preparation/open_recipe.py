@@ -18,7 +18,7 @@ from ..vocabulary import TokenizerError
 from .containers import PrepareError
 from .inputs import find_inputs
 from .needs import check_disk, encoding_speed, measure, report
-from .pipeline import Settings, available_cores, plan_encoding, prepare
+from .pipeline import Settings, available_cores, check_place, plan_encoding, prepare
 from .readers import check_field
 
 SOURCES = "sources.json"
@@ -56,6 +56,7 @@ def prepare_recipe(
     missing = [corpus for corpus in data.corpora if not _finished(out / corpus, plan, console)]
     needs = []
     for corpus in missing:
+        check_place(out / corpus)
         settings_of = _settings(settings, data.corpora[corpus])
         inputs = find_inputs(paths[corpus], settings.suffixes, settings_of.text_field, patience)
         check_field(inputs.read, settings_of.text_field)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -121,6 +122,7 @@ class _Blocks(io.RawIOBase):
         self._waiting = memoryview(b"")
         self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="phi_fast remote")
         self._blocks: deque[Future[bytes]] = deque()
+        self._given_up = Event()
 
     def readable(self) -> bool:
         return True
@@ -132,7 +134,8 @@ class _Blocks(io.RawIOBase):
         if not self._waiting:
             while len(self._blocks) < AHEAD and self._asked < self.path.size:
                 stop = min(self._asked + BLOCK_BYTES, self.path.size)
-                self._blocks.append(self._pool.submit(read_range, self.path.url, self._asked, stop, self.path.patience))
+                place = (self.path.url, self._asked, stop)
+                self._blocks.append(self._pool.submit(read_range, *place, self.path.patience, self._given_up))
                 self._asked = stop
             if not self._blocks:
                 return 0
@@ -144,5 +147,6 @@ class _Blocks(io.RawIOBase):
         return size
 
     def close(self) -> None:
+        self._given_up.set()  # else the end of the process would wait for the blocks' next attempts
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
