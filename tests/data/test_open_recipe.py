@@ -201,3 +201,15 @@ def test_the_facts_are_complete(name: str) -> None:
     reported = RECIPES[name.removesuffix("-open")]
     assert recipe.replace(data=reported.data, mixture=reported.mixture) == reported != recipe
     assert sorted(recipe.mixture.values()) == sorted(reported.mixture.values())
+
+
+def test_the_trainer_names_the_command_for_missing_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from phi_fast.training.corpora import Corpora
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'web' is not at .*web; .*prepare --recipe phi-1.5-web-open`"):
+        Corpora(RECIPES["phi-1.5-web-open"], None, Console(quiet=True))
+    with pytest.raises(FileNotFoundError, match=r"prepare INPUTS --tokenizer phi-1\.5"):
+        Corpora(RECIPES["phi-1.5-web"], None, Console(quiet=True))
