@@ -83,9 +83,8 @@ class Corpora:
     def _need(self, name: str, path: Path) -> None:
         """Raise FileNotFoundError if there is no corpus at `path`."""
         if not (path / "manifest.json").exists():
-            if (
-                open_one := next((one for one in OPEN_DATA if RECIPES[one].data == self.recipe.data), None)
-            ) is not None:
+            open_one = next((one for one in OPEN_DATA if RECIPES[one].data == self.recipe.data), None)
+            if open_one is not None:
                 raise FileNotFoundError(
                     f"corpus {name!r} is not at {path}; make it, and the others, with `python -m phi_fast.prepare "
                     f"--recipe {open_one}`, which tells first what it needs"

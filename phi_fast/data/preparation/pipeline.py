@@ -102,8 +102,7 @@ def prepare(
     inputs = find_inputs(paths, settings.suffixes, settings.text_field, patience)
     check_field(inputs.read, settings.text_field)
     unit_bytes = _unit_bytes(sum(entry.size for entry in inputs.read))
-    plan = {name: value for name, value in asdict(settings).items() if name not in _OF_CHAT}
-    plan["tokenizer"] = digest(encoder)
+    plan = {k: value for k, value in asdict(settings).items() if k not in _OF_CHAT} | {"tokenizer": digest(encoder)}
     conversations = None
     if settings.chat:
         conversations, encoding = _plan_chat(settings, encoder, inputs.read)
@@ -131,8 +130,7 @@ def prepare(
         save_tokenizer(encoder, corpus)
         manifest.write(corpus)
         _put_in_place(corpus, place)
-    for line in inputs.summary():
-        console.print(line)
+    console.print("\n".join(inputs.summary()))
     if work.skipped:
         console.print(f"left out {work.skipped:,} malformed records")
     if settings.validation and "validation" not in manifest.splits:
