@@ -75,7 +75,7 @@ PYTHON_EDU = Source(
     "3cb2992c05a1d6efe621a4dd6d1a4b71dfa6ee9f",
     "odc-by",
     4_000_000_000,
-    f"{_CARD}; of the original's 7.68 M files, of which this copy has 7,677,467",
+    f"{_CARD}; counted on the original, not on this copy, whose card gives 7,677,467 files",
     note="a copy with texts: SmolLM-Corpus's own python-edu holds ids of Software Heritage's files, whose download in "
     "bulk needs an agreement with Software Heritage; each file keeps its repository's licence",
 )
