@@ -36,7 +36,7 @@ from .evaluation.results import TaskResult
 from .evaluation.sandbox import SandboxError
 from .files import check_names
 from .kernels.backend import isa_problem
-from .recipes import Names
+from .option_types import Names
 from .startup import tolerate_encodings
 from .terminal import console as screen
 

@@ -26,6 +26,7 @@ from .config import PhiConfig
 from .errors import PhiFastError, UsageError
 from .files import check_names
 from .kernels import backend
+from .option_types import Count
 from .planning import show
 from .planning.devices import Figure, find_device
 from .planning.estimate import Job, Plan, plan
@@ -36,7 +37,7 @@ from .planning.published import Comparison, compare
 from .planning.scaling import Scaling, scaling
 from .planning.work import Recompute, Shape
 from .precision import Precision, auto_precision
-from .recipes import RECIPES, Count, Recipe, RecipeName
+from .recipes import RECIPES, Recipe, RecipeName
 from .startup import tolerate_encodings
 from .terminal import table_console
 from .training import options as training

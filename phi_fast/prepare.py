@@ -1,7 +1,7 @@
 """`python -m phi_fast.prepare INPUTS --tokenizer T --out DIR`: turn text, code and datasets into a token corpus.
 
-With --chat the inputs are conversations. Also `--inspect DIR` (describe a corpus and verify its checksums) and `--adopt
-FILE` (wrap another program's token file).
+With --chat the inputs are conversations. `--recipe NAME` prepares every corpus of a recipe with open data. Also
+`--inspect DIR` (describe a corpus and verify its checksums) and `--adopt FILE` (wrap another program's token file).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ if __name__ == "__main__":
 
     begin("phi_fast.prepare")
 
+import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,9 +23,12 @@ from rich.console import Console
 from .data.preparation.adoption import adopt
 from .data.preparation.containers import PrepareError
 from .data.preparation.inspection import inspect
+from .data.preparation.open_recipe import prepare_recipe
 from .data.preparation.pipeline import Settings, prepare
+from .data.remote_files import PATIENCE, Patience, is_url
 from .data.vocabulary import END_OF_TEXT
 from .errors import PhiFastError
+from .recipes import RECIPES
 from .startup import tolerate_encodings
 from .terminal import console, printable
 
@@ -33,12 +37,24 @@ from .terminal import console, printable
 class Options:
     """Make a token corpus from text, or inspect one."""
 
-    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Files and folders: text, source code, JSONL (also .gz, .bz2, .xz, .zst), Parquet, saved Hugging Face datasets."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files and folders: text, source code, JSONL (also .gz, .bz2, .xz, .zst), Parquet, saved Hugging Face datasets.
+    Also URLs, read in place: https://…, s3://BUCKET/…, gs://BUCKET/…, hf://datasets/OWNER/NAME[@REVISION]/…"""
     tokenizer: str | None = None
     """"phi-1.5", a tokenizer.json or a directory with one, or a name on the Hugging Face hub."""
     out: Path | None = None
-    """Directory of the corpus to write; it must not exist yet."""
+    """Directory of the corpus to write; it must not exist yet. With --recipe: the directory of its corpora."""
+    recipe: str | None = None
+    """"phi-1.5-open" or "phi-1.5-web-open": prepare each of its corpora, from the Hugging Face hub. What this needs is
+    told first; the same command resumes, and skips what is finished."""
+    source: Path | None = None
+    """With --recipe: read the data sets from this folder, as OWNER/NAME/…, in place of the hub."""
+    dry_run: bool = False
+    """With --recipe: tell the disk, network and time it needs, and write nothing."""
+    attempts: int = PATIENCE.attempts
+    """Attempts per request to a server, with growing waits between them."""
+    timeout: float = PATIENCE.timeout
+    """Seconds to wait for a server's next bytes."""
     dtype: Literal["uint16", "uint32"] | None = None
     """dtype of the token file. None: uint16 if the tokenizer's ids fit."""
     delimiter: str | None = END_OF_TEXT
@@ -95,20 +111,57 @@ def run(options: Options, output: Console) -> None:
         for line in inspect(options.inspect, options.samples):
             print(line)
         return
+    if options.attempts < 1 or not 0 < options.timeout < math.inf:
+        given = f"--attempts {options.attempts}, --timeout {options.timeout}"
+        raise PrepareError(f"{given}: expected at least 1 attempt, and more than 0 seconds")
+    patience = Patience(attempts=options.attempts, timeout=options.timeout)
+    if options.recipe is not None:
+        _prepare_recipe(options, options.recipe, patience, output)
+        return
+    if options.source is not None or options.dry_run:
+        raise PrepareError("--source and --dry-run belong to --recipe: add it, or leave them out")
     if options.tokenizer is None or options.out is None:
         raise PrepareError("name a --tokenizer and where to write, --out; or a corpus to describe, --inspect")
     if options.chat and options.adopt:
         raise PrepareError("--adopt wraps tokens, and --chat makes them from conversations: give one of them")
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    settings = _settings(options)
     if bool(options.inputs) == bool(options.adopt):
         raise PrepareError("name the files or folders to prepare, or a token file to wrap with --adopt, and not both")
     if options.adopt:
         manifest = adopt(list(options.adopt), options.out, settings, output)
     else:
-        manifest = prepare(list(options.inputs), options.out, settings, workers=options.workers, console=output)
+        manifest = prepare(
+            places(options.inputs), options.out, settings, workers=options.workers, console=output, patience=patience
+        )
     for name, split in manifest.splits.items():
         output.print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
     output.print(f"written: {printable(str(options.out))}")
+
+
+def _settings(options: Options) -> Settings:
+    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+
+
+def _prepare_recipe(options: Options, name: str, patience: Patience, output: Console) -> None:
+    """Carry out --recipe. Raises PrepareError for options that exclude it."""
+    if options.inputs or options.adopt or options.chat or options.text_field != Options.text_field:
+        raise PrepareError("--recipe names its own inputs: leave out INPUTS, --adopt, --chat and --text-field")
+    tokenizer = options.tokenizer or (RECIPES[name].tokenizer if name in RECIPES else "phi-1.5")
+    prepare_recipe(
+        name,
+        options.out,
+        _settings(replace(options, tokenizer=tokenizer)),
+        source=options.source,
+        dry_run=options.dry_run,
+        workers=options.workers,
+        console=output,
+        patience=patience,
+    )
+
+
+def places(inputs: tuple[str, ...]) -> list[Path | str]:
+    """The inputs as `pipeline.prepare` takes them: a Path, or the text of a URL."""
+    return [text if is_url(text) else Path(text) for text in inputs]
 
 
 if __name__ == "__main__":

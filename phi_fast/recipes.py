@@ -1,4 +1,4 @@
-"""The hyperparameters of a run: the paper's three recipes, and `tiny`, which trains on any machine in minutes.
+"""The hyperparameters of a run: the paper's three recipes, two of them on open data, and `tiny`, which trains anywhere.
 
 Source of the paper's figures: "Textbooks Are All You Need II: phi-1.5 technical report" (arXiv 2309.05463), section 2.
 Hyperparameters that the report does not state are fields too, and their docstrings say so.
@@ -8,109 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import Any, Literal
 
 from .config import LORA_TARGETS, LoraConfig, PhiConfig
 from .errors import UsageError
-
-
-def parse_mixture(text: str) -> dict[str, int]:
-    """Parse "docs=80,code=20" into {"docs": 80, "code": 20}. Raises ValueError for anything else."""
-    mixture = {}
-    for entry in text.split(","):
-        name, equals, weight = entry.strip().partition("=")
-        if not (name and equals and weight.isdecimal()):
-            raise ValueError(f"mixture entry {entry!r} is not CORPUS=INTEGER, as in docs=80,code=20")
-        if name in mixture:
-            raise ValueError(f"mixture {text!r} names {name!r} twice")
-        mixture[name] = int(weight)
-    return mixture
-
-
-Mixture = Annotated[
-    dict[str, int],
-    PrimitiveConstructorSpec[dict[str, int]](
-        nargs=1,
-        metavar="CORPUS=WEIGHT,…",
-        instance_from_str=lambda words: parse_mixture(words[0]),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda mixture: [",".join(f"{name}={weight}" for name, weight in mixture.items())],
-    ),
-]
-"""Corpus -> integer weight; on the command line `docs=80,code=20`."""
-
-
-def parse_stage(text: str) -> tuple[int, dict[str, int]]:
-    """Parse "1000:docs=1" into (1000, {"docs": 1}). Raises ValueError for anything else."""
-    step, colon, mixture = text.partition(":")
-    if not (colon and step.isdecimal()):
-        raise ValueError(f"mixture stage {text!r} is not STEP:CORPUS=INTEGER,…, as in 1000:docs=50,code=50")
-    return int(step), parse_mixture(mixture)
-
-
-Stages = Annotated[
-    tuple[tuple[int, dict[str, int]], ...],
-    PrimitiveConstructorSpec[tuple[tuple[int, dict[str, int]], ...]](
-        nargs="*",
-        metavar="STEP:CORPUS=WEIGHT,…",
-        instance_from_str=lambda words: tuple(parse_stage(word) for word in words),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda stages: [
-            f"{step}:{','.join(f'{name}={weight}' for name, weight in weights.items())}" for step, weights in stages
-        ],
-    ),
-]
-"""(first step, weights) in order of steps; on the command line `1000:docs=50,code=50 2000:code=1`."""
-
-
-def parse_count(text: str) -> int:
-    """Parse an integer such as "1e9", "1_000_000_000" or "1000000000". Raises ValueError for anything else."""
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        value = Decimal("NaN")
-    if not value.is_finite() or abs(value) >= 2**63 or value != int(value):
-        raise ValueError(f"{text!r} is not a whole number, as 1000000 or 1e6")
-    return int(value)
-
-
-class _AsTyped:
-    """Lets pydantic, which is imported only to read configuration files, parse a count as the command line does."""
-
-    def __get_pydantic_core_schema__(self, kind: Any, handler: Any) -> Any:
-        from pydantic_core.core_schema import no_info_before_validator_function
-
-        return no_info_before_validator_function(lambda value: parse_count(str(value)), handler(kind))
-
-
-Count = Annotated[
-    int,
-    PrimitiveConstructorSpec[int](
-        nargs=1,
-        metavar="INT",
-        instance_from_str=lambda words: parse_count(words[0]),
-        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
-        str_from_instance=lambda value: [str(value)],
-    ),
-    _AsTyped(),
-]
-"""An integer, on the command line and in a configuration file also as 1e9."""
-
-Names = Annotated[
-    tuple[str, ...],
-    PrimitiveConstructorSpec[tuple[str, ...]](
-        nargs="*",
-        metavar="NAME[,NAME...]",
-        instance_from_str=lambda words: tuple(name for word in words for name in word.split(",") if name),
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
-        str_from_instance=lambda value: list(value),
-    ),
-]
-"""Names separated by commas or spaces."""
+from .open_data import OPEN_DATA
+from .option_types import Count, Mixture, Names, Stages
 
 
 def _shape(preset: str) -> PhiConfig:
@@ -368,6 +272,11 @@ class Recipe:
             raise UsageError(f"mixture={self.mixture}: {idle} has weight 0 throughout; leave it out")
 
 
+def _open(name: str, tokens: int) -> Recipe:
+    """Return the report's recipe with the weights and the place of open data."""
+    return _PHI_1_5.replace(data=Path("data") / name, mixture=dict(OPEN_DATA[name].weights), tokens=tokens)
+
+
 _PHI_1_5 = Recipe(
     data=Path("data/phi-1.5"),
     mixture={"synthetic": 80, "phi-1": 20},  # section 2.2: 20% phi-1's 7 B tokens, 80% the ~20 B synthetic ones
@@ -395,6 +304,9 @@ RECIPES: dict[str, Recipe] = {
     "phi-1.5-web-only": _PHI_1_5.replace(
         data=Path("data/phi-1.5-web-only"), mixture={"web": 80, "code": 20}, tokens=None
     ),
+    # The first two on data that anyone can get (open_data.py): `python -m phi_fast.prepare --recipe phi-1.5-open`.
+    "phi-1.5-open": _open("phi-1.5-open", 150_000_000_000),
+    "phi-1.5-web-open": _open("phi-1.5-web-open", 300_000_000_000),
     # Fine-tuning on conversations, with the hyperparameters of phi-1's on CodeExercises: "Textbooks Are All You Need"
     # (arXiv 2306.11644), section 2.3. Its steps (6,000) are of its own data, so the length is in epochs here.
     "sft": Recipe(
@@ -413,4 +325,4 @@ RECIPES: dict[str, Recipe] = {
 }
 """The recipes by name."""
 
-RecipeName = Literal["tiny", "phi-1.5", "phi-1.5-web", "phi-1.5-web-only", "sft"]
+RecipeName = Literal["tiny", "phi-1.5", "phi-1.5-web", "phi-1.5-web-only", "phi-1.5-open", "phi-1.5-web-open", "sft"]

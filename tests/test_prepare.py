@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from phi_fast.data import stdlib_corpus, vocabulary
 from phi_fast.data.manifest import Manifest
-from phi_fast.data.preparation import merge, pipeline, tasks, units
+from phi_fast.data.preparation import merge, pipeline, streams, tasks, units
 from phi_fast.data.preparation.inputs import PrepareError, find_inputs
 from phi_fast.data.preparation.pipeline import Settings, prepare
 from phi_fast.data.vocabulary import TokenizerError
@@ -483,7 +483,7 @@ def test_a_corpus_is_never_overwritten(tmp_path: Path, tokenizer_path: Path) -> 
 
 
 def test_a_document_too_long_for_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(streams, "MAX_DOCUMENT_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"x" * 2000)
     inputs = pipeline.find_inputs([tmp_path / "a.txt"]).read
     with pytest.raises(

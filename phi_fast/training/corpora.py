@@ -21,6 +21,7 @@ from ..data.store import isolated_rows
 from ..data.token_bytes import token_bytes
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
+from ..open_data import OPEN_DATA
 from ..recipes import RECIPES, Recipe
 from .distributed import World
 
@@ -82,6 +83,12 @@ class Corpora:
     def _need(self, name: str, path: Path) -> None:
         """Raise FileNotFoundError if there is no corpus at `path`."""
         if not (path / "manifest.json").exists():
+            open_one = next((one for one in OPEN_DATA if RECIPES[one].data == self.recipe.data), None)
+            if open_one is not None:
+                raise FileNotFoundError(
+                    f"corpus {name!r} is not at {path}; make it, and the others, with `python -m phi_fast.prepare "
+                    f"--recipe {open_one}`, which tells first what it needs"
+                )
             made_with = self.recipe.tokenizer
             if made_with == "data":
                 made_with = self.recipe.init_from or "TOKENIZER"

@@ -14,7 +14,8 @@ import tyro
 from ..errors import UsageError
 from ..files import check_names
 from ..json_files import flatten
-from ..recipes import RECIPES, Names, Recipe, RecipeName
+from ..option_types import Names
+from ..recipes import RECIPES, Recipe, RecipeName
 from .config_file import OF_ONE_START, overlay, plain, read_config
 from .trackers.opening import check_trackers
 

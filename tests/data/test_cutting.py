@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phi_fast.data.preparation import tasks
+from phi_fast.data.preparation import streams, tasks
 from phi_fast.data.preparation.inputs import find_inputs
 
 END = "<|endoftext|>"
@@ -18,13 +18,13 @@ def test_text_without_delimiters_is_searched_once(tmp_path: Path, monkeypatch: p
     name = "a.txt" if kind == "_before_last_separator" else "a.jsonl"
     (tmp_path / name).write_bytes(b"x" * 200_000)
     looked_at = []
-    search = getattr(tasks, kind)
+    search = getattr(streams, kind)
 
     def counted(data: bytearray, start: int) -> int:
         looked_at.append(len(data) - start)
         return int(search(data, start))
 
-    monkeypatch.setattr(tasks, kind, counted)
+    monkeypatch.setattr(streams, kind, counted)
     made = list(tasks.cut(find_inputs([tmp_path / name]).read, 1000))
     assert [task.data for task in made] == [b"x" * 200_000]
     assert len(looked_at) == 200

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phi_fast.data.manifest import Manifest
-from phi_fast.data.preparation import pipeline, tasks
+from phi_fast.data.preparation import pipeline, streams
 from phi_fast.prepare import main
 
 TEXTS = [f"{i} {'lorem ipsum dolor ' * 4}" for i in range(200)]
@@ -219,7 +219,7 @@ def test_other_advice_works(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    monkeypatch.setattr(tasks, "MAX_DOCUMENT_BYTES", 2500)
+    monkeypatch.setattr(streams, "MAX_DOCUMENT_BYTES", 2500)
     write, options, message, followed, change = ADVICE[name]
     source = write(tmp_path)
     chosen = [

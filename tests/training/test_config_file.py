@@ -158,7 +158,8 @@ def test_the_last_recipe_given_decides() -> None:
         ("schedule = 'steep'", "schedule is 'steep', expected 'constant', 'linear'"),
         (
             "recipe = 'phi-2'",
-            "recipe is 'phi-2', expected 'tiny', 'phi-1.5', 'phi-1.5-web', 'phi-1.5-web-only' or 'sft'",
+            "recipe is 'phi-2', expected 'tiny', 'phi-1.5', 'phi-1.5-web', 'phi-1.5-web-only', "
+            "'phi-1.5-open', 'phi-1.5-web-open' or 'sft'",
         ),
         ("data = 3", "data is 3, expected a valid string"),
         ("betas = [0.9]", "betas is [0.9], expected an entry more, betas.1"),

@@ -9,12 +9,12 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UsageError
 from ..plain_reads import open_regular
 from ..signatures import HEAD_BYTES
+from .remote import AnyPath, RemotePath
 
 _MAGIC = {b"\x1f\x8b\x08": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 _ZSTD_WINDOW = 2**31
@@ -33,12 +33,12 @@ def require(module: str, what: str) -> None:
         raise PrepareError(f"{what} needs {module}, which is not installed: pip install 'phi-fast[prepare]'")
 
 
-def compression(path: Path) -> str | None:
+def compression(path: AnyPath) -> str | None:
     """The suffix of a file's compression, from its name or else its content; None if it is not compressed."""
     suffix = path.suffix.lower()
     if suffix in _OPENERS:
         return suffix
-    with open_regular(path) as file:
+    with _beginning(path) as file:
         head = file.read(8)
     found = next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), None)
     if found == ".bz2" and not (head[3:4].isdigit() and head[4:8] == b"1AY&"):
@@ -46,7 +46,7 @@ def compression(path: Path) -> str | None:
     return found
 
 
-def open_stream(raw: BinaryIO, path: Path, suffix: str | None) -> Any:
+def open_stream(raw: BinaryIO, path: AnyPath, suffix: str | None) -> Any:
     """Decompress `raw`: returns an object whose `read(n)` gives n bytes, or fewer at the end."""
     if suffix is None:
         return raw
@@ -55,7 +55,7 @@ def open_stream(raw: BinaryIO, path: Path, suffix: str | None) -> Any:
     return _OPENERS[suffix](raw)
 
 
-def read(stream: Any, size: int, path: Path) -> bytes:
+def read(stream: Any, size: int, path: AnyPath) -> bytes:
     """Read `size` bytes of a stream, or fewer at its end. Raises PrepareError for a damaged file."""
     try:
         data: bytes = stream.read(size)
@@ -64,13 +64,22 @@ def read(stream: Any, size: int, path: Path) -> bytes:
     return data
 
 
-def head(path: Path, suffix: str | None) -> bytes:
+def head(path: AnyPath, suffix: str | None) -> bytes:
     """The first bytes of a file, decompressed. Raises PrepareError for a damaged file."""
-    with open_regular(path) as raw:
+    with _beginning(path, suffix) as raw:
         return read(open_stream(raw, path, suffix), HEAD_BYTES, path)
 
 
-def damaged(path: Path, error: Exception) -> PrepareError:
+def _beginning(path: AnyPath, suffix: str | None = None) -> BinaryIO:
+    """Open a file of which the beginning is needed, decompressed from `suffix` by the caller."""
+    if not isinstance(path, RemotePath):
+        return open_regular(path)
+    if suffix is None:
+        return io.BytesIO(path.head(HEAD_BYTES))
+    return io.BufferedReader(path.open(), 4 * HEAD_BYTES)
+
+
+def damaged(path: AnyPath, error: Exception) -> PrepareError:
     return PrepareError(f"{path} is damaged: {str(error).strip().rstrip('.')}. Get the file again")
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ...terminal import printable
+from ..remote_files import PATIENCE, Patience, find, is_url
+from ..remote_files import stat as remote_stat
 from ..signatures import HEAD_BYTES, container
 from .containers import COMPRESSED, PrepareError, compression, head, require
+from .hub_datasets import files_of, names_dataset
+from .remote import AnyPath, RemotePath
 
 Kind = Literal["text", "lines", "parquet", "dataset"]
 
@@ -44,10 +49,10 @@ _WAY_OUT = "give its texts as plain text files, JSONL or Parquet"
 class Input:
     """One file, or one dataset directory."""
 
-    path: Path
+    path: AnyPath
     kind: Kind
     size: int
-    """Bytes on disk."""
+    """Bytes, as it is stored."""
     compression: str | None = None
     """".gz", ".bz2", ".xz", ".lzma" or ".zst"; None: not compressed, or compressed inside its format."""
 
@@ -74,7 +79,7 @@ class Inputs:
     """The inputs to read, and the files that are left out."""
 
     read: list[Input] = field(default_factory=list)
-    left_out: list[tuple[Path, str]] = field(default_factory=list)
+    left_out: list[tuple[AnyPath, str]] = field(default_factory=list)
     """(path, why)."""
 
     def summary(self) -> list[str]:
@@ -83,7 +88,7 @@ class Inputs:
         counts = [f"{sum(entry.kind == kind for entry in self.read):,} {name}" for kind, name in names.items()]
         kinds = ", ".join(count for count in counts if not count.startswith("0 "))
         lines = [f"read {len(self.read):,} inputs: {kinds}"]
-        reasons: dict[str, list[Path]] = {}
+        reasons: dict[str, list[AnyPath]] = {}
         for path, reason in self.left_out:
             reasons.setdefault(reason, []).append(path)
         for reason, paths in sorted(reasons.items()):
@@ -92,8 +97,15 @@ class Inputs:
         return lines
 
 
-def find_inputs(paths: Iterable[Path], suffixes: Iterable[str] = FOLDER_SUFFIXES, text_field: str = "text") -> Inputs:
+def find_inputs(
+    paths: Iterable[Path | str],
+    suffixes: Iterable[str] = FOLDER_SUFFIXES,
+    text_field: str = "text",
+    patience: Patience = PATIENCE,
+) -> Inputs:
     """Find the inputs at the paths: paths in the order given, and the files of a folder sorted by name.
+
+    A text is a URL of a file, of a folder, or a pattern with `*`, whose files are treated as those of a folder.
 
     A folder that Hugging Face `datasets` saved is one dataset. Any other folder is searched, including links to
     folders: JSONL and Parquet files give records, and each file with one of `suffixes` is a document. Other files are
@@ -104,16 +116,15 @@ def find_inputs(paths: Iterable[Path], suffixes: Iterable[str] = FOLDER_SUFFIXES
     search = _Search(frozenset(suffix.lower() for suffix in suffixes), text_field)
     found = Inputs()
     for path in paths:
-        if not _is_plain_folder(path):
-            try:
-                found.read.append(_input(path, search, named=True))
-            except _NotReadError as reason:
-                if str(reason) != _EMPTY:
-                    raise PrepareError(f"{path} is {reason}") from None
-                found.left_out.append((path, str(reason)))
-            continue
         before = len(found.read)
-        _add_folder(path, search, found)
+        remote = _remote(path, patience) if isinstance(path, str) else None
+        if isinstance(remote, list):
+            _add_files(remote, search, found)
+        elif remote is not None or not _is_plain_folder(Path(path)):
+            _add_named(remote or Path(path), search, found)
+            continue
+        else:
+            _add_files(sorted(_walk(Path(path), found)), search, found)
         if len(found.read) == before:
             raise PrepareError(
                 f"{path} holds no JSONL, Parquet, text or source file; say which with --suffixes .xyz"
@@ -127,21 +138,54 @@ def find_inputs(paths: Iterable[Path], suffixes: Iterable[str] = FOLDER_SUFFIXES
 _EMPTY = "empty"
 
 
-def _add_folder(folder: Path, search: _Search, found: Inputs) -> None:
-    for file in sorted(_walk(folder, found)):
+def _remote(url: str, patience: Patience) -> RemotePath | list[RemotePath]:
+    """The file at a URL, or the files of the folder or pattern there. Raises RemoteError, PrepareError for no URL."""
+    if not is_url(url):
+        raise PrepareError(f"{url!r} is not a URL that is read: give paths as Path")
+    if names_dataset(url):
+        with ThreadPoolExecutor(16) as pool:
+            urls = files_of(url, patience)
+            found = list(pool.map(lambda name: remote_stat(name, patience), urls))
+        return [RemotePath.of(name, status, patience) for name, status in zip(urls, found, strict=True) if status]
+    status = None if "*" in url and not url.startswith("http") else remote_stat(url, patience)
+    if status is not None:
+        return RemotePath.of(url, status, patience)
+    files = [RemotePath.of(name, found, patience) for name, found in find(url, patience).items()]
+    if not files:
+        raise PrepareError(f"{url} holds no files: check the address")
+    return [file for file in files if not any(part.startswith(".") for part in file.url.split("/"))]
+
+
+def _add_named(path: AnyPath, search: _Search, found: Inputs) -> None:
+    """Add a file that the user named. Raises PrepareError if it cannot be read."""
+    try:
+        found.read.append(_input(path, search, named=True))
+    except _NotReadError as reason:
+        if str(reason) != _EMPTY:
+            raise PrepareError(f"{path} is {reason}") from None
+        found.left_out.append((path, str(reason)))
+
+
+def _add_files(files: Sequence[AnyPath], search: _Search, found: Inputs) -> None:
+    """Add the files of a folder, in the order given; what is not read is listed."""
+    with ThreadPoolExecutor(16) as pool:  # their beginnings are requested at once, and in turn below
+        for file in files:
+            if isinstance(file, RemotePath) and file.size and file.suffix.lower() not in (*TABLES, *_UNREAD):
+                pool.submit(file.head, HEAD_BYTES)
+    for file in files:
         try:
             found.read.append(_input(file, search, named=False))
         except _NotReadError as reason:
             found.left_out.append((file, str(reason)))
 
 
-def _input(path: Path, search: _Search, *, named: bool) -> Input:
+def _input(path: AnyPath, search: _Search, *, named: bool) -> Input:
     """The input for a file: its name determines how it is read, and its first bytes must not contradict that.
 
     named: whether the user named the file; then a name without a known suffix means text.
     Raises _NotReadError, and PrepareError for an error that also counts in a folder.
     """
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         require("datasets", f"{path} (a Hugging Face dataset)")
         return Input(path, "dataset", sum(file.stat().st_size for file in path.glob("*.arrow")))
     known, size = search.suffixes, _check_file(path)
@@ -165,8 +209,12 @@ def _input(path: Path, search: _Search, *, named: bool) -> Input:
     return Input(path, kind, size, packed)
 
 
-def _check_file(path: Path) -> int:
+def _check_file(path: AnyPath) -> int:
     """The size of a regular file that is not empty. Raises _NotReadError, and PrepareError if it cannot be read."""
+    if isinstance(path, RemotePath):
+        if not path.size:
+            raise _NotReadError(_EMPTY)
+        return path.size
     try:
         status = path.stat()
     except OSError as error:

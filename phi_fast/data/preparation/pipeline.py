@@ -25,6 +25,7 @@ from ...errors import UsageError
 from ...files import Claim, sync_directory, write_atomically
 from ..chat import ChatFiles
 from ..manifest import DTYPES, FILE_NAME, Delimiter, Manifest
+from ..remote_files import PATIENCE, Patience
 from ..vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from .containers import PrepareError
 from .conversations import MARKED, Conversations, MarkedEncoding, TrainOn
@@ -34,7 +35,8 @@ from .packing import pack_splits
 from .plans import record_plan, unit_settings
 from .progress import Meter
 from .readers import Reader, check_field
-from .tasks import Task, cut
+from .task import Task
+from .tasks import cut
 from .units import Encoding, Summary, completed, encode_unit
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**24
@@ -76,19 +78,27 @@ class Settings:
 
 
 def prepare(
-    paths: list[Path], out: Path, settings: Settings, *, workers: int | None = None, console: Console
+    paths: list[Path | str],
+    out: Path,
+    settings: Settings,
+    *,
+    workers: int | None = None,
+    console: Console,
+    patience: Patience = PATIENCE,
 ) -> Manifest:
     """Write a corpus of the documents in `paths` to the directory `out`: the same bytes for any number of workers.
 
+    paths: files and folders; a text is a URL. patience: how long to wait for servers.
+
     Work in progress lies in `out`.partial; the next call with the same inputs and settings resumes it.
 
-    Raises PrepareError, TokenizerError and OSError, before any work where possible.
+    Raises PrepareError, TokenizerError, RemoteError and OSError, before any work where possible.
     """
     if workers is not None and workers < 1:
         raise PrepareError(f"--workers {workers}: expected at least 1, or None for one per core")
     encoder, encoding, manifest = plan_encoding(settings)
     place = check_place(out)
-    inputs = find_inputs(paths, settings.suffixes, settings.text_field)
+    inputs = find_inputs(paths, settings.suffixes, settings.text_field, patience)
     check_field(inputs.read, settings.text_field)
     unit_bytes = unit_size(inputs.read)
     plan = plan_fields(settings, encoder)
@@ -119,8 +129,7 @@ def prepare(
         save_tokenizer(encoder, corpus)
         manifest.write(corpus)
         _put_in_place(corpus, place)
-    for line in inputs.summary():
-        console.print(line)
+    console.print("\n".join(inputs.summary()))
     if work.skipped:
         console.print(f"left out {work.skipped:,} malformed records")
     if settings.validation and "validation" not in manifest.splits:
@@ -140,7 +149,7 @@ def plan_fields(settings: Settings, encoder: Tokenizer) -> dict[str, Any]:
     return {**plan, "tokenizer": digest(encoder)}
 
 
-def _no_training(paths: list[Path], share: float, manifest: Manifest) -> str:
+def _no_training(paths: list[Path | str], share: float, manifest: Manifest) -> str:
     named = ", ".join(map(str, paths))
     if "validation" in manifest.splits:
         documents = manifest.splits["validation"].documents
@@ -317,7 +326,7 @@ def _encode_all(
                     meter.advance(running.pop(done).size, summary.tokens)
                     work.count(summary)
 
-        for number, task in enumerate(cut(inputs, unit_bytes)):
+        for number, task in enumerate(cut(inputs, unit_bytes, work.directory)):
             unit, key = work.directory / f"{number:07d}", task.key(work.made_by)
             units.append(unit)
             if (done := work.completed(unit, key)) is not None:
@@ -325,7 +334,7 @@ def _encode_all(
                 work.count(done)
                 kept += 1
             else:
-                running[pool.submit(_encode_task, unit, number, task, key)] = task
+                running[pool.submit(_encode_task, unit, number, task.loaded(), key)] = task
                 collect(2 * workers)
         collect(0)
     if began:

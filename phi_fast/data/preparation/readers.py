@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..remote_files import RemoteError
 from ..vocabulary import END_OF_TEXT
 from .containers import PrepareError, damaged
 from .conversations import Conversations
 from .inputs import Input
-from .tasks import Task, open_dataset
+from .remote import RemotePath
+from .task import Task
+from .tasks import open_dataset, parquet_metadata
 
 _SEPARATOR = re.compile(rb"\n?" + re.escape(END_OF_TEXT.encode()) + rb"\n?")
 _ROWS = 1024
@@ -57,8 +60,7 @@ def check_field(inputs: Iterable[Input], text_field: str) -> None:
             import pyarrow.parquet
 
             try:
-                with entry.path.open("rb") as file:
-                    names = pyarrow.parquet.read_schema(file).names
+                names = parquet_metadata(entry.path).schema.to_arrow_schema().names
             except (OSError, pyarrow.ArrowException) as error:
                 raise PrepareError(f"{entry.path} is not Parquet: {error}") from error
         elif entry.kind == "dataset":
@@ -91,6 +93,8 @@ def _table(read: Callable[[Task, str], Iterator[tuple[str, object]]]) -> Callabl
     def named(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
         try:
             yield from read(task, text_field)
+        except RemoteError:
+            raise
         except Exception as error:  # whatever pyarrow and datasets raise
             raise damaged(task.paths[0], error) from error
 
@@ -102,8 +106,10 @@ def _row_group(task: Task, text_field: str) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet
 
     row = 0
-    with task.paths[0].open("rb") as raw:
-        file = pyarrow.parquet.ParquetFile(raw)
+    path = task.paths[0]
+    with path.open("rb") as raw:
+        known = parquet_metadata(path) if isinstance(path, RemotePath) else None  # saves requests per row group
+        file = pyarrow.parquet.ParquetFile(raw, metadata=known)
         for batch in file.iter_batches(_ROWS, row_groups=[task.first], columns=[text_field]):
             for value in _undecoded(batch.column(0)):
                 yield f"{task.paths[0]}, row group {task.first}, row {row}", value
