@@ -22,8 +22,7 @@ from ..errors import UsageError
 from .manifest import DTYPES, FILE_NAME, Manifest
 from .plain_reads import open_regular
 from .remote.mirror import remote_corpus
-from .remote.origin import Origin
-from .remote_files import url_of
+from .remote.origin import Origin, url_of
 from .signatures import HEAD_BYTES, litdata_end, not_tokens
 
 Dtype = Literal["uint16", "uint32"]

@@ -21,6 +21,7 @@ from phi_fast._C import tokens as _tokens
 from ..errors import MachineError
 from .mixture import Mixture
 from .remote.feed import Feed
+from .remote_files import RemoteError
 from .store import LARGEST_ID, CorpusError, Mode, Store
 
 _TOUCHES = 100
@@ -169,7 +170,7 @@ class TokenLoader:
                     if self._feed is None or self._feed.intact(self._first):
                         break
                     self._stop()  # another process removed a part of it from the cache: read it again
-                except MachineError as error:
+                except (MachineError, RemoteError) as error:
                     self._stop()
                     raise CorpusError(str(error)) from error
                 except (RuntimeError, ValueError) as error:

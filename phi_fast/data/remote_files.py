@@ -1,206 +1,256 @@
-"""Reads parts of files by URL (s3://, gs://, http(s)://, hf://, …) through fsspec, with retries and size checks."""
+"""Reads remote files (http, https, s3, gs, hf) in byte ranges through fsspec, with bounded retries.
+
+The length of every answer is compared with the length asked for: an answer that is too short, as from a connection that
+dropped, is fetched again and never accepted. Each failed attempt is named in the log `phi_fast.remote`, which prints to
+stderr unless it is configured otherwise.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 import random
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
-from ..errors import MachineError
+from ..errors import UsageError
+from ..terminal import printable
 
-ATTEMPTS = 10
-"""Attempts per read before it counts as failed. With the waits between them they bridge half a minute."""
-FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
-"""Seconds before the second attempt, which double with each further one, and their limit. Up to half of a wait is
-taken off at random, so that many readers do not come back at once."""
-TIMEOUT = 30.0
-"""Seconds that one attempt may take, on the file systems whose calls can be cut off."""
-
-_URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/{1,2}([^/].*)", re.DOTALL)
-_DRIVES = {"file", "local"}
-_TRANSPORTS = {
-    "aiohttp",
-    "aiobotocore",
-    "botocore",
-    "gcsfs",
-    "google",
-    "huggingface_hub",
-    "requests",
-    "httpx",
-    "urllib3",
-}
-"""Packages whose exceptions report a failed transfer."""
 _PACKAGES = {
-    **{"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"},
-    **{"http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"},
+    "http": ("fsspec", "aiohttp"),
+    "https": ("fsspec", "aiohttp"),
+    "s3": ("fsspec", "s3fs"),
+    "gs": ("fsspec", "gcsfs"),
+    "hf": ("fsspec", "huggingface_hub"),
 }
+"""Scheme -> the packages that read it, all in the extra `remote`."""
+SCHEMES = tuple(_PACKAGES)
 
-T = TypeVar("T")
+_REFUSED = {400, 401, 402, 403, 404, 405, 406, 407, 409, 410, 411, 412, 413, 414, 415, 416, 451, 501}
+"""HTTP status codes that another attempt would not change."""
 
-
-class RemoteError(MachineError, OSError):
-    """A remote file cannot be read; the message names the URL, the range, what was tried and what to do."""
-
-
-class _ShortError(OSError):
-    """A server sent another range than was asked for."""
+_log = logging.getLogger("phi_fast.remote")
+_Result = TypeVar("_Result")
 
 
-class _NoRangesError(OSError):
-    """A server does not serve parts of files."""
+class RemoteError(UsageError):
+    """A remote file cannot be read; the message names the URL, what was tried and what to do."""
 
 
-def url_of(path: Path | str) -> str | None:
-    """The URL that `path` is; None for a local path.
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a server."""
 
-    A Path keeps only one of the slashes in "s3://bucket/key"; it is put back.
+    attempts: int = 8
+    """Attempts per request, the first included."""
+    first_wait: float = 0.5
+    """Seconds before the second attempt; each later wait is twice as long, shortened by up to half at random."""
+    longest_wait: float = 60.0
+    """Maximum seconds between two attempts."""
+    timeout: float = 60.0
+    """Seconds to wait for a connection, and for each next piece of an answer."""
+
+    def wait(self, failures: int) -> float:
+        """Seconds to wait after that many failed attempts (1 or more)."""
+        return min(self.longest_wait, self.first_wait * 2 ** min(failures - 1, 32)) * random.uniform(0.5, 1)
+
+
+PATIENCE = Patience()
+
+
+@dataclass(frozen=True)
+class RemoteStat:
+    """What a server says about a file."""
+
+    size: int
+    """Bytes."""
+    version: str
+    """Changes when the content changes: a hash, an ETag or a modification time; "" if the server gives none."""
+
+
+def is_url(text: str) -> bool:
+    """Return whether the text names a remote file, in a scheme that this module reads."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme.lower() in _PACKAGES
+
+
+def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE) -> bytes:
+    """Read bytes `start` … `stop` - 1 of a remote file: exactly `stop - start` bytes, which must all exist.
+
+    Raises RemoteError after `patience.attempts` failures, at once for an error that would not pass (missing file, no
+    permission), and for a missing package.
     """
-    match = _URL.fullmatch(str(path))
-    return None if match is None or match[1] in _DRIVES else f"{match[1].lower()}://{match[2]}"
+    if not 0 <= start <= stop:
+        raise ValueError(f"bytes {start} to {stop} of {url}: expected 0 <= start <= stop")
+    if start == stop:
+        return b""
+    system, path = _open(url, patience)
+    options: dict[str, Any] = {"cache_type": "none"} if url.startswith("hf:") else {}
 
-
-def read_range(url: str, start: int, stop: int) -> bytes:
-    """Read bytes start ... stop - 1 of the file at `url`.
-
-    Failed, timed-out and short answers are tried again, with exponentially growing waits, `ATTEMPTS` times in all.
-    Raises RemoteError if the file does not exist, access is refused, a package is missing, or every attempt failed.
-    """
-
-    def attempt(fs: Any, path: str) -> bytes:
-        if _is_http(url):
-            data, _ = _call(fs, _get_range, fs, path, start, stop)
-        else:
-            data = bytes(_call(fs, "cat_file", path, start=start, end=stop))
-        if len(data) != stop - start:
-            raise _ShortError(f"the server sent {len(data)} bytes, asked for {stop - start}")
+    def fetch() -> bytes:
+        data: bytes = system.cat_file(path, start=start, end=stop, **options)
+        if len(data) > stop - start:
+            raise _LastingError(
+                f"the server sent {len(data):,} bytes: it does not answer requests for a part of a file"
+            )
+        if len(data) < stop - start:
+            raise OSError(f"the answer has {len(data):,} bytes of {stop - start:,}")
         return data
 
-    return _retried(url, f"bytes {start} to {stop - 1}", attempt)
+    return retried(fetch, f"{url}, bytes {start:,} to {stop:,}", patience)
 
 
-def size_of(url: str) -> int:
-    """The size in bytes of the file at `url`. Raises RemoteError as `read_range` does, or if the server does not say."""
+def stat(url: str, patience: Patience = PATIENCE) -> RemoteStat | None:
+    """Ask for a file's size and version; None for a folder. Raises RemoteError as `read_range` does."""
+    system, path = _open(url, patience)
 
-    def attempt(fs: Any, path: str) -> int:
-        if _is_http(url):  # fsspec's own info() takes every failure for a missing file
-            size = _call(fs, _get_range, fs, path, 0, 1)[1]
-        else:
-            size = _call(fs, "info", path).get("size")
-        if not isinstance(size, int):
-            raise _ShortError("the server does not say how large the file is")
-        return size
-
-    return _retried(url, "its size", attempt)
-
-
-def exists(url: str) -> bool:
-    """Whether there is a file at `url`. Raises RemoteError as `read_range` does, except for a missing file."""
-    try:
-        size_of(url)
-    except RemoteError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return False
-        raise
-    return True
-
-
-def _is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
-async def _get_range(fs: Any, url: str, start: int, stop: int) -> tuple[bytes, int | None]:
-    """A part of a file over HTTP, and the size of the whole file. Raises as aiohttp does, or OSError."""
-    session = await fs.set_session()
-    headers = {**fs.kwargs.get("headers", {}), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    async with session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers}) as response:
-        stated = re.fullmatch(r"bytes (?:\*|([0-9]+)-([0-9]+))/([0-9]+)", response.headers.get("Content-Range", ""))
-        size = int(stated[3]) if stated else None
-        if response.status == 416 and size == 0:
-            return b"", 0
-        if response.status in (404, 410):
-            raise FileNotFoundError(url)
-        response.raise_for_status()
-        if response.status != 206:
-            raise _NoRangesError(
-                f"the server sent the whole file instead of a part of it, with status {response.status}"
-            )
-        if stated is None or stated[1] is None or int(stated[1]) != start:
-            raise _ShortError(f"the server sent the range {response.headers.get('Content-Range')!r}")
-        return await response.read(), size
-
-
-def _call(fs: Any, what: str | Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Run a coroutine function, or a file system's method of that name; at most TIMEOUT seconds if asynchronous."""
-    from fsspec.asyn import AsyncFileSystem, sync
-
-    if isinstance(fs, AsyncFileSystem):
-        function = getattr(fs, f"_{what}") if isinstance(what, str) else what
-        return sync(fs.loop, function, *arguments, timeout=TIMEOUT, **options)
-    assert isinstance(what, str)
-    return getattr(fs, what)(*arguments, **options)
-
-
-def _retried(url: str, what: str, attempt: Callable[[Any, str], T]) -> T:
-    """Call attempt(file system, path on it) until it succeeds, at most ATTEMPTS times."""
-    fs, path = _open(url)
-    wait = FIRST_WAIT
-    for tried in range(1, ATTEMPTS + 1):
+    def ask() -> dict[str, Any]:
         try:
-            return attempt(fs, path)
-        except Exception as error:
-            if (final := _final(error)) is not None:
-                raise RemoteError(f"{url}: {what} cannot be read ({_line(error)}): {final}") from error
-            if not _passing(error):
-                raise
-            if tried == ATTEMPTS:
+            found: dict[str, Any] = system.info(path)
+        except FileNotFoundError as error:  # over http fsspec takes every failure for a missing file
+            raise error.__cause__ or error from None
+        return found
+
+    info = retried(ask, url, patience)
+    return None if info.get("type") == "directory" else _stat(url, info)
+
+
+def find(url: str, patience: Patience = PATIENCE) -> dict[str, RemoteStat]:
+    """List the files below a folder, or those that match a pattern with `*`: URL -> size and version, sorted by URL.
+
+    Raises RemoteError as `read_range` does, and for http, which has no folders.
+    """
+    system, path = _open(url, patience)
+    if url.lower().startswith("http"):
+        raise RemoteError(f"{url}: over http only files can be read, since servers list no folders. Name each file")
+    search = system.glob if "*" in path else system.find
+    infos: dict[str, Any] = retried(lambda: search(path, detail=True), url, patience)
+    files = {system.unstrip_protocol(name): info for name, info in infos.items() if info.get("type") != "directory"}
+    return {name: _stat(name, files[name]) for name in sorted(files)}
+
+
+def retried(call: Callable[[], _Result], what: str, patience: Patience = PATIENCE) -> _Result:
+    """Call until it succeeds, waiting longer after each failure, which the log names.
+
+    what: name of the request in messages, beginning with its URL. Raises RemoteError.
+    """
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            return call()
+        except Exception as error:  # each file system raises errors of its own libraries
+            reason = describe(error)
+            if (way_out := _lasting(error)) is not None:
+                raise RemoteError(f"{printable(what)} cannot be read: {reason}. {way_out}") from error
+            if attempt == patience.attempts:
                 raise RemoteError(
-                    f"{url}: {what} could not be read in {ATTEMPTS} attempts ({_line(error)}): check the network and "
-                    "the server, then start again, with --resume if a run was saved"
+                    f"{printable(what)} could not be read in {attempt} attempts: {reason}. Check the network and the "
+                    "server, then run the same command again: what is done is kept"
                 ) from error
-        time.sleep(wait * random.uniform(0.5, 1))
-        wait = min(2 * wait, LONGEST_WAIT)
-    raise AssertionError
+            wait = patience.wait(attempt)
+            _log.warning(
+                "%s: attempt %d of %d failed (%s); trying again in %.1f s",
+                *(printable(what), attempt, patience.attempts, reason, wait),
+            )
+            time.sleep(wait)
+    raise RemoteError(f"{what}: {patience.attempts} attempts, expected at least 1")
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, which fsspec keeps for later calls, and the path on it. Raises RemoteError."""
-    scheme = url.partition(":")[0]
-    try:
-        import fsspec
-    except ImportError as error:
-        raise RemoteError(f"{url} needs fsspec, which is not installed: pip install 'phi-fast[remote]'") from error
-    try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        package = _PACKAGES.get(scheme, "a package of fsspec")
-        raise RemoteError(f"{url} needs {package}: pip install 'phi-fast[remote]' ({_line(error)})") from error
-    except ValueError as error:
-        raise RemoteError(f"{url}: {_line(error)}; expected s3://, gs://, http://, https:// or hf://") from error
-    return fs, path
+def describe(error: BaseException) -> str:
+    """One line about an error, never empty: some libraries raise errors without a message, such as timeouts."""
+    line = " ".join(str(error).split())
+    return printable(f"{type(error).__name__}: {line}" if line else type(error).__name__)[:300]
 
 
-def _final(error: Exception) -> str | None:
-    """What to do about an error that another attempt cannot mend; None for others."""
-    if isinstance(error, FileNotFoundError | IsADirectoryError):
-        return "there is no such file; correct the URL"
-    status = getattr(error, "status", None)
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
-        return "access is refused; give this machine credentials for it, or correct the URL"
-    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-        return "the server refuses the request; correct the URL"
-    if isinstance(error, _NoRangesError):
-        return "copy it to a server that answers range requests, or to this machine"
+class _LastingError(OSError):
+    """An error that another attempt would not change."""
+
+
+def _lasting(error: Exception) -> str | None:
+    """What to do about an error that another attempt would not change; None if it may pass."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return "Check the address, and for hf:// the revision and, for a gated data set, your login (hf auth login)"
+    if names & {"NoCredentialsError", "PartialCredentialsError"}:
+        return "Set the credentials, such as AWS_ACCESS_KEY_ID; for public data, FSSPEC_S3_ANON=true reads without any"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return "Check your credentials; public data on S3 is read without any with FSSPEC_S3_ANON=true"
+    if isinstance(error, _LastingError):
+        return "Download the file, and name its path here"
+    known = {"InvalidURL", "ParamValidationError", "NotImplementedError", "TypeError"}
+    if names & known or status in _REFUSED:
+        return "Check the address; a file that changed or became shorter must be read from its beginning"
     return None
 
 
-def _passing(error: Exception) -> bool:
-    """Whether an error may pass: of the network, or of a server that is overloaded."""
-    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return isinstance(error, OSError | EOFError) or bool(packages & _TRANSPORTS)
+def _status(error: Exception) -> int | None:
+    """HTTP status of an error from aiohttp, botocore, gcsfs, or huggingface_hub; None if it has none."""
+    response = getattr(error, "response", None)
+    candidates = [getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)]
+    return next((int(found) for found in candidates if str(found).isdecimal()), None)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def _open(url: str, patience: Patience) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises RemoteError."""
+    scheme = url.partition("://")[0].lower()
+    if not is_url(url):
+        raise RemoteError(f"{url!r} is no address that can be read: expected {', '.join(f'{s}://' for s in SCHEMES)}")
+    if missing := [name for name in _PACKAGES[scheme] if importlib.util.find_spec(name) is None]:
+        raise RemoteError(f"{url} needs {', '.join(missing)}: pip install 'phi-fast[remote]'")
+    try:
+        system = _file_system(scheme, patience.timeout, os.getpid())
+        path: str = system._strip_protocol(url)
+    except Exception as error:  # whatever a file system's constructor raises, for credentials and settings
+        raise RemoteError(f"{url} cannot be opened: {describe(error)}") from error
+    return system, path
+
+
+@lru_cache(maxsize=8)
+def _file_system(scheme: str, timeout: float, process: int) -> Any:
+    """An fsspec file system that leaves retries to this module. fsspec's own settings (FSSPEC_S3_…) apply.
+
+    process: id of this process, since a file system cannot be used after a fork.
+    """
+    import fsspec
+
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        options |= {"client_kwargs": {"timeout": limits}, "headers": {"Accept-Encoding": "identity"}}
+    elif scheme == "s3":
+        options["config_kwargs"] = {
+            "connect_timeout": timeout,
+            "read_timeout": timeout,
+            "retries": {"max_attempts": 0},
+        }
+    elif scheme == "hf":
+        del options["use_listings_cache"]
+    system = fsspec.filesystem(scheme, **options)
+    if scheme == "s3":
+        system.retries = 1
+    return system
+
+
+def _stat(url: str, info: dict[str, Any]) -> RemoteStat:
+    """What a file system's `info` says about a file. Raises RemoteError if it does not say the size."""
+    if not isinstance(info.get("size"), int):
+        raise RemoteError(f"{url}: the server does not say how long the file is. Download it, and name its path here")
+    names = (
+        "sha256",
+        "ETag",
+        "etag",
+        "blob_id",
+        "md5Hash",
+        "Content-MD5",
+        "generation",
+        "LastModified",
+        "Last-Modified",
+    )
+    found = next((str(info[name]) for name in names if info.get(name)), "")
+    return RemoteStat(info["size"], found)

@@ -146,8 +146,8 @@ class CachedFile:
                     self.cache.drop(self.index, list(of_digest))
                 raise RemoteError(
                     f"{self.url}: bytes {start} to {stop - 1} have sha256 {found}, the manifest says "
-                    f"{self._sha256[i]}: the file was damaged or replaced. Copy or prepare the corpus again, and resume "
-                    "from a checkpoint before these rows were read"
+                    f"{self._sha256[i]}: the file was damaged or replaced. Copy or prepare the corpus again, and "
+                    "resume from a checkpoint before these rows were read"
                 )
             self._verified[i] = True
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .cached_file import CachedFile
 
 FETCHERS = 32
-"""Threads that fetch. They wait for servers most of the time: at 20 ms per request they fetch 1,600 blocks per second."""
+"""Number of threads that fetch. They mostly wait: at 20 ms per request they read 1,600 blocks per second."""
 
 
 class Need(NamedTuple):
@@ -82,8 +82,8 @@ class Feed:
     def ready(self, row: int, *, wait: bool) -> bool:
         """Whether all blocks of the batch at `row` are there.
 
-        wait: until they are. Then it raises what stopped a fetch (`CachedFile.bring`), and the next call tries again, or
-        RuntimeError after `close`.
+        wait: until they are. Then it raises what stopped a fetch (`CachedFile.bring`), and the next call tries again,
+        or RuntimeError after `close`.
         """
         with self._changed:
             while not self._closed:

@@ -13,10 +13,10 @@ from ...errors import UsageError
 from ...files import write_atomically, writing
 from ...json_files import parse_json
 from ..manifest import FILE_NAME, MAX_MANIFEST_BYTES, Manifest, Split, parse_manifest
-from ..remote_files import RemoteError, exists, read_range, size_of, url_of
+from ..remote_files import RemoteError, read_range, stat
 from .block_index import BlockIndex
 from .cache import DataCache
-from .origin import Origin
+from .origin import Origin, url_of
 
 SMALL_FILES = {"tokenizer.json": 2**28, "tokenizer_config.json": 2**20, "chat_template.jinja": 2**20}
 """Files that a corpus may have beside its tokens, and the largest size accepted."""
@@ -42,7 +42,7 @@ def remote_corpus(url: str, cache: DataCache | None = None) -> Path:
     for name, split in manifest.splits.items():
         sizes |= _expected_sizes(origin, manifest, name, split)
     for name, expected in sizes.items():
-        if (found_size := size_of(origin.file(name))) != expected:
+        if (found_size := _size(origin.file(name))) != expected:
             raise RemoteError(
                 f"{origin.file(name)} has {found_size} bytes, and the manifest says {expected}: it was "
                 f"{'cut short' if found_size < expected else 'changed'}. Copy or prepare the corpus again"
@@ -101,8 +101,8 @@ def _expected_sizes(origin: Origin, manifest: Manifest, name: str, split: Split)
     for file in sizes:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", file) or file in (*SMALL_FILES, FILE_NAME):
             raise UsageError(
-                f"{origin.file(FILE_NAME)}: {name} has the file {file!r}, which is no plain name beside the manifest: a "
-                "remote corpus holds its own tokens (`prepare --adopt` only points to them). Prepare it again"
+                f"{origin.file(FILE_NAME)}: {name} has the file {file!r}, which is no plain name beside the manifest: "
+                "a remote corpus holds its own tokens (`prepare --adopt` only points to them). Prepare it again"
             )
     return sizes
 
@@ -115,7 +115,7 @@ def _last_end(origin: Origin, split: Split) -> bytes:
 def _small(url: str, most: int, way_out: str) -> bytes:
     """Read a whole file. Raises RemoteError if it is missing or larger than `most` bytes."""
     try:
-        size = size_of(url)
+        size = _size(url)
     except RemoteError as error:
         raise RemoteError(f"{error}. {way_out}") from error.__cause__
     if size > most:
@@ -126,8 +126,16 @@ def _small(url: str, most: int, way_out: str) -> bytes:
 def _has(url: str) -> bool:
     """Whether there is a file. S3 answers as if access were refused where a key's absence may not be known."""
     try:
-        return exists(url)
+        return stat(url) is not None
     except RemoteError as error:
-        if isinstance(error.__cause__, PermissionError):
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "status", 0) in (403, 404, 410):
             return False
         raise
+
+
+def _size(url: str) -> int:
+    """The size of a file in bytes. Raises RemoteError if there is none."""
+    if (found := stat(url)) is None:
+        raise RemoteError(f"{url} is a folder, expected a file")
+    return found.size

@@ -92,9 +92,9 @@ class CachedRows:
             if fit < least:
                 needed = 2 * ranks * batch * of_row * least / 1e9
                 raise UsageError(
-                    f"a cache of {cache.limit_bytes / 1e9:g} GB at {cache.directory} is too small for the {least} batches "
-                    f"that {ranks} ranks on this machine hold at a time: give --data-cache-gb {needed:.3g} or more, or a "
-                    "smaller micro-batch"
+                    f"a cache of {cache.limit_bytes / 1e9:g} GB at {cache.directory} is too small for the {least} "
+                    f"batches that {ranks} ranks on this machine hold at a time: give --data-cache-gb {needed:.3g} or "
+                    "more, or a smaller micro-batch"
                 )
             wanted = min(wanted, fit)
         return wanted

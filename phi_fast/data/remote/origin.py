@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...files import write_atomically
 from ...json_files import read_object
+from ..remote_files import SCHEMES
 
 FILE_NAME = "remote.json"
+_URL = re.compile(f"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,12 @@ class Origin:
         if not path.exists():
             return None
         return Origin(read_object(path, way_out=f"Remove {directory}").text("url"))
+
+
+def url_of(path: Path | str) -> str | None:
+    """The URL that `path` is; None for a local path.
+
+    A Path keeps only one of the slashes in "s3://bucket/key"; it is put back.
+    """
+    match = _URL.fullmatch(str(path))
+    return None if match is None else f"{match[1].lower()}://{match[2]}"
