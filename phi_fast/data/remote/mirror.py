@@ -12,7 +12,7 @@ from pathlib import Path
 from ...errors import UsageError
 from ...files import write_atomically, writing
 from ...json_files import parse_json
-from ..manifest import FILE_NAME, MAX_MANIFEST_BYTES, Manifest, Split, parse_manifest
+from ..manifest import FILE_NAME, MAX_MANIFEST_BYTES, Manifest, ManifestError, Split, parse_manifest
 from ..remote_files import RemoteError, read_range, stat
 from .block_index import BlockIndex
 from .cache import DataCache
@@ -84,6 +84,10 @@ def _make(
                     file.write(ends[name])
             if name not in ends:
                 BlockIndex.create(aside / f"{name}.index", cache.block_bytes, size)
+        try:
+            Manifest.read(aside)
+        except ManifestError as error:
+            raise ManifestError(str(error).replace(str(aside), origin.url)) from None
         origin.write(aside)
         with cache.locked():
             if not folder.exists():
