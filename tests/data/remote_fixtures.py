@@ -1,9 +1,10 @@
-"""Fixtures for the tests of remote corpora; a test module imports those that it uses."""
+"""Servers of remote corpora, as fixtures; `conftest` imports them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from remote_servers import Server, http_server, s3_server
@@ -22,7 +23,7 @@ def s3_process() -> Iterator[Server]:
 
 
 @pytest.fixture
-def s3(s3_process: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+def s3(s3_process: Server, no_waits: None, monkeypatch: pytest.MonkeyPatch) -> Server:
     """moto's S3, as the endpoint of every client of S3, with short waits between attempts."""
     import s3fs
 
@@ -36,14 +37,14 @@ def s3(s3_process: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 @pytest.fixture
-def http(tmp_path: object) -> Iterator[Server]:
-    """An HTTP server of the test's folder."""
-    server = http_server(tmp_path)  # type: ignore[arg-type]
+def http(tmp_path: Path, no_waits: None) -> Iterator[Server]:
+    """An HTTP server of the test's folder, with short waits between attempts."""
+    server = http_server(tmp_path)
     yield server
     server.close()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again after 10 ms, so that tests of failing servers are fast."""
     monkeypatch.setattr(remote_files.Patience, "wait", lambda patience, failures: 0.01)

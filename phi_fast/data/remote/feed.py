@@ -31,6 +31,8 @@ class _Job:
 
     file: CachedFile
     blocks: range
+    start: int
+    """Number of calls of `Feed.start` before it began."""
     plans: list[_Plan] = field(default_factory=list)
     """The batches that wait for them."""
 
@@ -64,7 +66,7 @@ class Feed:
         self._pending: dict[tuple[int, int], _Job] = {}
         self._plans: dict[int, _Plan] = {}
         self._closed = False
-        self._next = 0
+        self._next = self._starts = 0
         self._threads = [threading.Thread(target=self._work, name=f"fetch-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -76,7 +78,7 @@ class Feed:
                 self._forget(job)
             self._jobs.clear()
             self._plans.clear()
-            self._next = row
+            self._next, self._starts = row, self._starts + 1
             self._extend()
 
     def ready(self, row: int, *, wait: bool) -> bool:
@@ -147,7 +149,7 @@ class Feed:
                     added = None
                     continue
                 if added is None:
-                    added = _Job(file, range(block, block))
+                    added = _Job(file, range(block, block), self._starts)
                     self._jobs.append(added)
                     jobs.add(added)
                 added.blocks = range(added.blocks.start, block + 1)
@@ -177,6 +179,10 @@ class Feed:
             except Exception as raised:  # for the thread that needs the batch
                 error = raised
             with self._changed:
+                if error is not None and job.start < self._starts:
+                    job.start = self._starts  # batches planned since have waited for its last attempts only
+                    self._jobs.append(job)
+                    continue
                 self._forget(job)
                 for plan in job.plans:
                     plan.waits -= 1

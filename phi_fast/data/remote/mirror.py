@@ -38,7 +38,7 @@ def remote_corpus(url: str, cache: DataCache | None = None) -> Path:
     where = origin.file(FILE_NAME)
     data = _small(where, MAX_MANIFEST_BYTES, "`python -m phi_fast.prepare` makes a corpus; upload its folder as it is")
     manifest = parse_manifest(parse_json(data, where), where)
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name, split in manifest.splits.items():
         sizes |= _expected_sizes(origin, manifest, name, split)
     for name, expected in sizes.items():
