@@ -94,9 +94,7 @@ def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE) -
     def fetch() -> bytes:
         data: bytes = system.cat_file(path, start=start, end=stop, **options)
         if len(data) > stop - start:
-            raise _LastingError(
-                f"the server sent {len(data):,} bytes: it does not answer requests for a part of a file"
-            )
+            raise _LastingError(f"the server sent {len(data):,} bytes: it does not answer requests for a part of a file")
         if len(data) < stop - start:
             raise OSError(f"the answer has {len(data):,} bytes of {stop - start:,}")
         return data
@@ -241,16 +239,6 @@ def _stat(url: str, info: dict[str, Any]) -> RemoteStat:
     """What a file system's `info` says about a file. Raises RemoteError if it does not say the size."""
     if not isinstance(info.get("size"), int):
         raise RemoteError(f"{url}: the server does not say how long the file is. Download it, and name its path here")
-    names = (
-        "sha256",
-        "ETag",
-        "etag",
-        "blob_id",
-        "md5Hash",
-        "Content-MD5",
-        "generation",
-        "LastModified",
-        "Last-Modified",
-    )
+    names = ("sha256", "ETag", "etag", "blob_id", "md5Hash", "Content-MD5", "generation", "LastModified", "Last-Modified")
     found = next((str(info[name]) for name in names if info.get(name)), "")
     return RemoteStat(info["size"], found)
