@@ -109,8 +109,10 @@ def stat(url: str, patience: Patience = PATIENCE) -> RemoteStat | None:
     def ask() -> dict[str, Any]:
         try:
             found: dict[str, Any] = system.info(path)
-        except FileNotFoundError as error:  # over http fsspec takes every failure for a missing file
-            raise error.__cause__ or error from None
+        except FileNotFoundError as error:
+            if not url.lower().startswith("http"):
+                raise
+            raise error.__cause__ or error from None  # fsspec takes every failure for a missing file
         return found
 
     info = retried(ask, url, patience)

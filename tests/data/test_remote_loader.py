@@ -14,6 +14,7 @@ from token_files import draw_tokens, write_corpus, write_marked
 
 from phi_fast.data import DataCache, Mixture, TokenLoader, remote_corpus, sequential_rows
 from phi_fast.data.store import CorpusError
+from phi_fast.errors import UsageError
 
 LENGTH = 64
 BLOCK = 4096
@@ -60,6 +61,9 @@ def test_the_rows_of_a_local_corpus(served: tuple[Server, str], local: Path, tmp
     served[0].requests.clear()
     assert torch.equal(rows(of(remote), 100, threads=0), expected)
     assert served[0].requests == []  # all of it was there
+    with pytest.raises(UsageError, match=r"none/manifest\.json cannot be read"):
+        remote_corpus(f"{served[1]}/none", cache(tmp_path))
+    assert len(served[0].requests) <= 3  # it was not asked for again and again
 
 
 @pytest.mark.parametrize("isolated", [False, True])
