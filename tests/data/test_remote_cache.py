@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from remote_servers import Server
 from token_files import draw_tokens, write_corpus
 
+from benchmarks.loopback import Server
 from phi_fast.data import DataCache, Mixture, TokenLoader, remote_corpus, remote_files
 from phi_fast.data.remote import cache as cache_module
 from phi_fast.data.remote.cached_file import CachedFile

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from remote_fixtures import new_bucket
-from remote_servers import Server, upload
 from token_files import draw_tokens, write_corpus, write_marked
 
+from benchmarks.loopback import Server, upload
 from phi_fast.data import DataCache, Mixture, TokenLoader, remote_corpus, sequential_rows
 from phi_fast.data.store import CorpusError
 from phi_fast.errors import UsageError

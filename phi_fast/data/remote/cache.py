@@ -65,14 +65,22 @@ class DataCache:
 
     @staticmethod
     def default() -> DataCache:
-        """The folder and limit of the environment variables PHI_FAST_DATA_CACHE and PHI_FAST_DATA_CACHE_GB; without
-        them ~/.cache/phi_fast/data and DEFAULT_GIGABYTES."""
-        text = os.environ.get(GIGABYTES, str(DEFAULT_GIGABYTES))
+        """The cache of `default_folder` and `default_gigabytes`."""
+        return DataCache(DataCache.default_folder(), DataCache.default_gigabytes())
+
+    @staticmethod
+    def default_folder() -> Path:
+        """The folder that the environment variable PHI_FAST_DATA_CACHE names, else ~/.cache/phi_fast/data."""
+        return Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "phi_fast" / "data")
+
+    @staticmethod
+    def default_gigabytes() -> float:
+        """The limit that the environment variable PHI_FAST_DATA_CACHE_GB gives, else DEFAULT_GIGABYTES."""
+        text = os.environ.get(GIGABYTES) or str(DEFAULT_GIGABYTES)
         try:
-            gigabytes = float(text)
+            return float(text)
         except ValueError:
             raise UsageError(f"{GIGABYTES}={text}: expected a number of gigabytes") from None
-        return DataCache(os.environ.get(FOLDER) or Path.home() / ".cache" / "phi_fast" / "data", gigabytes)
 
     @staticmethod
     def of_folder(directory: Path) -> DataCache:

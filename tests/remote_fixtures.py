@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from remote_servers import Server, http_server, s3_server
 
+from benchmarks.loopback import Server, http_server, s3_server
 from phi_fast.data import remote_files
 
 _buckets = itertools.count()

@@ -1,4 +1,4 @@
-"""Servers on loopback for the tests of remote corpora: real S3 (moto) and HTTP, which fail as they are told to."""
+"""Servers on loopback, real S3 (moto) and HTTP, that delay and fail as they are told to: for experiments and tests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Server:
             time.sleep(0.3)
         if fault == "whole":
             environ.pop("HTTP_RANGE", None)
-        if fault not in ("drop", "short"):
+        if fault not in ("drop", "short") or method == "HEAD":
             return self.application(environ, start_response)
         answer = Response.from_app(self.application, environ)
         answer.direct_passthrough = False
