@@ -35,66 +35,20 @@ FOLDER, GIGABYTES = "PHI_FAST_DATA_CACHE", "PHI_FAST_DATA_CACHE_GB"
 _KEEP_SIZE_PUNCH_HOLE = 3
 
 
-class DataCache:
-    """A folder with the blocks of remote token files, of at most `gigabytes` × 10⁹ bytes.
+class CacheFolder:
+    """A folder that exists, with the limit that `DataCache` gave it.
 
-    The limit belongs to the folder: the last process that opens it sets it. Processes may share the folder; a lock file
-    protects every change. A killed process leaves nothing that must be repaired by hand: see `BlockIndex` and
-    `CachedFile`.
-
-    Raises UsageError for a folder that cannot be used and says why.
+    Processes may share it; a lock file protects every change. A killed process leaves nothing that must be repaired by
+    hand: see `BlockIndex` and `CachedFile`.
     """
 
-    def __init__(
-        self, directory: Path | str, gigabytes: float = DEFAULT_GIGABYTES, *, block_bytes: int = BLOCK_BYTES
-    ) -> None:
-        if block_bytes < PAGE_BYTES or block_bytes % PAGE_BYTES:
-            raise ValueError(f"block_bytes={block_bytes}: must be a multiple of {PAGE_BYTES}")
-        if not 0 < gigabytes < math.inf:
-            raise UsageError(f"data_cache_gb={gigabytes}: must be gigabytes, greater than 0")
-        self.directory, self.block_bytes = Path(directory), block_bytes
-        self.limit_bytes = int(gigabytes * 1e9)
-        way_out = "name another folder with --data-cache"
-        with writing(self.directory, way_out):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _check_holes(self.directory)
-            self._prepare()
-            with self.locked():
-                write_atomically(self.directory / "limit.json", json.dumps({"limit_bytes": self.limit_bytes}).encode())
-                self._repair()
-
-    @staticmethod
-    def default() -> DataCache:
-        """The cache of `default_folder` and `default_gigabytes`."""
-        return DataCache(DataCache.default_folder(), DataCache.default_gigabytes())
-
-    @staticmethod
-    def default_folder() -> Path:
-        """The folder that the environment variable PHI_FAST_DATA_CACHE names, else ~/.cache/phi_fast/data."""
-        return Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "phi_fast" / "data")
-
-    @staticmethod
-    def default_gigabytes() -> float:
-        """The limit that the environment variable PHI_FAST_DATA_CACHE_GB gives, else DEFAULT_GIGABYTES."""
-        text = os.environ.get(GIGABYTES) or str(DEFAULT_GIGABYTES)
-        try:
-            return float(text)
-        except ValueError:
-            raise UsageError(f"{GIGABYTES}={text}: expected a number of gigabytes") from None
-
-    @staticmethod
-    def of_folder(directory: Path) -> DataCache:
-        """The cache of a folder that exists, with the limit that it has. Raises UsageError, OSError."""
-        cache = DataCache.__new__(DataCache)
-        cache.directory, cache.block_bytes = directory, 0
-        cache.limit_bytes = read_object(directory / "limit.json", way_out="Remove the folder").whole("limit_bytes")
-        cache._prepare()
-        return cache
-
-    def _prepare(self) -> None:
-        self._thread_lock, self._lock = threading.Lock(), file_lock(self.directory / "lock")
+    def __init__(self, directory: Path) -> None:
+        """Raises JsonFileError or OSError for a folder that is no cache."""
+        self.directory = directory
+        self.limit_bytes = read_object(directory / "limit.json", way_out="Remove the folder").whole("limit_bytes")
+        self._thread_lock, self._lock = threading.Lock(), file_lock(directory / "lock")
         self._indexes: dict[Path, BlockIndex] = {}
-        usage = self.directory / "usage"
+        usage = directory / "usage"
         with contextlib.suppress(FileExistsError), usage.open("xb") as file:
             file.truncate(8)
         if usage.stat().st_size < 8:  # another process is between the two lines above
@@ -127,7 +81,7 @@ class DataCache:
             self._evict(excess + min(EVICTED_BYTES, self.limit_bytes // 16))
 
     def check_disk(self, bytes: int) -> None:
-        """Raise UsageError if the disk has no room for what the cache may grow by, of `bytes` that a corpus has."""
+        """Raise UsageError if the disk has no room for what the cache may grow by, for `bytes` that are not there."""
         needed = max(0, min(bytes, self.limit_bytes - self.used_bytes))
         free = shutil.disk_usage(self.directory).free
         if needed > free:
@@ -177,6 +131,51 @@ class DataCache:
                 _punch(index.path.with_suffix(""), _runs(np.flatnonzero(~index.present)), index.block_bytes)
                 index.evicting = False
         self._usage[0] = sum(index.bytes for index in self._all_indexes())
+
+
+class DataCache(CacheFolder):
+    """A folder with the blocks of remote token files, of at most `gigabytes` × 10⁹ bytes; made unless it exists.
+
+    The limit belongs to the folder: the last process that opens it with a `DataCache` sets it.
+
+    Raises UsageError for a folder that cannot be used and says why.
+    """
+
+    def __init__(
+        self, directory: Path | str, gigabytes: float = DEFAULT_GIGABYTES, *, block_bytes: int = BLOCK_BYTES
+    ) -> None:
+        if block_bytes < PAGE_BYTES or block_bytes % PAGE_BYTES:
+            raise ValueError(f"block_bytes={block_bytes}: must be a multiple of {PAGE_BYTES}")
+        if not 0 < gigabytes < math.inf:
+            raise UsageError(f"data_cache_gb={gigabytes}: must be gigabytes, greater than 0")
+        directory, self.block_bytes = Path(directory), block_bytes
+        with writing(directory, "name another folder with --data-cache"):
+            directory.mkdir(parents=True, exist_ok=True)
+            _check_holes(directory)
+            limit = json.dumps({"limit_bytes": int(gigabytes * 1e9)}).encode()
+            write_atomically(directory / "limit.json", limit)
+            super().__init__(directory)
+            with self.locked():
+                self._repair()
+
+    @staticmethod
+    def default() -> DataCache:
+        """The cache of `default_folder` and `default_gigabytes`."""
+        return DataCache(DataCache.default_folder(), DataCache.default_gigabytes())
+
+    @staticmethod
+    def default_folder() -> Path:
+        """The folder that the environment variable PHI_FAST_DATA_CACHE names, else ~/.cache/phi_fast/data."""
+        return Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "phi_fast" / "data")
+
+    @staticmethod
+    def default_gigabytes() -> float:
+        """The limit that the environment variable PHI_FAST_DATA_CACHE_GB gives, else DEFAULT_GIGABYTES."""
+        text = os.environ.get(GIGABYTES) or str(DEFAULT_GIGABYTES)
+        try:
+            return float(text)
+        except ValueError:
+            raise UsageError(f"{GIGABYTES}={text}: expected a number of gigabytes") from None
 
 
 def _runs(blocks: Sequence[int] | np.ndarray[Any, Any]) -> Iterator[tuple[int, int]]:

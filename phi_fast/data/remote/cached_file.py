@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import MachineError
 from ..remote_files import RemoteError, read_range
 from .block_index import BlockIndex
-from .cache import DataCache
+from .cache import CacheFolder
 
 _Versions = np.ndarray[Any, Any]
 
@@ -31,7 +31,7 @@ class CachedFile:
 
     def __init__(
         self,
-        cache: DataCache,
+        cache: CacheFolder,
         path: Path,
         url: str,
         sha256: Sequence[str] = (),

@@ -61,7 +61,9 @@ class Feed:
         self, needs: Callable[[int], Iterable[Need]], stride: int, window: int, threads: int = FETCHERS
     ) -> None:
         self._needs, self._stride, self._window = needs, stride, window
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed, self._queued = threading.Condition(lock), threading.Condition(lock)
+        """Notified when a job is done, and when one is added."""
         self._jobs: deque[_Job] = deque()
         self._pending: dict[tuple[int, int], _Job] = {}
         self._plans: dict[int, _Plan] = {}
@@ -127,6 +129,7 @@ class Feed:
             self._closed = True
             self._jobs.clear()
             self._changed.notify_all()
+            self._queued.notify_all()
 
     def _extend(self) -> None:
         while len(self._plans) < self._window:
@@ -151,14 +154,13 @@ class Feed:
                 if added is None:
                     added = _Job(file, range(block, block), self._starts)
                     self._jobs.append(added)
+                    self._queued.notify()
                     jobs.add(added)
                 added.blocks = range(added.blocks.start, block + 1)
                 self._pending[id(file), block] = added
         for job in jobs:
             job.plans.append(plan)
         plan.waits = len(jobs)
-        if jobs:
-            self._changed.notify_all()
         return plan
 
     def _forget(self, job: _Job) -> None:
@@ -171,7 +173,7 @@ class Feed:
                 while not self._jobs:
                     if self._closed:
                         return
-                    self._changed.wait()
+                    self._queued.wait()
                 job = self._jobs.popleft()
             error: Exception | None = None
             try:
@@ -181,7 +183,8 @@ class Feed:
             with self._changed:
                 if error is not None and job.start < self._starts:
                     job.start = self._starts  # batches planned since have waited for its last attempts only
-                    self._jobs.append(job)
+                    self._jobs.appendleft(job)
+                    self._queued.notify()
                     continue
                 self._forget(job)
                 for plan in job.plans:

@@ -47,9 +47,10 @@ def remote_corpus(url: str, cache: DataCache | None = None) -> Path:
                 f"{origin.file(name)} has {found_size} bytes, and the manifest says {expected}: it was "
                 f"{'cut short' if found_size < expected else 'changed'}. Copy or prepare the corpus again"
             )
-    cache.check_disk(sum(sizes.values()))
     digest = hashlib.sha256(f"{url}\n{cache.block_bytes}\n".encode() + data).hexdigest()
     folder = cache.directory / f"{re.sub('[^A-Za-z0-9]+', '-', url.rpartition('/')[2])[:40]}-{digest[:16]}"
+    there = sum(BlockIndex.open(path).bytes for path in folder.glob("*.index"))
+    cache.check_disk(sum(sizes.values()) - there)
     if not (folder / FILE_NAME).exists():
         small = {
             name: _small(origin.file(name), most, "") for name, most in SMALL_FILES.items() if _has(origin.file(name))

@@ -10,7 +10,7 @@ from phi_fast._C import tokens as _tokens
 
 from ...errors import UsageError
 from ..formats import TokenLayout
-from .cache import DataCache
+from .cache import CacheFolder
 from .cached_file import CachedFile
 from .feed import Feed, Need
 
@@ -19,20 +19,20 @@ LOOKAHEAD_ROWS = 512
 that fails a few times."""
 
 
-def cached_tokens(layout: TokenLayout, cache: DataCache | None = None) -> CachedFile | None:
+def cached_tokens(layout: TokenLayout, cache: CacheFolder | None = None) -> CachedFile | None:
     """The cached file of a layout's tokens; None if the layout's file is complete."""
     if layout.url is None:
         return None
-    cache = cache or DataCache.of_folder(layout.path.parent.parent)
+    cache = cache or CacheFolder(layout.path.parent.parent)
     end = layout.offset + layout.bytes
     return CachedFile(cache, layout.path, layout.url, layout.sha256, layout.block_bytes, layout.offset, end)
 
 
-def cached_marks(layout: TokenLayout, cache: DataCache | None = None) -> CachedFile | None:
+def cached_marks(layout: TokenLayout, cache: CacheFolder | None = None) -> CachedFile | None:
     """The cached file of a layout's marks; None if there are none, or they are complete."""
     if layout.marks is None or layout.marks_url is None:
         return None
-    cache = cache or DataCache.of_folder(layout.marks.parent.parent)
+    cache = cache or CacheFolder(layout.marks.parent.parent)
     return CachedFile(cache, layout.marks, layout.marks_url, layout.marks_sha256, layout.block_bytes, 0, layout.tokens)
 
 
@@ -45,7 +45,7 @@ class CachedRows:
 
     def open(self) -> None:
         """Open the cached files, also anew in a forked process, where locks are in an arbitrary state."""
-        caches: dict[Path, DataCache] = {}
+        caches: dict[Path, CacheFolder] = {}
         self._of_corpus: list[list[tuple[CachedFile, int, int]]] = []
         """For each corpus its cached files, with their bytes before the first token and per token."""
         for layout in self._layouts:
@@ -53,7 +53,7 @@ class CachedRows:
                 self._of_corpus.append([])
                 continue
             folder = layout.path.parent.parent
-            cache = caches[folder] = caches.get(folder) or DataCache.of_folder(folder)
+            cache = caches[folder] = caches.get(folder) or CacheFolder(folder)
             tokens, marks = cached_tokens(layout, cache), cached_marks(layout, cache)
             assert tokens is not None
             self._of_corpus.append([(tokens, layout.offset, layout.width), *([] if marks is None else [(marks, 0, 1)])])
