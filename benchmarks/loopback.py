@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from werkzeug.exceptions import NotFound
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.utils import send_from_directory
 from werkzeug.wrappers import Request, Response
 
@@ -18,6 +18,11 @@ Fault = Callable[[str, str], str | None]
 """(method, path) -> what goes wrong with the request: "error" (503), "drop" (half of the body, then the connection is
 closed), "short" (half of the body, with a length that fits it), "slow" (0.3 s), "whole" (the range is ignored), or
 None."""
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_request(self, *_: Any) -> None:
+        """Log no requests: `Server.requests` has them."""
 
 
 class Server:
@@ -31,7 +36,7 @@ class Server:
         self.fault: Fault = lambda method, path: None
         self.requests: list[tuple[str, str, str]] = []
         """(method, path, range) of each."""
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self._server.daemon_threads = True
         self._server.log = lambda *_: None  # it would print the errors that tests ask for
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
