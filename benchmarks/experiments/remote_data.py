@@ -72,7 +72,8 @@ def write_corpus(data: Path, megabytes: int) -> None:
         size = vocabulary.vocab_size(tokenizer)
         digest = vocabulary.digest(tokenizer)
         Manifest("uint16", "stdlib", digest, size, Delimiter(0), {"train": split}).write(folder)
-        tokenizer.save(str(folder / "tokenizer.json"))
+        for place in (folder, data):
+            tokenizer.save(str(place / "tokenizer.json"))
 
 
 def serve(data: Path, delay: float, failures: float) -> None:
