@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -182,3 +184,19 @@ def test_a_url_in_a_mixture_is_read_through_the_cache_of_the_environment(
     assert torch.equal(rows(of(f"{http.url}/web"), 5), rows(of(local), 5))
     assert [path.name[:4] for path in (tmp_path / "elsewhere").glob("*/train.bin")] == ["trai"]
     assert (tmp_path / "elsewhere" / "limit.json").read_text() == '{"limit_bytes": 500000000}'
+
+
+def test_a_forked_child_reads_on_by_itself(http: Server, local: Path, tmp_path: Path) -> None:
+    """It has none of the threads that fetch, and no lock of its parent."""
+    expected = rows(of(local), 60)
+    remote = remote_corpus(f"{http.url}/web", cache(tmp_path))
+    with TokenLoader(of(remote), LENGTH, 4, seed=3) as loader:
+        first = [torch.equal(next(loader).input_ids, expected[i, 0]) for i in range(5)]
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # a deadlock ends it
+            same = [torch.equal(next(loader).input_ids, expected[i, 0]) for i in range(5, 60)]
+            os._exit(0 if all(same) else 1)
+        same = [torch.equal(next(loader).input_ids, expected[i, 0]) for i in range(5, 60)]
+        assert all(first) and all(same)
+        assert os.waitpid(child, 0)[1] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -38,6 +39,26 @@ def test_remote_corpora_give_the_losses_of_local_ones(stdlib: Path, tmp_path: Pa
     mixed = ["--data", stdlib, "--corpora", f"code={server.url}/code"]
     assert start(*mixed, "--run-dir", tmp_path / "mixed", *cache) == 0
     assert losses(tmp_path / "mixed") == losses(tmp_path / "local")
+    server.close()
+
+
+def test_a_server_that_goes_away_ends_a_run_that_then_goes_on(
+    stdlib: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_waits: None,  # noqa: F811
+) -> None:
+    server, run = http_server(stdlib), tmp_path / "run"
+    reads = itertools.count()
+    server.fault = lambda method, path: "error" if path.endswith("train.bin") and next(reads) > 60 else None
+    words = ["--data", server.url, "--run-dir", run, "--data-cache", tmp_path / "cache", "--tokens", 200 * 4 * 32]
+    assert start(*words, "--val-every", 0) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "train.bin, bytes" in message and "could not be read in 8 attempts" in message
+    [saved] = (path.name for path in (run / "checkpoints").glob("step-*"))
+    server.reset()
+    assert main(["--resume", "--run-dir", str(run), "--stop-after", "1"]) == INTERRUPTED
+    assert f"step {int(saved.removeprefix('step-')) + 1}/200" in capsys.readouterr().out
     server.close()
 
 
