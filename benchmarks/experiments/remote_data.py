@@ -1,6 +1,6 @@
 """How long a training step waits for rows from S3, with slow and failing requests, beside the same rows on the disk.
 
-`python -m benchmarks.experiments.remote_data --out benchmarks/results/remote-data.json` serves a corpus of random
+`python -m benchmarks.experiments.remote_data --out benchmarks/results/remote-data.jsonl` serves a corpus of random
 tokens with moto's S3 on loopback, in a process of its own, which waits 20 ms before each answer and fails 1% of the
 requests (half of them with status 503, half by closing the connection in the middle of the body). `phi_fast.train` then
 trains recipe tiny on it, with a cache that holds a quarter of the corpus, and the trainer's metrics say how long each
@@ -38,7 +38,7 @@ class Options:
     """Measure how long training steps wait for rows from a slow and failing S3."""
 
     out: Path | None = None
-    """Write the figures to this file, as JSON."""
+    """Write the figures to this file, as a line of JSON."""
     megabytes: int = 200
     """Size of the corpus, MB."""
     cached: float = 0.25
@@ -167,10 +167,10 @@ def main() -> None:
         serve(Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
         return
     options = tyro.cli(Options, prog="python -m benchmarks.experiments.remote_data", description=__doc__)
-    found = json.dumps(measure(options), indent=1)
-    print(found)
+    figures = measure(options)
+    print(json.dumps(figures, indent=1))
     if options.out is not None:
-        options.out.write_text(found + "\n")
+        options.out.write_text(json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

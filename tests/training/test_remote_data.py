@@ -50,7 +50,7 @@ def test_a_server_that_goes_away_ends_a_run_that_then_goes_on(
 ) -> None:
     server, run = http_server(stdlib), tmp_path / "run"
     reads = itertools.count()
-    server.fault = lambda method, path: "error" if path.endswith("train.bin") and next(reads) > 60 else None
+    server.fault = lambda method, path: "error" if path.endswith("train.bin") and next(reads) > 30 else None
     words = ["--data", server.url, "--run-dir", run, "--data-cache", tmp_path / "cache", "--tokens", 200 * 4 * 32]
     assert start(*words, "--val-every", 0) == 2
     message = " ".join(capsys.readouterr().err.split())
@@ -58,7 +58,7 @@ def test_a_server_that_goes_away_ends_a_run_that_then_goes_on(
     [saved] = (path.name for path in (run / "checkpoints").glob("step-*"))
     server.reset()
     assert main(["--resume", "--run-dir", str(run), "--stop-after", "1"]) == INTERRUPTED
-    assert f"step {int(saved.removeprefix('step-')) + 1}/200" in capsys.readouterr().out
+    assert f"stopped at step {int(saved.removeprefix('step-')) + 1} of 200" in capsys.readouterr().out
     server.close()
 
 
