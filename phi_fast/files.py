@@ -107,7 +107,7 @@ class Claim:
         Raises UsageError, which names the owner and says what to do (`way_out`), if another process still holds the
         lock; OSError if the lock file cannot be made.
         """
-        lock, holder = _lock(lock_file), lock_file.with_name(f"{lock_file.name}.holder")
+        lock, holder = file_lock(lock_file), lock_file.with_name(f"{lock_file.name}.holder")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # filelock warns when it falls back to a marker file
             try:
@@ -145,7 +145,7 @@ class Claim:
         self.release()
 
 
-def _lock(file: Path) -> BaseFileLock:
+def file_lock(file: Path) -> BaseFileLock:
     """Make a kernel lock, or a marker file if the file system has no flock (filelock knows only one of the errors)."""
     probe = file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(probe, os.O_RDWR | os.O_CREAT, 0o600)

@@ -29,6 +29,7 @@ import torch
 import tyro
 from torch.distributed.run import parse_args as torchrun_options
 
+from benchmarks.loopback import http_server
 from phi_fast.config import PhiConfig
 from phi_fast.conversion.source import Source
 from phi_fast.training.distributed import deepspeed
@@ -198,7 +199,7 @@ class Enough(Exception):
 
 
 def _three_batches() -> dict[str, Any]:
-    """What docs/data.md's snippet takes as given: a model."""
+    """What docs/data.md's snippets take as given: a model, and the URL of a remote corpus."""
     seen: list[int] = []
 
     def model(input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
@@ -208,7 +209,7 @@ def _three_batches() -> dict[str, Any]:
             raise Enough
         return SimpleNamespace(loss=torch.zeros(()))
 
-    return {"model": model}
+    return {"model": model, "url": f"{http_server(Path('data')).url}/stdlib/docs"}
 
 
 def _web_pages() -> dict[str, Any]:

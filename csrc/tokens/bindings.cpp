@@ -117,11 +117,13 @@ void bind(py::module_& module) {
   module.def("chairman", &chairman, py::arg("weights"), "Corpus of each slot of one period");
 
   py::class_<TokenFile, std::shared_ptr<TokenFile>>(module, "TokenFile")
-      .def(py::init([](std::string path, int width, uint64_t offset, uint64_t tokens, bool mapped) {
+      .def(py::init([](std::string path, int width, uint64_t offset, uint64_t tokens, bool mapped, bool cache) {
              return std::make_shared<TokenFile>(std::move(path), width, offset, tokens,
-                                                mapped ? Mode::kMmap : Mode::kPread);
+                                                mapped ? Mode::kMmap : Mode::kPread,
+                                                cache ? Content::kCache : Content::kFixed);
            }),
-           py::arg("path"), py::arg("width"), py::arg("offset"), py::arg("tokens"), py::arg("mapped"))
+           py::arg("path"), py::arg("width"), py::arg("offset"), py::arg("tokens"), py::arg("mapped"),
+           py::arg("cache") = false)
       .def("check_unchanged", &TokenFile::check_unchanged)
       .def("change_stamp", &TokenFile::change_stamp)
       .def("accept", &TokenFile::accept, py::arg("stamp"))

@@ -27,8 +27,8 @@ int64_t change_time(const struct stat& status) {
 
 }  // namespace
 
-TokenFile::TokenFile(std::string path, int width, uint64_t offset, uint64_t tokens, Mode mode)
-    : path_(std::move(path)), width_(width), offset_(offset), tokens_(tokens) {
+TokenFile::TokenFile(std::string path, int width, uint64_t offset, uint64_t tokens, Mode mode, Content content)
+    : path_(std::move(path)), content_(content), width_(width), offset_(offset), tokens_(tokens) {
   if (width != 1 && width != 2 && width != 4) throw std::invalid_argument("tokens are 2 or 4 bytes wide, marks 1");
   if (path_.find('\0') != std::string::npos) throw std::invalid_argument("a path has no NUL in it");
   descriptor_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
@@ -38,7 +38,7 @@ TokenFile::TokenFile(std::string path, int width, uint64_t offset, uint64_t toke
     if (fstat(descriptor_, &status)) fail(path_);
     if (!S_ISREG(status.st_mode)) throw std::runtime_error(path_ + " is not a regular file");
     size_ = static_cast<uint64_t>(status.st_size);
-    changed_ = change_time(status);
+    changed_ = content == Content::kCache ? 0 : change_time(status);
     if (offset > size_ || tokens > (size_ - offset) / static_cast<uint64_t>(width)) {
       throw std::runtime_error(path_ + " has " + std::to_string(size_) + " bytes, too few for " +
                                std::to_string(tokens) + " tokens of " + std::to_string(width) + " bytes after byte " +
@@ -121,7 +121,7 @@ int64_t TokenFile::change_stamp() const {
   struct stat status;
   if (fstat(descriptor_, &status)) fail(path_);
   if (static_cast<uint64_t>(status.st_size) != size_) was_changed(static_cast<uint64_t>(status.st_size));
-  return change_time(status);
+  return content_ == Content::kCache ? 0 : change_time(status);
 }
 
 void TokenFile::was_changed(uint64_t size) const {

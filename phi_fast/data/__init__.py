@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from .loader import Batch, TokenLoader
     from .mixture import Component, Mixture, Stage
     from .plan import MixturePlan, plan_mixture
+    from .remote.cache import DataCache
+    from .remote.mirror import remote_corpus
     from .store import count_rows, documents, sequential_rows
     from .vocabulary import tokenizer
 
 __all__ = [
     "Batch",
     "Component",
+    "DataCache",
     "FormatError",
     "Mixture",
     "MixturePlan",
@@ -24,6 +27,7 @@ __all__ = [
     "count_rows",
     "documents",
     "plan_mixture",
+    "remote_corpus",
     "sequential_rows",
     "tokenizer",
 ]
@@ -33,6 +37,8 @@ _HOMES = {
     "loader": ("Batch", "TokenLoader"),
     "mixture": ("Component", "Mixture", "Stage"),
     "plan": ("MixturePlan", "plan_mixture"),
+    "remote.cache": ("DataCache",),
+    "remote.mirror": ("remote_corpus",),
     "store": ("count_rows", "documents", "sequential_rows"),
     "vocabulary": ("tokenizer",),
 }

@@ -21,6 +21,8 @@ from phi_fast._C import tokens as _tokens
 from ..errors import UsageError
 from .manifest import DTYPES, FILE_NAME, Manifest
 from .plain_reads import open_regular
+from .remote.mirror import remote_corpus
+from .remote.origin import Origin, url_of
 from .signatures import HEAD_BYTES, litdata_end, not_tokens
 
 Dtype = Literal["uint16", "uint32"]
@@ -63,6 +65,11 @@ class TokenLayout:
     """Hex digest of each block of `block_bytes` bytes of marks."""
     row_tokens: int = 0
     """Length of the rows into which whole documents are packed; 0 if they are joined end to end."""
+    url: str | None = None
+    """URL of the token file if `path` is a cache of it, whose bytes are there only once they were fetched
+    (`remote.opened`); None for a file that is complete."""
+    marks_url: str | None = None
+    """URL of the marks if `marks` is a cache of them."""
 
     @property
     def width(self) -> int:
@@ -78,12 +85,15 @@ class TokenLayout:
 def open_layout(path: Path | str, split: str = "train", dtype: str | None = None) -> TokenLayout:
     """The layout of `split` in the corpus at `path`: a corpus directory, or a token file, which is a single split.
 
+    path: may be the URL of a corpus directory, which is then read through `DataCache.default()`.
     dtype: "uint16" or "uint32", required if the file does not record it, and otherwise checked.
     Raises FormatError, ManifestError or OSError, naming the file, what was found and what to do.
     """
     path = Path(path)
     if dtype is not None and dtype not in WIDTHS:
         raise FormatError(f"dtype={dtype!r} for {path}: must be one of {', '.join(map(repr, WIDTHS))}")
+    if (url := url_of(path)) is not None:
+        path = remote_corpus(url)
     layout = _our_layout(path, split) if path.is_dir() else _foreign_layout(path, dtype)
     if dtype is not None and dtype != layout.dtype:
         raise FormatError(f"{layout.path} ({layout.format}) has {layout.dtype} tokens, asked for dtype={dtype!r}")
@@ -92,7 +102,7 @@ def open_layout(path: Path | str, split: str = "train", dtype: str | None = None
 
 def _our_layout(directory: Path, split: str) -> TokenLayout:
     manifest = Manifest.read(directory)
-    part = manifest.split(split)
+    part, origin = manifest.split(split), Origin.read(directory)
     return TokenLayout(
         path=directory / part.file,
         format="phi_fast",
@@ -107,6 +117,8 @@ def _our_layout(directory: Path, split: str) -> TokenLayout:
         marks=None if part.marks is None else directory / part.marks,
         marks_sha256=part.marks_sha256,
         row_tokens=part.row_tokens,
+        url=None if origin is None else origin.file(part.file),
+        marks_url=None if origin is None or part.marks is None else origin.file(part.marks),
     )
 
 

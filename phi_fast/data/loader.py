@@ -18,7 +18,10 @@ from torch import Tensor
 
 from phi_fast._C import tokens as _tokens
 
+from ..errors import MachineError
 from .mixture import Mixture
+from .remote.feed import Feed
+from .remote_files import RemoteError
 from .store import LARGEST_ID, CorpusError, Mode, Store
 
 _TOUCHES = 100
@@ -74,9 +77,12 @@ class TokenLoader:
 
     Threads may share a loader: calls run one at a time, and each batch is returned once.
 
+    A corpus may be a URL or a folder of `DataCache.corpus`: then the blocks of the next rows are fetched into a cache
+    ahead of their use, and `next` waits for those that are not there yet.
+
     Raises FormatError, ManifestError or OSError for a corpus that cannot be read, ValueError for invalid arguments, and
-    `next` raises CorpusError for files that are cut short or changed while in use, or have an id that is too large. A
-    file whose change time differs but whose content is the same is accepted.
+    `next` raises CorpusError for files that are cut short or changed while in use, cannot be fetched, or have an id
+    that is too large. A file whose change time differs but whose content is the same is accepted.
     """
 
     def __init__(
@@ -130,6 +136,9 @@ class TokenLoader:
         self._ring = _Ring(batch, sequence_length, document_isolation, self.pin_memory, prefetch + 2)
         self._prefetcher: _tokens.Prefetcher | None = None
         self._finalizer: weakref.finalize | None = None
+        self._feed: Feed | None = None
+        if self.store.cached is not None:
+            self.store.cached.window(batch, prefetch + 1)  # raises for a cache that is too small
         self._filling: deque[_Slot] = deque()
         self._closed = False
         self._lock, self._moving = threading.RLock(), False
@@ -156,8 +165,14 @@ class TokenLoader:
                     self._start()
                 assert self._prefetcher is not None
                 try:
+                    self._submit_ready()
                     segments, trained = self._prefetcher.take()
-                    break
+                    if self._feed is None or self._feed.intact(self._first):
+                        break
+                    self._stop()  # another process removed a part of it from the cache: read it again
+                except (MachineError, RemoteError) as error:
+                    self._stop()
+                    raise CorpusError(str(error)) from error
                 except (RuntimeError, ValueError) as error:
                     self._stop()  # the batch was not returned: its rows are tried again, here or in the next call
                     if _python_ends:
@@ -168,11 +183,13 @@ class TokenLoader:
                     self._stop()
                     raise
             else:
-                raise CorpusError("a corpus's files are being written to continually. Stop whatever does it")
-            slot = self._filling.popleft()
-            first = self._row + self.rank * self.batch
+                raise CorpusError(
+                    "a corpus's files are being written to, or removed from its cache, continually. Stop whatever does "
+                    "it, or give a larger --data-cache-gb"
+                )
+            slot, first = self._filling.popleft(), self._first
             self._row += self.batch * self.world_size
-            self._submit()
+            self._submit_ready(wait=False)
             return self._ring.lend(slot, range(first, first + self.batch), segments, trained if self._marked else None)
 
     def seek(self, row: int) -> None:
@@ -220,6 +237,8 @@ class TokenLoader:
         with self._alone():
             self._stop()
             self._closed = True
+            if self._feed is not None:
+                self._feed.close()
 
     def __enter__(self) -> TokenLoader:
         return self
@@ -247,7 +266,9 @@ class TokenLoader:
 
     def _after_fork(self) -> None:
         """Reset in a forked child: the threads, and the lock's holder, exist only in the parent."""
-        self._lock, self._moving = threading.RLock(), False
+        self._lock, self._moving, self._feed = threading.RLock(), False, None
+        if self.store.cached is not None:
+            self.store.cached.open()
         self._stop()
 
     def _same_content(self) -> bool:
@@ -266,16 +287,31 @@ class TokenLoader:
         if _python_ends:  # since this call began
             self._stop()
             raise RuntimeError(_CLOSED)
-        self._next_row = self._row + self.rank * self.batch
-        for _ in range(self.prefetch):
-            self._submit()
+        self._next_row = self._first
+        if self.store.cached is not None:
+            if self._feed is None:
+                self._feed = self.store.cached.feed(self.batch, stride, self.prefetch + 1)
+                weakref.finalize(self, self._feed.close)
+            self._feed.start(self._next_row)
 
-    def _submit(self) -> None:
+    @property
+    def _first(self) -> int:
+        """First row of this rank's next batch."""
+        return self._row + self.rank * self.batch
+
+    def _submit_ready(self, *, wait: bool = True) -> None:
+        """Let the threads fill the next `prefetch` batches, except those of which a part is not in the cache yet.
+
+        wait: for the first of them.
+        """
         assert self._prefetcher is not None
-        slot = self._ring.take()
-        self._filling.append(slot)
-        self._prefetcher.submit(self._next_row, self.batch, *slot.buffers)
-        self._next_row += self.batch * self.world_size
+        while len(self._filling) < self.prefetch:
+            if self._feed is not None and not self._feed.ready(self._next_row, wait=wait and not self._filling):
+                return
+            slot = self._ring.take()
+            self._filling.append(slot)
+            self._prefetcher.submit(self._next_row, self.batch, *slot.buffers)
+            self._next_row += self.batch * self.world_size
 
     def _stop(self) -> None:
         if self._finalizer is not None:
@@ -304,6 +340,8 @@ def _at_exit() -> None:
         idle = loader._lock.acquire(timeout=_EXIT_SECONDS)
         if loader._prefetcher is not None:
             loader._prefetcher.close()
+        if loader._feed is not None:
+            loader._feed.close()
         if idle:
             loader._lock.release()
 

@@ -150,7 +150,7 @@ class Manifest:
             ) from None
         except (OSError, JsonFileError) as error:
             raise ManifestError(f"{path} cannot be read as JSON: {error}. Prepare the corpus again") from error
-        manifest = _parse(document, path)
+        manifest = parse_manifest(document, path)
         manifest.validate(directory)
         return manifest
 
@@ -272,8 +272,8 @@ def _check_size(path: Path, expected: int, what: str) -> None:
         )
 
 
-def _parse(document: Any, path: Path) -> Manifest:
-    """Make a Manifest from JSON, checking the type and range of every field."""
+def parse_manifest(document: Any, path: Path | str) -> Manifest:
+    """Make a Manifest from JSON, checking the type and range of every field. path: its name in errors."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ManifestError(f"{path}: format is {found!r}, expected {FORMAT!r}: this is another program's file")

@@ -19,7 +19,7 @@ class Component:
     name: str
     """Name for messages and checkpoints, and key of the shuffle: another name gives another order."""
     path: Path
-    """A corpus directory, or a token file."""
+    """A corpus directory, its URL, or a token file."""
     weight: int = 1
     """Number of rows of this corpus in every sum(weights) rows, from row 0 to the first stage; 0: none."""
     split: str = "train"

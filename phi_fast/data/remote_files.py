@@ -117,7 +117,17 @@ def read_range(url: str, start: int, stop: int, patience: Patience = PATIENCE, g
 def stat(url: str, patience: Patience = PATIENCE) -> RemoteStat | None:
     """Ask for a file's size and version; None for a folder. Raises RemoteError as `read_range` does."""
     system, path = _open(url, patience)
-    info = retried(lambda: system.info(path), url, patience)
+
+    def ask() -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = system.info(path)
+        except FileNotFoundError as error:
+            if not url.lower().startswith("http"):
+                raise
+            raise error.__cause__ or error from None  # fsspec takes every failure for a missing file
+        return found
+
+    info = retried(ask, url, patience)
     return None if info.get("type") == "directory" else _stat(url, info)
 
 

@@ -18,6 +18,9 @@ from ..errors import MachineError
 from .formats import Dtype, FormatError, TokenLayout, open_layout
 from .manifest import BEGINS, TRAINED
 from .mixture import Mixture
+from .remote.cached_file import CachedFile
+from .remote.opened import CachedRows, cached_marks, cached_tokens
+from .remote_files import RemoteError
 
 Mode = Literal["auto", "mmap", "pread"]
 MAPPED_BYTES = 256 * 2**20
@@ -75,6 +78,9 @@ class Store:
             seed=seed,
             packed=[bool(layout.row_tokens) for layout in self.layouts.values()],
         )
+        remote = any(layout.url is not None for layout in self.layouts.values())
+        self.cached = CachedRows(list(self.layouts.values()), self.order, sequence_length) if remote else None
+        """What rows need of corpora that are cached; None if every corpus is complete."""
 
     def delimiters(self) -> list[int]:
         """The id between documents, for each corpus; -1 where marks say where they begin.
@@ -166,7 +172,10 @@ class Place(NamedTuple):
 def open_file(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile:
     """Open a layout's file. Raises OSError if it cannot be opened, FormatError if it is too short."""
     try:
-        return _tokens.TokenFile(os.fsencode(layout.path), layout.width, layout.offset, layout.tokens, mapped)
+        cache = layout.url is not None
+        return _tokens.TokenFile(
+            os.fsencode(layout.path), layout.width, layout.offset, layout.tokens, mapped and not cache, cache
+        )
     except RuntimeError as error:
         raise FormatError(str(error)) from None
 
@@ -176,7 +185,8 @@ def open_marks(layout: TokenLayout, *, mapped: bool) -> _tokens.TokenFile | None
     if layout.marks is None:
         return None
     try:
-        return _tokens.TokenFile(os.fsencode(layout.marks), 1, 0, layout.tokens, mapped)
+        cache = layout.marks_url is not None
+        return _tokens.TokenFile(os.fsencode(layout.marks), 1, 0, layout.tokens, mapped and not cache, cache)
     except RuntimeError as error:
         raise FormatError(str(error)) from None
 
@@ -262,11 +272,12 @@ def _rows(
             "ask for fewer rows or prepare a larger split"
         )
     check_rows(layout, sequence_length)
-    file, marks_file = open_file(layout, mapped=False), open_marks(layout, mapped=False)
+    file: _tokens.TokenFile | CachedFile = cached_tokens(layout) or open_file(layout, mapped=False)
+    marks_file = cached_marks(layout) or open_marks(layout, mapped=False)
     largest = min(id for id in (layout.max_id, max_token_id, LARGEST_ID) if id is not None)
     for first in range(start, stop, batch):
         count = min(batch, stop - first)
-        raw = _read(file, layout.width, first * sequence_length, count * sequence_length + 1)
+        raw = _read(file, layout.width, first * sequence_length, count * sequence_length + 1, layout.offset)
         if raw.max() > largest:
             at = int((raw > largest).argmax())
             raise CorpusError(
@@ -282,11 +293,17 @@ def _rows(
         yield ids[:-1].view(count, -1), labels.view(count, -1), ((marks[:-1] & BEGINS) != 0).view(count, -1)
 
 
-def _read(file: _tokens.TokenFile, width: int, first: int, count: int) -> np.ndarray[Any, Any]:
+def _read(
+    file: _tokens.TokenFile | CachedFile, width: int, first: int, count: int, offset: int = 0
+) -> np.ndarray[Any, Any]:
+    """Read `count` tokens or marks from the `first` on. offset: bytes before the first one."""
     raw = np.empty(count, f"<u{width}")
     try:
+        if isinstance(file, CachedFile):
+            part = file.read(offset + first * width, offset + (first + count) * width)
+            return np.frombuffer(part, raw.dtype).copy()
         file.read(first, raw.size, raw)
-    except RuntimeError as error:
+    except (RuntimeError, RemoteError) as error:
         raise CorpusError(str(error)) from None
     return raw
 

@@ -17,24 +17,29 @@ from ..config import PhiConfig
 from ..data import Mixture, TokenLoader, count_rows, sequential_rows, stdlib_corpus
 from ..data.chat import ChatFiles
 from ..data.manifest import Manifest
+from ..data.remote.origin import url_of
 from ..data.store import isolated_rows
 from ..data.token_bytes import token_bytes
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
 from ..open_data import OPEN_DATA
 from ..recipes import RECIPES, Recipe
+from .corpus_places import CorpusPlaces
 from .distributed import World
+from .options import Options
 
 
 class Corpora:
-    """Opens the corpora of `recipe.mixture` in `recipe.data`; builds the standard-library corpus if it is needed.
+    """Opens the corpora of `recipe.mixture`, in `recipe.data` or where `recipe.corpora` says; builds the
+    standard-library corpus if it is needed.
 
     Raises FileNotFoundError for a missing corpus, UsageError or TokenizerError for one that does not fit the model.
     """
 
-    def __init__(self, recipe: Recipe, world: World, console: Console) -> None:
+    def __init__(self, recipe: Options, world: World, console: Console) -> None:
         self.recipe, self.world = recipe, world
-        if recipe.tokenizer == "stdlib":
+        remote = url_of(recipe.data) is not None
+        if recipe.tokenizer == "stdlib" and not remote:
             if not recipe.data.exists() and recipe.data != RECIPES["tiny"].data:
                 raise UsageError(
                     f"--data {recipe.data} does not exist. The standard-library corpus is built automatically only at "
@@ -43,8 +48,9 @@ class Corpora:
             if world.is_main:
                 stdlib_corpus.prepare(recipe.data, progress=lambda line: console.print(line, highlight=False))
             world.barrier()
-        self.paths: dict[str, Path] = {name: recipe.data / name for name in recipe.mixture}
-        places = {"stdlib": recipe.data, "data": next(iter(self.paths.values()), recipe.data)}
+        self.paths, self.cache = CorpusPlaces.of(recipe)
+        first = next(iter(self.paths.values()), recipe.data)
+        places = {"stdlib": first if remote else recipe.data, "data": first}
         if recipe.tokenizer == "data":
             self._need(*next(iter(self.paths.items())))
         self.tokenizer: Tokenizer = tokenizer(places.get(recipe.tokenizer, recipe.tokenizer))

@@ -111,15 +111,18 @@ class Trainer:
                 lr = options.learning_rate_at(self.done)
                 outcome = train_step(self.zero, batches, lr, self.instruments.at(self.done + 1))
                 self.done += 1
+                waits = time.perf_counter()
                 if self.done < last:  # the step just taken is still saved if the next batch cannot be read
                     with self.trouble.kept():
                         batches = self.next_batches()
+                waited = time.perf_counter() - waits
                 signals.agree(save=run.save_due, failed=run.save_failed, broken=outcome.broken, ended=self.trouble.here)
                 seconds = time.perf_counter() - tick
                 self.refuse_to_diverge(outcome, lr)
                 validation = self.validate() if self.is_due(options.val_every) else {}
                 scores = self.score() if self.is_due(options.eval_every) else None
-                record = self.meter.record(self.done, outcome, lr, seconds, tasks=scores, **validation)
+                measured = {"data_wait_ms": 1000 * waited, "tasks": scores, **validation}
+                record = self.meter.record(self.done, outcome, lr, seconds, **measured)
                 if self.log:
                     with self.trouble.kept():
                         self.log.write(record)

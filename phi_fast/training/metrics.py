@@ -45,6 +45,8 @@ class StepRecord:
     step_ms: float
     mfu: float | None
     """Share of the device's peak, attention counted in full (PaLM's convention); null if the peak is not known."""
+    data_wait_ms: float | None = None
+    """Part of step_ms in which rank 0 waited for the rows of the next step; null in records of older versions."""
     val_loss: float | None = None
     """Mean cross entropy over the validation rows, weighted by corpus like the mixture; null if not measured."""
     val_losses: dict[str, float] | None = None
@@ -84,6 +86,7 @@ TAGS = {
     "tokens_per_s": "speed/tokens_per_s",
     "step_ms": "speed/step_ms",
     "mfu": "speed/mfu",
+    "data_wait_ms": "speed/data_wait_ms",
 }
 """Maps a record's field to its TensorBoard tag; for a field with members, to the prefix of the members' tags."""
 

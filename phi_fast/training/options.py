@@ -56,6 +56,14 @@ class Options(Recipe):
     schedulers that start the same command again (torchrun --max-restarts, Slurm's requeue)."""
     rank_timeout: float = 600.0
     """Seconds that a rank waits for the others before the run ends with an error."""
+    corpora: Names = ()
+    """Places of corpora that are not folders of --data, as NAME=FOLDER or NAME=URL. --data may be a URL, too (s3://,
+    gs://, http(s)://, hf://)."""
+    data_cache: Path | None = None
+    """Folder on this machine that caches what is read of remote corpora, for all ranks and runs on it. Default:
+    PHI_FAST_DATA_CACHE, else ~/.cache/phi_fast/data."""
+    data_cache_gb: float | None = None
+    """Largest size of that folder, GB. Default: PHI_FAST_DATA_CACHE_GB, else 50."""
     micro_batch_size: int | None = None
     """Rows per rank in one forward pass. Default: global batch ÷ (ranks × accumulation steps), or at most 8."""
     gradient_accumulation_steps: int | None = None
@@ -132,6 +140,10 @@ class Options(Recipe):
         for name in ("val_every", "eval_every", "save_every", "keep_last", "keep_every", "log_norms", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)}: must not be negative")
+        if unknown := named_places(self.corpora).keys() - self.mixture.keys():
+            raise UsageError(f"--corpora names {', '.join(sorted(unknown))}, the mixture has {', '.join(self.mixture)}")
+        if self.data_cache_gb is not None and not 0 < self.data_cache_gb < math.inf:
+            raise UsageError(f"data_cache_gb={self.data_cache_gb}: must be gigabytes, greater than 0")
         self._require_fused()
         check_trackers(self.track)
         if self.profile is not None:
@@ -244,6 +256,19 @@ def plan_batch(options: Options, ranks: int) -> tuple[int, int]:
             f"rows, but global_batch_size={batch}; change one of them so that the product is {batch}"
         )
     return micro, steps
+
+
+def named_places(entries: Sequence[str]) -> dict[str, Path]:
+    """Parse the entries NAME=PLACE of --corpora. Raises UsageError for anything else, and for a name given twice."""
+    places: dict[str, Path] = {}
+    for entry in entries:
+        name, equals, place = entry.partition("=")
+        if not (name and equals and place):
+            raise UsageError(f"--corpora {entry}: expected NAME=FOLDER or NAME=URL, as in web=s3://bucket/web")
+        if name in places:
+            raise UsageError(f"--corpora names {name!r} twice")
+        places[name] = Path(place)
+    return places
 
 
 def profiled_steps(text: str) -> range:

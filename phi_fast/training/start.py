@@ -105,6 +105,7 @@ def header(console: Console, setup: Setup, run: Run, corpora: Corpora, done: int
             }
         ),
         "data": corpora.summary(),
+        **({} if (cache := corpora.cache) is None else {"cache": f"{cache.directory}, {cache.limit_bytes / 1e9:g} GB"}),
         "device": f"{world.size} × {device}{threads}, {setup.precision}, DeepSpeed ZeRO-2, {options.zero_step} step"
         f"{', CUDA graphs' if options.cuda_graphs else ''}",
         "kernels": back_ends(used),

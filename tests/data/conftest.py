@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from remote_fixtures import http, no_waits, s3, s3_process  # noqa: F401
 
 from phi_fast.data import stdlib_corpus
 

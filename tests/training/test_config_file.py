@@ -22,6 +22,7 @@ from phi_fast.training.options import Options, parse
 from phi_fast.training.resuming import parse_command
 
 OTHER: dict[str, Any] = {
+    "corpora": ("web=s3://bucket/web",),
     "recipe": "phi-1.5",
     "mixture": {"docs": 1, "code": 2},
     "mixture_stages": ((5, {"docs": 1}), (7, {"code": 1, "docs": 3})),

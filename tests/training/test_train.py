@@ -36,7 +36,19 @@ SMALL = {
     "sample-tokens": 0,
     "val-every": 0,
 }
-KEYS = ["step", "tokens", "loss", "lr", "grad_norm", "loss_scale", "skipped", "tokens_per_s", "step_ms", "mfu"]
+KEYS = [
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "grad_norm",
+    "loss_scale",
+    "skipped",
+    "tokens_per_s",
+    "step_ms",
+    "mfu",
+    "data_wait_ms",
+]
 VALIDATION = ["val_loss", "val_losses", "val_bpb", "val_bpbs"]
 
 
