@@ -23,7 +23,7 @@ from ..data.token_bytes import token_bytes
 from ..data.vocabulary import END_OF_TEXT, TokenizerError, digest, tokenizer, vocab_size
 from ..errors import UsageError
 from ..open_data import OPEN_DATA
-from ..recipes import RECIPES, Recipe
+from ..recipes import RECIPES
 from .corpus_places import CorpusPlaces
 from .distributed import World
 from .options import Options
