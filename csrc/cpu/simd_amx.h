@@ -27,15 +27,7 @@ class Tiles {
 };
 #endif
 
-/// Two tiles of one operand, `second` words apart. The tiles of the next product follow after `step` words.
-struct TilePair {
-  const uint32_t* first;
-  int64_t second, step;
-  long row_bytes;
-};
-
-/// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b. Tiles of a
-/// are rows of words, tiles of b are pairs of rows.
+/// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b.
 PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add) {
   float* const lower = sums + 16 * sums_row;
   const long row_bytes = sums_row * 4;

@@ -1,0 +1,386 @@
+// Cross entropy of the logits hidden · weightᵀ, and its gradients, without storing the logits.
+//
+// The vocabulary is cut into blocks, which threads take independently. For each block the logits are formed transposed,
+// (vocabulary, rows), 32 × 32 at a time, while they are in the first-level cache:
+//   1. statistics: each row's largest logit and sum of exponentials, by online log-sum-exp (arXiv 1805.02867); the
+//      blocks' results are then combined in order;
+//   2. gradients: the same logits again, the same bits; dlogits are rounded to bf16 and multiplied on the spot,
+//        dhiddenᵀ += weightᵀ · dlogitsᵀ    for 32 rows,
+//        dweight   = dlogitsᵀ · hidden     for the block, over all rows.
+// Transposed, a lane is a row of hidden: maxima and sums need no shuffles, and bias and class weights are broadcast.
+// dhiddenᵀ is summed for each group of blocks, and the groups are added in order. Blocks and groups depend on the shape
+// alone, so any thread count gives the same bits.
+#pragma once
+#include "cpu/cross_entropy.h"
+#include "cpu/products.h"
+
+namespace phi_fast::cpu::PHI_ISA {
+
+#if defined(PHI_AVX512_BF16)
+/// How a call is cut up, and the sizes of what it needs, in panels.
+struct HeadPlan {
+  int64_t row_panels, width_panels, block_panels, blocks, groups;
+
+  explicit HeadPlan(const LinearCrossEntropy& a)
+      : row_panels(panels_of(a.loss.rows)), width_panels(panels_of(a.width)) {
+    const int64_t vocabulary_panels = panels_of(a.loss.columns);
+    // A block's weight, in both layouts, and its dlogits share the second-level cache.
+    block_panels = smaller(smaller(vocabulary_panels, 16), 256 / width_panels + 1);
+    if (block_panels < 4 && vocabulary_panels >= 4) block_panels = 4;
+    blocks = (vocabulary_panels + block_panels - 1) / block_panels;
+    groups = smaller(blocks, 16);
+  }
+};
+
+/// What the gradients of 32 rows of hidden need, a lane per row; two vectors of each.
+struct HeadRows {
+  float max[kPanel], factor[kPanel], offset[kPanel], hit[kPanel];
+};
+
+/// The sums of 32 rows over one block of the vocabulary.
+struct HeadSums {
+  float max[kPanel], total[kPanel], below[kPanel];
+};
+
+/// The memory that threads share.
+struct HeadShared {
+  const LinearCrossEntropy& a;
+  const HeadPlan plan;
+  uint32_t* hidden_by_columns;  // (row_panels, width_panels) right panels: for logits
+  uint32_t* hidden_by_rows;     // (width_panels, row_panels) right panels: for dweight
+  HeadSums* sums;               // (blocks, row_panels)
+  HeadRows* rows;               // (row_panels,)
+  int32_t* labels;              // (row_panels, 32): -1 where no logit is the label's
+  float* label_scores;          // (row_panels, 32)
+  float* dhidden;               // (groups, row_panels, width_panels, 32, 32): transposed, rows in the order of `lane_of`
+
+  float* dhidden_of(int64_t group, int64_t row_panel) const {
+    return dhidden + (group * plan.row_panels + row_panel) * plan.width_panels * kSquare;
+  }
+};
+
+/// The lane of dhiddenᵀ in which row r of 32 is: unpacking interleaves two vectors of bf16 within their quarters.
+PHI_INLINE int64_t lane_of(int64_t r) { return r / 8 * 4 + r % 4 + (r % 8 >= 4 ? kTile : 0); }
+
+/// One thread's work on blocks of the vocabulary, in its own memory.
+template <bool kCapped>
+class HeadWorker {
+ public:
+  static int64_t scratch(const HeadPlan& p) {
+    const int64_t weight = p.block_panels * p.width_panels * kStepWords;
+    const int64_t dlogits = p.block_panels * (p.row_panels + 1) * kStepWords;
+    const int64_t squares = p.block_panels > p.width_panels ? p.block_panels : p.width_panels;
+    return 2 * weight + dlogits + squares * kSquare + p.block_panels * kPanel * kTile;
+  }
+
+  HeadWorker(const HeadShared& shared, float* memory) : s_(shared), a_(shared.a), p_(shared.plan) {
+    const auto take = [&](int64_t size) { return (memory += size) - size; };
+    const auto words = [&](int64_t size) { return reinterpret_cast<uint32_t*>(take(size)); };
+    weight_ = words(p_.block_panels * p_.width_panels * kStepWords);
+    weight_turned_ = words(p_.block_panels * p_.width_panels * kStepWords);
+    dlogits_ = words(p_.block_panels * p_.row_panels * kStepWords);
+    dlogits_of_rows_ = words(p_.block_panels * kStepWords);
+    dbias_ = take(p_.block_panels * kPanel * kTile);
+    squares_ = take(0);
+  }
+
+  /// The sums of all rows over a block.
+  void statistics(int64_t block) {
+    start(block);
+    for (int64_t r = 0; r < p_.row_panels; ++r) {
+      Online online;
+      multiply_logits(r, [&](int64_t i, float* square) { online_square(r, i, square, &online); });
+      HeadSums& to = s_.sums[block * p_.row_panels + r];
+      for (int half = 0; half < 2; ++half) {
+        store(to.max + half * kTile, online.max[half]);
+        store(to.total + half * kTile, online.total[half]);
+        store(to.below + half * kTile, online.below[half]);
+      }
+    }
+  }
+
+  /// The gradients that are asked for, from a block; `first` is whether the block is its group's first.
+  void gradients(int64_t block, int64_t group, bool first) {
+    start(block);
+    if (a_.dhidden) {
+      for (int64_t i = 0; i < p_.width_panels; ++i) {
+        const Rows part{a_.weight.row<BFloat16>(first_), a_.weight.stride};
+        uint32_t* const to = weight_turned_ + i * panels_ * kStepWords;
+        pack_panel<Summed::kRows, Side::kLeft>(part, height_, a_.width, i * kPanel, to);
+      }
+    }
+    fill(dbias_, panels_ * kPanel * kTile, 0.0f);
+    for (int64_t r = 0; r < p_.row_panels; ++r) {
+      multiply_logits(r, [&](int64_t i, float* square) { gradient_square(r, i, square); });
+      if (a_.dhidden) {
+        const Sums sums{s_.dhidden_of(group, r), kSquare};
+        multiply_panels<Side::kRight>(p_.width_panels, panels_, dlogits_of_rows_, weight_turned_, sums, !first,
+                                      [](int64_t, float*) {});
+      }
+    }
+    if (a_.dweight) {
+      for (int64_t i = 0; i < panels_; ++i) dweight_rows(i);
+    }
+    if (a_.loss.dbias) {
+      for (int64_t v = 0; v < height_; ++v) a_.loss.dbias[first_ + v] += sum(load(dbias_ + v * kTile));
+    }
+  }
+
+ private:
+  struct Online {
+    Vec max[2], total[2], below[2];
+    float weights = 0;  // the sum of the class weights so far
+
+    Online() {
+      for (int half = 0; half < 2; ++half) max[half] = Vec(kLowest), total[half] = below[half] = Vec(0.0f);
+    }
+  };
+  /// Below any finite logit, so that a row of logits of -inf gives no NaN before a finite one is found.
+  static constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+  void start(int64_t block) {
+    first_ = block * p_.block_panels * kPanel;
+    height_ = smaller(p_.block_panels * kPanel, a_.loss.columns - first_);
+    panels_ = panels_of(height_);
+    const Rows part{a_.weight.row<BFloat16>(first_), a_.weight.stride};
+    for (int64_t i = 0; i < panels_; ++i) {
+      uint32_t* const to = weight_ + i * p_.width_panels * kStepWords;
+      pack_panel<Summed::kColumns, Side::kLeft>(part, height_, a_.width, i * kPanel, to);
+    }
+  }
+
+  template <class Done>
+  void multiply_logits(int64_t r, Done done) {
+    const uint32_t* const hidden = s_.hidden_by_columns + r * p_.width_panels * kStepWords;
+    const Sums sums{squares_, p_.width_panels > kDepthSteps ? kSquare : 0};
+    multiply_panels<Side::kRight>(panels_, p_.width_panels, hidden, weight_, sums, false, done);
+  }
+
+  /// The scores of 16 rows for entry v of the vocabulary: logits, biased and capped.
+  PHI_INLINE Vec scores(const float* logits, int64_t v, Vec* slope = nullptr) const {
+    Vec x = load(logits);
+    if (a_.loss.bias) x = x + Vec(a_.loss.bias[v]);
+    return score<kCapped>(x, a_.loss.softcap, slope);
+  }
+
+  PHI_INLINE static __mmask16 are(__m512i labels, int64_t v) {
+    return _mm512_cmpeq_epi32_mask(labels, _mm512_set1_epi32(int(v)));
+  }
+
+  void online_square(int64_t r, int64_t i, float* square, Online* online) const {
+    const int64_t first = first_ + i * kPanel, count = smaller(kPanel, first_ + height_ - first);
+    const float* const class_weight = a_.loss.weight;
+    const bool smoothed = a_.loss.label_smoothing != 0;
+    for (int half = 0; half < 2; ++half) {
+      float* const logits = square + half * kTile;
+      const __m512i labels = _mm512_loadu_si512(s_.labels + r * kPanel + half * kTile);
+      Vec highest = online->max[half];
+      for (int64_t v = 0; v < count; ++v) {
+        const Vec x = scores(logits + v * kPanel, first + v);
+        store(logits + v * kPanel, x);
+        highest = max(x, highest);
+        const __mmask16 found = are(labels, first + v);
+        if (found) _mm512_mask_storeu_ps(s_.label_scores + r * kPanel + half * kTile, found, x.v);
+      }
+      const Vec risen = online->max[half] - highest;
+      Vec total = online->total[half] * exp(risen), below = online->below[half];
+      if (smoothed && i > 0) below = fma(Vec(online->weights), risen, below);
+      for (int64_t v = 0; v < count; ++v) {
+        const Vec x = load(logits + v * kPanel) - highest;
+        total = total + exp(x);
+        if (smoothed) below = below + (class_weight ? x * Vec(class_weight[first + v]) : x);
+      }
+      online->max[half] = highest, online->total[half] = total, online->below[half] = below;
+    }
+    for (int64_t v = 0; smoothed && v < count; ++v) online->weights += class_weight ? class_weight[first + v] : 1.0f;
+  }
+
+  /// Stores the gradient of a square of logits as left tiles, for dweight, and as right tiles, for dhidden.
+  void gradient_square(int64_t r, int64_t i, const float* square) {
+    const int64_t first = first_ + i * kPanel, count = smaller(kPanel, first_ + height_ - first);
+    uint32_t* left = dlogits_ + (i * p_.row_panels + r) * kStepWords;
+    uint32_t* right = dlogits_of_rows_ + i * kStepWords;
+    for (int64_t v = 0; v < kPanel; v += 2, left += 2 * kTile, right += kTile) {
+      __m512i both[2];
+      for (int64_t odd = 0; odd < 2; ++odd) {
+        both[odd] = v + odd < count ? gradient_row(r, first + v + odd, square + (v + odd) * kPanel)
+                                    : _mm512_setzero_si512();
+        _mm512_storeu_si512(left + odd * kTile, both[odd]);
+      }
+      _mm512_storeu_si512(right, _mm512_unpacklo_epi16(both[0], both[1]));
+      _mm512_storeu_si512(right + kTile * kTile, _mm512_unpackhi_epi16(both[0], both[1]));
+    }
+  }
+
+  /// The gradients of 32 rows' logits for entry v, in bf16; before they are rounded they are added to dbias.
+  PHI_INLINE __m512i gradient_row(int64_t r, int64_t v, const float* logits) {
+    const HeadRows& rows = s_.rows[r];
+    Vec gradient[2];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t lane = half * kTile;
+      Vec slope(1.0f), offset = load(rows.offset + lane);
+      const Vec e = exp(scores(logits + lane, v, &slope) - load(rows.max + lane));
+      if (a_.loss.weight) offset = offset * Vec(a_.loss.weight[v]);
+      const __m512i labels = _mm512_loadu_si512(s_.labels + r * kPanel + lane);
+      offset = _mm512_mask_add_ps(offset.v, are(labels, v), offset.v, load(rows.hit + lane).v);
+      gradient[half] = fma(e, load(rows.factor + lane), Vec(0.0f) - offset);
+      if constexpr (kCapped) gradient[half] = gradient[half] * slope;
+      // A row that does not count has no factor, and adds nothing even where its logits are not finite.
+      const Vec factor = load(rows.factor + lane);
+      gradient[half] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(factor.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
+                                           gradient[half].v);
+    }
+    float* const dbias = dbias_ + (v - first_) * kTile;
+    store(dbias, load(dbias) + (gradient[0] + gradient[1]));
+    return (__m512i)_mm512_cvtne2ps_pbh(gradient[1].v, gradient[0].v);
+  }
+
+  /// Writes the gradient of 32 rows of weight, from panel i of the block on.
+  void dweight_rows(int64_t i) {
+    const uint32_t* const left = dlogits_ + i * p_.row_panels * kStepWords;
+    multiply_panels<Side::kLeft>(p_.width_panels, p_.row_panels, left, s_.hidden_by_rows, {squares_, kSquare}, false,
+                                 [](int64_t, float*) {});
+    const int64_t count = smaller(kPanel, height_ - i * kPanel);
+    for (int64_t v = 0; v < count; ++v) {
+      float* const to = a_.dweight + (first_ + i * kPanel + v) * a_.width;
+      for (int64_t j = 0; j < p_.width_panels; ++j) {
+        const float* const from = squares_ + j * kSquare + v * kPanel;
+        float* const place = to + j * kPanel;
+        for_lanes(smaller(kPanel, a_.width - j * kPanel), [=](int64_t c, auto lanes) {
+          store(place + c, a_.add ? load(place + c, lanes) + load(from + c, lanes) : load(from + c, lanes), lanes);
+        });
+      }
+    }
+  }
+
+  const HeadShared& s_;
+  const LinearCrossEntropy& a_;
+  const HeadPlan& p_;
+  uint32_t *weight_, *weight_turned_;  // the block's, for logits and for dhidden
+  uint32_t *dlogits_, *dlogits_of_rows_;
+  float *dbias_, *squares_;
+  int64_t first_ = 0, height_ = 0, panels_ = 0;  // the block's entries of the vocabulary
+};
+
+/// Combines the blocks' sums of 32 rows, in order, and writes their losses and what their gradients need.
+inline void finish_rows(const HeadShared& s, int64_t row_panel) {
+  const CrossEntropy& a = s.a.loss;
+  HeadRows& rows = s.rows[row_panel];
+  float total[kPanel], below[kPanel];
+  for (int64_t lane = 0; lane < kPanel; lane += kTile) {
+    const auto sums = [&](int64_t block) -> const HeadSums& { return s.sums[block * s.plan.row_panels + row_panel]; };
+    Vec highest(-std::numeric_limits<float>::infinity()), all(0.0f), under(0.0f);
+    for (int64_t b = 0; b < s.plan.blocks; ++b) highest = max(load(sums(b).max + lane), highest);
+    const int64_t width = s.plan.block_panels * kPanel;
+    for (int64_t b = 0; b < s.plan.blocks; ++b) {
+      const HeadSums& part = sums(b);
+      const Vec rise = load(part.max + lane) - highest;
+      all = all + load(part.total + lane) * exp(rise);
+      float weights = float(smaller(width, a.columns - b * width));
+      if (a.weight && a.label_smoothing != 0) {
+        weights = 0;
+        for (int64_t v = b * width; v < smaller((b + 1) * width, a.columns); ++v) weights += a.weight[v];
+      }
+      under = under + fma(Vec(weights), rise, load(part.below + lane));
+    }
+    store(rows.max + lane, highest), store(total + lane, all), store(below + lane, under);
+  }
+  for (int64_t i = 0; i < kPanel; ++i) {
+    const int64_t r = row_panel * kPanel + i;
+    rows.factor[i] = rows.offset[i] = rows.hit[i] = 0.0f;
+    if (r >= a.rows) continue;
+    const int64_t label = a.labels[r];
+    if (label == a.ignore_index) {
+      a.losses[r] = 0.0f;
+    } else if (label < 0 || label >= a.columns) {
+      a.losses[r] = rows.factor[i] = std::numeric_limits<float>::quiet_NaN();
+    } else {
+      SoftmaxRow row{rows.max[i], 0, 0, 0, s.label_scores[r], 1};
+      a.losses[r] = loss_of_row(a, r, label, total[i], below[i], &row);
+      rows.factor[i] = row.factor, rows.offset[i] = row.offset, rows.hit[i] = row.hit;
+    }
+  }
+}
+
+/// Adds the groups' sums of 32 rows' gradients in order, and writes them turned to dhidden.
+inline void write_dhidden(const HeadShared& s, int64_t row_panel) {
+  const int64_t width = s.a.width, count = smaller(kPanel, s.a.loss.rows - row_panel * kPanel);
+  alignas(64) float turned[kPanel][kPanel];  // lane, column
+  for (int64_t j = 0; j < s.plan.width_panels; ++j) {
+    for (int64_t corner = 0; corner < 4; ++corner) {
+      const int64_t column = corner / 2 * kTile, lane = corner % 2 * kTile;
+      alignas(64) float square[kTile][kTile];
+      for (int64_t c = 0; c < kTile; ++c) {
+        Vec total(0.0f);
+        for (int64_t g = 0; g < s.plan.groups; ++g) {
+          total = total + load(s.dhidden_of(g, row_panel) + j * kSquare + (column + c) * kPanel + lane);
+        }
+        store(square[c], total);
+      }
+      transpose_square(square[0], kTile, turned[lane] + column, kPanel);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      float* const to = s.a.dhidden + (row_panel * kPanel + r) * width + j * kPanel;
+      const float* const from = turned[lane_of(r)];
+      for_lanes(smaller(kPanel, width - j * kPanel), [=](int64_t c, auto lanes) { store(to + c, load(from + c, lanes), lanes); });
+    }
+  }
+}
+
+template <bool kCapped>
+void linear_cross_entropy_rows(const LinearCrossEntropy& a) {
+  const HeadPlan p(a);
+  const int threads = threads_for(a.loss.rows * a.loss.columns, a.loss.threads);
+  const int64_t hidden = p.row_panels * p.width_panels * kStepWords, lanes = p.row_panels * kPanel;
+  const Scratch words(hidden * (a.dweight ? 2 : 1)), labels(lanes), label_scores(lanes);
+  const Scratch sums(p.blocks * p.row_panels * int64_t(sizeof(HeadSums) / 4));
+  const Scratch rows(p.row_panels * int64_t(sizeof(HeadRows) / 4));
+  const Scratch dhidden(a.dhidden ? p.groups * p.row_panels * p.width_panels * kSquare : 0);
+  uint32_t* const packed = reinterpret_cast<uint32_t*>(words.data());
+  const HeadShared s{a,
+                     p,
+                     packed,
+                     packed + hidden,
+                     reinterpret_cast<HeadSums*>(sums.data()),
+                     reinterpret_cast<HeadRows*>(rows.data()),
+                     reinterpret_cast<int32_t*>(labels.data()),
+                     label_scores.data(),
+                     dhidden.data()};
+  for (int64_t r = 0; r < lanes; ++r) {
+    const bool counts = r < a.loss.rows && a.loss.labels[r] != a.loss.ignore_index && a.loss.labels[r] >= 0 &&
+                        a.loss.labels[r] < a.loss.columns;
+    s.labels[r] = counts ? int32_t(a.loss.labels[r]) : -1;
+  }
+  parallel_items(p.row_panels, threads, [&](int64_t r, int) {
+    pack_panel<Summed::kColumns, Side::kRight>(a.hidden, a.loss.rows, a.width, r * kPanel,
+                                               s.hidden_by_columns + r * p.width_panels * kStepWords);
+  });
+  if (a.dweight) {
+    parallel_items(p.width_panels, threads, [&](int64_t j, int) {
+      pack_panel<Summed::kRows, Side::kRight>(a.hidden, a.loss.rows, a.width, j * kPanel,
+                                              s.hidden_by_rows + j * p.row_panels * kStepWords);
+    });
+  }
+  const int64_t each = HeadWorker<kCapped>::scratch(p);
+  const Scratch memory(each * threads);
+  parallel_items(p.blocks, threads, [&](int64_t block, int thread) {
+    const Tiles tiles;
+    HeadWorker<kCapped>(s, memory.data() + thread * each).statistics(block);
+  });
+  parallel_items(p.row_panels, threads, [&](int64_t r, int) { finish_rows(s, r); });
+  if (!a.loss.need_grad) return;
+  parallel_items(p.groups, threads, [&](int64_t group, int thread) {
+    const Tiles tiles;
+    HeadWorker<kCapped> worker(s, memory.data() + thread * each);
+    const int64_t begin = p.blocks * group / p.groups, end = p.blocks * (group + 1) / p.groups;
+    for (int64_t block = begin; block < end; ++block) worker.gradients(block, group, block == begin);
+  });
+  if (a.dhidden) parallel_items(p.row_panels, threads, [&](int64_t r, int) { write_dhidden(s, r); });
+}
+
+inline void linear_cross_entropy(const LinearCrossEntropy& a) {
+  a.loss.softcap != 0 ? linear_cross_entropy_rows<true>(a) : linear_cross_entropy_rows<false>(a);
+}
+#endif
+
+}  // namespace phi_fast::cpu::PHI_ISA
