@@ -70,7 +70,7 @@ class HeadWorker {
     const int64_t weight = p.block_panels * p.width_panels * kStepWords;
     const int64_t dlogits = p.block_panels * (p.row_panels + 1) * kStepWords;
     const int64_t squares = p.block_panels > p.width_panels ? p.block_panels : p.width_panels;
-    return 2 * weight + dlogits + squares * kSquare + p.block_panels * kPanel * kTile;
+    return 2 * weight + dlogits + (squares + 1) * kSquare + p.block_panels * kPanel * kTile;
   }
 
   HeadWorker(const HeadShared& shared, float* memory) : s_(shared), a_(shared.a), p_(shared.plan) {
@@ -89,7 +89,10 @@ class HeadWorker {
     start(block);
     for (int64_t r = 0; r < p_.row_panels; ++r) {
       Online online;
-      multiply_logits(r, [&](int64_t i, float* square) { online_square(r, i, square, &online); });
+      multiply_logits(r, [&](int64_t i, float* square, int64_t part) {
+        const int64_t group = part % (kParts / 2) * kOnlineRows;
+        part < kParts / 2 ? find_largest(r, i, square, group, &online) : add_exponentials(i, square, group, &online);
+      });
       HeadSums& to = s_.sums[block * p_.row_panels + r];
       for (int half = 0; half < 2; ++half) {
         store(to.max + half * kTile, online.max[half]);
@@ -111,11 +114,11 @@ class HeadWorker {
     }
     fill(dbias_, panels_ * kPanel * kTile, 0.0f);
     for (int64_t r = 0; r < p_.row_panels; ++r) {
-      multiply_logits(r, [&](int64_t i, float* square) { gradient_square(r, i, square); });
+      multiply_logits(r, [&](int64_t i, float* square, int64_t part) { gradient_rows(r, i, square, 2 * part); });
       if (a_.dhidden) {
-        const Sums sums{s_.dhidden_of(group, r), kSquare};
+        const Sums sums{s_.dhidden_of(group, r), false};
         multiply_panels<Side::kRight>(p_.width_panels, panels_, dlogits_of_rows_, weight_turned_, sums, !first,
-                                      [](int64_t, float*) {});
+                                      Nothing{});
       }
     }
     if (a_.dweight) {
@@ -128,11 +131,11 @@ class HeadWorker {
 
  private:
   struct Online {
-    Vec max[2], total[2], below[2];
-    float weights = 0;  // the sum of the class weights so far
+    Vec max[2], total[2], below[2], largest[2];  // largest: with the square that is being worked on
+    float weights = 0;                           // the sum of the class weights so far
 
     Online() {
-      for (int half = 0; half < 2; ++half) max[half] = Vec(kLowest), total[half] = below[half] = Vec(0.0f);
+      for (int half = 0; half < 2; ++half) max[half] = largest[half] = Vec(kLowest), total[half] = below[half] = Vec(0.0f);
     }
   };
   /// Below any finite logit, so that a row of logits of -inf gives no NaN before a finite one is found.
@@ -152,7 +155,7 @@ class HeadWorker {
   template <class Done>
   void multiply_logits(int64_t r, Done done) {
     const uint32_t* const hidden = s_.hidden_by_columns + r * p_.width_panels * kStepWords;
-    const Sums sums{squares_, p_.width_panels > kDepthSteps ? kSquare : 0};
+    const Sums sums{squares_, p_.width_panels <= kDepthSteps};
     multiply_panels<Side::kRight>(panels_, p_.width_panels, hidden, weight_, sums, false, done);
   }
 
@@ -167,49 +170,70 @@ class HeadWorker {
     return _mm512_cmpeq_epi32_mask(labels, _mm512_set1_epi32(int(v)));
   }
 
-  void online_square(int64_t r, int64_t i, float* square, Online* online) const {
-    const int64_t first = first_ + i * kPanel, count = smaller(kPanel, first_ + height_ - first);
-    const float* const class_weight = a_.loss.weight;
-    const bool smoothed = a_.loss.label_smoothing != 0;
-    for (int half = 0; half < 2; ++half) {
-      float* const logits = square + half * kTile;
-      const __m512i labels = _mm512_loadu_si512(s_.labels + r * kPanel + half * kTile);
-      Vec highest = online->max[half];
+  static constexpr int64_t kOnlineRows = 2 * kPanel / kParts;
+
+  /// The entries of panel i from `row` on, up to `most` of them, that the vocabulary has.
+  int64_t entries(int64_t i, int64_t row, int64_t most) const {
+    return smaller(most, height_ - i * kPanel - row);
+  }
+
+  /// Overwrites kOnlineRows rows of logits with their scores, and finds the largest.
+  PHI_INLINE void find_largest(int64_t r, int64_t i, float* square, int64_t row, Online* online) const {
+    const int64_t first = first_ + i * kPanel + row, count = entries(i, row, kOnlineRows);
+    for (int64_t half = 0; half < 2; ++half) {
+      float* const logits = square + row * kPanel + half * kTile;
+      const int64_t lanes = r * kPanel + half * kTile;
+      const __m512i labels = _mm512_loadu_si512(s_.labels + lanes);
+      Vec largest = online->largest[half];
       for (int64_t v = 0; v < count; ++v) {
         const Vec x = scores(logits + v * kPanel, first + v);
         store(logits + v * kPanel, x);
-        highest = max(x, highest);
+        largest = max(x, largest);
         const __mmask16 found = are(labels, first + v);
-        if (found) _mm512_mask_storeu_ps(s_.label_scores + r * kPanel + half * kTile, found, x.v);
+        if (found) _mm512_mask_storeu_ps(s_.label_scores + lanes, found, x.v);
       }
-      const Vec risen = online->max[half] - highest;
-      Vec total = online->total[half] * exp(risen), below = online->below[half];
-      if (smoothed && i > 0) below = fma(Vec(online->weights), risen, below);
+      online->largest[half] = largest;
+    }
+  }
+
+  /// Adds kOnlineRows rows of scores to the sums, relative to the largest of all rows so far.
+  PHI_INLINE void add_exponentials(int64_t i, const float* square, int64_t row, Online* online) const {
+    const int64_t first = first_ + i * kPanel + row, count = entries(i, row, kOnlineRows);
+    const float* const class_weight = a_.loss.weight;
+    const bool smoothed = a_.loss.label_smoothing != 0;
+    for (int64_t half = 0; half < 2; ++half) {
+      const float* const from = square + row * kPanel + half * kTile;
+      const Vec largest = online->largest[half];
+      Vec total = online->total[half], below = online->below[half];
+      if (row == 0) {
+        const Vec risen = online->max[half] - largest;
+        total = total * exp(risen);
+        if (smoothed && i > 0) below = fma(Vec(online->weights), risen, below);
+        online->max[half] = largest;
+      }
       for (int64_t v = 0; v < count; ++v) {
-        const Vec x = load(logits + v * kPanel) - highest;
+        const Vec x = load(from + v * kPanel) - largest;
         total = total + exp(x);
         if (smoothed) below = below + (class_weight ? x * Vec(class_weight[first + v]) : x);
       }
-      online->max[half] = highest, online->total[half] = total, online->below[half] = below;
+      online->total[half] = total, online->below[half] = below;
     }
     for (int64_t v = 0; smoothed && v < count; ++v) online->weights += class_weight ? class_weight[first + v] : 1.0f;
   }
 
-  /// Stores the gradient of a square of logits as left tiles, for dweight, and as right tiles, for dhidden.
-  void gradient_square(int64_t r, int64_t i, const float* square) {
-    const int64_t first = first_ + i * kPanel, count = smaller(kPanel, first_ + height_ - first);
-    uint32_t* left = dlogits_ + (i * p_.row_panels + r) * kStepWords;
-    uint32_t* right = dlogits_of_rows_ + i * kStepWords;
-    for (int64_t v = 0; v < kPanel; v += 2, left += 2 * kTile, right += kTile) {
-      __m512i both[2];
-      for (int64_t odd = 0; odd < 2; ++odd) {
-        both[odd] = v + odd < count ? gradient_row(r, first + v + odd, square + (v + odd) * kPanel)
-                                    : _mm512_setzero_si512();
-        _mm512_storeu_si512(left + odd * kTile, both[odd]);
-      }
-      _mm512_storeu_si512(right, _mm512_unpacklo_epi16(both[0], both[1]));
-      _mm512_storeu_si512(right + kTile * kTile, _mm512_unpackhi_epi16(both[0], both[1]));
+  /// Stores the gradients of logits for entries v and v + 1 of panel i in left tiles, for dweight, and in right tiles,
+  /// for dhidden.
+  PHI_INLINE void gradient_rows(int64_t r, int64_t i, const float* square, int64_t v) {
+    uint32_t* const left = dlogits_ + (i * p_.row_panels + r) * kStepWords + v * kTile;
+    uint32_t* const right = dlogits_of_rows_ + i * kStepWords + v / 2 * kTile;
+    const int64_t first = first_ + i * kPanel + v, count = entries(i, v, 2);
+    __m512i both[2];
+    for (int64_t odd = 0; odd < 2; ++odd) {
+      both[odd] = odd < count ? gradient_row(r, first + odd, square + (v + odd) * kPanel) : _mm512_setzero_si512();
+      _mm512_storeu_si512(left + odd * kTile, both[odd]);
     }
+    _mm512_storeu_si512(right, _mm512_unpacklo_epi16(both[0], both[1]));
+    _mm512_storeu_si512(right + kTile * kTile, _mm512_unpackhi_epi16(both[0], both[1]));
   }
 
   /// The gradients of 32 rows' logits for entry v, in bf16; before they are rounded they are added to dbias.
@@ -238,19 +262,19 @@ class HeadWorker {
   /// Writes the gradient of 32 rows of weight, from panel i of the block on.
   void dweight_rows(int64_t i) {
     const uint32_t* const left = dlogits_ + i * p_.row_panels * kStepWords;
-    multiply_panels<Side::kLeft>(p_.width_panels, p_.row_panels, left, s_.hidden_by_rows, {squares_, kSquare}, false,
-                                 [](int64_t, float*) {});
-    const int64_t count = smaller(kPanel, height_ - i * kPanel);
-    for (int64_t v = 0; v < count; ++v) {
-      float* const to = a_.dweight + (first_ + i * kPanel + v) * a_.width;
-      for (int64_t j = 0; j < p_.width_panels; ++j) {
-        const float* const from = squares_ + j * kSquare + v * kPanel;
-        float* const place = to + j * kPanel;
-        for_lanes(smaller(kPanel, a_.width - j * kPanel), [=](int64_t c, auto lanes) {
-          store(place + c, a_.add ? load(place + c, lanes) + load(from + c, lanes) : load(from + c, lanes), lanes);
+    float* const to = a_.dweight + (first_ + i * kPanel) * a_.width;
+    const auto write = [&](int64_t j, const float* square, int64_t part) {
+      const int64_t count = entries(i, 2 * part, 2), columns = smaller(kPanel, a_.width - j * kPanel);
+      for (int64_t v = 2 * part; v < 2 * part + count; ++v) {
+        float* const place = to + v * a_.width + j * kPanel;
+        for_lanes(columns, [&](int64_t c, auto lanes) {
+          const Vec sum = load(square + v * kPanel + c, lanes);
+          store(place + c, a_.add ? load(place + c, lanes) + sum : sum, lanes);
         });
       }
-    }
+    };
+    multiply_panels<Side::kLeft>(p_.width_panels, p_.row_panels, left, s_.hidden_by_rows, {squares_, false}, false,
+                                 write);
   }
 
   const HeadShared& s_;

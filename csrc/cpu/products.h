@@ -68,33 +68,44 @@ void pack_panel(const Rows& x, int64_t rows, int64_t columns, int64_t first, uin
   }
 }
 
-/// Where the sums of a panel's products with several others lie: kSquare apart, or all in one place.
+/// Where the sums of a panel's products with others lie: one square after the other, or in turn in two places.
 struct Sums {
   float* first;
-  int64_t step;
+  bool in_turn;  // valid for products of kDepthSteps or fewer
+
+  float* square(int64_t i) const { return first + (in_turn ? i % 2 : i) * kSquare; }
 };
 
-/// Multiplies one panel with `count` others, of `steps` steps each, and calls done(i, square) for each of them with its
-/// sums (32, 32), rows from the left operand. held is the side of the one panel, which stays in the first-level cache
-/// while the others stream through it. With `add`, products are added to what the sums hold. Sums in one place are only
-/// valid for kDepthSteps or fewer.
-template <Side held, class Done>
+/// The parts in which a square of sums is worked on, while the next one is multiplied.
+inline constexpr int64_t kParts = 16;
+/// What is done with squares that are complete as they are.
+struct Nothing {
+  void operator()(int64_t, const float*, int64_t) const {}
+};
+
+/// Multiplies one panel with `count` others, of `steps` steps each. For each of them it calls part(i, square, 0 …
+/// kParts - 1) once its sums (32, 32), rows from the left operand, are complete. `held` is the side of the one panel,
+/// which stays in the first-level cache while the others stream through it. With `add`, products are added to what the
+/// sums hold.
+template <Side held, class Part>
 void multiply_panels(int64_t count, int64_t steps, const uint32_t* panel, const uint32_t* others, Sums sums, bool add,
-                     Done done) {
+                     Part part) {
   const auto tiles = [](const uint32_t* words) { return TilePair{words, kTile * kTile, kStepWords, 64}; };
   for (int64_t step = 0; step < steps; step += kDepthSteps) {
     const int64_t now = smaller(kDepthSteps, steps - step);
+    const bool last = step + now == steps;
+    const TilePair one = tiles(panel + step * kStepWords);
     for (int64_t i = 0; i < count; ++i) {
-      const TilePair one = tiles(panel + step * kStepWords), other = tiles(others + (i * steps + step) * kStepWords);
-      float* const square = sums.first + i * sums.step;
-      if (held == Side::kLeft) {
-        multiply_square(now, one, other, square, kPanel, add || step > 0);
-      } else {
-        multiply_square(now, other, one, square, kPanel, add || step > 0);
-      }
-      if (step + now == steps) done(i, square);
+      const TilePair other = tiles(others + (i * steps + step) * kStepWords);
+      const auto between = [&](int64_t k) {
+        if (!last || i == 0 || std::is_same_v<Part, Nothing>) return;
+        for (int64_t p = kParts * k / now; p < kParts * (k + 1) / now; ++p) part(i - 1, sums.square(i - 1), p);
+      };
+      const bool left = held == Side::kLeft;
+      multiply_square(now, left ? one : other, left ? other : one, sums.square(i), kPanel, add || step > 0, between);
     }
   }
+  for (int64_t p = 0; p < kParts; ++p) part(count - 1, sums.square(count - 1), p);
 }
 #endif
 

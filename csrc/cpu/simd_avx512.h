@@ -172,8 +172,10 @@ class Tiles {
 };
 
 /// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b. Eight rows of
-/// sums are in registers at a time.
-PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add) {
+/// sums are in registers at a time; between(i) is called for each product at the end.
+template <class Between>
+PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add,
+                                Between between) {
   constexpr int kRows = 8;
   const int64_t a_row = a.row_bytes / 4, b_row = b.row_bytes / 4;
   for (int first = 0; first < 32; first += kRows) {
@@ -200,6 +202,7 @@ PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* su
       }
     }
   }
+  for (int64_t i = 0; i < count; ++i) between(i);
 }
 #endif
 #endif
