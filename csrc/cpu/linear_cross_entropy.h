@@ -35,6 +35,7 @@ struct HeadPlan {
 /// What the gradients of 32 rows of hidden need, a lane per row; two vectors of each.
 struct HeadRows {
   float max[kPanel], factor[kPanel], offset[kPanel], hit[kPanel];
+  __mmask16 counts[2];
 };
 
 /// The sums of 32 rows over one block of the vocabulary.
@@ -90,6 +91,7 @@ class HeadWorker {
     for (int64_t r = 0; r < p_.row_panels; ++r) {
       Online online;
       multiply_logits(r, [&](int64_t i, float* square, int64_t part) {
+        fetch_ahead();
         const int64_t group = part % (kParts / 2) * kOnlineRows;
         part < kParts / 2 ? find_largest(r, i, square, group, &online) : add_exponentials(i, square, group, &online);
       });
@@ -114,7 +116,13 @@ class HeadWorker {
     }
     fill(dbias_, panels_ * kPanel * kTile, 0.0f);
     for (int64_t r = 0; r < p_.row_panels; ++r) {
-      multiply_logits(r, [&](int64_t i, float* square, int64_t part) { gradient_rows(r, i, square, 2 * part); });
+      if (a_.dhidden) {
+        ahead_dhidden_ = Ahead(s_.dhidden_of(group, r), p_.width_panels * kSquare * 4, panels_ * kParts);
+      }
+      multiply_logits(r, [&](int64_t i, float* square, int64_t part) {
+        fetch_ahead();
+        for (int64_t v = 0; v < kPanel / kParts; v += 2) gradient_rows(r, i, square, kPanel / kParts * part + v);
+      });
       if (a_.dhidden) {
         const Sums sums{s_.dhidden_of(group, r), false};
         multiply_panels<Side::kRight>(p_.width_panels, panels_, dlogits_of_rows_, weight_turned_, sums, !first,
@@ -123,6 +131,7 @@ class HeadWorker {
     }
     if (a_.dweight) {
       for (int64_t i = 0; i < panels_; ++i) dweight_rows(i);
+      _mm_sfence();
     }
     if (a_.loss.dbias) {
       for (int64_t v = 0; v < height_; ++v) a_.loss.dbias[first_ + v] += sum(load(dbias_ + v * kTile));
@@ -150,12 +159,19 @@ class HeadWorker {
       uint32_t* const to = weight_ + i * p_.width_panels * kStepWords;
       pack_panel<Summed::kColumns, Side::kLeft>(part, height_, a_.width, i * kPanel, to);
     }
+    const int64_t after = first_ + height_, next = smaller(height_, a_.loss.columns - after);
+    ahead_weight_ = Ahead(a_.weight.row<BFloat16>(after), next * a_.weight.stride * 2, p_.row_panels * panels_ * kParts);
   }
+
+  PHI_INLINE void fetch_ahead() { ahead_weight_.fetch(), ahead_hidden_.fetch(), ahead_dhidden_.fetch(); }
 
   template <class Done>
   void multiply_logits(int64_t r, Done done) {
     const uint32_t* const hidden = s_.hidden_by_columns + r * p_.width_panels * kStepWords;
     const Sums sums{squares_, p_.width_panels <= kDepthSteps};
+    if (r + 1 < p_.row_panels) {
+      ahead_hidden_ = Ahead(hidden + p_.width_panels * kStepWords, p_.width_panels * kStepWords * 4, panels_ * kParts);
+    }
     multiply_panels<Side::kRight>(panels_, p_.width_panels, hidden, weight_, sums, false, done);
   }
 
@@ -247,26 +263,33 @@ class HeadWorker {
       if (a_.loss.weight) offset = offset * Vec(a_.loss.weight[v]);
       const __m512i labels = _mm512_loadu_si512(s_.labels + r * kPanel + lane);
       offset = _mm512_mask_add_ps(offset.v, are(labels, v), offset.v, load(rows.hit + lane).v);
-      gradient[half] = fma(e, load(rows.factor + lane), Vec(0.0f) - offset);
+      // A row that does not count adds nothing, even where its logits are not finite.
+      gradient[half] = _mm512_maskz_fmsub_ps(rows.counts[half], e.v, load(rows.factor + lane).v, offset.v);
       if constexpr (kCapped) gradient[half] = gradient[half] * slope;
-      // A row that does not count has no factor, and adds nothing even where its logits are not finite.
-      const Vec factor = load(rows.factor + lane);
-      gradient[half] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(factor.v, _mm512_setzero_ps(), _CMP_NEQ_UQ),
-                                           gradient[half].v);
     }
     float* const dbias = dbias_ + (v - first_) * kTile;
     store(dbias, load(dbias) + (gradient[0] + gradient[1]));
     return (__m512i)_mm512_cvtne2ps_pbh(gradient[1].v, gradient[0].v);
   }
 
+  /// A gradient of more numbers is written past the caches, since it would not be in them when it is read.
+  static constexpr int64_t kLargestCached = int64_t(1) << 22;
+
   /// Writes the gradient of 32 rows of weight, from panel i of the block on.
   void dweight_rows(int64_t i) {
     const uint32_t* const left = dlogits_ + i * p_.row_panels * kStepWords;
     float* const to = a_.dweight + (first_ + i * kPanel) * a_.width;
+    const bool aligned = a_.width % kTile == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    const bool past_caches = aligned && !a_.add && a_.loss.columns * a_.width > kLargestCached;
     const auto write = [&](int64_t j, const float* square, int64_t part) {
-      const int64_t count = entries(i, 2 * part, 2), columns = smaller(kPanel, a_.width - j * kPanel);
-      for (int64_t v = 2 * part; v < 2 * part + count; ++v) {
+      const int64_t first = kPanel / kParts * part, columns = smaller(kPanel, a_.width - j * kPanel);
+      for (int64_t v = first; v < first + entries(i, first, kPanel / kParts); ++v) {
         float* const place = to + v * a_.width + j * kPanel;
+        if (past_caches && columns == kPanel) {
+          _mm512_stream_ps(place, load(square + v * kPanel).v);
+          _mm512_stream_ps(place + kTile, load(square + v * kPanel + kTile).v);
+          continue;
+        }
         for_lanes(columns, [&](int64_t c, auto lanes) {
           const Vec sum = load(square + v * kPanel + c, lanes);
           store(place + c, a_.add ? load(place + c, lanes) + sum : sum, lanes);
@@ -283,6 +306,7 @@ class HeadWorker {
   uint32_t *weight_, *weight_turned_;  // the block's, for logits and for dhidden
   uint32_t *dlogits_, *dlogits_of_rows_;
   float *dbias_, *squares_;
+  Ahead ahead_weight_, ahead_hidden_, ahead_dhidden_;
   int64_t first_ = 0, height_ = 0, panels_ = 0;  // the block's entries of the vocabulary
 };
 
@@ -312,11 +336,15 @@ inline void finish_rows(const HeadShared& s, int64_t row_panel) {
   for (int64_t i = 0; i < kPanel; ++i) {
     const int64_t r = row_panel * kPanel + i;
     rows.factor[i] = rows.offset[i] = rows.hit[i] = 0.0f;
+    if (i % kTile == 0) rows.counts[i / kTile] = 0;
     if (r >= a.rows) continue;
     const int64_t label = a.labels[r];
     if (label == a.ignore_index) {
       a.losses[r] = 0.0f;
-    } else if (label < 0 || label >= a.columns) {
+      continue;
+    }
+    rows.counts[i / kTile] |= __mmask16(1u << i % kTile);
+    if (label < 0 || label >= a.columns) {
       a.losses[r] = rows.factor[i] = std::numeric_limits<float>::quiet_NaN();
     } else {
       SoftmaxRow row{rows.max[i], 0, 0, 0, s.label_scores[r], 1};
@@ -358,7 +386,7 @@ void linear_cross_entropy_rows(const LinearCrossEntropy& a) {
   const int64_t hidden = p.row_panels * p.width_panels * kStepWords, lanes = p.row_panels * kPanel;
   const Scratch words(hidden * (a.dweight ? 2 : 1)), labels(lanes), label_scores(lanes);
   const Scratch sums(p.blocks * p.row_panels * int64_t(sizeof(HeadSums) / 4));
-  const Scratch rows(p.row_panels * int64_t(sizeof(HeadRows) / 4));
+  const Scratch rows(p.row_panels * int64_t((sizeof(HeadRows) + 63) / 4));
   const Scratch dhidden(a.dhidden ? p.groups * p.row_panels * p.width_panels * kSquare : 0);
   uint32_t* const packed = reinterpret_cast<uint32_t*>(words.data());
   const HeadShared s{a,

@@ -83,6 +83,22 @@ struct Nothing {
   void operator()(int64_t, const float*, int64_t) const {}
 };
 
+/// Memory that is fetched into the second-level cache in portions, before it is needed. The last may reach past its end.
+class Ahead {
+ public:
+  Ahead() {}
+  Ahead(const void* first, int64_t bytes, int64_t portions)
+      : at_(static_cast<const char*>(first)), lines_(int((bytes / 64 + portions - 1) / portions)) {}
+
+  PHI_INLINE void fetch() {
+    for (int i = 0; i < lines_; ++i, at_ += 64) _mm_prefetch(at_, _MM_HINT_T1);
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int lines_ = 0;
+};
+
 /// Multiplies one panel with `count` others, of `steps` steps each. For each of them it calls part(i, square, 0 …
 /// kParts - 1) once its sums (32, 32), rows from the left operand, are complete. `held` is the side of the one panel,
 /// which stays in the first-level cache while the others stream through it. With `add`, products are added to what the
@@ -97,9 +113,11 @@ void multiply_panels(int64_t count, int64_t steps, const uint32_t* panel, const 
     const TilePair one = tiles(panel + step * kStepWords);
     for (int64_t i = 0; i < count; ++i) {
       const TilePair other = tiles(others + (i * steps + step) * kStepWords);
-      const auto between = [&](int64_t k) {
-        if (!last || i == 0 || std::is_same_v<Part, Nothing>) return;
-        for (int64_t p = kParts * k / now; p < kParts * (k + 1) / now; ++p) part(i - 1, sums.square(i - 1), p);
+      float* const before = sums.square(i - 1);
+      int64_t due = last && i > 0 ? 0 : std::numeric_limits<int64_t>::min(), p = 0;
+      const auto between = [&](int64_t) {
+        if (std::is_same_v<Part, Nothing>) return;
+        for (due += kParts; due >= now; due -= now) part(i - 1, before, p++);
       };
       const bool left = held == Side::kLeft;
       multiply_square(now, left ? one : other, left ? other : one, sums.square(i), kPanel, add || step > 0, between);
