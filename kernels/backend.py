@@ -145,7 +145,7 @@ def logits_stay_on_chip(device: torch.device | str) -> bool:
 
 
 def logits_stay_in_cache(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether linear_cross_entropy multiplies in blocks that stay in a CPU's cache, instead of storing chunks of logits:
+    """Whether linear_cross_entropy forms logits in blocks that stay in a CPU's cache, not stored in chunks:
     in C++, with every option, where the instruction set in use multiplies `dtype` (bf16, on AMX or AVX-512 BF16).
 
     `use("reference", op="weight_gradient")` switches it off: the products are then torch's, on chunks of logits.

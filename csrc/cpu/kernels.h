@@ -242,8 +242,8 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropy&);
   void (*linear_cross_entropy)(const LinearCrossEntropy&);  // null if the instruction set has no bf16 products
   void (*scaled)(const Scaled&);
-  void (*weight_gradient)(const WeightGradient&);           // null if the instruction set has no tiles
-  bool (*adam)(const Adam&);                                // returns whether every value it wrote is finite
+  void (*weight_gradient)(const WeightGradient&);  // null if the instruction set has no tiles
+  bool (*adam)(const Adam&);                       // returns whether every value it wrote is finite
   double (*grad_norm_squared)(const GradNorm&);
   void (*muon_momentum)(const MuonMomentum&);
   bool (*muon_update)(const MuonUpdate&);  // returns as adam does

@@ -53,7 +53,7 @@ struct HeadShared {
   HeadRows* rows;               // (row_panels,)
   int32_t* labels;              // (row_panels, 32): -1 where no logit is the label's
   float* label_scores;          // (row_panels, 32)
-  float* dhidden;               // (groups, row_panels, width_panels, 32, 32): transposed, rows in the order of `lane_of`
+  float* dhidden;  // (groups, row_panels, width_panels, 32, 32): transposed, rows in the order of `lane_of`
 
   float* dhidden_of(int64_t group, int64_t row_panel) const {
     return dhidden + (group * plan.row_panels + row_panel) * plan.width_panels * kSquare;
@@ -144,7 +144,8 @@ class HeadWorker {
     float weights = 0;                           // the sum of the class weights so far
 
     Online() {
-      for (int half = 0; half < 2; ++half) max[half] = largest[half] = Vec(kLowest), total[half] = below[half] = Vec(0.0f);
+      for (int half = 0; half < 2; ++half)
+        max[half] = largest[half] = Vec(kLowest), total[half] = below[half] = Vec(0.0f);
     }
   };
   /// Below any finite logit, so that a row of logits of -inf gives no NaN before a finite one is found.
@@ -160,7 +161,8 @@ class HeadWorker {
       pack_panel<Summed::kColumns, Side::kLeft>(part, height_, a_.width, i * kPanel, to);
     }
     const int64_t after = first_ + height_, next = smaller(height_, a_.loss.columns - after);
-    ahead_weight_ = Ahead(a_.weight.row<BFloat16>(after), next * a_.weight.stride * 2, p_.row_panels * panels_ * kParts);
+    ahead_weight_ =
+        Ahead(a_.weight.row<BFloat16>(after), next * a_.weight.stride * 2, p_.row_panels * panels_ * kParts);
   }
 
   PHI_INLINE void fetch_ahead() { ahead_weight_.fetch(), ahead_hidden_.fetch(), ahead_dhidden_.fetch(); }
@@ -189,9 +191,7 @@ class HeadWorker {
   static constexpr int64_t kOnlineRows = 2 * kPanel / kParts;
 
   /// The entries of panel i from `row` on, up to `most` of them, that the vocabulary has.
-  int64_t entries(int64_t i, int64_t row, int64_t most) const {
-    return smaller(most, height_ - i * kPanel - row);
-  }
+  int64_t entries(int64_t i, int64_t row, int64_t most) const { return smaller(most, height_ - i * kPanel - row); }
 
   /// Overwrites kOnlineRows rows of logits with their scores, and finds the largest.
   PHI_INLINE void find_largest(int64_t r, int64_t i, float* square, int64_t row, Online* online) const {
@@ -374,7 +374,8 @@ inline void write_dhidden(const HeadShared& s, int64_t row_panel) {
     for (int64_t r = 0; r < count; ++r) {
       float* const to = s.a.dhidden + (row_panel * kPanel + r) * width + j * kPanel;
       const float* const from = turned[lane_of(r)];
-      for_lanes(smaller(kPanel, width - j * kPanel), [=](int64_t c, auto lanes) { store(to + c, load(from + c, lanes), lanes); });
+      for_lanes(smaller(kPanel, width - j * kPanel),
+                [=](int64_t c, auto lanes) { store(to + c, load(from + c, lanes), lanes); });
     }
   }
 }

@@ -10,14 +10,15 @@
 namespace phi_fast::cpu::PHI_ISA {
 
 #if defined(PHI_AVX512_BF16)
-inline constexpr int64_t kTile = 16;                        // rows of a tile, and words per row
-inline constexpr int64_t kPanel = 2 * kTile;                // rows or columns of a panel, and numbers of a step
-inline constexpr int64_t kStepWords = 2 * kTile * kTile;    // words of a panel's step
-inline constexpr int64_t kSquare = kPanel * kPanel;         // sums of two panels' product
-inline constexpr int64_t kDepth = 512;                      // numbers summed at a time: such a panel fits the first-level cache
+inline constexpr int64_t kTile = 16;                      // rows of a tile, and words per row
+inline constexpr int64_t kPanel = 2 * kTile;              // rows or columns of a panel, and numbers of a step
+inline constexpr int64_t kStepWords = 2 * kTile * kTile;  // words of a panel's step
+inline constexpr int64_t kSquare = kPanel * kPanel;       // sums of two panels' product
+inline constexpr int64_t kDepth = 512;  // numbers summed at a time: such a panel fits the first-level cache
 inline constexpr int64_t kDepthSteps = kDepth / kPanel;
 
-/// The panels that cover `count` rows or columns, or the steps that cover `count` summed numbers: at least one, of zeros.
+/// The panels that cover `count` rows or columns, or the steps that cover `count` summed numbers: at least one, of
+/// zeros.
 PHI_INLINE int64_t panels_of(int64_t count) { return count == 0 ? 1 : (count + kPanel - 1) / kPanel; }
 
 /// 16 words of each of 16 rows of x: words of rows `row` on and columns `column` on, with zeros beyond the matrix.
@@ -83,7 +84,8 @@ struct Nothing {
   void operator()(int64_t, const float*, int64_t) const {}
 };
 
-/// Memory that is fetched into the second-level cache in portions, before it is needed. The last may reach past its end.
+/// Memory that is fetched into the second-level cache in portions, before it is needed. The last may reach past its
+/// end.
 class Ahead {
  public:
   Ahead() {}

@@ -155,8 +155,8 @@ PHI_INLINE void transpose_square(const Word* from, int64_t from_row, Word* to, i
 }
 
 #if defined(PHI_AVX512_BF16)
-/// Two tiles of one operand of bf16, 16 × 16 words each, `second` words apart. A left operand's tiles are rows of words, a
-/// right one's are pairs of rows. The tiles of the next product follow after `step` words.
+/// Two tiles of one operand of bf16, 16 × 16 words each, `second` words apart. A left operand's tiles are rows of
+/// words, a right one's are pairs of rows. The tiles of the next product follow after `step` words.
 struct TilePair {
   const uint32_t* first;
   int64_t second, step;

@@ -57,8 +57,8 @@ def changed_descriptions(entry: Entry, name: str, good: Described) -> Iterator[t
 
 def wrong_values(entry: Entry, name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Invalid values for argument `name` instead of `value`."""
-    optional = {"residual", "shifted", "shift", "residual_grad", "activation", "bias", "class_weight", "dbias", "dhidden", "dweight"}
-    optional |= {"master", "positions", "documents"} - (
+    optional = {"residual", "shifted", "shift", "residual_grad", "activation", "bias", "class_weight", "dbias"}
+    optional |= {"master", "positions", "documents", "dhidden", "dweight"} - (
         {"positions"} if entry.arguments.get("offset") is None else set()
     )
     if isinstance(value, Tensor):

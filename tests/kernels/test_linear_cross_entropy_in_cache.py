@@ -1,4 +1,4 @@
-"""linear_cross_entropy in bf16 on a CPU, whose logits exist only as small blocks, on each instruction set that has it."""
+"""linear_cross_entropy in bf16 on a CPU, without stored logits, on each instruction set that has it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def compare(shape: tuple[int, int, int], option: str, reduction: str = "mean", b
 
     def ours(bias: Tensor | None = None, **tensors: Tensor) -> Tensor:
         options = {"label_smoothing": eps, "z_loss": z, "softcap": cap, "class_weight": weights}
-        return linear_cross_entropy(**tensors, bias=bias, labels=labels, reduction=reduction, chunk_size=1024, **options)
+        return linear_cross_entropy(
+            **tensors, bias=bias, labels=labels, reduction=reduction, chunk_size=1024, **options
+        )
 
     dout = torch.rand(rows, generator=torch.Generator().manual_seed(2)) if reduction == "none" else ONE
     assert backend.logits_stay_in_cache("cpu", BF16)
