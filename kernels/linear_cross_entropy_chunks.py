@@ -1,4 +1,5 @@
-"""Losses and gradients of linear_cross_entropy, chunk by chunk of rows: never more than one chunk of logits exists."""
+"""Losses and gradients of linear_cross_entropy, chunk by chunk of rows: never more than one chunk of logits exists, and
+no more than small blocks where `backend.logits_stay_in_cache`."""
 
 from __future__ import annotations
 
