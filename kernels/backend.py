@@ -144,6 +144,17 @@ def logits_stay_on_chip(device: torch.device | str) -> bool:
     return chosen
 
 
+def logits_stay_in_cache(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether linear_cross_entropy forms logits in blocks that stay in a CPU's cache, not stored in chunks:
+    in C++, with every option, where the instruction set in use multiplies `dtype` (bf16, on AMX or AVX-512 BF16).
+
+    `use("reference", op="weight_gradient")` switches it off: the products are then torch's, on chunks of logits.
+    """
+    if any(name(op, device) != "cpp" for op in ("linear_cross_entropy", "weight_gradient")):
+        return False
+    return module("cpp", "linear_cross_entropy").multiplies(dtype)
+
+
 def rotary_inside(device: torch.device | str) -> bool:
     """What `fuse_rotary` chose, or the default of the back end that runs attention on `device`."""
     backend, chosen = name("attention", device), _chosen["rotary_inside"]

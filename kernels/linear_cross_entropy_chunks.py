@@ -1,4 +1,5 @@
-"""Losses and gradients of linear_cross_entropy, chunk by chunk of rows: never more than one chunk of logits exists."""
+"""Losses and gradients of linear_cross_entropy, chunk by chunk of rows: never more than one chunk of logits exists, and
+no more than small blocks where `backend.logits_stay_in_cache`."""
 
 from __future__ import annotations
 
@@ -103,6 +104,22 @@ def losses_and_gradients(
     bias = None if bias is None else bias.to(dtype)
     on_cpu = hidden.device.type == "cpu"
     size = rows_of_a_chunk(tokens, d, dtype.itemsize, on_cpu=on_cpu, limit=chunk_size)
+    if backend.logits_stay_in_cache(hidden.device, dtype):
+        for start in range(0, tokens, size or 1):
+            rows = slice(start, min(start + size, tokens))
+            losses[rows] = kernel.linear_cross_entropy(
+                hidden[rows],
+                weight,
+                bias,
+                labels[rows],
+                objective=objective,
+                scale=scale[rows] if scale.dim() else scale,
+                dhidden=dhidden[rows] if for_hidden else None,
+                dweight=dweight if for_weight else None,
+                dbias=dbias if for_bias else None,
+                first=start == 0,
+            )
+        return losses, dhidden, dweight, dbias
     # Rows begin at multiples of 64 elements, so that a vocabulary of odd size keeps wide loads and fast products.
     # oneDNN's AMX product reads on to there, and zero times NaN is NaN: what the memory held before must not show.
     buffer = torch.empty(size, math.ceil(vocab / 64) * 64, dtype=dtype, device=hidden.device)

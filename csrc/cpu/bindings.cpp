@@ -253,6 +253,41 @@ void bind_cross_entropy(py::module_& module) {
       py::call_guard<GilReleased>());
 }
 
+void bind_linear_cross_entropy(py::module_& module) {
+  module.def(
+      "has_linear_cross_entropy", [] { return kernels().linear_cross_entropy != nullptr; },
+      "Whether the instruction set in use has linear_cross_entropy");
+  module.def(
+      "linear_cross_entropy",
+      [](const Tensor& hidden, const Tensor& head, const Tensor& labels, const MaybeTensor& bias,
+         const MaybeTensor& weight, float mean_weight, int64_t ignore_index, float label_smoothing, float z_loss,
+         float softcap, const Tensor& scale, const MaybeTensor& dhidden, const MaybeTensor& dhead, bool add,
+         const MaybeTensor& dbias, const Tensor& losses, int threads) {
+        const Call call("linear_cross_entropy");
+        call.dtype("hidden", hidden, 2), call.dtype("weight", head, 2);
+        const int64_t rows = hidden.sizes[0], width = hidden.sizes[1], columns = head.sizes[0];
+        const bool by_row = !scale.sizes.empty();
+        const LinearCrossEntropy given{
+            {DType::kBFloat16, rows, columns, Rows{}, call.whole<int64_t>("labels", labels, {rows}),
+             call.whole<float>("bias", bias, {columns}), call.whole<float>("class_weight", weight, {columns}),
+             mean_weight, ignore_index, label_smoothing, z_loss, softcap,
+             call.whole<float>("scale", scale, by_row ? Sizes{rows} : Sizes{}), by_row, dhidden || dhead || dbias,
+             call.whole<float>("dbias", dbias, {columns}), call.whole<float>("losses", losses, {rows}),
+             call.threads(threads)},
+            width,
+            call.rows("hidden", hidden, DType::kBFloat16, rows, width),
+            call.rows("weight", head, DType::kBFloat16, columns, width),
+            call.whole<float>("dhidden", dhidden, {rows, width}),
+            call.whole<float>("dweight", dhead, {columns, width}),
+            add};
+        if (kernels().linear_cross_entropy == nullptr) {
+          throw std::runtime_error(std::string("linear_cross_entropy: not with the instruction set ") + kernels().name);
+        }
+        kernels().linear_cross_entropy(given);
+      },
+      py::call_guard<GilReleased>());
+}
+
 void bind_scaled(py::module_& module) {
   module.def(
       "scaled",
@@ -395,6 +430,7 @@ void bind(py::module_& module) {
   bind_rotary(module);
   bind_attention(module);
   bind_cross_entropy(module);
+  bind_linear_cross_entropy(module);
   bind_scaled(module);
   bind_weight_gradient(module);
   bind_adam(module);

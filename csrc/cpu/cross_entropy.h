@@ -32,6 +32,25 @@ float score(float x, float cap, float* slope = nullptr) {
   return cap * t;
 }
 
+/// The loss of row r, and the factors of its gradient. The row's max and label_score are given, with the sums of its
+/// e^(s - max) and of its class weight · (s - max).
+inline float loss_of_row(const CrossEntropy& a, int64_t r, int64_t label, float total, float below, SoftmaxRow* row) {
+  const float* const weight = a.weight;
+  const float log_total = std::log(total), lse = row->max + log_total, smoothing = a.label_smoothing;
+  const float scale = a.scale[a.scale_by_row ? r : 0], of_label = weight ? weight[label] : 1.0f;
+  const float of_target = (1 - smoothing) * of_label, of_others = smoothing * a.mean_weight;
+  row->factor = scale * ((weight ? of_target + of_others : 1.0f) + 2 * a.z_loss * of_label * lse) / total;
+  row->offset = smoothing / float(a.columns) * scale;
+  row->hit = of_target * scale;
+  // Uses differences from the largest logit: with logits in the hundreds, lse - logit would lose the loss's last
+  // digits.
+  const float above = row->max - row->label_score, of_z = a.z_loss * of_label;
+  float loss = weight ? of_target * (log_total + above) + of_others * log_total : log_total + of_target * above;
+  loss += of_z * lse * lse;
+  if (smoothing != 0) loss -= smoothing * (below / float(a.columns));
+  return loss;
+}
+
 /// The row's loss. fp32 logits are overwritten with e^(s - max), since the gradient replaces them anyway; this saves
 /// the second exponential. Capped logits are not, because their gradient needs s.
 template <class T, bool kCapped>
@@ -65,20 +84,7 @@ float softmax_row(const CrossEntropy& a, int64_t r, int64_t label, SoftmaxRow* r
     below.a[k] = below.a[k] + (weight ? x * load(weight + i, lanes) : x);
     if constexpr (std::is_same_v<T, float> && !kCapped) store(logits + i, e, lanes);
   });
-  const float total = exponentials.sum(), log_total = std::log(total);
-  const float lse = row->max + log_total, smoothing = a.label_smoothing;
-  const float scale = a.scale[a.scale_by_row ? r : 0], of_label = weight ? weight[label] : 1.0f;
-  const float of_target = (1 - smoothing) * of_label, of_others = smoothing * a.mean_weight;
-  row->factor = scale * ((weight ? of_target + of_others : 1.0f) + 2 * a.z_loss * of_label * lse) / total;
-  row->offset = smoothing / float(a.columns) * scale;
-  row->hit = of_target * scale;
-  // Uses differences from the largest logit: with logits in the hundreds, lse - logit would lose the loss's last
-  // digits.
-  const float above = row->max - row->label_score, of_z = a.z_loss * of_label;
-  float loss = weight ? of_target * (log_total + above) + of_others * log_total : log_total + of_target * above;
-  loss += of_z * lse * lse;
-  if (smoothing != 0) loss -= smoothing * (below.sum() / float(a.columns));
-  return loss;
+  return loss_of_row(a, r, label, exponentials.sum(), below.sum(), row);
 }
 
 /// Computes losses and gradients of `group` rows from row `first` on, and adds the sum of the gradients to dbias.

@@ -141,6 +141,17 @@ struct CrossEntropy {
   int threads;
 };
 
+/// Cross entropy of the logits hidden · weightᵀ, for bf16 hidden (rows, width) and weight (columns, width). The logits
+/// are never stored: loss.logits is null, and loss.need_grad says whether any gradient is given.
+struct LinearCrossEntropy {
+  CrossEntropy loss;
+  int64_t width;
+  Rows hidden, weight;
+  float* dhidden;  // (rows, width) or null
+  float* dweight;  // (columns, width) or null
+  bool add;        // dweight += the gradient
+};
+
 /// out (a_columns, b_columns) = aᵀ · b (or += with `add`) for bf16 a (rows, a_columns) and b (rows, b_columns).
 struct WeightGradient {
   int64_t rows, a_columns, b_columns;
@@ -229,6 +240,7 @@ struct Kernels {
   void (*attention_forward)(const Attention&);
   void (*attention_backward)(const Attention&);
   void (*cross_entropy)(const CrossEntropy&);
+  void (*linear_cross_entropy)(const LinearCrossEntropy&);  // null if the instruction set has no bf16 products
   void (*scaled)(const Scaled&);
   void (*weight_gradient)(const WeightGradient&);  // null if the instruction set has no tiles
   bool (*adam)(const Adam&);                       // returns whether every value it wrote is finite

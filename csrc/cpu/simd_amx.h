@@ -27,16 +27,11 @@ class Tiles {
 };
 #endif
 
-/// Two tiles of one operand, `second` words apart. The tiles of the next product follow after `step` words.
-struct TilePair {
-  const uint32_t* first;
-  int64_t second, step;
-  long row_bytes;
-};
-
-/// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b. Tiles of a
-/// are rows of words, tiles of b are pairs of rows.
-PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add) {
+/// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b. After each
+/// product's instructions, between(i) does something else while the tiles' unit works.
+template <class Between>
+PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add,
+                                Between between) {
   float* const lower = sums + 16 * sums_row;
   const long row_bytes = sums_row * 4;
   // The compiler does not know that these instructions read and write memory.
@@ -61,12 +56,17 @@ PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* su
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    between(i);
   }
   _tile_stored(0, sums, row_bytes);
   _tile_stored(1, sums + 16, row_bytes);
   _tile_stored(2, lower, row_bytes);
   _tile_stored(3, lower + 16, row_bytes);
   __asm__ volatile("" : : : "memory");
+}
+
+PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add) {
+  multiply_square(count, a, b, sums, sums_row, add, [](int64_t) {});
 }
 
 /// Like `multiply`, for words of two bf16: m and n are multiples of 32, k is a multiple of 16.

@@ -154,4 +154,57 @@ PHI_INLINE void transpose_square(const Word* from, int64_t from_row, Word* to, i
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_row, rows[i]);
 }
 
+#if defined(PHI_AVX512_BF16)
+/// Two tiles of one operand of bf16, 16 × 16 words each, `second` words apart. A left operand's tiles are rows of
+/// words, a right one's are pairs of rows. The tiles of the next product follow after `step` words.
+struct TilePair {
+  const uint32_t* first;
+  int64_t second, step;
+  long row_bytes;
+};
+
+#if !defined(PHI_AMX)
+/// Nothing needs to be configured for dot products.
+class Tiles {
+ public:
+  Tiles() {}
+  ~Tiles() {}
+};
+
+/// sums (32, 32) = (or +=, with `add`) the sum of `count` products of two tiles of a with two tiles of b. Eight rows of
+/// sums are in registers at a time; between(i) is called for each product at the end.
+template <class Between>
+PHI_INLINE void multiply_square(int64_t count, TilePair a, TilePair b, float* sums, int64_t sums_row, bool add,
+                                Between between) {
+  constexpr int kRows = 8;
+  const int64_t a_row = a.row_bytes / 4, b_row = b.row_bytes / 4;
+  for (int first = 0; first < 32; first += kRows) {
+    const uint32_t* left = a.first + (first >= 16 ? a.second : 0) + first % 16 * a_row;
+    const uint32_t* right = b.first;
+    float* const to = sums + first * sums_row;
+    __m512 total[kRows][2];
+    for (int r = 0; r < kRows; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; ++i, left += a.step, right += b.step) {
+      for (int k = 0; k < 16; ++k) {
+        const __m512bh low = (__m512bh)_mm512_loadu_si512(right + k * b_row);
+        const __m512bh high = (__m512bh)_mm512_loadu_si512(right + b.second + k * b_row);
+        for (int r = 0; r < kRows; ++r) {
+          const __m512bh word = (__m512bh)_mm512_set1_epi32(int(left[r * a_row + k]));
+          total[r][0] = _mm512_dpbf16_ps(total[r][0], word, low);
+          total[r][1] = _mm512_dpbf16_ps(total[r][1], word, high);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int half = 0; half < 2; ++half) {
+        float* const place = to + r * sums_row + 16 * half;
+        store(place, add ? load(place) + Vec(total[r][half]) : Vec(total[r][half]));
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) between(i);
+}
+#endif
+#endif
+
 }  // namespace phi_fast::cpu::PHI_ISA

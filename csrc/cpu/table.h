@@ -7,6 +7,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/gated_activation.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear_cross_entropy.h"
 #include "cpu/muon.h"
 #include "cpu/rotary.h"
 #include "cpu/scaled.h"
@@ -29,6 +30,11 @@ extern const Kernels kernels = {
     attention_forward,
     attention_backward,
     cross_entropy,
+#if defined(PHI_AVX512_BF16)
+    linear_cross_entropy,
+#else
+    nullptr,
+#endif
     scaled,
 #if defined(PHI_AMX)
     weight_gradient,

@@ -2,50 +2,13 @@
 // memory. A library transposes one operand and repacks the other before it multiplies; here both are packed straight
 // into tiles.
 #pragma once
-#include "cpu/words.h"
+#include "cpu/products.h"
 
 namespace phi_fast::cpu::PHI_ISA {
 
 #if defined(PHI_AMX)
-inline constexpr int64_t kTile = 16;            // rows of a tile, and words per row
-inline constexpr int64_t kPanel = 2 * kTile;    // columns of a or b that are multiplied together; rows of them per tile
-inline constexpr int64_t kDepth = 512;          // rows of a and b at a time: a panel of them fits the first-level cache
 inline constexpr int64_t kHeight = 4 * kPanel;  // columns of a at a time
 inline constexpr int64_t kWidth = 16 * kPanel;  // columns of b at a time: the sums fit the second-level cache
-
-/// 32 rows from `row` on of 16 columns from `column` on, two rows per word, with zeros beyond the matrix.
-PHI_INLINE void pairs_of_rows(const Rows& x, int64_t rows, int64_t columns, int64_t row, int64_t column,
-                              __m512i words[kTile]) {
-  const __mmask16 there = columns - column >= kTile ? 0xffff : __mmask16((1u << (columns - column)) - 1);
-  for (int64_t i = 0; i < kTile; ++i) {
-    const int64_t r = row + 2 * i;
-    const BFloat16* from = x.row<BFloat16>(r) + column;
-    const __m256i even = r < rows ? _mm256_maskz_loadu_epi16(there, from) : _mm256_setzero_si256();
-    const __m256i odd = r + 1 < rows ? _mm256_maskz_loadu_epi16(there, from + x.stride) : _mm256_setzero_si256();
-    words[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-  }
-}
-
-/// Packs a panel of x, kPanel columns from `column` on, as tiles: (rows / 32, 2, 16, 16) words. With kTurned, a tile's
-/// rows are columns of x, for the left operand of a product; otherwise they are pairs of rows of x.
-template <bool kTurned>
-void pack_panel(const Rows& x, int64_t rows, int64_t columns, int64_t column, uint32_t* to) {
-  for (int64_t row = 0; row < rows || row == 0; row += kPanel) {
-    for (int64_t half = 0; half < kPanel; half += kTile, to += kTile * kTile) {
-      if (column + half >= columns) {
-        for (int64_t i = 0; i < kTile; ++i) _mm512_storeu_si512(to + i * kTile, _mm512_setzero_si512());
-        continue;
-      }
-      __m512i words[kTile];
-      pairs_of_rows(x, rows, columns, row, column + half, words);
-      if (kTurned) transpose_square(words);
-      for (int64_t i = 0; i < kTile; ++i) _mm512_storeu_si512(to + i * kTile, words[i]);
-    }
-  }
-}
-
-/// The number of tile products in each sum. Without rows it is one, of zeros.
-inline int64_t depth_steps(const WeightGradient& a) { return a.rows == 0 ? 1 : (a.rows + kPanel - 1) / kPanel; }
 
 /// Computes the output for one thread's columns of a, up to kHeight of them, in its own tiles and sums.
 class GradientWorker {
@@ -53,7 +16,7 @@ class GradientWorker {
   static int64_t scratch(int64_t steps) { return kHeight / kTile * steps * kTile * kTile + kHeight * kWidth; }
 
   GradientWorker(const WeightGradient& a, const uint32_t* b_tiles, float* memory)
-      : a_(a), steps_(depth_steps(a)), b_tiles_(b_tiles) {
+      : a_(a), steps_(panels_of(a.rows)), b_tiles_(b_tiles) {
     a_tiles_ = reinterpret_cast<uint32_t*>(memory);
     sums_ = memory + kHeight / kTile * steps_ * kTile * kTile;
   }
@@ -61,7 +24,8 @@ class GradientWorker {
   void run(int64_t first) {
     const int64_t height = smaller(kHeight, a_.a_columns - first);
     for (int64_t i = 0; i < height; i += kPanel) {
-      pack_panel<true>(a_.a, a_.rows, a_.a_columns, first + i, a_tiles_ + i / kPanel * panel_words());
+      uint32_t* const to = a_tiles_ + i / kPanel * panel_words();
+      pack_panel<Summed::kRows, Side::kLeft>(a_.a, a_.rows, a_.a_columns, first + i, to);
     }
     for (int64_t column = 0; column < a_.b_columns; column += kWidth) {
       const int64_t width = smaller(kWidth, a_.b_columns - column);
@@ -113,13 +77,13 @@ class GradientWorker {
 };
 
 inline void weight_gradient(const WeightGradient& a) {
-  const int64_t steps = depth_steps(a), panel = steps * 2 * kTile * kTile;
+  const int64_t steps = panels_of(a.rows), panel = steps * 2 * kTile * kTile;
   const int64_t panels = (a.b_columns + kPanel - 1) / kPanel, items = (a.a_columns + kHeight - 1) / kHeight;
   const int threads = threads_for(a.rows * (a.a_columns + a.b_columns), a.threads);
   const Scratch b_memory(panels * panel);
   uint32_t* const b_tiles = reinterpret_cast<uint32_t*>(b_memory.data());
   parallel_items(panels, threads, [&](int64_t item, int) {
-    pack_panel<false>(a.b, a.rows, a.b_columns, item * kPanel, b_tiles + item * panel);
+    pack_panel<Summed::kRows, Side::kRight>(a.b, a.rows, a.b_columns, item * kPanel, b_tiles + item * panel);
   });
   const int64_t each = GradientWorker::scratch(steps);
   const Scratch memory(each * threads);

@@ -1,4 +1,5 @@
-"""Cross entropy of one chunk of logits in C++: `reference/linear_cross_entropy.py`'s contract, fp32, bf16 and fp16."""
+"""Cross entropy of one chunk of logits in C++: `reference/linear_cross_entropy.py`'s contract, fp32, bf16 and fp16; and
+in bf16, where the processor has instructions for its products, with the products and without stored logits."""
 
 from __future__ import annotations
 
@@ -58,6 +59,62 @@ def cross_entropy_(
         softcap or 0.0,
         described(_OP, scale),
         need_grad,
+        maybe(_OP, dbias),
+        described(_OP, losses),
+        torch.get_num_threads(),
+    )
+    return losses
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether `linear_cross_entropy` takes this dtype with the instruction set in use."""
+    return dtype == torch.bfloat16 and cpu.has_linear_cross_entropy()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    scale: Tensor,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    first: bool,
+) -> Tensor:
+    """Losses (rows,) fp32 of the logits hidden · weightᵀ + bias, of which only small blocks exist, and gradients times
+    `scale`, in fp32.
+
+    hidden: (rows, d); weight: (V, d); bias: (V,) or None: bf16. labels, objective, scale: as for `cross_entropy_`. The
+    options need nothing else: all of them are computed here.
+    dhidden: (rows, d), which is written. dweight: (V, d), which is written where `first` and else added to. dbias:
+        (V,), which is added to. All contiguous, or None where the gradient is not wanted.
+
+    Raises TypeError for a dtype, ValueError for a shape, RuntimeError where `multiplies` does not hold.
+    """
+    ignore_index, label_smoothing, z_loss, class_weight, softcap = objective
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    labels, scale = labels.contiguous(), wide(scale)
+    wide_bias = None if bias is None else wide(bias)
+    wide_weight = None if class_weight is None else wide(class_weight)
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    cpu.linear_cross_entropy(
+        described(_OP, hidden),
+        described(_OP, weight),
+        described(_OP, labels),
+        maybe(_OP, wide_bias),
+        maybe(_OP, wide_weight),
+        1.0 if wide_weight is None else float(wide_weight.mean()),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap or 0.0,
+        described(_OP, scale),
+        maybe(_OP, dhidden),
+        maybe(_OP, dweight),
+        not first,
         maybe(_OP, dbias),
         described(_OP, losses),
         torch.get_num_threads(),

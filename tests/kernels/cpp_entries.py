@@ -137,6 +137,12 @@ def other_entries(dtype: torch.dtype) -> Iterator[Entry]:
         arguments = {"logits": matrix(dtype), "labels": integers(0, -100, COLUMNS - 1, 3, 4), **vector, **numbers}
         arguments |= {"scale": scale, "need_grad": True, "dbias": randn(COLUMNS), "losses": randn(ROWS), "threads": 1}
         yield Entry("cross_entropy", arguments, same_dtype=False)
+    for scale in (randn(ROWS), torch.ones(())):
+        arguments = {"hidden": matrix(BF16, columns=45), "weight": matrix(BF16, COLUMNS, 45)}
+        arguments |= {"labels": integers(0, -100, COLUMNS - 1, 3, 4), **vector, **numbers, "scale": scale}
+        arguments |= {"dhidden": randn(ROWS, 45), "dweight": randn(COLUMNS, 45), "add": True, "dbias": randn(COLUMNS)}
+        arguments |= {"losses": randn(ROWS), "threads": 1}
+        yield Entry("linear_cross_entropy", arguments, same_dtype=False, needs=cpu.has_linear_cross_entropy)
     x, out = randn(ROWS, COLUMNS, dtype=dtype), randn(ROWS, COLUMNS)
     arguments = {"x": x, "out": out, "factor": 2.0, "add": True, "threads": 1}
     yield Entry("scaled", arguments, same_dtype=False)

@@ -22,6 +22,7 @@ CONTROLS = {
     "keep_freed_memory",
     "parallel_backend",
     "has_weight_gradient",
+    "has_linear_cross_entropy",
 }
 """Entries that take no tensor."""
 ENTRIES = [entry for dtype in (torch.float32, torch.bfloat16) for entry in entries(dtype)]
@@ -57,7 +58,7 @@ def changed_descriptions(entry: Entry, name: str, good: Described) -> Iterator[t
 def wrong_values(entry: Entry, name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Invalid values for argument `name` instead of `value`."""
     optional = {"residual", "shifted", "shift", "residual_grad", "activation", "bias", "class_weight", "dbias"}
-    optional |= {"master", "positions", "documents"} - (
+    optional |= {"master", "positions", "documents", "dhidden", "dweight"} - (
         {"positions"} if entry.arguments.get("offset") is None else set()
     )
     if isinstance(value, Tensor):
