@@ -38,8 +38,9 @@ SHAPE = PhiConfig(
 """10.5 M parameters."""
 RATE, WARMUP = 6e-3, 20
 """Muon's best learning rate for the recipe `tiny` (docs/optimizers.md), and the steps of its warmup."""
-STRIDE = CONTEXT // 2
-"""Tokens by which the window advances over a judged text: most tokens are predicted from half a context or more."""
+STRIDE = CONTEXT * 3 // 4
+"""Tokens by which the window advances over a judged text: all but its first tokens have a quarter of a context before
+them, or more."""
 
 
 @dataclass(frozen=True)
