@@ -15,11 +15,14 @@ def device() -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without a GPU, mark fp16 in Triton as slow where a test has the marker `interpreted_in_bf16`: bf16 runs the same
-    lines of the kernel, and the interpreter takes seconds for each."""
+    lines of the kernel, and the interpreter takes seconds for each. `interpreted_in_fp32(but)` marks bf16 too, but where
+    the test's id contains `but`: with that choice, `make mutants` still finds every fault."""
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("interpreted_in_bf16") and isinstance(item, pytest.Function):
+        bf16, fp32 = item.get_closest_marker("interpreted_in_bf16"), item.get_closest_marker("interpreted_in_fp32")
+        if (bf16 or fp32) and isinstance(item, pytest.Function):
             given = item.callspec.params.values()
-            if torch.float16 in given and any(isinstance(value, str) and "triton" in value for value in given):
+            slow = torch.float16 in given or (fp32 and torch.bfloat16 in given and fp32.args[0] not in item.name)
+            if slow and any(isinstance(value, str) and "triton" in value for value in given):
                 item.add_marker(pytest.mark.slow)

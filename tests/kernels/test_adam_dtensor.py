@@ -209,6 +209,7 @@ def test_one_rank(tmp_path: Path, check: Callable[[Path], None]) -> None:
     run_checks(0, 1, str(tmp_path), check)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_uneven_shards(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_checks, (2, str(tmp_path), *CHECKS), nprocs=2)
 

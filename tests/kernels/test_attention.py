@@ -34,7 +34,7 @@ def assert_case(name: str, case: Case) -> None:
         assert_no_worse(value, plain[tensor], exact[tensor], f"{name} {tensor}")
 
 
-@pytest.mark.interpreted_in_bf16
+@pytest.mark.interpreted_in_fp32("128")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("name", BACKENDS)

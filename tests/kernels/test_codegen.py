@@ -313,6 +313,7 @@ def code(*specimens: str, dtype: str = "float16") -> dict[str, dict[str, str]]:
     return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
 
 
+@pytest.mark.slow
 def test_the_target_is_read_before_any_warp_writes_gradients_over_it() -> None:
     """Warps synchronise only at the sums; after that, another warp may have overwritten what one reads from the row."""
     [found] = code("linear_cross_entropy.loss_and_gradient").values()
@@ -321,6 +322,7 @@ def test_the_target_is_read_before_any_warp_writes_gradients_over_it() -> None:
     assert target < barrier < len(accesses) - 1, accesses
 
 
+@pytest.mark.slow
 def test_fp32_products_of_a_tile_are_summed_apart() -> None:
     """A key's gradient sums over every row of every query head of its group: in one chain of fp32 numbers the largest
     error of 65 rows and 4 heads is three times that of a chain for each head, which is plain PyTorch's."""
@@ -331,6 +333,7 @@ def test_fp32_products_of_a_tile_are_summed_apart() -> None:
         assert sums and set(sums) == {"cst"}, sums  # a constant, which is zero
 
 
+@pytest.mark.slow
 def test_offsets_of_heads_are_64_bits_wide() -> None:
     """transformers' heads lie a whole sequence apart: 64 heads of 128 dims and 262,144 tokens reach 2**31 elements."""
     shape = "(2, 2048, 16, 128) float16, head_dim 128, 4 queries per key"

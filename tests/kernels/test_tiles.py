@@ -173,6 +173,7 @@ def some_tiles(choice: tiles.Choice) -> list[Any]:
     return [*found[1:3], *random.Random(choice.tunable.name).sample(found, min(2, len(found)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", RUNS)
 def test_any_tile_gives_the_results_of_plain_pytorch(op: str) -> None:
     expected = RUNS[op]("reference")
