@@ -15,8 +15,8 @@ def device() -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without a GPU, mark fp16 in Triton as slow where a test has the marker `interpreted_in_bf16`: bf16 runs the same
-    lines of the kernel, and the interpreter takes seconds for each. `interpreted_in_fp32(but)` marks bf16 too, but where
-    the test's id contains `but`: with that choice, `make mutants` still finds every fault."""
+    lines of the kernel, and the interpreter takes seconds for each. `interpreted_in_fp32(but)` marks bf16 too, except
+    where the test's id contains `but`: with that choice, `make mutants` still finds every fault."""
     if torch.cuda.is_available():
         return
     for item in items:
