@@ -144,15 +144,15 @@ def logits_stay_on_chip(device: torch.device | str) -> bool:
     return chosen
 
 
-def logits_stay_in_cache(device: torch.device | str, dtype: torch.dtype) -> bool:
+def logits_stay_in_cache(device: torch.device | str, dtype: torch.dtype, *, gradients: bool) -> bool:
     """Whether linear_cross_entropy forms logits in blocks that stay in a CPU's cache, not stored in chunks:
-    in C++, with every option, where the instruction set in use multiplies `dtype` (bf16, on AMX or AVX-512 BF16).
+    in C++, with every option, for bf16 on AMX and, without gradients, on AVX-512 BF16.
 
     `use("reference", op="weight_gradient")` switches it off: the products are then torch's, on chunks of logits.
     """
     if any(name(op, device) != "cpp" for op in ("linear_cross_entropy", "weight_gradient")):
         return False
-    return module("cpp", "linear_cross_entropy").multiplies(dtype)
+    return module("cpp", "linear_cross_entropy").stores_no_logits(dtype, gradients=gradients)
 
 
 def rotary_inside(device: torch.device | str) -> bool:

@@ -60,7 +60,7 @@ def linear_cross_entropy(
     loss_scale: factor on fp16 dlogits while they are stored; it is divided out again, and affects only what
         underflows. None: the largest power of two that cannot overflow. fp32 and bf16 need none, nor does "none", whose
         incoming gradient takes its place.
-    chunk_size: rows of logits held at a time (in bf16 on a CPU with instructions for it, where logits exist only as
+    chunk_size: rows of logits held at a time (in bf16 on a CPU with AMX, where logits exist only as
         small blocks: rows whose gradients are formed together). None: as many as take the memory of weight's fp32
         gradient, but at least 256 (on a CPU 1024).
     Returns the loss: fp32 (fp64 for fp64), a scalar unless reduction is "none". The mean is NaN where no

@@ -104,7 +104,7 @@ def losses_and_gradients(
     bias = None if bias is None else bias.to(dtype)
     on_cpu = hidden.device.type == "cpu"
     size = rows_of_a_chunk(tokens, d, dtype.itemsize, on_cpu=on_cpu, limit=chunk_size)
-    if backend.logits_stay_in_cache(hidden.device, dtype):
+    if backend.logits_stay_in_cache(hidden.device, dtype, gradients=any(wanted)):
         for start in range(0, tokens, size or 1):
             rows = slice(start, min(start + size, tokens))
             losses[rows] = kernel.linear_cross_entropy(

@@ -35,6 +35,7 @@ NOT_FOR_PEOPLE = {
 and `make gpu-kit` start, by another Python than this one; and the writer of a page, which prints nothing."""
 RESULTS = "before → after.json"
 MISSING_MODEL = ["--model", "phi_fast", "--model_args", "pretrained=no → model", "--tasks", "arc_easy"]
+SERVER = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m", "--max-tokens-total", "9"]
 NO_DATA = ["--data", "no → data", "--run-dir", "x → runs"]
 PRINTING: dict[str, list[list[str]]] = {
     "phi_fast.train": [["--data", "no → data", "--kernels", "no → kernels"]],
@@ -52,6 +53,7 @@ PRINTING: dict[str, list[list[str]]] = {
     "phi_fast.evaluate": [["--model", "no → model", "--tasks", "x →"], ["--model", "é", "--data", "no → data"]],
     "phi_fast.evaluation.lm": [[], MISSING_MODEL],
     "phi_fast.convert": [["no → model", "x → y"]],
+    "phi_fast.synthesize": [["--topics", "no → topics", "--out", "x → y", *SERVER], ["--topics", "x"]],
     "phi_fast.report": [["no → run"], []],
     "phi_fast.plan": [
         ["--recipe", "phi-1.5", "--gpu", "H100", "--gpus", "8"],
@@ -77,6 +79,7 @@ PRINTING: dict[str, list[list[str]]] = {
     "benchmarks.experiments.curation": [["--megabytes", "0"]],
     "benchmarks.experiments.curation_peers": [["no → step"]],
     "benchmarks.experiments.muon": [NO_DATA, ["--steps", "0"]],
+    "benchmarks.experiments.remote_data": [["--steps", "0"]],
     "benchmarks.experiments.textbooks": [["--tokens", "0"], ["--seeds", "1", "1"]],
     "benchmarks.experiments.thesis.draw": [["no → file"], ["text.txt"]],
 }

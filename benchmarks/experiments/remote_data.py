@@ -167,6 +167,10 @@ def main() -> None:
         serve(Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
         return
     options = tyro.cli(Options, prog="python -m benchmarks.experiments.remote_data", description=__doc__)
+    for name, least in (("megabytes", 1), ("left_out", 0), ("steps", options.left_out + 1)):
+        if getattr(options, name) < least:
+            print(f"{name}={getattr(options, name)}: give at least {least}", file=sys.stderr)
+            sys.exit(2)
     figures = measure(options)
     print(json.dumps(figures, indent=1))
     if options.out is not None:

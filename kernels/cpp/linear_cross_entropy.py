@@ -66,9 +66,18 @@ def cross_entropy_(
     return losses
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Return whether `linear_cross_entropy` takes this dtype with the instruction set in use."""
-    return dtype == torch.bfloat16 and cpu.has_linear_cross_entropy()
+def stores_no_logits(dtype: torch.dtype, *, gradients: bool) -> bool:
+    """Return whether `linear_cross_entropy` takes this dtype with the instruction set in use, and is the faster way.
+
+    Gradients need the logits twice, a fourth product beside three. Where tiles multiply, it costs less than stored
+    logits; dot products of pairs (AVX-512 BF16 without AMX) are so slow that it costs more.
+    """
+    return dtype == torch.bfloat16 and cpu.has_linear_cross_entropy() and (has_tiles() or not gradients)
+
+
+def has_tiles() -> bool:
+    """Return whether the instruction set in use multiplies bf16 by tiles."""
+    return cpu.has_weight_gradient()
 
 
 def linear_cross_entropy(
@@ -92,7 +101,8 @@ def linear_cross_entropy(
     dhidden: (rows, d), which is written. dweight: (V, d), which is written where `first` and else added to. dbias:
         (V,), which is added to. All contiguous, or None where the gradient is not wanted.
 
-    Raises TypeError for a dtype, ValueError for a shape, RuntimeError where `multiplies` does not hold.
+    Raises TypeError for a dtype, ValueError for a shape, RuntimeError with an instruction set that has no bf16
+    products.
     """
     ignore_index, label_smoothing, z_loss, class_weight, softcap = objective
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))

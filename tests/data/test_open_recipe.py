@@ -207,9 +207,10 @@ def test_the_trainer_names_the_command_for_missing_corpora(tmp_path: Path, monke
     from rich.console import Console
 
     from phi_fast.training.corpora import Corpora
+    from phi_fast.training.options import parse
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"'web' is not at .*web; .*prepare --recipe phi-1.5-web-open`"):
-        Corpora(RECIPES["phi-1.5-web-open"], None, Console(quiet=True))
+        Corpora(parse(["--recipe", "phi-1.5-web-open"]), None, Console(quiet=True))
     with pytest.raises(FileNotFoundError, match=r"prepare INPUTS --tokenizer phi-1\.5"):
-        Corpora(RECIPES["phi-1.5-web"], None, Console(quiet=True))
+        Corpora(parse(["--recipe", "phi-1.5-web"]), None, Console(quiet=True))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
@@ -86,6 +86,9 @@ def test_ids_and_round_trip(phi: Tokenizer, text: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.text(st.one_of(st.sampled_from(" \t\n'abzAZ09_()中🙂"), st.characters(exclude_categories=["Cs"]))))
 def test_any_text(phi: Tokenizer, text: str) -> None:
+    assume(
+        vocabulary.END_OF_TEXT not in text
+    )  # the plain encoder does not know it; Hypothesis also tries constants of the sources
     ids = phi.encode(text).ids
     assert ids == expected(text)
     assert phi.decode(ids) == text

@@ -31,8 +31,10 @@ def isas_with_it() -> list[str]:
 
 
 @pytest.fixture(params=isas_with_it())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An instruction set. Dot products, too, form gradients here, which they can and do more slowly than torch."""
     cpu.force_isa(request.param)
+    monkeypatch.setattr(kernel, "has_tiles", lambda: True)
     yield request.param
     cpu.force_isa("")
 
@@ -57,7 +59,7 @@ def compare(shape: tuple[int, int, int], option: str, reduction: str = "mean", b
         )
 
     dout = torch.rand(rows, generator=torch.Generator().manual_seed(2)) if reduction == "none" else ONE
-    assert backend.logits_stay_in_cache("cpu", BF16)
+    assert backend.logits_stay_in_cache("cpu", BF16, gradients=True)
     exact, usual, actual = gradients(plain, double(inputs), dout), gradients(plain, inputs, dout), None
     actual = gradients(ours, inputs, dout)
     for name, tensor in actual.items():
@@ -165,17 +167,29 @@ def test_no_logits_are_stored(isa: str) -> None:
         assert sizes == [(rows, vocab)]
 
 
-def test_other_instruction_sets_and_dtypes_keep_chunks_of_logits() -> None:
+@pytest.mark.parametrize("name", cpu.supported_isas())
+def test_where_logits_are_stored(name: str) -> None:
+    cpu.force_isa(name)
+    try:
+        inside = {
+            (dtype, gradients): backend.logits_stay_in_cache("cpu", dtype, gradients=gradients)
+            for dtype in (BF16, torch.float16, torch.float32)
+            for gradients in (True, False)
+        }
+        with use("reference", op="linear_cross_entropy"):
+            assert not backend.logits_stay_in_cache("cpu", BF16, gradients=False)
+    finally:
+        cpu.force_isa("")
+    expected = {(BF16, True): name == "amx", (BF16, False): name in ("amx", "avx512_bf16")}
+    assert {case for case, found in inside.items() if found} == {case for case, found in expected.items() if found}
+
+
+def test_other_instruction_sets_refuse() -> None:
+    inputs = make(3, 16, 40, BF16, "cpu")
+    options = {"objective": Objective(), "scale": ONE, "dhidden": None, "dweight": None, "dbias": None}
     cpu.force_isa("portable")
     try:
-        assert not backend.logits_stay_in_cache("cpu", BF16)
         with pytest.raises(RuntimeError, match="not with the instruction set portable"):
-            inputs = make(3, 16, 40, BF16, "cpu")
-            options = {"objective": Objective(), "scale": ONE, "dhidden": None, "dweight": None, "dbias": None}
             kernel.linear_cross_entropy(*inputs.values(), torch.arange(3), first=True, **options)
     finally:
         cpu.force_isa("")
-    assert not backend.logits_stay_in_cache("cpu", torch.float32)
-    assert not backend.logits_stay_in_cache("cpu", torch.float16)
-    with use("reference", op="linear_cross_entropy"):
-        assert not backend.logits_stay_in_cache("cpu", BF16)
