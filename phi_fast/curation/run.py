@@ -131,7 +131,7 @@ def _plan(step: Judge | Comparison, inputs: list[Input], running: Running) -> di
         "dropped_texts": running.dropped_texts,
         **step.settings(),
     }
-    stamps = [(str(entry.path.absolute()), entry.size, entry.path.stat().st_mtime_ns) for entry in inputs]
+    stamps = [(str(entry.local.absolute()), entry.size, entry.local.stat().st_mtime_ns) for entry in inputs]
     plan = {
         "version": VERSION,
         "step": step.name,

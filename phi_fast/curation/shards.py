@@ -162,7 +162,7 @@ def _lines(entry: Input, reading: Reading, shard_bytes: int, number: int) -> Ite
             if at_end or end >= shard_bytes:
                 end = len(pending) if at_end else end
                 if end or refused:
-                    yield Shard(number, entry.path, raw.tell() - place, bytes(pending[:end]), line, tuple(refused))
+                    yield Shard(number, entry.local, raw.tell() - place, bytes(pending[:end]), line, tuple(refused))
                     number += 1
                 line += pending.count(b"\n", 0, end)
                 place, refused = raw.tell(), []
@@ -180,11 +180,11 @@ def _row_groups(entry: Input, reading: Reading, shard_bytes: int, number: int) -
     except Exception as error:  # whatever pyarrow raises for a damaged file
         where, why = str(entry.path), str(damaged(entry.path, error))
         Malformed(reading.skip_malformed).add(where, why)
-        yield Shard(number, entry.path, entry.size, b"", 0, ((where, why),))
+        yield Shard(number, entry.local, entry.size, b"", 0, ((where, why),))
         return
     for group in range(groups):
         size = entry.size * (group + 1) // groups - entry.size * group // groups
-        yield Shard(number + group, entry.path, size, None, group)
+        yield Shard(number + group, entry.local, size, None, group)
 
 
 def _table(shard: Shard, malformed: Malformed) -> Iterator[tuple[str, Any]]:

@@ -89,7 +89,7 @@ class Division:
 
     def stamp(self, group: list[Input]) -> str:
         """A digest of the paths, sizes and times of a group's files and of the size of units."""
-        stats = [(str(entry.path), entry.size, entry.path.stat().st_mtime_ns) for entry in group]
+        stats = [(str(entry.path), entry.size, entry.local.stat().st_mtime_ns) for entry in group]
         return hashlib.sha256(repr((self.unit_bytes, stats)).encode()).hexdigest()
 
 

@@ -60,6 +60,13 @@ class Input:
     def compressed(self) -> bool:
         return self.compression is not None
 
+    @property
+    def local(self) -> Path:
+        """`path`, for what reads files of this machine alone. Raises PrepareError for a URL."""
+        if isinstance(self.path, Path):
+            return self.path
+        raise PrepareError(f"{self.path}: expected a file on this machine; copy it here first")
+
 
 @dataclass(frozen=True)
 class _Search:
