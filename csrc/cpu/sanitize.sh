@@ -32,6 +32,7 @@ if options[:1] == ["-m"]:
     sys.exit()
 sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/kernels/test_cpp_kernels.py",
                       "tests/kernels/test_weight_gradient.py",
+                      "tests/kernels/test_linear_cross_entropy_in_cache.py",
                       "tests/kernels/test_cpp_attention.py", "tests/kernels/test_cpp_entries.py",
                       "tests/kernels/test_guard_pages.py",
                       *options]))
