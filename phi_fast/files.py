@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -27,18 +27,30 @@ _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 """Errors of file systems without fsync for directories (CIFS, some FUSE and shared folders)."""
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it holds either all of `data` or its previous content, even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def replacing(path: Path, suffix: str = "partial") -> Iterator[IO[bytes]]:
+    """Open a file to write that gets the name `path` only when it is complete and on disk; `sync_directory` is left to
+    the caller.
+
+    suffix: of its name until then, `.NAME.SUFFIX`. With the same suffix a resumed run overwrites what a kill left;
+    processes that may write one path at a time need different ones.
+    """
+    temporary = path.with_name(f".{path.name}.{suffix}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it holds either all of `data` or its previous content, even after a crash."""
+    with replacing(path, str(os.getpid())) as file:
+        file.write(data)
     sync_directory(path.parent)
 
 

@@ -23,7 +23,7 @@ from ..data.preparation.inputs import Input
 from ..data.preparation.pipeline import available_cores
 from ..data.preparation.progress import Meter
 from ..errors import UsageError
-from ..files import Claim, sync_directory, write_atomically, writing
+from ..files import Claim, replacing, sync_directory, write_atomically, writing
 from ..json_files import JsonFileError, read_object
 from . import surveys
 from .documents import CurateError, Document, Drop
@@ -199,9 +199,8 @@ def _work(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
             )
         write_atomically(record, json.dumps(plan, indent=1).encode("utf-8", "backslashreplace"))
         yield partial
-    shutil.rmtree(
-        partial, ignore_errors=True
-    )  # the output was renamed; what a kill leaves here is removed by the next run
+    # The output was renamed; what a kill leaves here is removed by the next run.
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _survey_shard(step: Comparison, shard: Shard, running: Running, path: Path) -> int:
@@ -327,15 +326,10 @@ def _id_of(number: int, surveyed: list[tuple[Path, int, int]], firsts: list[int]
 def _finish(folder: Path, out: Path, report: Report) -> None:
     """Join the lists, write the report, and rename the output to `out`."""
     for name in ("dropped", "malformed"):
-        joined = folder / "output" / f"{name}.log"
-        temporary = folder / "work" / f"{name}.log"
-        with temporary.open("wb") as file:
+        with replacing(folder / "output" / f"{name}.log") as file:
             for number in range(report.shards):
                 with (folder / "work" / f"{name}-{number:05d}.log").open("rb") as part:
                     shutil.copyfileobj(part, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(joined)
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
     write_atomically(folder / "output" / REPORT, text.encode("utf-8", "backslashreplace") + b"\n")
     place = Path(os.path.realpath(out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,19 +10,15 @@ from typing import Any
 import numpy as np
 
 from ..data.plain_reads import open_regular, read_array
-from ..files import sync_directory
+from ..files import replacing, sync_directory
 
 _Array = np.ndarray[Any, Any]
 
 
 def save(path: Path, array: _Array) -> None:
     """Write an array's bytes to a file that has its name only once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         file.write(np.ascontiguousarray(array).data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def save_ids(path: Path, ids: Sequence[str]) -> None:

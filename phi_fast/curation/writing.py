@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ..files import write_atomically
+from ..files import replacing, write_atomically
 from ..json_files import read_object
 from .documents import Document, Drop, MalformedError, to_line
 from .shards import Malformed, Reading, Shard, documents
@@ -77,9 +76,9 @@ def filter_shard(shard: Shard, reading: Reading, decide: Decide, batch: int, fol
     work = folder / "work"
     dropped = work / f"dropped-{shard.number:05d}.log"
     with (
-        _atomic(folder / "output" / part(shard.number)) as raw,
+        replacing(folder / "output" / part(shard.number)) as raw,
         zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw, closefd=False) as kept,
-        _atomic(dropped) as left_out,
+        replacing(dropped) as left_out,
     ):
         for group in _groups(documents(shard, reading, malformed), batch):
             before = [document.text for document in group]
@@ -102,7 +101,7 @@ def filter_shard(shard: Shard, reading: Reading, decide: Decide, batch: int, fol
                 counts.bytes_in += size
     counts.malformed = len(malformed.found)
     counts.malformed_examples = [list(pair) for pair in malformed.found[:_EXAMPLES]]
-    with _atomic(work / f"malformed-{shard.number:05d}.log") as file:
+    with replacing(work / f"malformed-{shard.number:05d}.log") as file:
         for place, why in malformed.found:
             file.write(_json_line({"place": place, "why": why}))
     write_atomically(counts_file(work, shard.number), json.dumps(asdict(counts), sort_keys=True).encode())
@@ -132,24 +131,3 @@ def _dropped(document: Document, drop: Drop, text: str | None) -> bytes:
 
 def _json_line(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace") + b"\n"
-
-
-class _atomic:
-    """A file that has its name only once it is complete and on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.partial")
-
-    def __enter__(self) -> IO[bytes]:
-        self._file = self._temporary.open("wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from ..curation.shards import Malformed, Reading, cut, documents, find
 from ..curation.writing import LEVEL
 from ..data.preparation.inputs import Input
 from ..errors import UsageError
+from ..files import replacing
 from .block import PipelineStep, TheirDocument
 
 INPUT, PLACE = "phi_fast_input", "phi_fast_place"
@@ -109,23 +110,14 @@ class WriteTexts(PipelineStep):
     def _write(self, run: _Run) -> Iterator[TheirDocument]:
         import zstandard
 
-        path = self.folder / part_name(run.number)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with (
-                temporary.open("wb") as raw,
-                zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw, closefd=False) as file,
-            ):
-                for document in run.documents:
-                    file.write(self._line(document))
-                    self.update_doc_stats(document)
-                    yield document
-                file.close()
-                raw.flush()
-                os.fsync(raw.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            replacing(self.folder / part_name(run.number), f"{os.getpid()}.partial") as raw,
+            zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw, closefd=False) as file,
+        ):
+            for document in run.documents:
+                file.write(self._line(document))
+                self.update_doc_stats(document)
+                yield document
 
     def _line(self, document: TheirDocument) -> bytes:
         own = ours(document)

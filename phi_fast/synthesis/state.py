@@ -7,7 +7,6 @@ server that gives the same completions, the documents are therefore the same byt
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import sync_directory, write_atomically
+from ..files import replacing, sync_directory, write_atomically
 from ..json_files import read_object
 from .diversity import diversity, evenly
 from .duplicates import NearDuplicates, words
@@ -139,9 +138,8 @@ class State:
     def write_documents(self, most: int | None, model: str) -> int:
         """Write the documents as JSONL in the order of their prompts, atomically; at most `most`. Returns how many."""
         path = self.directory / DOCUMENTS
-        temporary = path.with_name(f".{path.name}.partial")
         written = self.kept[:most]
-        with temporary.open("wb") as file:
+        with replacing(path) as file:
             for number in written:
                 answer, labels = self._read(number), self.prompts[number].labels
                 record = {
@@ -152,9 +150,6 @@ class State:
                     "finish": answer.finish,
                 }
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
         sync_directory(path.parent)
         return len(written)
 

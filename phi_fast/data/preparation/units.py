@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tokenizers import Tokenizer
 
+from ...files import replacing
 from ..plain_reads import CutShortError, open_regular, read_array
 
 _Array = np.ndarray[Any, Any]
@@ -226,10 +227,6 @@ def _mix(x: _Array) -> _Array:
 
 
 def _write(path: Path, arrays: Iterable[_Array]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         for array in arrays:
             file.write(array.data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
