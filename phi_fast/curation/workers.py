@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import get_all_start_methods, get_context, parent_process
-from multiprocessing.context import BaseContext
 from typing import Any
 
+from ..data.preparation.processes import follow_parent, start_method
 from .documents import CurateError
-
-LONGEST_TEMPORARY = 70
-"""Maximum length in bytes of the temporary directory's path, in which the fork server puts its socket (107 at most)."""
 
 
 class Workers:
@@ -60,20 +53,11 @@ def workers(count: int, step: Any) -> Iterator[Workers]:
     if count == 1:
         yield Workers(1, step, None)
         return
-    pool = ProcessPoolExecutor(count, _context(), _start, (step,))
+    pool = ProcessPoolExecutor(count, start_method(f"{__package__}.run"), _start, (step,))
     try:
         yield Workers(count, step, pool)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _context() -> BaseContext:
-    """How workers start: not forked from this process, which has threads; with a fork server, imports run only once."""
-    if "forkserver" not in get_all_start_methods() or len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY:
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.run"])
-    return context
 
 
 _step: Any
@@ -82,18 +66,10 @@ _step: Any
 
 def _start(step: Any) -> None:
     global _step
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    follow_parent()
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # there is one process per core already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _step = step
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # otherwise the executor's queues would keep a worker waiting for ever
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

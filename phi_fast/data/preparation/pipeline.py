@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
-import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_all_start_methods, get_context, parent_process
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +28,7 @@ from .inputs import FOLDER_SUFFIXES, Input, find_inputs
 from .merge import merge
 from .packing import pack_splits
 from .plans import record_plan, unit_settings
+from .processes import follow_parent, start_method
 from .progress import Meter
 from .readers import Reader, check_field
 from .task import Task
@@ -42,9 +38,6 @@ from .units import Encoding, Summary, completed, encode_unit
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**20, 2**24
 """Size of the text that a worker encodes at a time: large enough to sync to disk, small enough to distribute evenly
 and to lose when interrupted."""
-LONGEST_TEMPORARY = 70
-"""Maximum length in bytes of the temporary directory's path: the path of the fork server's socket is some 35 bytes
-longer, and a Unix socket's path may have 107."""
 
 
 @dataclass(frozen=True)
@@ -345,21 +338,11 @@ def _encode_all(
 @contextmanager
 def _pool(workers: int, encoding: Encoding, reader: Reader) -> Iterator[ProcessPoolExecutor]:
     """Worker processes."""
-    pool = ProcessPoolExecutor(workers, _context(), _start_worker, (encoding, reader))
+    pool = ProcessPoolExecutor(workers, start_method(__name__), _start_worker, (encoding, reader))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _context() -> BaseContext:
-    """How workers start: not forked from this process, which has threads; with a fork server, imports run only once."""
-    too_long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY
-    if "forkserver" not in get_all_start_methods() or too_long:
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 _worker: tuple[Encoding, Reader]
@@ -369,16 +352,8 @@ _worker: tuple[Encoding, Reader]
 def _start_worker(encoding: Encoding, reader: Reader) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     _worker = encoding, reader
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # otherwise the executor's queues would keep a worker waiting for ever
 
 
 def _encode_task(unit: Path, number: int, task: Task, key: bytes) -> Summary:
