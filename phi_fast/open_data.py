@@ -20,7 +20,7 @@ class Source:
     revision: str
     """Commit, so that the data cannot change; each was checked on the page of that commit on the hub."""
     licence: str
-    """As the data set's card gives it. The licence of a collection does not replace those of the texts in it."""
+    """Licence that the data set's card gives. The licence of a collection does not replace those of the texts in it."""
     tokens: int | None
     """Published number of tokens; None if no source gives one."""
     counted: str

@@ -44,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one process took."""
+    """Time and memory of one process."""
 
     name: str
     megabytes: float

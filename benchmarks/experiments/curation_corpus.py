@@ -20,7 +20,7 @@ NGRAM = 5
 
 @dataclass
 class Planted:
-    """What was put into the corpus, by document id."""
+    """Planted duplicates and contaminations, by document id."""
 
     exact: dict[str, str] = field(default_factory=dict)
     """Exact duplicate -> original."""
@@ -34,7 +34,7 @@ class Planted:
     documents: int = 0
     """All well-formed ones."""
     bytes: int = 0
-    """Of text, in UTF-8."""
+    """Bytes of text in UTF-8."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from ..data.splitmix import GAMMA, mix
 from . import surveys
 from .clusters import Clusters
 from .documents import CurateError, Document
 from .extras import require
 from .steps import Duplicates
-from .words import mix, ngrams, words_of
+from .words import ngrams, words_of
 
 _Array = np.ndarray[Any, Any]
 _ROW = np.dtype([("key", "<u8"), ("document", "<i8")])
@@ -116,7 +117,7 @@ class NearDuplicates:
         split = signature.reshape(-1, settings.bands, settings.rows).astype(np.uint64)
         keys = np.broadcast_to(np.arange(settings.bands, dtype=np.uint64), split.shape[:2])
         for i in range(settings.rows):
-            keys = mix(keys + np.uint64(0x9E3779B97F4A7C15) + split[:, :, i])
+            keys = mix(keys + GAMMA + split[:, :, i])
         return keys
 
     def _compare(

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .words import BASE, Words, mix, words_of
+from ..data.splitmix import mix
+from .words import BASE, Words, words_of
 
 _Array = np.ndarray[Any, Any]
 _FILTER_BITS = 24

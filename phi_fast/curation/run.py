@@ -29,7 +29,7 @@ from . import surveys
 from .documents import CurateError, Document, Drop
 from .extras import require
 from .shards import SHARD_BYTES, Malformed, Reading, Shard, cut, documents, find
-from .steps import BATCH, Comparison, Duplicates, Judge
+from .steps import BATCH, Comparison, Duplicates, Judge, batch_size, batches
 from .workers import Workers, workers
 from .writing import Counts, filter_shard, read_counts
 
@@ -73,7 +73,7 @@ class Report:
     counts: Counts
     notes: dict[str, int]
     fingerprint: str
-    """Of the step, its settings, and the inputs' names, sizes and times."""
+    """Hash of the step, its settings, and the inputs' names, sizes and times."""
     shards: int
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _plan(step: Judge | Comparison, inputs: list[Input], running: Running) -> di
         "dropped_texts": running.dropped_texts,
         **step.settings(),
     }
-    stamps = [(str(entry.local.absolute()), entry.size, entry.local.stat().st_mtime_ns) for entry in inputs]
+    stamps = [entry.local_stamp for entry in inputs]
     plan = {
         "version": VERSION,
         "step": step.name,
@@ -207,15 +207,9 @@ def _survey_shard(step: Comparison, shard: Shard, running: Running, path: Path) 
     """Survey one shard in a worker. Returns its number of documents."""
     found: list[dict[str, np.ndarray[Any, Any]]] = [step.survey([])]
     ids: list[str] = []
-    batch: list[Document] = []
-    for document in documents(shard, running.reading, Malformed(running.reading.skip_malformed)):
-        batch.append(document)
-        if len(batch) == BATCH:
-            found.append(step.survey(batch))
-            ids += [document.id for document in batch]
-            batch = []
-    found.append(step.survey(batch))
-    ids += [document.id for document in batch]
+    for batch in batches(documents(shard, running.reading, Malformed(running.reading.skip_malformed))):
+        found.append(step.survey(batch))
+        ids += [document.id for document in batch]
     step.write_survey(path, {name: np.concatenate([part[name] for part in found]) for name in found[0]})
     surveys.save_ids(path, ids)
     return len(ids)
@@ -255,7 +249,7 @@ def _filter_shard(
     """Filter one shard in a worker. drops: place in the shard -> the id of the document that it repeats."""
     if drops is None:
         assert isinstance(step, Judge)
-        decide, size = step.judge, getattr(step, "batch", BATCH)
+        decide, size = step.judge, batch_size(step)
     else:
         decide, size = _Drops(step.name, drops).decide, BATCH
     return filter_shard(shard, running.reading, decide, size, folder, texts=running.dropped_texts)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data.preparation.containers import PrepareError, damaged, open_stream, read
 from ..data.preparation.inputs import Input, find_inputs
+from ..data.preparation.tasks import parquet_metadata
 from .documents import CurateError, Document, MalformedError, from_record, parse_line
 
 SHARD_BYTES = 2**24
@@ -172,11 +173,8 @@ def _lines(entry: Input, reading: Reading, shard_bytes: int, number: int) -> Ite
 
 
 def _row_groups(entry: Input, reading: Reading, shard_bytes: int, number: int) -> Iterator[Shard]:
-    import pyarrow.parquet
-
     try:
-        with entry.path.open("rb") as file:
-            groups = pyarrow.parquet.read_metadata(file).num_row_groups
+        groups = parquet_metadata(entry.path).num_row_groups
     except Exception as error:  # whatever pyarrow raises for a damaged file
         where, why = str(entry.path), str(damaged(entry.path, error))
         Malformed(reading.skip_malformed).add(where, why)

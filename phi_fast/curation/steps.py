@@ -7,7 +7,6 @@ over any iterator of documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +16,8 @@ from .documents import Document, Drop
 
 BATCH = 64
 """Documents that a judge sees at once."""
+_MOST_CHARACTERS = 2**22
+"""A batch ends after so many, however few documents they are."""
 
 
 @runtime_checkable
@@ -75,12 +76,30 @@ class Duplicates:
         return dict(zip(places, self.of[start:stop].tolist(), strict=True))
 
 
+def batch_size(judge: Judge) -> int:
+    """Return how many documents a judge wants to see at once: its attribute `batch`, if it has one."""
+    return getattr(judge, "batch", BATCH)
+
+
+def batches(documents: Iterable[Document], size: int = BATCH) -> Iterator[list[Document]]:
+    """Group documents by `size`, or fewer where they are long."""
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += len(document.text)
+        if len(group) >= size or characters >= _MOST_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
 def apply(
     judge: Judge, documents: Iterable[Document], dropped: Callable[[Document, Drop], None] | None = None
 ) -> Iterator[Document]:
     """Yield the documents that a judge keeps, in order. dropped: called with each that it does not."""
-    waiting = iter(documents)
-    while batch := list(islice(waiting, BATCH)):
+    for batch in batches(documents, batch_size(judge)):
         for document, drop in zip(batch, judge.judge(batch), strict=True):
             if drop is None:
                 yield document

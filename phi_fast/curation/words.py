@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.splitmix import mix
+
 _Array = np.ndarray[Any, Any]
 
 BASE = 0x9E3779B97F4A7C15
@@ -92,13 +94,6 @@ def ngrams(words: _Array, n: int) -> _Array:
     for i in range(n):
         total = total * np.uint64(BASE) + words[i : i + count]
     return mix(total)
-
-
-def mix(x: _Array) -> _Array:
-    """Spread every bit of uint64 numbers over all bits: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @cache

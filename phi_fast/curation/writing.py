@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..files import replacing, write_atomically
 from ..json_files import read_object
 from .documents import Document, Drop, MalformedError, to_line
 from .shards import Malformed, Reading, Shard, documents
+from .steps import batches
 
 LEVEL = 3
 """Zstandard's compression level, its default."""
@@ -80,7 +81,7 @@ def filter_shard(shard: Shard, reading: Reading, decide: Decide, batch: int, fol
         zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw, closefd=False) as kept,
         replacing(dropped) as left_out,
     ):
-        for group in _groups(documents(shard, reading, malformed), batch):
+        for group in batches(documents(shard, reading, malformed), batch):
             before = [document.text for document in group]
             for text, document, drop in zip(before, group, decide(group), strict=True):
                 size = len(text.encode())
@@ -106,20 +107,6 @@ def filter_shard(shard: Shard, reading: Reading, decide: Decide, batch: int, fol
             file.write(_json_line({"place": place, "why": why}))
     write_atomically(counts_file(work, shard.number), json.dumps(asdict(counts), sort_keys=True).encode())
     return counts
-
-
-def _groups(source: Iterator[Document], size: int) -> Iterator[list[Document]]:
-    """Batches of `size` documents, or fewer where they are long: a batch ends after 2^22 characters."""
-    group: list[Document] = []
-    characters = 0
-    for document in source:
-        group.append(document)
-        characters += len(document.text)
-        if len(group) >= size or characters >= 2**22:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
 
 
 def _dropped(document: Document, drop: Drop, text: str | None) -> bytes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..curation.documents import Document, Drop
-from ..curation.steps import BATCH, Comparison, Judge
+from ..curation.steps import Comparison, Judge, batch_size, batches
 from ..errors import UsageError
 from ..files import write_atomically
 from ..json_files import read_object
@@ -37,9 +37,7 @@ class JudgeBlock(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[TheirDocument]:
         """Yield the documents that are kept, as the judge changed them; count all, kept, dropped and each reason."""
-        size = getattr(self.judge, "batch", BATCH)
-        waiting = iter(data)
-        while batch := [ours(document) for document in islice(waiting, size)]:
+        for batch in batches(map(ours, data), batch_size(self.judge)):
             with self.track_time("batch"):
                 drops = self.judge.judge(batch)
             for document, drop in zip(batch, drops, strict=True):
@@ -74,7 +72,7 @@ class SurveyBlock(PipelineStep):
         for number, group in groupby(data, _input_of):
             rows: list[dict[str, np.ndarray[Any, Any]]] = []
             count = 0
-            while batch := [ours(document) for document in islice(group, BATCH)]:
+            for batch in batches(map(ours, group)):
                 rows.append(self.comparison.survey(batch))
                 count += len(batch)
             path = survey_path(self.folder, number)

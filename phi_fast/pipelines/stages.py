@@ -64,7 +64,7 @@ def corpus_stages(
             raise UsageError(f"{type(step).__name__} is no step of curation: it has neither `judge` nor `survey`")
     entries = find(list(inputs)) if steps else find_inputs(inputs, settings.suffixes, settings.text_field).read
     plan = {
-        "inputs": [[str(entry.local.absolute()), entry.size, entry.local.stat().st_mtime_ns] for entry in entries],
+        "inputs": [entry.local_stamp for entry in entries],
         "steps": [[step.name, step.settings()] for step in steps],
         "reading": asdict(reading) if steps else None,
         "settings": plan_fields(settings, plan_encoding(settings)[0]),

@@ -89,8 +89,8 @@ class Division:
 
     def stamp(self, group: list[Input]) -> str:
         """A digest of the paths, sizes and times of a group's files and of the size of units."""
-        stats = [(str(entry.path), entry.size, entry.local.stat().st_mtime_ns) for entry in group]
-        return hashlib.sha256(repr((self.unit_bytes, stats)).encode()).hexdigest()
+        stamps = [entry.local_stamp for entry in group]
+        return hashlib.sha256(repr((self.unit_bytes, stamps)).encode()).hexdigest()
 
 
 class CountUnits(PipelineStep):

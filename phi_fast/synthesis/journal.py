@@ -23,7 +23,7 @@ class Answer:
     """What the server made of one prompt."""
 
     number: int
-    """Of the prompt."""
+    """Number of the prompt."""
     kind: Kind
     """Refused: the server answered that it does not carry out this request (a status of 400, 413 or 422)."""
     text: str

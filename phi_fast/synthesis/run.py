@@ -20,7 +20,7 @@ from .state import State, check_plan
 REFUSED_AT_FIRST = 10
 """A server that refuses this many requests before it completes one is taken to refuse all."""
 CHARACTERS_PER_TOKEN = 4
-"""Of English prose, for the tokens of a prompt before the server has counted them."""
+"""Typical of English prose: estimates the tokens of a prompt before the server has counted them."""
 _LINE_EVERY = 5.0
 """Seconds between two lines about the progress."""
 

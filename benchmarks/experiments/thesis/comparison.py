@@ -46,7 +46,7 @@ class Difference:
     bootstrap: tuple[float, float]
     """Ends of the bootstrap percentile interval over seeds, at LEVEL."""
     p: float
-    """Of the two-sided paired t test."""
+    """p value of the two-sided paired t test."""
 
 
 def difference(runs: Runs, first: str, second: str, measure: Measure = held_out) -> Difference:
@@ -85,7 +85,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say about one hypothesis."""
+    """Verdict of the runs on one hypothesis."""
 
     name: str
     first: str
@@ -99,7 +99,7 @@ class Verdict:
 
     @property
     def outcome(self) -> str:
-        """By the rule that docs/textbooks.md fixed before the runs."""
+        """Apply the rule that docs/textbooks.md fixed before the runs."""
         majority = 2 * self.better > self.kinds
         if self.p < 1 - LEVEL and self.difference.mean < 0:
             return "supported" if majority else "mixed: fewer bits on average, but not on most kinds"

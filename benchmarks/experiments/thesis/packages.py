@@ -40,7 +40,7 @@ class Package:
     title: str = ""
     licence: str = ""
     kind: str = ""
-    """Of a held-out package: the kind of text it stands for."""
+    """Kind of text that a held-out package stands for."""
     format: str = "document"
     """How its files are read: see `documents.READERS`."""
     include: tuple[str, ...] = ("usr/share/doc/**/*",)
@@ -58,7 +58,7 @@ class Package:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """As pathlib's full_match (Python 3.13): `*` stays in a folder, `**/` crosses any number of them."""
+    """Match like pathlib's full_match (Python 3.13): `*` stays in a folder, `**/` crosses any number of them."""
     special = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*|\?|\[[^\]]*\])", pattern)
     made = "".join(special.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)

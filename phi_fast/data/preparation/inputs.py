@@ -67,6 +67,11 @@ class Input:
             return self.path
         raise PrepareError(f"{self.path}: expected a file on this machine; copy it here first")
 
+    @property
+    def local_stamp(self) -> tuple[str, int, int]:
+        """Absolute path, size and modification time (ns): what tells whether a local file is still the same."""
+        return str(self.local.absolute()), self.size, self.local.stat().st_mtime_ns
+
 
 @dataclass(frozen=True)
 class _Search:

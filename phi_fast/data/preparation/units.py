@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from ...files import replacing
 from ..plain_reads import CutShortError, open_regular, read_array
+from ..splitmix import GAMMA, mix
 
 _Array = np.ndarray[Any, Any]
 
@@ -214,16 +215,9 @@ def _hash(text: str, encoding: Encoding) -> int:
 
 
 def shuffle_keys(unit: int, documents: int, seed: int) -> _Array:
-    """(documents,) uint64 below 2^63: SplitMix64 (Steele, Lea, Flood 2014) of each document's place and the seed."""
+    """(documents,) uint64 below 2^63: SplitMix64 of each document's place and the seed."""
     place = (np.uint64(unit) << np.uint64(32)) + np.arange(documents, dtype=np.uint64)
-    return _mix(place ^ _mix(np.full(1, seed, np.uint64))) >> np.uint64(1)
-
-
-def _mix(x: _Array) -> _Array:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mix((place ^ mix(np.full(1, seed, np.uint64) + GAMMA)) + GAMMA) >> np.uint64(1)
 
 
 def _write(path: Path, arrays: Iterable[_Array]) -> None:
