@@ -54,6 +54,24 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def check_begun(record: Path, plan: dict[str, Any], *, damaged: str, other: str) -> None:
+    """Record what determines the work in a folder, or compare it with the record of when the work was begun.
+
+    damaged: what to do about a record that cannot be read; other: what to name for other work. Raises UsageError naming
+    what differs.
+    """
+    if not record.exists():
+        write_atomically(record, json.dumps(plan).encode() + b"\n")
+        return
+    before = read_object(record, way_out=damaged).values
+    changed = [name for name in plan if plan[name] != before.get(name)]
+    if changed:
+        raise UsageError(
+            f"{record.parent} was begun with other {', '.join(changed)}: give what it was begun with to resume, or "
+            f"name another {other}"
+        )
+
+
 def sync_file(path: Path) -> None:
     """Make a file's content survive a power loss."""
     with path.open("rb") as file:

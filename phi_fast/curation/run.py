@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ..data.preparation.inputs import Input
 from ..data.preparation.pipeline import available_cores
+from ..data.preparation.plans import partial_of
 from ..data.preparation.progress import Meter
 from ..errors import UsageError
 from ..files import Claim, replacing, sync_directory, write_atomically, writing
@@ -107,7 +108,7 @@ def run(step: Judge | Comparison, paths: list[Path], out: Path, running: Running
     plan = _plan(step, inputs, running)
     with writing(out, "free some space, or name another --out; the same command then goes on"):
         if (done := _finished(out, plan["fingerprint"])) is not None:
-            shutil.rmtree(_partial(out), ignore_errors=True)
+            shutil.rmtree(partial_of(out), ignore_errors=True)
             console.print(f"{out} is complete already")
             return done
         with _work(out, plan) as folder, workers(running.workers or available_cores(), step) as pool:
@@ -142,11 +143,6 @@ def _plan(step: Judge | Comparison, inputs: list[Input], running: Running) -> di
     return {**plan, "fingerprint": hashed.hexdigest()}
 
 
-def _partial(out: Path) -> Path:
-    place = Path(os.path.realpath(out))
-    return place.with_name(place.name + ".partial")
-
-
 def _finished(out: Path, fingerprint: str) -> Report | None:
     """Read the report of a complete run of the same step on the same inputs; None if `out` is free.
 
@@ -175,7 +171,7 @@ def _finished(out: Path, fingerprint: str) -> Report | None:
 @contextmanager
 def _work(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """The locked folder of work in progress, kept if it is interrupted. Raises CurateError if another run has it."""
-    partial = _partial(out)
+    partial = partial_of(out)
     (partial / "work").mkdir(parents=True, exist_ok=True)
     (partial / "output").mkdir(exist_ok=True)
     try:

@@ -6,15 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..curation.shards import Reading, find
 from ..curation.steps import Comparison, Judge
 from ..data.preparation.inputs import find_inputs
 from ..data.preparation.pipeline import Settings, plan_encoding, plan_fields
 from ..errors import UsageError
-from ..files import write_atomically
-from ..json_files import read_object
+from ..files import check_begun
 from .block import PipelineStep
 from .judges import MEMORY, DecideBlock, DropBlock, JudgeBlock, SurveyBlock
 from .texts import ReadTexts, WriteTexts
@@ -70,7 +68,9 @@ def corpus_stages(
         "settings": plan_fields(settings, plan_encoding(settings)[0]),
         "tasks": tasks,
     }
-    _check_work(work, json.loads(json.dumps(plan, default=str)))
+    work.mkdir(parents=True, exist_ok=True)
+    as_json = json.loads(json.dumps(plan, default=str))
+    check_begun(work / "plan.json", as_json, damaged=f"Remove {work} to begin anew", other="folder for the work")
     stages = _Stages(work, tasks)
     if steps:
         texts = _curate(stages, list(inputs), work, steps, reading, memory)
@@ -132,19 +132,3 @@ _WRITTEN = Reading(max_document_bytes=2**40)
 
 def _of_texts(settings: Settings) -> Settings:
     return replace(settings, text_field="text", skip_malformed=False)
-
-
-def _check_work(work: Path, plan: dict[str, Any]) -> None:
-    """Record the plan in `work`. Raises UsageError if it was begun with another one."""
-    path = work / "plan.json"
-    if not path.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(plan).encode())
-        return
-    before = read_object(path, way_out=f"Remove {work} to begin anew").values
-    changed = [name for name in plan if plan[name] != before.get(name)]
-    if changed:
-        raise UsageError(
-            f"{work} was begun with other {', '.join(changed)}: give what it was begun with to resume, or name another "
-            "folder for the work"
-        )

@@ -20,7 +20,7 @@ from typing import Any
 from ..data.preparation.containers import PrepareError
 from ..data.preparation.inputs import Input, find_inputs
 from ..data.preparation.pipeline import Settings, check_place, plan_encoding, plan_fields, prepare, unit_size
-from ..data.preparation.plans import record_plan, unit_settings
+from ..data.preparation.plans import partial_of, record_plan, unit_settings
 from ..data.preparation.readers import Reader, check_field
 from ..data.preparation.tasks import Task, cut
 from ..data.preparation.units import Encoding, Summary, completed, encode_unit
@@ -52,8 +52,7 @@ class TokenJob:
     @property
     def partial(self) -> Path:
         """The folder of `prepare`'s work in progress."""
-        place = Path(os.path.realpath(self.out))
-        return place.with_name(place.name + ".partial")
+        return partial_of(self.out)
 
 
 @dataclass(frozen=True)

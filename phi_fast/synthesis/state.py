@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import replacing, sync_directory, write_atomically
-from ..json_files import read_object
+from ..files import check_begun, replacing, sync_directory, write_atomically
 from .diversity import diversity, evenly
 from .duplicates import NearDuplicates, words
 from .journal import Answer, Journal, read_answer, read_journal
@@ -184,16 +183,6 @@ def check_plan(directory: Path, plan: dict[str, Any]) -> None:
 
     Raises UsageError naming what differs.
     """
-    path = directory / PLAN
-    if not path.exists():
-        if (directory / JOURNAL).exists():
-            raise UsageError(f"{directory} has a journal without {PLAN}: restore it, or name another --out")
-        write_atomically(path, json.dumps(plan).encode() + b"\n")
-        return
-    before = read_object(path, way_out="Restore it, or name another --out").values
-    changed = [name for name in plan if plan[name] != before.get(name)]
-    if changed:
-        raise UsageError(
-            f"{directory} was begun with other {', '.join(changed)}: give what it was begun with to resume, or name "
-            "another --out"
-        )
+    if not (directory / PLAN).exists() and (directory / JOURNAL).exists():
+        raise UsageError(f"{directory} has a journal without {PLAN}: restore it, or name another --out")
+    check_begun(directory / PLAN, plan, damaged="Restore it, or name another --out", other="--out")

@@ -19,6 +19,7 @@ from .containers import PrepareError
 from .inputs import find_inputs
 from .needs import check_disk, encoding_speed, measure, report
 from .pipeline import Settings, available_cores, check_place, plan_encoding, prepare
+from .plans import partial_of
 from .readers import check_field
 
 SOURCES = "sources.json"
@@ -60,7 +61,7 @@ def prepare_recipe(
         settings_of = _settings(settings, data.corpora[corpus])
         inputs = find_inputs(paths[corpus], settings.suffixes, settings_of.text_field, patience)
         check_field(inputs.read, settings_of.text_field)
-        needs.append(measure(corpus, inputs, settings_of.text_field, out / f"{corpus}.partial"))
+        needs.append(measure(corpus, inputs, settings_of.text_field, partial_of(out / corpus)))
     width, workers = DTYPES[plan.dtype].itemsize, workers or available_cores()
     if needs:
         for line in report(needs, width, encoding_speed(encoder), workers, out):

@@ -27,7 +27,7 @@ from .conversations import MARKED, Conversations, MarkedEncoding, TrainOn
 from .inputs import FOLDER_SUFFIXES, Input, find_inputs
 from .merge import merge
 from .packing import pack_splits
-from .plans import record_plan, unit_settings
+from .plans import partial_of, record_plan, unit_settings
 from .processes import follow_parent, start_method
 from .progress import Meter
 from .readers import Reader, check_field
@@ -266,7 +266,7 @@ def _partial(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
 
     Work resumes even with other inputs, and after a change of `plans.MAY_CHANGE`: each unit has the key of its task.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     partial.mkdir(parents=True, exist_ok=True)
     try:
         claim = Claim.take(partial / "lock", str(out), way_out="wait for it, or name another --out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from .containers import PrepareError
 
 MAY_CHANGE = {"skip_malformed", "text_field", "suffixes", "validation"}
 """Settings that error messages advise to change; a resumed run keeps the units that the change does not affect."""
+
+
+def partial_of(out: Path) -> Path:
+    """The directory of the work in progress for `out`, beside it; links are followed."""
+    place = Path(os.path.realpath(out))
+    return place.with_name(place.name + ".partial")
 
 
 def unit_settings(plan: dict[str, Any]) -> bytes:
